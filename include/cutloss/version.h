@@ -1,0 +1,6 @@
+#pragma once
+
+#define CUTLOSS_VERSION_MAJOR 0
+#define CUTLOSS_VERSION_MINOR 1
+#define CUTLOSS_VERSION_PATCH 0
+#define CUTLOSS_VERSION "0.1.0"
