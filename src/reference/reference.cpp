@@ -1,0 +1,268 @@
+#include "reference/reference.h"
+
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "reference/number.h"
+
+namespace cutloss::reference {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// A factor of 0 wins over an infinity, but not over a NaN.
+double times(double factor, double value) {
+  return factor == 0 && std::isinf(value) ? 0.0 : factor * value;
+}
+
+double at(const std::vector<double>& values, std::int64_t index) {
+  return values.empty() ? 0.0 : values[index];
+}
+
+std::int64_t load_target(const Problem& problem, const Inputs& in, std::int64_t position) {
+  if (problem.target_type == IndexType::i32) {
+    return static_cast<const std::int32_t*>(in.targets)[position];
+  }
+  return static_cast<const std::int64_t*>(in.targets)[position];
+}
+
+double operand(const Problem& problem, const void* array, DType type, std::int64_t index) {
+  const double stored = load(array, type, index);
+  return problem.compute_type == DType::bf16 ? rounded(stored, DType::bf16) : stored;
+}
+
+// Fills e, c and target.
+void read_operands(const Problem& problem, const Inputs& in, Result& r) {
+  const std::int64_t D = problem.D;
+  const std::int64_t row_stride = problem.e_row_stride != 0 ? problem.e_row_stride : D;
+  const std::int64_t sequence_stride =
+      problem.e_sequence_stride != 0 ? problem.e_sequence_stride : problem.length * row_stride;
+  const std::int64_t c_stride = problem.c_row_stride != 0 ? problem.c_row_stride : D;
+  for (std::int64_t n = 0; n < r.N; ++n) {
+    const std::int64_t position = position_of_row(problem, n);
+    const std::int64_t sequence = position / problem.length;
+    const std::int64_t offset = sequence * sequence_stride + position % problem.length * row_stride;
+    for (std::int64_t d = 0; d < D; ++d) {
+      r.e[n * D + d] = operand(problem, in.e, problem.e_type, offset + d);
+    }
+    const std::int64_t target = load_target(problem, in, position + problem.shift);
+    if (target == problem.ignore_index) continue;
+    if (target < 0 || target >= problem.V) {
+      throw Error(ErrorCode::invalid_value,
+                  "target at position " + std::to_string(position + problem.shift) + " is " +
+                      std::to_string(target) + ", outside [0, " + std::to_string(problem.V) + ")");
+    }
+    r.target[n] = target;
+  }
+  for (std::int64_t v = 0; v < problem.V; ++v) {
+    for (std::int64_t d = 0; d < D; ++d) {
+      r.c[v * D + d] = operand(problem, in.c, problem.c_type, v * c_stride + d);
+    }
+  }
+}
+
+// z = transform(e . c) and slope = dz/da.
+void logits(const Problem& problem, const Inputs& in, Result& r) {
+  for (std::int64_t n = 0; n < r.N; ++n) {
+    if (r.target[n] < 0) continue;
+    double temperature = problem.temperature;
+    if (problem.has_row_temperature) {
+      temperature *= load(in.temperature, stat_type(problem), n);
+    }
+    for (std::int64_t v = 0; v < r.V; ++v) {
+      double dot = 0;
+      for (std::int64_t d = 0; d < r.D; ++d) dot += r.e[n * r.D + d] * r.c[v * r.D + d];
+      double a = problem.logit_scale * dot;
+      if (problem.has_bias) a += load(in.bias, problem.bias_type, v);
+      double s = a;
+      double slope = 1;
+      if (problem.softcap) {
+        const double ratio = std::tanh(a / *problem.softcap);
+        s = *problem.softcap * ratio;
+        slope = 1 - ratio * ratio;
+      }
+      r.z[n * r.V + v] = s / temperature;
+      r.slope[n * r.V + v] = slope / temperature;
+    }
+  }
+}
+
+// nll with the target left out of the sum: never negative, and no digit is lost where it is small.
+double nll_of(const double* z, std::int64_t V, std::int64_t target) {
+  double max_other = -kInfinity;
+  for (std::int64_t v = 0; v < V; ++v) {
+    if (v != target && z[v] > max_other) max_other = z[v];
+  }
+  if (max_other == -kInfinity) return z[target] == -kInfinity ? kNaN : 0.0;
+  double sum_other = 0;
+  for (std::int64_t v = 0; v < V; ++v) {
+    if (v != target) sum_other += std::exp(z[v] - max_other);
+  }
+  const double lead = max_other - z[target];
+  if (lead <= 0) return std::log1p(sum_other * std::exp(lead));
+  return lead + std::log(sum_other + std::exp(-lead));
+}
+
+void statistics(const Problem& problem, const Inputs& in, Result& r) {
+  for (std::int64_t n = 0; n < r.N; ++n) {
+    if (r.target[n] < 0) continue;
+    const double* z = r.z.data() + n * r.V;
+    std::int64_t best = 0;
+    bool finite_or_minus_infinity = true;
+    for (std::int64_t v = 0; v < r.V; ++v) {
+      if (z[v] > z[best]) best = v;
+      if (std::isnan(z[v]) || z[v] == kInfinity) finite_or_minus_infinity = false;
+    }
+    const double maximum = z[best];
+    r.argmax[n] = best;
+    if (!finite_or_minus_infinity || maximum == -kInfinity) {
+      // No distribution: a NaN, a +inf, or nothing but -inf among the logits.
+      r.row_max[n] = maximum;
+      r.nll[n] = r.lse[n] = r.log_sum[n] = r.entropy[n] = r.zbar[n] = kNaN;
+      continue;
+    }
+    double sum = 0;
+    for (std::int64_t v = 0; v < r.V; ++v) sum += std::exp(z[v] - maximum);
+    r.row_max[n] = maximum;
+    r.log_sum[n] = std::log(sum);
+    r.lse[n] = maximum + r.log_sum[n];
+    r.nll[n] = nll_of(z, r.V, r.target[n]);
+    double entropy = 0;
+    double zbar = 0;
+    for (std::int64_t v = 0; v < r.V; ++v) {
+      const double log_p = (z[v] - maximum) - r.log_sum[n];
+      entropy -= times(std::exp(log_p), log_p);
+      const double weight =
+          problem.has_class_weight ? load(in.class_weight, stat_type(problem), v) : 1.0;
+      zbar += times(weight, z[v]);
+    }
+    r.entropy[n] = entropy;
+    r.zbar[n] = zbar / static_cast<double>(r.V);
+  }
+}
+
+// g = dLoss/dz.
+void logit_gradients(const Problem& problem, const Inputs& in, const RowGradients64& upstream,
+                     Result& r) {
+  for (std::int64_t n = 0; n < r.N; ++n) {
+    const std::int64_t target = r.target[n];
+    if (target < 0) continue;
+    const double* z = r.z.data() + n * r.V;
+    const double d_nll = at(upstream.d_nll, n);
+    const double d_lse = at(upstream.d_lse, n) + times(at(upstream.d_lse_squared, n), 2 * r.lse[n]);
+    const double d_entropy = at(upstream.d_entropy, n);
+    const double d_zbar = at(upstream.d_zbar, n);
+    for (std::int64_t v = 0; v < r.V; ++v) {
+      const double log_p = (z[v] - r.row_max[n]) - r.log_sum[n];
+      const double p = std::exp(log_p);
+      double g = p * d_lse - d_entropy * times(p, log_p + r.entropy[n]);
+      // At the target p - 1 = e^-nll - 1, formed so that a small difference keeps its digits.
+      g += d_nll * (v == target ? std::expm1(-r.nll[n]) : p);
+      const double weight =
+          problem.has_class_weight ? load(in.class_weight, stat_type(problem), v) : 1.0;
+      g += d_zbar * weight / static_cast<double>(r.V);
+      r.g[n * r.V + v] = g;
+    }
+  }
+}
+
+void products(const Problem& problem, Result& r) {
+  for (std::int64_t n = 0; n < r.N; ++n) {
+    if (r.target[n] < 0) continue;
+    double* de = r.de.data() + position_of_row(problem, n) * r.D;
+    for (std::int64_t v = 0; v < r.V; ++v) {
+      const double da = r.g[n * r.V + v] * r.slope[n * r.V + v];
+      const double dot = da * problem.logit_scale;
+      for (std::int64_t d = 0; d < r.D; ++d) {
+        de[d] += dot * r.c[v * r.D + d];
+        r.dc[v * r.D + d] += dot * r.e[n * r.D + d];
+      }
+      r.dbias[v] += da;
+    }
+  }
+}
+
+std::vector<double> load_rows(const void* array, DType type, std::int64_t count) {
+  std::vector<double> values;
+  if (array == nullptr) return values;
+  values.resize(count);
+  for (std::int64_t n = 0; n < count; ++n) values[n] = load(array, type, n);
+  return values;
+}
+
+RowGradients64 load_upstream(const Problem& problem, const Args& args) {
+  const DType type = stat_type(problem);
+  const std::int64_t N = problem.sequences * (problem.length - problem.shift);
+  const RowGradients& from = args.upstream;
+  return {load_rows(from.d_nll, type, N), load_rows(from.d_lse, type, N),
+          load_rows(from.d_lse_squared, type, N), load_rows(from.d_entropy, type, N),
+          load_rows(from.d_zbar, type, N)};
+}
+
+void store_all(void* array, DType type, const std::vector<double>& values) {
+  if (array == nullptr) return;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    store(array, type, static_cast<std::int64_t>(i), values[i]);
+  }
+}
+
+}  // namespace
+
+std::int64_t position_of_row(const Problem& problem, std::int64_t row) {
+  const std::int64_t per_sequence = problem.length - problem.shift;
+  return row / per_sequence * problem.length + row % per_sequence;
+}
+
+DType stat_type(const Problem& problem) {
+  return problem.compute_type == DType::f64 ? DType::f64 : DType::f32;
+}
+
+Result evaluate(const Problem& problem, const Inputs& in, const RowGradients64& upstream) {
+  Result r;
+  r.N = problem.sequences * (problem.length - problem.shift);
+  r.V = problem.V;
+  r.D = problem.D;
+  r.e.assign(r.N * r.D, 0);
+  r.c.assign(r.V * r.D, 0);
+  r.target.assign(r.N, -1);
+  for (auto* matrix : {&r.z, &r.slope, &r.g}) matrix->assign(r.N * r.V, 0);
+  for (auto* row : {&r.nll, &r.lse, &r.row_max, &r.log_sum, &r.entropy, &r.zbar}) {
+    row->assign(r.N, 0);
+  }
+  r.argmax.assign(r.N, -1);
+  r.de.assign(problem.sequences * problem.length * r.D, 0);
+  r.dc.assign(r.V * r.D, 0);
+  r.dbias.assign(r.V, 0);
+
+  read_operands(problem, in, r);
+  logits(problem, in, r);
+  statistics(problem, in, r);
+  logit_gradients(problem, in, upstream, r);
+  products(problem, r);
+  return r;
+}
+
+void forward(const Problem& problem, const Args& args) {
+  const Result r = evaluate(problem, args.in);
+  const DType type = stat_type(problem);
+  store_all(args.rows.nll, type, r.nll);
+  store_all(args.rows.lse, type, r.lse);
+  store_all(args.rows.row_max, type, r.row_max);
+  store_all(args.rows.log_sum, type, r.log_sum);
+  if (problem.wants_entropy) store_all(args.rows.entropy, type, r.entropy);
+  if (problem.wants_zbar) store_all(args.rows.zbar, type, r.zbar);
+  if (problem.wants_argmax) {
+    for (std::int64_t n = 0; n < r.N; ++n) args.rows.argmax[n] = r.argmax[n];
+  }
+}
+
+void backward(const Problem& problem, const Args& args) {
+  const Result r = evaluate(problem, args.in, load_upstream(problem, args));
+  if (problem.needs_de) store_all(args.gradients.de, problem.e_type, r.de);
+  if (problem.needs_dc) store_all(args.gradients.dc, problem.c_type, r.dc);
+  if (problem.needs_dbias) store_all(args.gradients.dbias, problem.bias_type, r.dbias);
+}
+
+}  // namespace cutloss::reference
