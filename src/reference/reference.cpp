@@ -110,17 +110,18 @@ void statistics(const Problem& problem, const Inputs& in, Result& r) {
     if (r.target[n] < 0) continue;
     const double* z = r.z.data() + n * r.V;
     std::int64_t best = 0;
-    bool finite_or_minus_infinity = true;
+    bool has_nan = false;
     for (std::int64_t v = 0; v < r.V; ++v) {
       if (z[v] > z[best]) best = v;
-      if (std::isnan(z[v]) || z[v] == kInfinity) finite_or_minus_infinity = false;
+      if (std::isnan(z[v])) has_nan = true;
     }
     const double maximum = z[best];
     r.argmax[n] = best;
-    if (!finite_or_minus_infinity || maximum == -kInfinity) {
+    if (has_nan || std::isinf(maximum)) {
       // No distribution: a NaN, a +inf, or nothing but -inf among the logits.
       r.row_max[n] = maximum;
-      r.nll[n] = r.lse[n] = r.log_sum[n] = r.entropy[n] = r.zbar[n] = kNaN;
+      r.lse[n] = has_nan ? kNaN : maximum;
+      r.nll[n] = r.log_sum[n] = r.entropy[n] = r.zbar[n] = kNaN;
       continue;
     }
     double sum = 0;

@@ -1,0 +1,318 @@
+// The problems that every engine is tested on: sizes, dtypes, options, kinds of logits, and the
+// data for them. One row here reaches every engine and schedule.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <ostream>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "buffer.h"
+#include "cutloss/cutloss.h"
+#include "reference/number.h"
+#include "reference/reference.h"
+
+namespace cutloss::test {
+
+enum class Logits {
+  random,  // standard deviation about 1.5
+  peaked,  // one logit about 30 above the others: the target's in every other row
+  flat,    // all logits of a row equal
+  offset,  // random, with 1e4 added to all
+};
+
+struct Types {
+  const char* name;
+  DType e, c, bias, compute;
+};
+
+// bf16_autocast: parameters and activations in fp32, products in bf16. f32_mixed: the other way.
+inline constexpr Types kTypes[] = {
+    {"f32", DType::f32, DType::f32, DType::f32, DType::f32},
+    {"bf16", DType::bf16, DType::bf16, DType::bf16, DType::bf16},
+    {"f64", DType::f64, DType::f64, DType::f64, DType::f64},
+    {"f16", DType::f16, DType::f16, DType::f16, DType::f16},
+    {"bf16_autocast", DType::f32, DType::f32, DType::f32, DType::bf16},
+    {"bf16_half_autocast", DType::bf16, DType::f32, DType::f32, DType::bf16},
+    {"f32_mixed", DType::bf16, DType::f16, DType::f32, DType::f32},
+};
+
+struct Case {
+  std::string name;
+  Problem problem;
+  Logits logits = Logits::random;
+  double ignored = 0.2;               // share of ignored targets
+  bool lse_gradient = false;          // d_lse and d_lse_squared are given
+  std::int64_t extra_e_stride = 0;    // elements between rows of E
+  std::int64_t extra_c_stride = 0;    // elements between rows of C
+  std::int64_t extra_sequence_stride = 0;
+  unsigned seed = 1;
+};
+
+inline void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+
+inline Case with_size(std::int64_t sequences, std::int64_t length, std::int64_t V, std::int64_t D,
+                      std::int64_t shift = 0) {
+  Case c;
+  c.problem.sequences = sequences;
+  c.problem.length = length;
+  c.problem.V = V;
+  c.problem.D = D;
+  c.problem.shift = shift;
+  c.problem.needs_de = c.problem.needs_dc = true;
+  c.name = std::to_string(sequences) + "x" + std::to_string(length) + "_V" + std::to_string(V) +
+           "_D" + std::to_string(D) + (shift != 0 ? "_shift" + std::to_string(shift) : "");
+  return c;
+}
+
+inline void set_types(Problem& problem, const Types& types) {
+  problem.e_type = types.e;
+  problem.c_type = types.c;
+  problem.bias_type = types.bias;
+  problem.compute_type = types.compute;
+}
+
+struct Option {
+  const char* name;
+  void (*apply)(Case&);
+};
+
+inline void add_everything(Case& c) {
+  Problem& p = c.problem;
+  p.has_bias = p.needs_dbias = true;
+  p.softcap = 4.0;
+  p.logit_scale = 0.75;
+  p.temperature = 1.25;
+  p.has_row_temperature = true;
+  p.has_class_weight = true;
+  p.wants_entropy = p.wants_zbar = p.wants_argmax = true;
+  p.entropy_gradient = p.zbar_gradient = true;
+  c.lse_gradient = true;
+}
+
+inline constexpr Option kOptions[] = {
+    {"plain", [](Case&) {}},
+    {"argmax", [](Case& c) { c.problem.wants_argmax = true; }},
+    {"bias", [](Case& c) { c.problem.has_bias = c.problem.needs_dbias = true; }},
+    {"bias_frozen", [](Case& c) { c.problem.has_bias = true; }},
+    {"softcap", [](Case& c) { c.problem.softcap = 2.0; }},
+    {"scale", [](Case& c) { c.problem.logit_scale = -0.6; }},
+    {"temperature", [](Case& c) { c.problem.temperature = 0.7; }},
+    {"row_temperature", [](Case& c) { c.problem.has_row_temperature = true; }},
+    {"lse", [](Case& c) { c.lse_gradient = true; }},
+    {"entropy",
+     [](Case& c) { c.problem.wants_entropy = c.problem.entropy_gradient = true; }},
+    {"zbar", [](Case& c) { c.problem.wants_zbar = c.problem.zbar_gradient = true; }},
+    {"weighted_zbar",
+     [](Case& c) {
+       c.problem.wants_zbar = c.problem.zbar_gradient = c.problem.has_class_weight = true;
+     }},
+    {"entropy_only_output", [](Case& c) { c.problem.wants_entropy = true; }},
+    {"only_de", [](Case& c) { c.problem.needs_dc = false; }},
+    {"only_dc", [](Case& c) { c.problem.needs_de = false; }},
+    {"only_dbias",
+     [](Case& c) {
+       c.problem.has_bias = c.problem.needs_dbias = true;
+       c.problem.needs_de = c.problem.needs_dc = false;
+     }},
+    {"de_dbias",
+     [](Case& c) {
+       c.problem.has_bias = c.problem.needs_dbias = true;
+       c.problem.needs_dc = false;
+     }},
+    {"i32_targets", [](Case& c) { c.problem.target_type = IndexType::i32; }},
+    {"ignore_index_0", [](Case& c) { c.problem.ignore_index = 0; }},
+    {"none_ignored", [](Case& c) { c.ignored = 0; }},
+    {"all_ignored", [](Case& c) { c.ignored = 1; }},
+    {"strides",
+     [](Case& c) {
+       c.extra_e_stride = 3;
+       c.extra_c_stride = 5;
+       c.extra_sequence_stride = 7;
+     }},
+    {"everything", add_everything},
+};
+
+// Sizes that break tiles: 1, primes, and one below and above the multiples that engines use.
+inline std::vector<Case> size_cases() {
+  return {with_size(1, 1, 1, 1),         with_size(1, 1, 7, 3),
+          with_size(1, 5, 1, 4),         with_size(1, 2, 17, 1),
+          with_size(1, 16, 64, 16),      with_size(1, 15, 63, 15),
+          with_size(1, 17, 65, 17),      with_size(1, 37, 101, 13),
+          with_size(1, 63, 511, 33),     with_size(1, 64, 512, 32),
+          with_size(1, 65, 513, 31),     with_size(1, 127, 1023, 64),
+          with_size(1, 129, 1025, 65),   with_size(1, 1, 10007, 8),
+          with_size(1, 1031, 257, 8),    with_size(1, 300, 2053, 48),
+          with_size(3, 11, 97, 8, 2),    with_size(4, 2, 33, 6, 1),
+          with_size(2, 130, 1100, 24, 3), with_size(7, 1, 29, 5)};
+}
+
+// What one case is run on.
+struct Data {
+  Problem problem;  // with strides
+  Array e, c, bias, temperature, class_weight;
+  Buffer targets;
+  Array d_nll, d_lse, d_lse_squared, d_entropy, d_zbar;  // count 0 where not given
+
+  Inputs inputs() const {
+    Inputs in;
+    in.e = e.pointer();
+    in.c = c.pointer();
+    in.targets = targets.data();
+    if (problem.has_bias) in.bias = bias.pointer();
+    if (problem.has_row_temperature) in.temperature = temperature.pointer();
+    if (problem.has_class_weight) in.class_weight = class_weight.pointer();
+    return in;
+  }
+
+  RowGradients upstream() const {
+    const auto given = [](const Array& a) { return a.count != 0 ? a.pointer() : nullptr; };
+    return {given(d_nll), given(d_lse), given(d_lse_squared), given(d_entropy), given(d_zbar)};
+  }
+
+  reference::RowGradients64 upstream64() const {
+    return {d_nll.values(), d_lse.values(), d_lse_squared.values(), d_entropy.values(),
+            d_zbar.values()};
+  }
+
+  std::int64_t target(std::int64_t position) const {
+    if (problem.target_type == IndexType::i32) {
+      return reinterpret_cast<const std::int32_t*>(targets.data())[position];
+    }
+    return reinterpret_cast<const std::int64_t*>(targets.data())[position];
+  }
+
+  void set_target(std::int64_t position, std::int64_t value) {
+    if (problem.target_type == IndexType::i32) {
+      reinterpret_cast<std::int32_t*>(targets.data())[position] = static_cast<std::int32_t>(value);
+    } else {
+      reinterpret_cast<std::int64_t*>(targets.data())[position] = value;
+    }
+  }
+
+  std::int64_t e_offset(std::int64_t position) const {
+    return position / problem.length * problem.e_sequence_stride +
+           position % problem.length * problem.e_row_stride;
+  }
+
+  bool counts(std::int64_t row) const {
+    return target(reference::position_of_row(problem, row) + problem.shift) !=
+           problem.ignore_index;
+  }
+};
+
+namespace detail {
+
+inline void fill_targets(const Case& c, Data& data, std::mt19937_64& random) {
+  const Problem& p = data.problem;
+  const std::int64_t positions = p.sequences * p.length;
+  const std::int64_t bytes = p.target_type == IndexType::i32 ? 4 : 8;
+  data.targets = Buffer(positions * bytes);
+  std::uniform_int_distribution<std::int64_t> any(0, p.V - 1);
+  std::uniform_real_distribution<double> unit(0, 1);
+  for (std::int64_t i = 0; i < positions; ++i) {
+    data.set_target(i, unit(random) < c.ignored ? p.ignore_index : any(random));
+  }
+}
+
+inline void fill_classifier(const Case& c, Data& data, std::mt19937_64& random) {
+  const Problem& p = data.problem;
+  std::normal_distribution<double> normal;
+  const double size = 1.5 / std::sqrt(static_cast<double>(p.D));
+  // Between the rows of C the buffer keeps its NaNs: reading them would show.
+  data.c = Array(p.c_type, p.V * p.c_row_stride);
+  for (std::int64_t v = 0; v < p.V; ++v) {
+    for (std::int64_t d = 0; d < p.D; ++d) {
+      double value = size * normal(random);
+      if (c.logits == Logits::flat && v > 0) value = data.c.get(d);
+      if (c.logits == Logits::offset && d == 0) value = 100;
+      data.c.set(v * p.c_row_stride + d, value);
+    }
+  }
+}
+
+inline void fill_embeddings(const Case& c, Data& data, std::mt19937_64& random) {
+  const Problem& p = data.problem;
+  std::normal_distribution<double> normal;
+  data.e = Array(p.e_type, p.sequences * p.e_sequence_stride);
+  for (std::int64_t row = 0; row < p.sequences * (p.length - p.shift); ++row) {
+    // E of rows that do not count stays NaN: it must have no effect.
+    if (!data.counts(row)) continue;
+    const std::int64_t position = reference::position_of_row(p, row);
+    const std::int64_t offset = data.e_offset(position);
+    std::int64_t top = data.target(position + p.shift);
+    if (row % 2 == 1) top = (top + p.V / 2) % p.V;
+    double norm = 0.25;
+    for (std::int64_t d = 0; d < p.D; ++d) {
+      norm = std::max(norm, std::fabs(data.c.get(top * p.c_row_stride + d)));
+    }
+    double squares = 0;
+    for (std::int64_t d = 0; d < p.D; ++d) {
+      const double ratio = data.c.get(top * p.c_row_stride + d) / norm;
+      squares += ratio * ratio;
+    }
+    norm *= norm * std::max(squares, 1.0);
+    for (std::int64_t d = 0; d < p.D; ++d) {
+      double value = normal(random);
+      if (c.logits == Logits::peaked) {
+        value = 0.1 * value + 30 * data.c.get(top * p.c_row_stride + d) / norm;
+      }
+      if (c.logits == Logits::offset && d == 0) value = 100;
+      data.e.set(offset + d, value);
+    }
+  }
+}
+
+inline Array random_array(DType type, std::int64_t count, double low, double high,
+                          std::mt19937_64& random) {
+  Array array(type, count);
+  std::uniform_real_distribution<double> uniform(low, high);
+  for (std::int64_t i = 0; i < count; ++i) array.set(i, uniform(random));
+  return array;
+}
+
+}  // namespace detail
+
+inline Data make_data(const Case& c) {
+  std::mt19937_64 random(c.seed);
+  Data data;
+  Problem& p = data.problem;
+  p = c.problem;
+  p.e_row_stride = p.D + c.extra_e_stride;
+  p.e_sequence_stride = p.length * p.e_row_stride + c.extra_sequence_stride;
+  p.c_row_stride = p.D + c.extra_c_stride;
+
+  detail::fill_targets(c, data, random);
+  detail::fill_classifier(c, data, random);
+  detail::fill_embeddings(c, data, random);
+
+  const DType stat = reference::stat_type(p);
+  const std::int64_t N = p.sequences * (p.length - p.shift);
+  if (p.has_bias) data.bias = detail::random_array(p.bias_type, p.V, -1, 1, random);
+  if (p.has_bias && c.logits == Logits::flat) {
+    for (std::int64_t v = 0; v < p.V; ++v) data.bias.set(v, 0.25);
+  }
+  if (p.has_row_temperature) data.temperature = detail::random_array(stat, N, 0.5, 2, random);
+  if (p.has_class_weight) data.class_weight = detail::random_array(stat, p.V, 0, 2, random);
+
+  const auto coefficients = [&](double low, double high) {
+    Array array = detail::random_array(stat, N, low, high, random);
+    for (std::int64_t n = 0; n < N; ++n) {
+      if (!data.counts(n)) array.set(n, std::nan(""));  // must not be read
+    }
+    return array;
+  };
+  data.d_nll = coefficients(0.1, 1);
+  if (c.lse_gradient) {
+    data.d_lse = coefficients(-0.5, 0.5);
+    data.d_lse_squared = coefficients(-0.1, 0.1);
+  }
+  if (p.entropy_gradient) data.d_entropy = coefficients(-1, 1);
+  if (p.zbar_gradient) data.d_zbar = coefficients(-1, 1);
+  return data;
+}
+
+}  // namespace cutloss::test
