@@ -1,0 +1,149 @@
+// Which engine, which schedule: the first engine that supports the problem, and of its schedules
+// the one with the fewest products that fits the memory.
+#include <algorithm>
+#include <optional>
+
+#include "core/dtype.h"
+#include "core/engine.h"
+#include "core/text.h"
+#include "core/validate.h"
+
+namespace cutloss {
+namespace {
+
+struct Candidate {
+  Schedule schedule;
+  bool keeps_logits;
+  int products;
+};
+
+// fp16 gradients are made in backward, so that the loss scale comes before the rounding.
+bool has_f16_gradient(const Problem& p) {
+  return (p.needs_de && p.e_type == DType::f16) || (p.needs_dc && p.c_type == DType::f16) ||
+         (p.needs_dbias && p.bias_type == DType::f16);
+}
+
+std::vector<Candidate> candidates(const Problem& p, std::vector<std::string>& reasons) {
+  if (!p.needs_de && !p.needs_dc && !p.needs_dbias) return {{Schedule::none, false, 1}};
+  const int gradient_products = (p.needs_de ? 1 : 0) + (p.needs_dc ? 1 : 0);
+  std::vector<Candidate> list;
+  if (p.schedule != Schedule::vocabulary) {
+    if (p.upstream == Upstream::at_forward && !has_f16_gradient(p)) {
+      list.push_back({Schedule::rows, false, 1 + gradient_products});
+    } else {
+      reasons.push_back(p.upstream == Upstream::at_forward
+                            ? "rows: gradients in f16 are made in backward, after the loss "
+                              "scale; the logits of all rows are kept instead"
+                            : "rows: the upstream gradients are known in backward only; the "
+                              "logits of all rows are kept instead");
+      list.push_back({Schedule::rows, true, 1 + gradient_products});
+    }
+  }
+  if (p.schedule != Schedule::rows) {
+    list.push_back({Schedule::vocabulary, false, 2 + gradient_products});
+  }
+  return list;
+}
+
+std::string label(const Candidate& c) {
+  return text(name(c.schedule), c.keeps_logits ? " (logits kept)" : "", ", ", c.products,
+              c.products == 1 ? " product" : " products");
+}
+
+// The plan of one engine, or nothing where the memory is too small for all its schedules.
+std::optional<Plan> plan_with(const Engine& engine, const Problem& p,
+                              std::vector<std::string>& reasons, std::int64_t& smallest) {
+  const std::int64_t budget = p.max_workspace.value_or(kDefaultWorkspace);
+  const std::vector<Candidate> list = candidates(p, reasons);
+  const auto attempt = [&](const Candidate& c, std::int64_t bytes) -> std::optional<Plan> {
+    Plan plan;
+    plan.problem = p;
+    plan.engine = engine.name();
+    plan.schedule = c.schedule;
+    plan.keeps_logits = c.keeps_logits;
+    plan.products = c.products;
+    std::int64_t needed = 0;
+    if (engine.fit(plan, bytes, needed)) return plan;
+    smallest = std::min(smallest, needed);
+    reasons.push_back(text(label(c), ": needs at least ", needed, " bytes, but ",
+                           p.max_workspace ? "max_workspace is " : "the default is ", bytes));
+    return std::nullopt;
+  };
+  for (const Candidate& c : list) {
+    if (auto plan = attempt(c, budget)) {
+      reasons.push_back(text(label(c), ": chosen, the fewest products that fit in ", budget,
+                             " bytes"));
+      return plan;
+    }
+  }
+  if (p.max_workspace) return std::nullopt;
+  // Nobody named a limit, so the loss must work: the smallest plan, whatever it takes.
+  for (const Candidate& c : list) {
+    if (auto plan = attempt(c, smallest)) {
+      reasons.push_back(text(label(c), ": chosen, the least memory of all, ", smallest,
+                             " bytes"));
+      return plan;
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem) {
+  const Problem p = validated(problem);
+  std::vector<std::string> reasons;
+  std::int64_t smallest = std::numeric_limits<std::int64_t>::max();
+  bool supported = false;
+  if (!p.engine.empty()) engine_named(p.engine);  // throws where there is none
+  for (const Engine* engine : engines()) {
+    if (!p.engine.empty() && engine->name() != p.engine) {
+      reasons.push_back(text("engine ", engine->name(), ": not the one asked for (", p.engine,
+                             ")"));
+      continue;
+    }
+    if (const std::string refusal = engine->refusal(p); !refusal.empty()) {
+      reasons.push_back(text("engine ", engine->name(), ": ", refusal));
+      continue;
+    }
+    supported = true;
+    if (auto plan = plan_with(*engine, p, reasons, smallest)) {
+      plan->reasons = std::move(reasons);
+      return *plan;
+    }
+  }
+  std::string all;
+  for (const std::string& reason : reasons) all += "\n  " + reason;
+  if (!supported) {
+    throw Error(ErrorCode::unsupported, "no engine supports this problem:" + all);
+  }
+  throw Error(ErrorCode::workspace,
+              text("max_workspace is ", p.max_workspace.value_or(kDefaultWorkspace),
+                   " bytes, but the smallest plan needs ", smallest,
+                   " bytes; grant at least that, or leave max_workspace unset:", all));
+}
+
+std::string describe(const Plan& plan) {
+  const Problem& p = plan.problem;
+  std::string out = text("N ", row_count(p), "  V ", p.V, "  D ", p.D, "  E ", name(p.e_type),
+                         "  C ", name(p.c_type), "  compute ", name(p.compute_type), "\n",
+                         "engine ", plan.engine, "  schedule ", name(plan.schedule),
+                         plan.keeps_logits ? " (logits kept for backward)" : "", "  products ",
+                         plan.products, "\n");
+  if (plan.schedule == Schedule::rows) out += text("chunk of ", plan.chunk_rows, " rows, ");
+  out += text("blocks of ", plan.block_rows, " rows x ", plan.slab, " columns\n", "kept ",
+              plan.kept_bytes, " bytes, workspace ", plan.forward_workspace_bytes,
+              " bytes forward, ", plan.backward_workspace_bytes, " backward\n");
+  for (const std::string& reason : plan.reasons) out += reason + "\n";
+  return out;
+}
+
+std::vector<std::string> describe_machine() {
+  std::vector<std::string> lines;
+  for (const Engine* engine : engines()) {
+    lines.push_back(text("engine ", engine->name(), ": ", engine->description()));
+  }
+  return lines;
+}
+
+}  // namespace cutloss

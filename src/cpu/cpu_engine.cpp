@@ -1,0 +1,131 @@
+#include "cpu/cpu_engine.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include <omp.h>
+
+#include "core/dtype.h"
+#include "core/text.h"
+#include "cpu/gemm.h"
+#include "cpu/layout.h"
+#include "cpu/parts.h"
+#include "cpu/row_ops.h"
+
+namespace cutloss {
+namespace {
+
+using namespace cpu;
+
+// Rows and columns of one product, largest first; smaller ones where memory is short.
+struct Tile {
+  std::int64_t rows, columns;
+};
+constexpr std::array<Tile, 5> kTiles = {{{1024, 1024}, {512, 512}, {256, 256}, {128, 128}, {64, 64}}};
+
+// With few rows a slab takes more columns, so that a product stays worth its call.
+constexpr std::int64_t kTileElements = std::int64_t{1} << 20;
+constexpr std::int64_t kMaxColumns = 8192;
+
+// Rows kept at a time: each chunk reads and writes dC's sums once, which 2048 rows hide.
+constexpr std::array<std::int64_t, 5> kChunkRows = {2048, 1024, 512, 256, 128};
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
+
+// The largest equal pieces of at most `most`, a multiple of `unit` each (the last may be less).
+std::int64_t even_piece(std::int64_t total, std::int64_t most, std::int64_t unit) {
+  if (total <= most) return std::max<std::int64_t>(total, 1);
+  return round_up(divide_up(total, divide_up(total, most)), unit);
+}
+
+void set_sizes(Plan& plan, Tile tile, std::int64_t chunk_rows) {
+  const Problem& p = plan.problem;
+  plan.chunk_rows = even_piece(row_count(p), chunk_rows, 16);
+  plan.block_rows = even_piece(plan.chunk_rows, tile.rows, 16);
+  const std::int64_t columns =
+      tile.columns == kTiles[0].columns
+          ? std::clamp(kTileElements / plan.block_rows, tile.columns, kMaxColumns)
+          : tile.columns;
+  plan.slab = even_piece(p.V, columns, 16);
+  plan.kept_bytes = kept_layout(plan).bytes;
+  if (plan.schedule == Schedule::rows && !plan.keeps_logits) {
+    plan.forward_workspace_bytes = workspace_layout(plan, {true, true}).bytes;
+    plan.backward_workspace_bytes = 0;
+  } else {
+    plan.forward_workspace_bytes = workspace_layout(plan, {true, false}).bytes;
+    plan.backward_workspace_bytes =
+        plan.schedule == Schedule::none ? 0 : workspace_layout(plan, {false, true}).bytes;
+  }
+}
+
+std::int64_t peak_bytes(const Plan& plan) {
+  return plan.kept_bytes + std::max(plan.forward_workspace_bytes, plan.backward_workspace_bytes);
+}
+
+class CpuEngine final : public Engine {
+ public:
+  std::string_view name() const override { return "cpu"; }
+
+  std::string description() const override {
+    return text(describe_onednn(), "; ", describe_openblas(), "; vectors ", vector_target(), "; ",
+                omp_get_max_threads(), " threads");
+  }
+
+  std::string refusal(const Problem& p) const override {
+    return p.device == Device::cpu ? "" : "the tensors are not in host memory";
+  }
+
+  bool fit(Plan& plan, std::int64_t budget, std::int64_t& smallest) const override {
+    smallest = std::numeric_limits<std::int64_t>::max();
+    const std::int64_t rows = row_count(plan.problem);
+    for (const Tile tile : kTiles) {
+      Plan best = plan;
+      bool found = false;
+      for (const std::int64_t chunk : chunk_sizes(plan, rows)) {
+        Plan trial = plan;
+        set_sizes(trial, tile, chunk);
+        smallest = std::min(smallest, peak_bytes(trial));
+        if (peak_bytes(trial) > budget) continue;
+        // The whole in one chunk or chunks of 2048 are equally quick: the smaller of the two.
+        if (!found || (chunk >= kChunkRows[0] && peak_bytes(trial) < peak_bytes(best))) {
+          best = trial;
+          found = true;
+        }
+      }
+      if (found) {
+        plan = best;
+        return true;
+      }
+    }
+    return false;
+  }
+
+  std::unique_ptr<Parts> bind(const Plan& plan, const Args& args,
+                              Passes passes) const override {
+    return bind_parts(plan, args, passes);
+  }
+
+ private:
+  // All rows at once where the schedule says so; by rows, quickest first.
+  static std::vector<std::int64_t> chunk_sizes(const Plan& plan, std::int64_t rows) {
+    const std::int64_t all = std::max<std::int64_t>(rows, 1);
+    std::vector<std::int64_t> sizes = {all};
+    if (plan.schedule == Schedule::rows && !plan.keeps_logits) {
+      for (const std::int64_t chunk : kChunkRows) {
+        if (chunk < all) sizes.push_back(chunk);
+      }
+    }
+    return sizes;
+  }
+};
+
+}  // namespace
+
+const Engine& cpu_engine() {
+  static const CpuEngine engine;
+  return engine;
+}
+
+}  // namespace cutloss

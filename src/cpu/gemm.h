@@ -1,0 +1,44 @@
+// The matrix products, by a library. One call is one product: c = alpha a b, or c += alpha a b.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cutloss/cutloss.h"
+
+namespace cutloss::cpu {
+
+// A row-major matrix in memory, read as it lies or transposed.
+struct Operand {
+  const void* data;
+  std::int64_t stride;  // elements from row to row as it lies
+  bool transposed;
+};
+
+struct Product {
+  std::int64_t M, N, K;
+  Operand a;  // (M,K)
+  Operand b;  // (K,N)
+  void* c;    // (M,N), f32; f64 where the operands are f64
+  std::int64_t c_stride;
+  DType type;  // of a and b: f32, bf16 or f64
+  double alpha = 1;
+  bool accumulate = false;
+};
+
+// Throws Error(out_of_memory | internal) when the library fails.
+void multiply_onednn(const Product& product);    // f32, bf16
+void multiply_openblas(const Product& product);  // f64
+
+inline void multiply(const Product& product) {
+  product.type == DType::f64 ? multiply_openblas(product) : multiply_onednn(product);
+}
+
+// Whether bf16 operands run at bf16's speed here (AVX512_BF16 or AMX). Elsewhere the library
+// throws or is slower than with f32 operands.
+bool has_native_bf16();
+
+std::string describe_onednn();
+std::string describe_openblas();
+
+}  // namespace cutloss::cpu

@@ -1,0 +1,102 @@
+#include "cpu/layout.h"
+
+#include "core/dtype.h"
+#include "core/logit_math.h"
+#include "cpu/gemm.h"
+
+namespace cutloss::cpu {
+namespace {
+
+class Shelf {
+ public:
+  std::int64_t place(std::int64_t bytes) {
+    const std::int64_t offset = bytes_;
+    bytes_ += (bytes + 63) / 64 * 64;
+    return offset;
+  }
+  std::int64_t bytes() const { return bytes_; }
+
+ private:
+  std::int64_t bytes_ = 0;
+};
+
+}  // namespace
+
+DType product_type(const Problem& p) {
+  switch (p.compute_type) {
+    case DType::f64:
+      return DType::f64;
+    case DType::bf16:
+      return has_native_bf16() ? DType::bf16 : DType::f32;
+    case DType::f16:  // no processor multiplies f16 with f32 sums; f32 holds every f16
+    case DType::f32:
+      return DType::f32;
+  }
+  return DType::f32;
+}
+
+bool keeps_exponentials(const Problem& p) {
+  return product_type(p) == DType::bf16 && !p.entropy_gradient && !(p.softcap && p.zbar_gradient);
+}
+
+bool accumulates_in_place(DType gradient_type, const Problem& p) {
+  return gradient_type == stat_type(p.compute_type);
+}
+
+std::int64_t slab_count(const Plan& plan) { return (plan.problem.V + plan.slab - 1) / plan.slab; }
+
+WorkspaceLayout workspace_layout(const Plan& plan, Passes passes) {
+  const auto [forward, backward] = passes;
+  const Problem& p = plan.problem;
+  const std::int64_t operand = size_of(product_type(p));
+  const std::int64_t stat = size_of(stat_type(p.compute_type));
+  const std::int64_t state =
+      p.compute_type == DType::f64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
+  const bool from_kept = plan.schedule == Schedule::rows;
+  Shelf shelf;
+  WorkspaceLayout layout;
+  layout.row_list = shelf.place((1 + row_count(p)) * 8);
+  if (forward) layout.states = shelf.place(plan.chunk_rows * state);
+  layout.e_block = shelf.place(plan.block_rows * p.D * operand);
+  if (p.c_type != product_type(p)) layout.c_slab = shelf.place(plan.slab * p.D * operand);
+  if (p.has_bias && p.bias_type != stat_type(p.compute_type)) {
+    layout.bias = shelf.place(p.V * stat);
+  }
+  const bool makes_logits = forward || !from_kept;
+  const bool into_kept = from_kept && !keeps_exponentials(p);
+  if (makes_logits && !into_kept) layout.z = shelf.place(plan.block_rows * plan.slab * stat);
+  if (!backward) {
+    layout.bytes = shelf.bytes();
+    return layout;
+  }
+  if (product_type(p) == DType::bf16 || from_kept) {
+    layout.g = shelf.place(plan.block_rows * plan.slab * operand);
+  }
+  if (p.needs_de && !accumulates_in_place(p.e_type, p)) {
+    layout.de_sums = shelf.place(plan.chunk_rows * p.D * stat);
+  }
+  if (p.needs_dc && !accumulates_in_place(p.c_type, p)) {
+    const bool one_chunk = plan.chunk_rows >= row_count(p);
+    layout.dc_sums = shelf.place((one_chunk ? plan.slab : p.V) * p.D * stat);
+  }
+  if (p.needs_dbias) layout.dbias_sums = shelf.place(p.V * stat);
+  layout.bytes = shelf.bytes();
+  return layout;
+}
+
+KeptLayout kept_layout(const Plan& plan) {
+  const Problem& p = plan.problem;
+  KeptLayout layout;
+  if (plan.schedule != Schedule::rows) return layout;
+  Shelf shelf;
+  if (keeps_exponentials(p)) {
+    layout.logits = shelf.place(plan.chunk_rows * p.V * size_of(DType::bf16));
+    layout.slab_maxima = shelf.place(plan.chunk_rows * slab_count(plan) * 4);
+  } else {
+    layout.logits = shelf.place(plan.chunk_rows * p.V * size_of(stat_type(p.compute_type)));
+  }
+  layout.bytes = shelf.bytes();
+  return layout;
+}
+
+}  // namespace cutloss::cpu

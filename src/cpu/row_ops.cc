@@ -1,0 +1,458 @@
+#include "cpu/row_ops.h"
+
+#include <cstring>
+#include <limits>
+
+#include "core/dtype.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/row_ops.cc"
+#include <hwy/foreach_target.h>  // compiles the section below once for each instruction set
+
+#include <hwy/highway.h>
+
+#include <hwy/contrib/math/math-inl.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace cutloss::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+template <class T>
+using Tag = hn::ScalableTag<T>;
+
+// e^x for x <= 0 (or NaN, which stays NaN; -inf makes 0). Cody-Waite reduction and a minimax
+// polynomial of degree 6 on [-ln2/2, ln2/2] (relative error 3e-9): within 2 ulp. Results under 2^-125 are 0: beside a row's
+// maximum, which contributes 1, they count for nothing.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V exp_nonpositive(D d, V x) {
+  if constexpr (std::is_same_v<hn::TFromD<D>, double>) {
+    return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
+  } else {
+    const hn::RebindToSigned<D> di;
+    const V n = hn::Round(hn::Mul(x, hn::Set(d, 1.44269504f)));
+    V r = hn::NegMulAdd(n, hn::Set(d, 0.693145752f), x);  // ln 2, its first 16 bits
+    r = hn::NegMulAdd(n, hn::Set(d, 1.42860677e-6f), r);  // and the rest
+    V p = hn::Set(d, 1.38145988e-3f);
+    p = hn::MulAdd(p, r, hn::Set(d, 8.36871658e-3f));
+    p = hn::MulAdd(p, r, hn::Set(d, 4.16683890e-2f));
+    p = hn::MulAdd(p, r, hn::Set(d, 1.66665211e-1f));
+    p = hn::MulAdd(p, r, hn::Set(d, 0.49999994f));
+    p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
+    p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
+    // p is in (0.7, 1.5): adding n to its exponent is the multiplication by 2^n.
+    const auto exponent = hn::ShiftLeft<23>(hn::ConvertTo(di, n));
+    const V scaled = hn::BitCast(d, hn::Add(hn::BitCast(di, p), exponent));
+    const V tiny = hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -86.6f)), scaled);
+    return hn::IfThenElse(hn::IsNaN(x), x, tiny);
+  }
+}
+
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V tanh_keeping_nan(D d, V x) {
+  return hn::IfThenElse(hn::IsNaN(x), x, hn::Tanh(d, x));
+}
+
+// Calls body(i, valid) for each vector of a row; valid is less than a whole one only at the end.
+template <class D, class Body>
+HWY_INLINE void for_each_vector(D d, std::int64_t count, Body body) {
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  std::int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) body(i, lanes);
+  if (i < count) body(i, count - i);
+}
+
+template <class D, class T = hn::TFromD<D>>
+HWY_INLINE hn::Vec<D> load(D d, const T* from, std::int64_t valid, T pad) {
+  if (valid == static_cast<std::int64_t>(hn::Lanes(d))) return hn::LoadU(d, from);
+  HWY_ALIGN T buffer[HWY_MAX_BYTES / sizeof(T)];
+  for (std::size_t i = 0; i < hn::Lanes(d); ++i) {
+    buffer[i] = static_cast<std::int64_t>(i) < valid ? from[i] : pad;
+  }
+  return hn::Load(d, buffer);
+}
+
+template <class D, class T = hn::TFromD<D>>
+HWY_INLINE void store(D d, hn::Vec<D> v, T* to, std::int64_t valid) {
+  if (valid == static_cast<std::int64_t>(hn::Lanes(d))) return hn::StoreU(v, d, to);
+  HWY_ALIGN T buffer[HWY_MAX_BYTES / sizeof(T)];
+  hn::Store(v, d, buffer);
+  std::memcpy(to, buffer, static_cast<std::size_t>(valid) * sizeof(T));
+}
+
+// Round to nearest even; NaN stays NaN.
+template <class D>
+HWY_INLINE auto to_bf16(D /*d*/, hn::Vec<D> v) {
+  const hn::RebindToUnsigned<D> du;
+  const hn::Rebind<std::uint16_t, D> d16;
+  const auto bits = hn::BitCast(du, v);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
+  const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fffu)));
+  const auto quiet = hn::Or(bits, hn::Set(du, 0x400000u));
+  const auto kept = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), quiet, rounded);
+  return hn::TruncateTo(d16, hn::ShiftRight<16>(kept));
+}
+
+template <class D>
+HWY_INLINE hn::Vec<D> from_bf16(D d, hn::Vec<hn::Rebind<std::uint16_t, D>> v) {
+  const hn::RebindToUnsigned<D> du;
+  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, v)));
+}
+
+template <class T>
+void apply_transform(T* z, std::int64_t columns, const Transform<T>& transform) {
+  const Tag<T> d;
+  const auto inv_temperature = hn::Set(d, transform.inv_temperature);
+  const auto softcap = hn::Set(d, transform.softcap);
+  const auto inv_softcap =
+      hn::Set(d, transform.softcap == T(0) ? T(0) : T(1) / transform.softcap);
+  for_each_vector(d, columns, [&](std::int64_t i, std::int64_t valid) {
+    auto v = load(d, z + i, valid, T(0));
+    if (transform.bias != nullptr) v = hn::Add(v, load(d, transform.bias + i, valid, T(0)));
+    if (transform.softcap != T(0)) {
+      v = hn::Mul(softcap, tanh_keeping_nan(d, hn::Mul(v, inv_softcap)));
+    }
+    store(d, hn::Mul(v, inv_temperature), z + i, valid);
+  });
+}
+
+template <class T>
+T weighted_total(const T* z, const T* weight, std::int64_t columns) {
+  const Tag<T> d;
+  auto total = hn::Zero(d);
+  for_each_vector(d, columns, [&](std::int64_t i, std::int64_t valid) {
+    const auto v = load(d, z + i, valid, T(0));
+    total = weight == nullptr ? hn::Add(total, v)
+                              : hn::MulAdd(v, load(d, weight + i, valid, T(0)), total);
+  });
+  return hn::GetLane(hn::SumOfLanes(d, total));
+}
+
+template <class T>
+T maximum(const T* z, std::int64_t columns) {
+  const Tag<T> d;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  auto top0 = hn::Set(d, -inf);
+  auto top1 = top0;
+  std::int64_t i = 0;
+  for (; i + 2 * lanes <= columns; i += 2 * lanes) {
+    top0 = hn::Max(top0, hn::LoadU(d, z + i));
+    top1 = hn::Max(top1, hn::LoadU(d, z + i + lanes));
+  }
+  for (; i < columns; i += lanes) {
+    const std::int64_t valid = columns - i < lanes ? columns - i : lanes;
+    top0 = hn::Max(top0, load(d, z + i, valid, -inf));
+  }
+  return hn::GetLane(hn::MaxOfLanes(d, hn::Max(top0, top1)));
+}
+
+template <class T>
+std::int64_t first_equal(const T* z, T value, std::int64_t columns) {
+  const Tag<T> d;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  const auto wanted = hn::Set(d, value);
+  std::int64_t i = 0;
+  for (; i + lanes <= columns; i += lanes) {
+    const auto found = hn::FindFirstTrue(d, hn::Eq(hn::LoadU(d, z + i), wanted));
+    if (found >= 0) return i + found;
+  }
+  for (; i < columns; ++i) {
+    if (z[i] == value) return i;
+  }
+  return 0;  // the row holds a NaN
+}
+
+template <class T>
+void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  const Tag<T> d;
+  if (!row.transform.identity()) apply_transform(row.z, row.columns, row.transform);
+  if (row.zbar) state.zbar_sum += weighted_total(row.z, row.class_weight, row.columns);
+
+  const std::int64_t at = row.target - row.first_column;
+  const bool here = at >= 0 && at < row.columns;
+  if (here) {
+    state.target_logit = row.z[at];
+    row.z[at] = -inf;
+  }
+  const T top = maximum(row.z, row.columns);
+  row.slab_max = top;
+  // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
+  const T shift = top == -inf ? T(0) : top;
+  const auto shift_v = hn::Set(d, shift);
+  auto sum = hn::Zero(d);
+  auto weighted = hn::Zero(d);
+
+  const T softcap = row.transform.softcap;
+  const T slope_scale =
+      softcap == T(0) ? T(0) : T(1) / (row.transform.inv_temperature * softcap);
+  const auto plain = [&](std::int64_t i, std::int64_t valid) {
+    const auto z = load(d, row.z + i, valid, -inf);
+    sum = hn::Add(sum, exp_nonpositive(d, hn::Sub(z, shift_v)));
+  };
+  const auto with_entropy = [&](std::int64_t i, std::int64_t valid) {
+    const auto t = hn::Sub(load(d, row.z + i, valid, -inf), shift_v);
+    const auto e = exp_nonpositive(d, t);
+    sum = hn::Add(sum, e);
+    const auto term = hn::Mul(e, t);  // 0 * -inf is 0 here
+    weighted = hn::Add(weighted, hn::IfThenZeroElse(hn::Eq(e, hn::Zero(d)), term));
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    const hn::Rebind<std::uint16_t, Tag<T>> d16;
+    const auto keeping = [&](std::int64_t i, std::int64_t valid) {
+      const auto z = load(d, row.z + i, valid, -inf);
+      const auto t = hn::Sub(z, shift_v);
+      auto e = exp_nonpositive(d, t);
+      sum = hn::Add(sum, e);
+      if (row.entropy) {
+        const auto none = hn::Eq(e, hn::Zero(d));
+        weighted = hn::Add(weighted, hn::IfThenZeroElse(none, hn::Mul(e, t)));
+      }
+      if (softcap != T(0)) {
+        const auto none = hn::Eq(e, hn::Zero(d));
+        const auto u = hn::IfThenZeroElse(none, hn::Mul(z, hn::Set(d, slope_scale)));
+        e = hn::NegMulAdd(hn::Mul(e, u), u, e);
+      }
+      store(d16, to_bf16(d, e), row.kept + i, valid);
+    };
+    if (row.kept != nullptr) {
+      for_each_vector(d, row.columns, keeping);
+    } else if (row.entropy) {
+      for_each_vector(d, row.columns, with_entropy);
+    } else {
+      for_each_vector(d, row.columns, plain);
+    }
+  } else {
+    if (row.entropy) {
+      for_each_vector(d, row.columns, with_entropy);
+    } else {
+      for_each_vector(d, row.columns, plain);
+    }
+  }
+  const std::int64_t argmax =
+      row.argmax && top > state.max ? row.first_column + first_equal(row.z, top, row.columns) : 0;
+  if (here) row.z[at] = state.target_logit;
+  merge(state, top, hn::GetLane(hn::SumOfLanes(d, sum)), hn::GetLane(hn::SumOfLanes(d, weighted)),
+        argmax);
+}
+
+// Calls write(i, valid, g) for each vector of the row's g.
+template <class T, class Write>
+HWY_INLINE void make_gradient(const GradientRow<T>& row, T* z, const Transform<T>* transform,
+                              Write write) {
+  const Tag<T> d;
+  const RowCoefficients<T>& k = row.coefficients;
+  if (transform != nullptr && !transform->identity()) {
+    apply_transform(z, row.columns, *transform);
+  }
+  const auto row_max = hn::Set(d, k.row_max);
+  const auto log_sum = hn::Set(d, k.log_sum);
+  const auto scale = hn::Set(d, k.a * k.inv_temperature);
+  if (k.d_entropy == T(0) && k.zbar == T(0) && k.softcap == T(0)) {
+    for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
+      const auto t = hn::Sub(hn::Sub(load(d, z + i, valid, T(0)), row_max), log_sum);
+      write(i, valid, hn::Mul(exp_nonpositive(d, t), scale));
+    });
+    return;
+  }
+  const auto a = hn::Set(d, k.a);
+  const auto d_entropy = hn::Set(d, k.d_entropy);
+  const auto entropy = hn::Set(d, k.entropy);
+  const auto zbar = hn::Set(d, k.zbar);
+  const auto inv_temperature = hn::Set(d, k.inv_temperature);
+  const auto slope_scale =
+      hn::Set(d, k.softcap == T(0) ? T(0) : T(1) / (k.inv_temperature * k.softcap));
+  for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
+    const auto v = load(d, z + i, valid, T(0));
+    const auto t = hn::Sub(hn::Sub(v, row_max), log_sum);
+    const auto p = exp_nonpositive(d, t);
+    auto g = hn::Mul(p, a);
+    if (k.d_entropy != T(0)) {
+      const auto term = hn::Mul(hn::Mul(p, d_entropy), hn::Add(t, entropy));
+      g = hn::Sub(g, hn::IfThenZeroElse(hn::Eq(p, hn::Zero(d)), term));
+    }
+    if (k.zbar != T(0)) {
+      g = row.class_weight == nullptr
+              ? hn::Add(g, zbar)
+              : hn::MulAdd(zbar, load(d, row.class_weight + i, valid, T(0)), g);
+    }
+    if (k.softcap != T(0)) {
+      const auto u = hn::Mul(v, slope_scale);
+      g = hn::Mul(g, hn::NegMulAdd(u, u, hn::Set(d, T(1))));
+    }
+    write(i, valid, hn::Mul(g, inv_temperature));
+  });
+}
+
+template <class T>
+void row_gradient_impl(const GradientRow<T>& row, T* z, const Transform<T>* transform, T* g) {
+  const Tag<T> d;
+  make_gradient(row, z, transform, [&](std::int64_t i, std::int64_t valid, auto v) {
+    store(d, v, g + i, valid);
+  });
+  if (row.target >= 0) g[row.target] = row.target_g;
+}
+
+void row_gradient_bf16_impl(const GradientRow<float>& row, float* z,
+                            const Transform<float>* transform, std::uint16_t* g) {
+  const Tag<float> d;
+  const hn::Rebind<std::uint16_t, Tag<float>> d16;
+  make_gradient(row, z, transform, [&](std::int64_t i, std::int64_t valid, auto v) {
+    store(d16, to_bf16(d, v), g + i, valid);
+  });
+  if (row.target >= 0) g[row.target] = cutloss::float_to_bf16(row.target_g);
+}
+
+void row_gradient_from_kept_impl(const GradientRow<float>& row, const std::uint16_t* kept,
+                                 float slab_max, std::uint16_t* g) {
+  const Tag<float> d;
+  const hn::Rebind<std::uint16_t, Tag<float>> d16;
+  const RowCoefficients<float>& k = row.coefficients;
+  const float p_scale = std::exp(rescale(slab_max, k.row_max) == 0.0f
+                                     ? -std::numeric_limits<float>::infinity()
+                                     : (slab_max - k.row_max) - k.log_sum);
+  const auto scale = hn::Set(d, p_scale * k.a * k.inv_temperature);
+  const auto zbar = hn::Set(d, k.zbar * k.inv_temperature);
+  for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
+    auto v = hn::Mul(from_bf16(d, load(d16, kept + i, valid, std::uint16_t{0})), scale);
+    if (k.zbar != 0.0f) {
+      v = row.class_weight == nullptr
+              ? hn::Add(v, zbar)
+              : hn::MulAdd(zbar, load(d, row.class_weight + i, valid, 0.0f), v);
+    }
+    store(d16, to_bf16(d, v), g + i, valid);
+  });
+  if (row.target >= 0) g[row.target] = cutloss::float_to_bf16(row.target_g);
+}
+
+void bf16_to_float_impl(const std::uint16_t* from, float* to, std::int64_t count) {
+  const Tag<float> d;
+  const hn::Rebind<std::uint16_t, Tag<float>> d16;
+  for_each_vector(d, count, [&](std::int64_t i, std::int64_t valid) {
+    store(d, from_bf16(d, load(d16, from + i, valid, std::uint16_t{0})), to + i, valid);
+  });
+}
+
+void float_to_bf16_impl(const float* from, std::uint16_t* to, std::int64_t count) {
+  const Tag<float> d;
+  const hn::Rebind<std::uint16_t, Tag<float>> d16;
+  for_each_vector(d, count, [&](std::int64_t i, std::int64_t valid) {
+    store(d16, to_bf16(d, load(d, from + i, valid, 0.0f)), to + i, valid);
+  });
+}
+
+template <class T>
+void add_impl(const T* values, T* sums, std::int64_t count) {
+  const Tag<T> d;
+  for_each_vector(d, count, [&](std::int64_t i, std::int64_t valid) {
+    const auto sum = hn::Add(load(d, sums + i, valid, T(0)), load(d, values + i, valid, T(0)));
+    store(d, sum, sums + i, valid);
+  });
+}
+
+void add_bf16_impl(const std::uint16_t* values, float* sums, std::int64_t count) {
+  const Tag<float> d;
+  const hn::Rebind<std::uint16_t, Tag<float>> d16;
+  for_each_vector(d, count, [&](std::int64_t i, std::int64_t valid) {
+    const auto v = from_bf16(d, load(d16, values + i, valid, std::uint16_t{0}));
+    store(d, hn::Add(load(d, sums + i, valid, 0.0f), v), sums + i, valid);
+  });
+}
+
+void row_statistics_f32(StatisticsRow<float>& row, RowState<float>& state) {
+  row_statistics_impl(row, state);
+}
+void row_statistics_f64(StatisticsRow<double>& row, RowState<double>& state) {
+  row_statistics_impl(row, state);
+}
+void row_gradient_f32(const GradientRow<float>& row, float* z, const Transform<float>* transform,
+                      float* g) {
+  row_gradient_impl(row, z, transform, g);
+}
+void row_gradient_f64(const GradientRow<double>& row, double* z,
+                      const Transform<double>* transform, double* g) {
+  row_gradient_impl(row, z, transform, g);
+}
+void add_f32(const float* values, float* sums, std::int64_t count) {
+  add_impl(values, sums, count);
+}
+void add_f64(const double* values, double* sums, std::int64_t count) {
+  add_impl(values, sums, count);
+}
+const char* vector_target_impl() { return hwy::TargetName(HWY_TARGET); }
+
+}  // namespace cutloss::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace cutloss::cpu {
+
+HWY_EXPORT(row_statistics_f32);
+HWY_EXPORT(row_statistics_f64);
+HWY_EXPORT(row_gradient_f32);
+HWY_EXPORT(row_gradient_f64);
+HWY_EXPORT(row_gradient_bf16_impl);
+HWY_EXPORT(row_gradient_from_kept_impl);
+HWY_EXPORT(bf16_to_float_impl);
+HWY_EXPORT(float_to_bf16_impl);
+HWY_EXPORT(add_f32);
+HWY_EXPORT(add_f64);
+HWY_EXPORT(add_bf16_impl);
+HWY_EXPORT(vector_target_impl);
+
+template <>
+void row_statistics(StatisticsRow<float>& row, RowState<float>& state) {
+  HWY_DYNAMIC_DISPATCH(row_statistics_f32)(row, state);
+}
+template <>
+void row_statistics(StatisticsRow<double>& row, RowState<double>& state) {
+  HWY_DYNAMIC_DISPATCH(row_statistics_f64)(row, state);
+}
+template <>
+void row_gradient(const GradientRow<float>& row, float* z, const Transform<float>* transform,
+                  float* g) {
+  HWY_DYNAMIC_DISPATCH(row_gradient_f32)(row, z, transform, g);
+}
+template <>
+void row_gradient(const GradientRow<double>& row, double* z, const Transform<double>* transform,
+                  double* g) {
+  HWY_DYNAMIC_DISPATCH(row_gradient_f64)(row, z, transform, g);
+}
+void row_gradient_bf16(const GradientRow<float>& row, float* z, const Transform<float>* transform,
+                       std::uint16_t* g) {
+  HWY_DYNAMIC_DISPATCH(row_gradient_bf16_impl)(row, z, transform, g);
+}
+void row_gradient_from_kept(const GradientRow<float>& row, const std::uint16_t* kept,
+                            float slab_max, std::uint16_t* g) {
+  HWY_DYNAMIC_DISPATCH(row_gradient_from_kept_impl)(row, kept, slab_max, g);
+}
+void bf16_to_float(const std::uint16_t* from, float* to, std::int64_t count) {
+  HWY_DYNAMIC_DISPATCH(bf16_to_float_impl)(from, to, count);
+}
+void float_to_bf16(const float* from, std::uint16_t* to, std::int64_t count) {
+  HWY_DYNAMIC_DISPATCH(float_to_bf16_impl)(from, to, count);
+}
+template <>
+void add(const float* values, float* sums, std::int64_t count) {
+  HWY_DYNAMIC_DISPATCH(add_f32)(values, sums, count);
+}
+template <>
+void add(const double* values, double* sums, std::int64_t count) {
+  HWY_DYNAMIC_DISPATCH(add_f64)(values, sums, count);
+}
+void add_bf16(const std::uint16_t* values, float* sums, std::int64_t count) {
+  HWY_DYNAMIC_DISPATCH(add_bf16_impl)(values, sums, count);
+}
+
+// f16 is only stored, never computed with: one value at a time is enough.
+void f16_to_float(const std::uint16_t* from, float* to, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = cutloss::f16_to_float(from[i]);
+}
+void float_to_f16(const float* from, std::uint16_t* to, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = cutloss::float_to_f16(from[i]);
+}
+
+const char* vector_target() { return HWY_DYNAMIC_DISPATCH(vector_target_impl)(); }
+
+}  // namespace cutloss::cpu
+#endif  // HWY_ONCE

@@ -1,0 +1,74 @@
+// Work on one row of logits within one slab of columns, vectorised for the processor that runs
+// it. A row segment stays in L1 between the passes, so each option is a pass of its own and
+// costs nothing where it is absent.
+#pragma once
+
+#include <cstdint>
+
+#include "core/logit_math.h"
+
+namespace cutloss::cpu {
+
+// z = softcap(dot + bias) * inv_temperature.
+template <class T>
+struct Transform {
+  const T* bias = nullptr;  // of the slab's columns, or null
+  T softcap = 0;            // 0: none
+  T inv_temperature = 1;
+  bool identity() const { return bias == nullptr && softcap == T(0) && inv_temperature == T(1); }
+};
+
+template <class T>
+struct StatisticsRow {
+  T* z;  // in: products of E and C; out: z, the target included
+  std::int64_t columns;
+  std::int64_t first_column;  // of the vocabulary
+  std::int64_t target;        // in the vocabulary
+  Transform<T> transform;
+  bool entropy;
+  bool argmax;
+  bool zbar;
+  const T* class_weight;  // of the slab's columns, or null for 1
+  // Where not null: e^(z - slab_max) (times the softcap's slope) as bf16, 0 at the target.
+  std::uint16_t* kept;
+  T slab_max;  // out
+};
+
+template <class T>
+void row_statistics(StatisticsRow<T>& row, RowState<T>& state);
+
+template <class T>
+struct GradientRow {
+  std::int64_t columns;
+  std::int64_t target;  // in the slab, or -1
+  T target_g;           // g there
+  RowCoefficients<T> coefficients;
+  const T* class_weight;  // of the slab's columns, or null for 1
+};
+
+// g from logits; `transform` still to be applied where the logits are recomputed, null where z is
+// final. Writes T to `g` (which may be z), or bf16.
+template <class T>
+void row_gradient(const GradientRow<T>& row, T* z, const Transform<T>* transform, T* g);
+void row_gradient_bf16(const GradientRow<float>& row, float* z, const Transform<float>* transform,
+                       std::uint16_t* g);
+
+// g from what row_statistics kept as bf16, whose slab maximum was `slab_max`.
+void row_gradient_from_kept(const GradientRow<float>& row, const std::uint16_t* kept,
+                            float slab_max, std::uint16_t* g);
+
+// Conversions of contiguous values; bf16 and f16 as their bits.
+void bf16_to_float(const std::uint16_t* from, float* to, std::int64_t count);
+void float_to_bf16(const float* from, std::uint16_t* to, std::int64_t count);
+void f16_to_float(const std::uint16_t* from, float* to, std::int64_t count);
+void float_to_f16(const float* from, std::uint16_t* to, std::int64_t count);
+
+// sums[i] += values[i]
+template <class T>
+void add(const T* values, T* sums, std::int64_t count);
+void add_bf16(const std::uint16_t* values, float* sums, std::int64_t count);
+
+// What the vector code was chosen for: "AVX3_ZEN4", "AVX2", ...
+const char* vector_target();
+
+}  // namespace cutloss::cpu
