@@ -1,0 +1,228 @@
+#include "call.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <string>
+
+namespace cutloss::binding {
+namespace {
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw Error(ErrorCode::invalid_value, message);
+}
+
+std::string shape(const Tensor& t) {
+  std::string out = "(";
+  for (std::int64_t i = 0; i < t.dim(); ++i) {
+    out += (i > 0 ? ", " : "") + std::to_string(t.size(i));
+  }
+  return out + ")";
+}
+
+Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// As the library reads it: elements of a row next to each other, rows apart and in order. Views
+// that are (slices, a padded leading dimension) are used in place; others are copied.
+Tensor with_apart_rows(const Tensor& t) {
+  std::int64_t extent = 1;
+  for (std::int64_t dim = t.dim() - 1; dim >= 0; --dim) {
+    const std::int64_t size = t.size(dim);
+    if (size == 0) return packed(t);
+    if (size == 1) continue;
+    const bool row = dim == t.dim() - 1;
+    if (row ? t.stride(dim) != 1 : t.stride(dim) < extent) return torch::stable::contiguous(t);
+    extent += (size - 1) * t.stride(dim);
+  }
+  return t;
+}
+
+// 0, "packed", where there is one entry: PyTorch leaves such strides arbitrary.
+std::int64_t stride(const Tensor& t, std::int64_t dim) {
+  return t.size(dim) > 1 ? t.stride(dim) : 0;
+}
+
+void check_shapes(const Operands& o, const Options& options) {
+  require(o.e.dim() == 3, "e must be (sequences, length, D), got shape " + shape(o.e));
+  require(o.c.dim() == 2, "c must be (V, D), got shape " + shape(o.c));
+  require(o.e.size(2) == o.c.size(1), "e and c must agree in D, got e of shape " + shape(o.e) +
+                                          " and c of shape " + shape(o.c));
+  require(o.targets.dim() == 2 && o.targets.size(0) == o.e.size(0) &&
+              o.targets.size(1) == o.e.size(1),
+          "targets must be (sequences, length) of e, got shape " + shape(o.targets) +
+              " and e of shape " + shape(o.e));
+  const auto is_vector_of_v = [&](const std::optional<Tensor>& t, const char* what) {
+    require(!t || (t->dim() == 1 && t->size(0) == o.c.size(0)),
+            std::string(what) + " must be (V), got shape " + (t ? shape(*t) : "") +
+                " and c of shape " + shape(o.c));
+  };
+  is_vector_of_v(o.bias, "bias");
+  is_vector_of_v(o.class_weight, "class_weight");
+  require(options.schedule >= 0 && options.schedule <= 3,
+          "schedule must be 0, 1, 2 or 3, got " + std::to_string(options.schedule));
+}
+
+}  // namespace
+
+Operands read_operands(Stack& s) {
+  Operands o;
+  o.e = s.next<Tensor>();
+  o.c = s.next<Tensor>();
+  o.bias = s.next<std::optional<Tensor>>();
+  o.targets = s.next<Tensor>();
+  o.row_temperature = s.next<std::optional<Tensor>>();
+  o.class_weight = s.next<std::optional<Tensor>>();
+  return o;
+}
+
+Options read_options(Stack& s) {
+  Options o;
+  o.compute = s.next<ScalarType>();
+  o.shift = s.next<std::int64_t>();
+  o.ignore_index = s.next<std::int64_t>();
+  o.softcap = s.next<std::optional<double>>();
+  o.logit_scale = s.next<double>();
+  o.temperature = s.next<double>();
+  o.wants_entropy = s.next<bool>();
+  o.wants_zbar = s.next<bool>();
+  o.wants_argmax = s.next<bool>();
+  o.needs_de = s.next<bool>();
+  o.needs_dc = s.next<bool>();
+  o.needs_dbias = s.next<bool>();
+  o.schedule = s.next<std::int64_t>();
+  o.max_workspace = s.next<std::optional<std::int64_t>>();
+  o.kept_bytes = s.next<std::int64_t>();
+  return o;
+}
+
+Problem problem_of(const Options& options, Upstream upstream) {
+  Problem p;
+  p.shift = options.shift;
+  p.compute_type = dtype_of(options.compute, "compute_dtype");
+  p.ignore_index = options.ignore_index;
+  p.softcap = options.softcap;
+  p.logit_scale = options.logit_scale;
+  p.temperature = options.temperature;
+  p.wants_entropy = options.wants_entropy;
+  p.wants_zbar = options.wants_zbar;
+  p.wants_argmax = options.wants_argmax;
+  p.needs_de = options.needs_de;
+  p.needs_dc = options.needs_dc;
+  p.needs_dbias = options.needs_dbias;
+  const bool gradient = p.needs_de || p.needs_dc || p.needs_dbias;
+  p.upstream = gradient ? upstream : Upstream::none;
+  p.entropy_gradient = gradient && p.wants_entropy;
+  p.zbar_gradient = gradient && p.wants_zbar;
+  p.max_workspace = options.max_workspace;
+  p.schedule = static_cast<Schedule>(options.schedule);
+  return p;
+}
+
+Call::Call(Operands operands, const Options& options, Upstream upstream)
+    : operands_(std::move(operands)) {
+  Operands& o = operands_;
+  check_shapes(o, options);
+  o.e = with_apart_rows(o.e);
+  o.c = with_apart_rows(o.c);
+  o.targets = packed(o.targets);
+  if (o.bias) o.bias = packed(*o.bias);
+
+  Problem p = problem_of(options, upstream);
+  p.sequences = o.e.size(0);
+  p.length = o.e.size(1);
+  p.V = o.c.size(0);
+  p.D = o.c.size(1);
+  p.e_sequence_stride = stride(o.e, 0);
+  p.e_row_stride = stride(o.e, 1);
+  p.c_row_stride = stride(o.c, 0);
+  p.e_type = dtype_of(o.e.scalar_type(), "e");
+  p.c_type = dtype_of(o.c.scalar_type(), "c");
+  p.has_bias = o.bias.has_value();
+  p.bias_type = p.has_bias ? dtype_of(o.bias->scalar_type(), "bias") : p.c_type;
+  p.target_type = index_type_of(o.targets.scalar_type());
+  p.has_row_temperature = o.row_temperature.has_value();
+  p.has_class_weight = o.class_weight.has_value();
+  plan_ = make_plan(p);
+  require(kept_bytes() == options.kept_bytes,
+          "kept_bytes must be what the plan says, " + std::to_string(kept_bytes()) +
+              ", got " + std::to_string(options.kept_bytes));
+
+  args.in.e = o.e.const_data_ptr();
+  args.in.c = o.c.const_data_ptr();
+  args.in.bias = o.bias ? o.bias->const_data_ptr() : nullptr;
+  args.in.targets = o.targets.const_data_ptr();
+  args.in.temperature = row_input(o.row_temperature, "row_temperature");
+  if (o.class_weight) {
+    require(o.class_weight->scalar_type() == stats(), "class_weight must have the dtype of the "
+                                                      "per-row outputs");
+    alive_.push_back(packed(*o.class_weight));
+    args.in.class_weight = alive_.back().const_data_ptr();
+  }
+}
+
+bool Call::counts(std::int64_t row) const {
+  const Problem& p = plan_.problem;
+  const std::int64_t per_sequence = p.length - p.shift;
+  const std::int64_t at = row / per_sequence * p.length + row % per_sequence + p.shift;
+  const std::int64_t target = p.target_type == IndexType::i64
+                                  ? static_cast<const std::int64_t*>(args.in.targets)[at]
+                                  : static_cast<const std::int32_t*>(args.in.targets)[at];
+  return target != p.ignore_index;
+}
+
+const void* Call::row_input(const std::optional<Tensor>& tensor, const char* what) {
+  if (!tensor) return nullptr;
+  require(tensor->dim() == 1 && tensor->size(0) == rows() && tensor->scalar_type() == stats(),
+          std::string(what) + " must be (" + std::to_string(rows()) +
+              ") in the dtype of the per-row outputs, got shape " + shape(*tensor) + " of " +
+              torch::headeronly::toString(tensor->scalar_type()));
+  alive_.push_back(packed(*tensor));
+  return alive_.back().const_data_ptr();
+}
+
+Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bool wanted) const {
+  static constexpr std::int64_t kNothing[] = {0};
+  const torch::headeronly::IntHeaderOnlyArrayRef shape =
+      wanted ? torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())
+             : torch::headeronly::IntHeaderOnlyArrayRef(kNothing, 1);
+  try {
+    return torch::stable::new_empty(operands_.e, shape, type);
+  } catch (const std::runtime_error&) {
+    std::int64_t elements = 1;
+    for (const std::int64_t size : shape) elements *= size;
+    throw Error(ErrorCode::out_of_memory, "could not allocate a result of " +
+                                              std::to_string(elements) + " elements of " +
+                                              torch::headeronly::toString(type));
+  }
+}
+
+Tensor Call::make_de() const {
+  const Problem& p = plan_.problem;
+  return make({p.sequences, p.length, p.D}, operands_.e.scalar_type(), p.needs_de);
+}
+
+Tensor Call::make_dc() const {
+  const Problem& p = plan_.problem;
+  return make({p.V, p.D}, operands_.c.scalar_type(), p.needs_dc);
+}
+
+Tensor Call::make_dbias() const {
+  const Problem& p = plan_.problem;
+  return make({p.V}, p.has_bias ? operands_.bias->scalar_type() : ScalarType::Float,
+              p.needs_dbias);
+}
+
+Workspace::Workspace(std::int64_t bytes) {
+  if (bytes == 0) return;
+  const auto size = (static_cast<std::size_t>(bytes) + 63) / 64 * 64;
+  data_ = std::aligned_alloc(64, size);
+  if (data_ == nullptr) {
+    throw Error(ErrorCode::out_of_memory,
+                "could not allocate a workspace of " + std::to_string(bytes) +
+                    " bytes; grant less with max_workspace, or free memory");
+  }
+}
+
+Workspace::~Workspace() { std::free(data_); }
+
+}  // namespace cutloss::binding

@@ -1,0 +1,93 @@
+// The arguments that all operators share, read from the stack, and what becomes of them.
+#pragma once
+
+#include <optional>
+
+#include "convert.h"
+
+namespace cutloss::binding {
+
+// The tensors that describe the loss, first in every schema. E is (sequences, length, D).
+struct Operands {
+  Tensor e;
+  Tensor c;
+  std::optional<Tensor> bias;
+  Tensor targets;
+  std::optional<Tensor> row_temperature;
+  std::optional<Tensor> class_weight;
+};
+
+// The keyword arguments, last in every schema.
+struct Options {
+  ScalarType compute;
+  std::int64_t shift;
+  std::int64_t ignore_index;
+  std::optional<double> softcap;
+  double logit_scale;
+  double temperature;
+  bool wants_entropy;
+  bool wants_zbar;
+  bool wants_argmax;
+  bool needs_de;
+  bool needs_dc;
+  bool needs_dbias;
+  std::int64_t schedule;  // 0 automatic, 1 none, 2 rows, 3 vocabulary
+  std::optional<std::int64_t> max_workspace;
+  std::int64_t kept_bytes;  // what the plan keeps from forward to backward; its tensor's size
+};
+
+#define CUTLOSS_OPERANDS \
+  "Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? row_temperature, Tensor? class_weight"
+#define CUTLOSS_OPTIONS                                                                       \
+  "ScalarType compute_dtype, int shift, int ignore_index, float? softcap, float logit_scale, " \
+  "float temperature, bool wants_entropy, bool wants_zbar, bool wants_argmax, bool needs_de, " \
+  "bool needs_dc, bool needs_dbias, int schedule, int? max_workspace, int kept_bytes"
+
+Operands read_operands(Stack& stack);
+Options read_options(Stack& stack);
+
+// The part of a problem that the options say.
+Problem problem_of(const Options& options, Upstream upstream);
+
+// One call: operands in a layout that the library reads, the plan, and the pointers so far.
+class Call {
+ public:
+  Call(Operands operands, const Options& options, Upstream upstream);
+
+  const Plan& plan() const { return plan_; }
+  std::int64_t rows() const { return row_count(plan_.problem); }
+  ScalarType stats() const { return stat_type(plan_.problem.compute_type); }
+  bool counts(std::int64_t row) const;  // its target is not ignore_index
+  std::int64_t kept_bytes() const { return plan_.keeps_logits ? plan_.kept_bytes : 0; }
+
+  // Per-row input of the call, (rows) in the stat dtype; null where absent. Kept alive here.
+  const void* row_input(const std::optional<Tensor>& tensor, const char* what);
+  // An uninitialised tensor of the call's device; one of no elements where it is not wanted.
+  Tensor make(std::initializer_list<std::int64_t> sizes, ScalarType type, bool wanted = true) const;
+
+  Tensor make_de() const;
+  Tensor make_dc() const;
+  Tensor make_dbias() const;
+
+  Args args;
+
+ private:
+  Operands operands_;
+  Plan plan_;
+  std::vector<Tensor> alive_;
+};
+
+// Scratch memory of one call on the host, aligned as the library wants it.
+class Workspace {
+ public:
+  explicit Workspace(std::int64_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+};
+
+}  // namespace cutloss::binding

@@ -1,0 +1,279 @@
+// The operators of torch.ops.cutloss on the CPU. Fakes and autograd are in python/cutloss/_ops.py.
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "call.h"
+
+namespace cutloss::binding {
+namespace {
+
+void* data(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
+
+// statistics(operands, *, options) -> (nll, lse, row_max, log_sum, entropy, zbar, argmax, kept)
+void statistics(Stack& stack) {
+  Operands operands = read_operands(stack);
+  const Options options = read_options(stack);
+  Call call(std::move(operands), options, Upstream::at_backward);
+  const Plan& plan = call.plan();
+  const std::int64_t rows = call.rows();
+  const ScalarType type = call.stats();
+
+  const Tensor nll = call.make({rows}, type);
+  const Tensor lse = call.make({rows}, type);
+  const Tensor row_max = call.make({rows}, type);
+  const Tensor log_sum = call.make({rows}, type);
+  const Tensor entropy = call.make({rows}, type, options.wants_entropy);
+  const Tensor zbar = call.make({rows}, type, options.wants_zbar);
+  const Tensor argmax = call.make({rows}, ScalarType::Long, options.wants_argmax);
+  const Tensor kept = call.make({call.kept_bytes()}, ScalarType::Byte);
+  const Workspace workspace(plan.forward_workspace_bytes);
+
+  RowOutputs& out = call.args.rows;
+  out.nll = data(nll);
+  out.lse = data(lse);
+  out.row_max = data(row_max);
+  out.log_sum = data(log_sum);
+  out.entropy = data(entropy);
+  out.zbar = data(zbar);
+  out.argmax = static_cast<std::int64_t*>(data(argmax));
+  call.args.kept = data(kept);
+  call.args.workspace = workspace.data();
+  forward(plan, call.args);
+  for (const Tensor* t : {&nll, &lse, &row_max, &log_sum, &entropy, &zbar, &argmax, &kept}) {
+    stack.put(*t);
+  }
+}
+
+// gradients(operands, nll, row_max, log_sum, entropy, kept, d_nll, d_lse, d_entropy, d_zbar,
+//           *, options) -> (de, dc, dbias)
+void gradients(Stack& stack) {
+  Operands operands = read_operands(stack);
+  std::array<Tensor, 5> saved;
+  for (Tensor& t : saved) t = stack.next<Tensor>();
+  std::array<std::optional<Tensor>, 4> upstream;
+  for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
+  const Options options = read_options(stack);
+  Call call(std::move(operands), options, Upstream::at_backward);
+  const Plan& plan = call.plan();
+
+  const auto read_only = [&](const Tensor& t, const char* what) {
+    return const_cast<void*>(call.row_input(t, what));  // backward reads args.rows, never writes
+  };
+  RowOutputs& rows = call.args.rows;
+  rows.nll = read_only(saved[0], "nll");
+  rows.row_max = read_only(saved[1], "row_max");
+  rows.log_sum = read_only(saved[2], "log_sum");
+  if (options.wants_entropy) rows.entropy = read_only(saved[3], "entropy");
+  if (saved[4].numel() != call.kept_bytes()) {
+    throw Error(ErrorCode::invalid_value, "kept must have " + std::to_string(call.kept_bytes()) +
+                                              " bytes, got " + std::to_string(saved[4].numel()));
+  }
+  call.args.kept = data(saved[4]);
+  RowGradients& up = call.args.upstream;
+  up.d_nll = call.row_input(upstream[0], "d_nll");
+  up.d_lse = call.row_input(upstream[1], "d_lse");
+  up.d_entropy = call.row_input(upstream[2], "d_entropy");
+  up.d_zbar = call.row_input(upstream[3], "d_zbar");
+
+  const Tensor de = call.make_de();
+  const Tensor dc = call.make_dc();
+  const Tensor dbias = call.make_dbias();
+  const Workspace workspace(plan.backward_workspace_bytes);
+  call.args.gradients = {data(de), data(dc), data(dbias)};
+  call.args.workspace = workspace.data();
+  backward(plan, call.args);
+  for (const Tensor* t : {&de, &dc, &dbias}) stack.put(*t);
+}
+
+// The loss of rows whose coefficients are known: each term in the stat dtype, the sum in fp64 and
+// in the order of the rows.
+template <class Stat>
+double weighted_sum(const Call& call) {
+  const RowOutputs& out = call.args.rows;
+  const RowGradients& up = call.args.upstream;
+  const auto at = [](const void* array, std::int64_t i) {
+    return static_cast<double>(static_cast<const Stat*>(array)[i]);
+  };
+  double sum = 0;
+  for (std::int64_t i = 0; i < call.rows(); ++i) {
+    if (!call.counts(i)) continue;
+    if (up.d_nll) sum += at(up.d_nll, i) * at(out.nll, i);
+    if (up.d_lse) sum += at(up.d_lse, i) * at(out.lse, i);
+    if (up.d_lse_squared) sum += at(up.d_lse_squared, i) * at(out.lse, i) * at(out.lse, i);
+    if (up.d_zbar) sum += at(up.d_zbar, i) * at(out.zbar, i);
+  }
+  return sum;
+}
+
+// loss_and_gradients(operands, coef_nll, coef_lse, coef_lse_squared, coef_zbar, *, options)
+//   -> (loss, argmax, de, dc, dbias)
+void loss_and_gradients(Stack& stack) {
+  Operands operands = read_operands(stack);
+  std::array<std::optional<Tensor>, 4> coefficients;
+  for (auto& t : coefficients) t = stack.next<std::optional<Tensor>>();
+  Options options = read_options(stack);
+  options.wants_zbar = coefficients[3].has_value();
+  Call call(std::move(operands), options, Upstream::at_forward);
+  const Plan& plan = call.plan();
+  const std::int64_t rows = call.rows();
+  const ScalarType type = call.stats();
+
+  const Tensor loss = call.make({}, type);
+  const Tensor nll = call.make({rows}, type);
+  const Tensor lse = call.make({rows}, type);
+  const Tensor row_max = call.make({rows}, type);
+  const Tensor log_sum = call.make({rows}, type);
+  const Tensor entropy = call.make({rows}, type, options.wants_entropy);
+  const Tensor zbar = call.make({rows}, type, options.wants_zbar);
+  const Tensor argmax = call.make({rows}, ScalarType::Long, options.wants_argmax);
+  const Tensor de = call.make_de();
+  const Tensor dc = call.make_dc();
+  const Tensor dbias = call.make_dbias();
+  const Workspace kept(plan.kept_bytes);
+  const Workspace workspace(plan.forward_workspace_bytes);
+
+  RowOutputs& out = call.args.rows;
+  out.nll = data(nll);
+  out.lse = data(lse);
+  out.row_max = data(row_max);
+  out.log_sum = data(log_sum);
+  out.entropy = data(entropy);
+  out.zbar = data(zbar);
+  out.argmax = static_cast<std::int64_t*>(data(argmax));
+  RowGradients& up = call.args.upstream;
+  up.d_nll = call.row_input(coefficients[0], "coef_nll");
+  up.d_lse = call.row_input(coefficients[1], "coef_lse");
+  up.d_lse_squared = call.row_input(coefficients[2], "coef_lse_squared");
+  up.d_zbar = call.row_input(coefficients[3], "coef_zbar");
+  call.args.gradients = {data(de), data(dc), data(dbias)};
+  call.args.kept = kept.data();
+  call.args.workspace = workspace.data();
+  forward_backward(plan, call.args);
+
+  if (type == ScalarType::Double) {
+    *static_cast<double*>(data(loss)) = weighted_sum<double>(call);
+  } else {
+    *static_cast<float*>(data(loss)) = static_cast<float>(weighted_sum<float>(call));
+  }
+  for (const Tensor* t : {&loss, &argmax, &de, &dc, &dbias}) stack.put(*t);
+}
+
+// scale_(t, factor): t *= factor, and nothing at all where the factor is 1.
+void scale(Stack& stack) {
+  const Tensor t = stack.next<Tensor>();
+  const Tensor factor = stack.next<Tensor>();
+  if (factor.numel() != 1) {
+    throw Error(ErrorCode::invalid_value,
+                "scale_ takes a factor of one element, got " + std::to_string(factor.numel()));
+  }
+  const bool is_f64 = factor.scalar_type() == ScalarType::Double;
+  const bool is_f32 = factor.scalar_type() == ScalarType::Float;
+  if (is_f64 && *static_cast<const double*>(factor.const_data_ptr()) == 1.0) return;
+  if (is_f32 && *static_cast<const float*>(factor.const_data_ptr()) == 1.0f) return;
+  std::array<StableIValue, 2> args{torch::stable::detail::from(t),
+                                   torch::stable::detail::from(factor)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", args.data(),
+                                               TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(args[0]);  // the result is t again: drop the reference
+}
+
+#define CUTLOSS_PLAN_SIZES                                                              \
+  "int sequences, int length, int V, int D, ScalarType e_dtype, ScalarType c_dtype, "   \
+  "ScalarType? bias_dtype, ScalarType target_dtype, bool has_row_temperature, "         \
+  "bool has_class_weight, bool at_forward, bool on_cuda"
+
+// A plan without data: sizes, dtypes and options.
+Plan read_plan(Stack& s) {
+  struct {
+    std::int64_t sequences, length, V, D;
+  } sizes{};
+  sizes.sequences = s.next<std::int64_t>();
+  sizes.length = s.next<std::int64_t>();
+  sizes.V = s.next<std::int64_t>();
+  sizes.D = s.next<std::int64_t>();
+  const auto e = s.next<ScalarType>();
+  const auto c = s.next<ScalarType>();
+  const auto bias = s.next<std::optional<ScalarType>>();
+  const auto targets = s.next<ScalarType>();
+  const bool has_row_temperature = s.next<bool>();
+  const bool has_class_weight = s.next<bool>();
+  const bool at_forward = s.next<bool>();
+  const bool on_cuda = s.next<bool>();
+  const Options options = read_options(s);
+
+  Problem p = problem_of(options, at_forward ? Upstream::at_forward : Upstream::at_backward);
+  p.sequences = sizes.sequences;
+  p.length = sizes.length;
+  p.V = sizes.V;
+  p.D = sizes.D;
+  p.e_type = dtype_of(e, "e");
+  p.c_type = dtype_of(c, "c");
+  p.has_bias = bias.has_value();
+  p.bias_type = bias ? dtype_of(*bias, "bias") : p.c_type;
+  p.target_type = index_type_of(targets);
+  p.has_row_temperature = has_row_temperature;
+  p.has_class_weight = has_class_weight;
+  p.device = on_cuda ? Device::cuda : Device::cpu;
+  return make_plan(p);
+}
+
+// plan(sizes, *, options) -> [schedule, bytes kept from forward to backward, bytes of scratch of
+// forward, of backward, products]
+void plan(Stack& stack) {
+  const Plan plan = read_plan(stack);
+  const std::int64_t scratch = plan.keeps_logits ? 0 : plan.kept_bytes;
+  stack.put(std::vector<std::int64_t>{
+      static_cast<std::int64_t>(plan.schedule), plan.kept_bytes - scratch,
+      plan.forward_workspace_bytes + scratch, plan.backward_workspace_bytes, plan.products});
+}
+
+void version(Stack& stack) { stack.put(std::string(CUTLOSS_VERSION)); }
+
+void describe_plan(Stack& stack) { stack.put(describe(read_plan(stack))); }
+
+void describe_machine(Stack& stack) {
+  std::string text;
+  for (const std::string& line : cutloss::describe_machine()) text += line + "\n";
+  stack.put(text);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(cutloss, m) {
+  m.def("statistics(" CUTLOSS_OPERANDS ", *, " CUTLOSS_OPTIONS
+        ") -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, "
+        "Tensor zbar, Tensor argmax, Tensor kept)");
+  m.def("gradients(" CUTLOSS_OPERANDS
+        ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
+        "Tensor? d_nll, Tensor? d_lse, Tensor? d_entropy, Tensor? d_zbar, *, " CUTLOSS_OPTIONS
+        ") -> (Tensor de, Tensor dc, Tensor dbias)");
+  m.def("loss_and_gradients(" CUTLOSS_OPERANDS
+        ", Tensor? coef_nll, Tensor? coef_lse, Tensor? coef_lse_squared, Tensor? coef_zbar, "
+        "*, " CUTLOSS_OPTIONS
+        ") -> (Tensor loss, Tensor argmax, Tensor de, Tensor dc, Tensor dbias)");
+  m.def("scale_(Tensor(a!) t, Tensor factor) -> ()");
+  m.def("plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> int[]");
+  m.def("describe_plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> str");
+  m.def("describe_machine() -> str");
+  m.def("version() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cutloss, CPU, m) {
+  m.impl("statistics", &boxed<statistics>);
+  m.impl("gradients", &boxed<gradients>);
+  m.impl("loss_and_gradients", &boxed<loss_and_gradients>);
+  m.impl("scale_", &boxed<scale>);
+}
+
+// No tensor among their arguments, so no device to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(cutloss, CompositeExplicitAutograd, m) {
+  m.impl("plan", &boxed<plan>);
+  m.impl("describe_plan", &boxed<describe_plan>);
+  m.impl("describe_machine", &boxed<describe_machine>);
+  m.impl("version", &boxed<version>);
+}
+
+}  // namespace cutloss::binding
