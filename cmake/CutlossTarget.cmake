@@ -1,0 +1,22 @@
+# What all targets of this project have in common.
+
+# The language and the warnings. The sources read the same with g++ 11 and later and with clang.
+# No -march: instruction sets are chosen at run time.
+function(cutloss_target target)
+  target_compile_features(${target} PUBLIC cxx_std_20)
+  set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF)
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic)
+  if(CUTLOSS_WERROR)
+    target_compile_options(${target} PRIVATE -Werror)
+  endif()
+endfunction()
+
+# oneDNN must share its threads with the rest: a build on TBB or SYCL fights them.
+function(cutloss_require_openmp_dnnl)
+  if(NOT DNNL_CPU_RUNTIME STREQUAL "OMP")
+    message(FATAL_ERROR
+            "cutloss needs oneDNN built for OpenMP; the one in ${dnnl_DIR} is built for "
+            "'${DNNL_CPU_RUNTIME}'. Set dnnl_DIR to another, or build oneDNN with "
+            "DNNL_CPU_RUNTIME=OMP.")
+  endif()
+endfunction()
