@@ -1,0 +1,15 @@
+"""cutloss: the loss of a large-vocabulary model, and its gradients, without the logits."""
+
+from . import _ops
+from ._implementations import LinearCrossEntropyImpl
+from .functional import VocabParallelOptions, linear_cross_entropy
+from .module import LinearCrossEntropy
+
+__all__ = [
+    "LinearCrossEntropy",
+    "LinearCrossEntropyImpl",
+    "VocabParallelOptions",
+    "linear_cross_entropy",
+]
+
+__version__ = _ops.version()

@@ -1,0 +1,224 @@
+"""Checks of arguments: what is wrong, both values, and what to do instead.
+
+Whatever Python can see is checked here, so that the errors are the same in eager code and while
+tracing; what only the data shows (targets out of range) is checked in C++.
+"""
+
+import math
+import numbers
+import sys
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def number(name: str, value: object) -> float:
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _is_dtensor(t: object) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def tensors(**named: Tensor | None) -> None:
+    """Each a plain tensor, or None where it is optional (e, c and targets are not)."""
+    for name, t in named.items():
+        if t is None and name not in ("e", "c", "targets"):
+            continue
+        if _is_dtensor(t):
+            raise ValueError(
+                f"{name} is a DTensor, which cutloss does not take: pass {name}.full_tensor(), or "
+                f"{name}.to_local() where each rank holds all of it"
+            )
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+
+
+def same_device(e: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != e.device:
+            raise ValueError(
+                f"all tensors must be on one device: e is on {e.device}, {name} on {t.device}"
+            )
+
+
+def shapes(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    if e.dim() < 1 or e.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"e must have the shape of targets and one dimension more, (..., D) and (...): got e "
+            f"{shape(e)} and targets {shape(targets)}"
+        )
+    if c.dim() != 2 or c.shape[1] != e.shape[-1]:
+        raise ValueError(
+            f"c must be (V, D) with the D of e: got c {shape(c)} and e {shape(e)}"
+            + ("; transpose c" if c.dim() == 2 and c.shape[0] == e.shape[-1] else "")
+        )
+    if c.shape[0] < 1 or c.shape[1] < 1:
+        raise ValueError(f"c must have at least one row and one column (V, D), got {shape(c)}")
+    if bias is not None and bias.shape != c.shape[:1]:
+        raise ValueError(f"bias must be (V): got bias {shape(bias)} and c {shape(c)}")
+
+
+def dtypes(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor) -> torch.dtype:
+    """The dtype of the products' operands: that of the tensors, or autocast's."""
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"targets must be class indices in int64 or int32, got {targets.dtype}"
+            + ("; class probabilities are not supported" if targets.is_floating_point() else "")
+        )
+    named = {"e": e.dtype, "c": c.dtype}
+    if bias is not None:
+        named["bias"] = bias.dtype
+    for name, dtype in named.items():
+        if dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float32, float64, bfloat16 or float16, got {dtype}"
+            )
+    if torch.is_autocast_enabled(e.device.type) and torch.float64 not in named.values():
+        return torch.get_autocast_dtype(e.device.type)  # as F.linear, autocast leaves fp64 alone
+    for name, dtype in named.items():
+        if dtype != e.dtype:
+            raise TypeError(
+                f"e and {name} must have one dtype: e is {e.dtype}, {name} {dtype}; convert one "
+                f"of them, or run under torch.autocast (which leaves float64 as it is)"
+            )
+    return e.dtype
+
+
+def shift(value: bool | int, targets: Tensor) -> int:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"shift must be a bool or an int, got {type(value).__name__}")
+    value = int(value)
+    if value == 0:
+        return 0
+    length = targets.shape[-1] if targets.dim() > 0 else 1
+    if value < 0 or value >= length:
+        raise ValueError(f"shift must be in [0, {length}), the last size of targets, got {value}")
+    return value
+
+
+def softcap(value: float | None) -> float | None:
+    if value is None:
+        return None
+    value = number("softcap", value)
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"softcap must be finite and > 0, or None, got {value}")
+    return value
+
+
+def logit_scale(value: float) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(
+            "logit_scale must be a number, got a tensor; multiply e by the tensor instead, which "
+            "also gives it a gradient"
+        )
+    value = number("logit_scale", value)
+    if value == 0 or not math.isfinite(value):
+        raise ValueError(f"logit_scale must be finite and not 0, got {value}")
+    return value
+
+
+def temperature(value: float | Tensor, targets: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        value = number("temperature", value)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"temperature must be finite and > 0, got {value}")
+        return
+    constant("temperature", value)
+    target_shape = targets.shape
+    fits = value.dim() <= len(target_shape) and all(
+        mine == 1 or mine == theirs
+        for mine, theirs in zip(value.shape[::-1], target_shape[::-1])
+    )
+    if not fits:
+        raise ValueError(
+            f"temperature must broadcast to the shape of targets: got temperature "
+            f"{shape(value)} and targets {shape(targets)}"
+        )
+
+
+def constant(name: str, t: Tensor) -> None:
+    """A floating-point tensor that takes no gradient."""
+    if not t.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+    if t.requires_grad:
+        raise ValueError(f"cutloss makes no gradient for {name}: pass {name}.detach()")
+
+
+def weight(value: Tensor, c: Tensor) -> None:
+    constant("weight", value)
+    if value.shape != c.shape[:1]:
+        raise ValueError(f"weight must be (V): got weight {shape(value)} and c {shape(c)}")
+
+
+def token_weight(value: Tensor, targets: Tensor) -> None:
+    if not value.is_floating_point():
+        raise TypeError(f"token_weight must be a floating-point tensor, got {value.dtype}")
+    if value.shape != targets.shape:
+        raise ValueError(
+            f"token_weight must have the shape of targets: got token_weight {shape(value)} and "
+            f"targets {shape(targets)}"
+        )
+
+
+def label_smoothing(value: float) -> float:
+    value = number("label_smoothing", value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {value}")
+    return value
+
+
+def z_loss(value: float) -> float:
+    value = number("z_loss", value)
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"z_loss must be finite and >= 0, got {value}")
+    return value
+
+
+def choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def max_workspace(value: int | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(
+            f"max_workspace must be a number of bytes (int) or None, got {type(value).__name__}"
+        )
+    if value < 0:
+        raise ValueError(f"max_workspace must be >= 0 bytes, got {value}")
+
+
+def filter_eps(value: float | str | None) -> None:
+    if value is None or value == "auto":
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"filter_eps must be a number, 'auto' or None, got {value!r}")
+
+
+def ignore_index(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+
+
+def target_values(targets: Tensor, V: int, ignore_index: int) -> None:
+    """Each of the rows' targets in [0, V) or ignored; looks at the data."""
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"targets{list(at)} is {targets[at].item()}, which is neither in [0, {V}) nor "
+            f"ignore_index ({ignore_index})"
+        )

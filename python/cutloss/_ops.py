@@ -1,0 +1,256 @@
+"""The operators of torch.ops.cutloss: shapes for tracing, autograd, calls.
+
+Two families make the same gradients:
+
+* deferred: ``statistics`` in forward, ``gradients`` in backward, when the gradients of the
+  per-row outputs are known;
+* immediate: ``loss_and_gradients``, when the loss is a weighted sum of the per-row outputs whose
+  weights are known in forward. The gradients are made with the loss and wait for backward, which
+  multiplies them by one number.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _errors, _load
+from ._terms import Rows, Terms
+
+_load.load()
+_ops = torch.ops.cutloss
+
+SCHEDULES = {"auto": 0, "none": 1, "rows": 2, "vocabulary": 3}
+
+Options = dict[str, Any]  # the keyword arguments of the operators
+
+
+def options(compute_dtype: torch.dtype, **changes: Any) -> Options:
+    """Options of a loss without options, and what is different."""
+    return {
+        "compute_dtype": compute_dtype,
+        "shift": 0,
+        "ignore_index": -100,
+        "softcap": None,
+        "logit_scale": 1.0,
+        "temperature": 1.0,
+        "wants_entropy": False,
+        "wants_zbar": False,
+        "wants_argmax": False,
+        "needs_de": False,
+        "needs_dc": False,
+        "needs_dbias": False,
+        "schedule": SCHEDULES["auto"],
+        "max_workspace": None,
+        "kept_bytes": 0,
+        **changes,
+    }
+
+
+def version() -> str:
+    return _ops.version()
+
+
+def describe_machine() -> str:
+    """What was found on this machine: engines, the libraries behind them, processor features."""
+    return _ops.describe_machine()
+
+
+def call(operator: Any, *args: Any, **options: Any) -> Any:
+    """Calls an operator; its errors become Python's. A traced call is left as it is."""
+    if torch.compiler.is_compiling():
+        return operator(*args, **options)
+    try:
+        return operator(*args, **options)
+    except RuntimeError as error:
+        known = _errors.translated(error)
+        if known is error:
+            raise
+        raise known from None
+
+
+def plan(sizes: tuple, options: Options) -> list[int]:
+    """[schedule, bytes kept from forward to backward, bytes of scratch in forward, in backward,
+    products]."""
+    return call(_ops.plan, *sizes, **options)
+
+
+def describe_plan(sizes: tuple, options: Options) -> str:
+    """The plan in words, with the reasons."""
+    return call(_ops.describe_plan, *sizes, **options)
+
+
+def statistics(operands: tuple, options: Options) -> Rows:
+    """Per-row outputs whose gradients are made in backward."""
+    nll, lse, _, _, entropy, zbar, argmax, _ = call(_ops.statistics, *operands, **options)
+    return Rows(nll, lse, entropy, zbar, argmax)
+
+
+def loss_now(operands: tuple, terms: Terms, options: Options) -> tuple[Tensor, Tensor]:
+    """The loss, whose gradients are made along with it, and the predictions."""
+    weights = (terms.nll, terms.lse, terms.lse_squared, terms.zbar)
+    loss, argmax, *_ = call(_ops.loss_and_gradients, *operands, *weights, **options)
+    return loss, argmax
+
+
+# Shapes -----------------------------------------------------------------------------------------
+
+
+def stat_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of per-row numbers."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def _rows(e: Tensor, options: Options) -> int:
+    return e.shape[0] * (e.shape[1] - options["shift"])
+
+
+def _fake_gradients(e: Tensor, c: Tensor, bias: Tensor | None, options: Options):
+    de = e.new_empty(e.shape if options["needs_de"] else (0,))
+    dc = c.new_empty(c.shape if options["needs_dc"] else (0,))
+    if options["needs_dbias"]:
+        return de, dc, bias.new_empty(bias.shape)
+    return de, dc, e.new_empty((0,), dtype=torch.float32 if bias is None else bias.dtype)
+
+
+@torch.library.register_fake("cutloss::statistics")
+def _(e, c, bias, targets, row_temperature, class_weight, **options):
+    stats = stat_dtype(options["compute_dtype"])
+    rows = _rows(e, options)
+
+    def per_row(wanted: bool = True, dtype: torch.dtype = stats) -> Tensor:
+        return e.new_empty((rows if wanted else 0,), dtype=dtype)
+
+    return (
+        per_row(),
+        per_row(),
+        per_row(),
+        per_row(),
+        per_row(options["wants_entropy"]),
+        per_row(options["wants_zbar"]),
+        per_row(options["wants_argmax"], torch.int64),
+        e.new_empty((options["kept_bytes"],), dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("cutloss::gradients")
+def _(e, c, bias, *_, **options):
+    return _fake_gradients(e, c, bias, options)
+
+
+@torch.library.register_fake("cutloss::loss_and_gradients")
+def _(e, c, bias, *_, **options):
+    loss = e.new_empty((), dtype=stat_dtype(options["compute_dtype"]))
+    rows = _rows(e, options) if options["wants_argmax"] else 0
+    argmax = e.new_empty((rows,), dtype=torch.int64)
+    return loss, argmax, *_fake_gradients(e, c, bias, options)
+
+
+@torch.library.register_fake("cutloss::scale_")
+def _(t, factor):
+    return None
+
+
+# Autograd ---------------------------------------------------------------------------------------
+
+_SECOND_ORDER = (
+    "cutloss makes first derivatives only: its gradients cannot be differentiated again; use "
+    "impl='torch' where a second derivative (create_graph=True) is needed"
+)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """The gradient as it is, depending on what it came from, with no derivative of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient, *sources):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(_SECOND_ORDER)
+
+
+def _first_order(gradients, *sources):
+    if not torch.is_grad_enabled():  # no create_graph
+        return gradients
+    return tuple(g if g is None else _FirstOrder.apply(g, *sources) for g in gradients)
+
+
+def _wanted(gradients, options: Options):
+    needs = (options["needs_de"], options["needs_dc"], options["needs_dbias"])
+    return tuple(g if needed else None for g, needed in zip(gradients, needs))
+
+
+def _statistics_context(ctx, inputs, keyword_only_inputs, output):
+    nll, lse, row_max, log_sum, entropy, zbar, argmax, kept = output
+    ctx.save_for_backward(*inputs, nll, row_max, log_sum, entropy, kept)
+    ctx.mark_non_differentiable(row_max, log_sum, argmax, kept)
+    ctx.set_materialize_grads(False)
+    ctx.options = keyword_only_inputs
+
+
+def _statistics_backward(ctx, d_nll, d_lse, d_max, d_sum, d_entropy, d_zbar, d_argmax, d_kept):
+    options = ctx.options
+    e, c, bias, targets, *saved = ctx.saved_tensors
+    d_rows = (d_nll, d_lse, d_entropy, d_zbar)
+    with torch.no_grad():
+        gradients = call(_ops.gradients, e, c, bias, targets, *saved, *d_rows, **options)
+    de, dc, dbias = _first_order(_wanted(gradients, options), e, c, bias, *d_rows)
+    return de, dc, dbias, None, None, None
+
+
+def _immediate_context(ctx, inputs, keyword_only_inputs, output):
+    loss, argmax, *gradients = output
+    ctx.save_for_backward(*inputs)
+    ctx.mark_non_differentiable(argmax, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.options = keyword_only_inputs
+    ctx.gradients = _wanted(gradients, keyword_only_inputs)
+
+
+def _is_ordinary(t: Tensor) -> bool:
+    return type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    """gradient * factor, in place: nobody else holds the gradient. Traced tensors are not
+    changed in place, the tracer decides."""
+    if gradient is None:
+        return None
+    if not (_is_ordinary(gradient) and _is_ordinary(factor)):
+        return gradient * factor
+    call(_ops.scale_, gradient, factor)
+    return gradient
+
+
+def _immediate_backward(ctx, d_loss, *_):
+    options = ctx.options
+    if d_loss is None:
+        return (None,) * 10
+    # The first backward hands over what forward made. Another one (retain_graph) finds nothing
+    # and makes it again: the same bits, and no copy for those who never ask.
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is not None and not torch.is_grad_enabled():
+        return *(_scaled(g, d_loss) for g in gradients), *(None,) * 7
+    inputs = ctx.saved_tensors
+    with torch.no_grad():
+        if gradients is None:
+            gradients = _wanted(call(_ops.loss_and_gradients, *inputs, **options)[2:], options)
+        gradients = tuple(_scaled(g, d_loss) for g in gradients)
+    e, c, bias = inputs[:3]
+    return *_first_order(gradients, e, c, bias, d_loss), *(None,) * 7
+
+
+torch.library.register_autograd(
+    "cutloss::statistics", _statistics_backward, setup_context=_statistics_context
+)
+torch.library.register_autograd(
+    "cutloss::loss_and_gradients", _immediate_backward, setup_context=_immediate_context
+)

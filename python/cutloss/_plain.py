@@ -1,0 +1,64 @@
+"""The plain path: the same per-row outputs from stored logits, in ordinary PyTorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks, _ops
+from ._ops import Options
+from ._terms import Rows
+
+
+def statistics(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    class_weight: Tensor | None,
+    options: Options,
+    wants_lse: bool,
+) -> Rows:
+    """Arguments as those of the operator `statistics`."""
+    stats = _ops.stat_dtype(options["compute_dtype"])
+    shift, ignore_index = options["shift"], options["ignore_index"]
+    V, D = c.shape
+    target = targets[:, shift:].reshape(-1).long()
+    if not torch.compiler.is_compiling() and target.device.type == "cpu":
+        _checks.target_values(targets[:, shift:], V, ignore_index)
+    valid = target != ignore_index
+
+    # Ignored rows are zeroed before the product: a NaN there must not reach the gradient of C.
+    rows = e[:, : e.shape[1] - shift].reshape(-1, D)
+    rows = torch.where(valid[:, None], rows, 0.0)
+    z = F.linear(rows, c).to(stats)
+    if options["logit_scale"] != 1.0:
+        z = z * options["logit_scale"]
+    if bias is not None:
+        z = z + bias.to(stats)
+    if options["softcap"] is not None:
+        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    if row_temperature is not None:
+        z = z / row_temperature[:, None]
+    if options["temperature"] != 1.0:
+        z = z / options["temperature"]
+
+    def counted(t: Tensor) -> Tensor:
+        return torch.where(valid, t, 0.0)
+
+    nothing = z.new_empty(0)
+    result = Rows(
+        nll=F.cross_entropy(z, target, reduction="none", ignore_index=ignore_index),
+        lse=counted(torch.logsumexp(z, dim=-1)) if wants_lse else nothing,
+        entropy=nothing,
+        zbar=nothing,
+        argmax=torch.where(valid, z.argmax(-1), -1) if options["wants_argmax"] else nothing,
+    )
+    if options["wants_entropy"]:
+        log_p = F.log_softmax(z, dim=-1)
+        finite = log_p.masked_fill(log_p == -torch.inf, 0.0)
+        result.entropy = counted(-(log_p.exp() * finite).sum(-1))
+    if options["wants_zbar"]:
+        weighted = z if class_weight is None else z * class_weight
+        result.zbar = counted(weighted.sum(-1) / V)
+    return result

@@ -1,0 +1,145 @@
+"""Which family of operators and which schedule a call takes.
+
+An operator's result shapes must follow from its arguments, so the schedule, and how many bytes it
+keeps from forward to backward, are settled before the call and passed to it. The C++ plan settles
+them; where sizes are symbols, a bound on its memory does.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._ops import SCHEDULES, Options
+
+DEFAULT_WORKSPACE = 512 << 20  # kDefaultWorkspace of cutloss.h
+
+
+@dataclasses.dataclass
+class Sizes:
+    """What a plan depends on besides the options."""
+
+    sequences: int
+    length: int
+    V: int
+    D: int
+    e_dtype: torch.dtype
+    c_dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+    target_dtype: torch.dtype
+    has_row_temperature: bool = False
+    has_class_weight: bool = False
+    on_cuda: bool = False
+
+    def arguments(self, at_forward: bool) -> tuple:
+        """The leading arguments of the operators plan and describe_plan."""
+        return (
+            self.sequences,
+            self.length,
+            self.V,
+            self.D,
+            self.e_dtype,
+            self.c_dtype,
+            self.bias_dtype,
+            self.target_dtype,
+            self.has_row_temperature,
+            self.has_class_weight,
+            at_forward,
+            self.on_cuda,
+        )
+
+
+@dataclasses.dataclass
+class Choice:
+    immediate: bool  # loss_and_gradients, else statistics and gradients
+    schedule: int
+    kept_bytes: int = 0
+
+
+def wants_gradient(options: Options) -> bool:
+    return options["needs_de"] or options["needs_dc"] or options["needs_dbias"]
+
+
+def _waits_for_loss_scale(sizes: Sizes, options: Options) -> bool:
+    """fp16 gradients are made in backward: the loss scale must come before anything underflows."""
+    return torch.float16 in (
+        options["compute_dtype"],
+        sizes.e_dtype if options["needs_de"] else None,
+        sizes.c_dtype if options["needs_dc"] else None,
+        sizes.bias_dtype if options["needs_dbias"] else None,
+    )
+
+
+def choose(sizes: Sizes, options: Options, known_at_forward: bool) -> Choice:
+    """`known_at_forward`: the loss is a weighted sum of per-row outputs, weights known."""
+    if not wants_gradient(options):
+        return Choice(False, SCHEDULES["none"])
+    immediate = known_at_forward and not _waits_for_loss_scale(sizes, options)
+    symbolic = any(
+        isinstance(n, torch.SymInt) for n in (sizes.sequences, sizes.length, sizes.V, sizes.D)
+    )
+    if symbolic or torch.compiler.is_compiling():
+        return _choose_by_bound(sizes, options, immediate)
+    if immediate:
+        schedule, *_ = _ops.plan(sizes.arguments(at_forward=True), options)
+        if schedule == SCHEDULES["rows"]:
+            return Choice(True, schedule)
+    schedule, kept_bytes, *_ = _ops.plan(sizes.arguments(at_forward=False), options)
+    return Choice(False, schedule, kept_bytes)
+
+
+def _choose_by_bound(sizes: Sizes, options: Options, immediate: bool) -> Choice:
+    asked = options["schedule"]
+    if asked == SCHEDULES["rows"] and not immediate:
+        raise NotImplementedError(
+            "schedule='rows' keeps logits from forward to backward for this loss (a per-token "
+            "result, or fp16), which is not available under torch.compile; use schedule='auto'"
+        )
+    if not immediate or asked == SCHEDULES["vocabulary"]:
+        return Choice(False, SCHEDULES["vocabulary"])
+    if asked == SCHEDULES["rows"] or rows_fit(sizes, options):
+        return Choice(True, SCHEDULES["rows"])
+    return Choice(False, SCHEDULES["vocabulary"])
+
+
+_BOUND_ROWS = 256  # rows of logits kept at a time, in the bound
+
+
+def rows_fit(sizes: Sizes, options: Options) -> bool:
+    """Whether the workspace surely suffices for the schedule by rows: kept logits of 256 rows,
+    sums of dC where C is not in the dtype of the sums, and a generous rest."""
+    stats = _ops.stat_dtype(options["compute_dtype"])
+    budget = options["max_workspace"]
+    rows = sizes.sequences * (sizes.length - options["shift"])
+    logits = _BOUND_ROWS * (sizes.V * stats.itemsize + sizes.V)
+    operands = 4 * _BOUND_ROWS * sizes.D * 8 + 3 * _BOUND_ROWS * _BOUND_ROWS * 8
+    per_row_and_column = 16 * (rows + sizes.V) + 64 * 1024
+    total = logits + operands + per_row_and_column
+    if options["needs_dc"] and sizes.c_dtype != stats:
+        total = total + sizes.V * sizes.D * stats.itemsize
+    return total <= (DEFAULT_WORKSPACE if budget is None else budget)
+
+
+def sizes_of(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    class_weight: Tensor | None,
+) -> Sizes:
+    """E is (sequences, length, D)."""
+    return Sizes(
+        sequences=e.shape[0],
+        length=e.shape[1],
+        V=c.shape[0],
+        D=c.shape[1],
+        e_dtype=e.dtype,
+        c_dtype=c.dtype,
+        bias_dtype=None if bias is None else bias.dtype,
+        target_dtype=targets.dtype,
+        has_row_temperature=row_temperature is not None,
+        has_class_weight=class_weight is not None,
+        on_cuda=e.device.type == "cuda",
+    )

@@ -1,0 +1,256 @@
+"""``linear_cross_entropy``: the loss of a large-vocabulary model without its logits."""
+
+import enum
+import math
+
+import torch
+from torch import Tensor
+
+from . import _checks, _ops, _plain, _plan, _terms
+from ._implementations import LinearCrossEntropyImpl, is_plain
+
+_VOCAB_PARALLEL = (
+    "vocab_parallel_options is not supported: cutloss computes the loss of a classifier that one "
+    "process holds whole; gather c first (all_gather of its shards), or keep using the library "
+    "that these options come from for sharded classifiers"
+)
+
+
+class VocabParallelOptions:
+    """Here so that the name can be imported; a sharded classifier is not supported yet."""
+
+    def __init__(self, *args, **kwargs):
+        raise NotImplementedError(_VOCAB_PARALLEL)
+
+    @classmethod
+    def from_vocab(cls, *args, **kwargs):
+        raise NotImplementedError(_VOCAB_PARALLEL)
+
+
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: bool | int = 0,
+    return_lse: bool = False,
+    filter_eps: float | str | None = "auto",
+    accum_e_fp32: bool = False,
+    accum_c_fp32: bool = False,
+    filter_e_grad: bool = True,
+    filter_c_grad: bool = True,
+    impl: str | enum.Enum = LinearCrossEntropyImpl.CCE,
+    vocab_parallel_options: None = None,
+    *,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    return_entropy: bool = False,
+    return_predictions: bool = False,
+    z_loss: float = 0.0,
+    max_workspace: int | None = None,
+    schedule: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Cross-entropy of the logits ``e @ c.T`` against ``targets``, without storing the logits.
+
+    Equal to, with exact gradients for ``e``, ``c`` and ``bias``::
+
+        z = logit_scale * (e @ c.T) + bias
+        z = softcap * tanh(z / softcap)          # where a softcap is given
+        z = z / temperature
+        loss = F.cross_entropy(z.float(), targets, weight, ignore_index=ignore_index,
+                               reduction=reduction, label_smoothing=label_smoothing)
+
+    :param e: Embeddings, shape (..., D). Read in place where each row is contiguous and rows lie
+        one after the other (slices do); other layouts are copied for the call.
+    :param c: Classifier, shape (V, D), in the dtype of ``e``. Under ``torch.autocast`` the dtypes
+        may differ: products are made in autocast's dtype, gradients come back in each tensor's
+        own, accumulated in fp32. A transposed ``c`` is copied for the call.
+    :param targets: Class indices, int64 or int32, shape (...): each in [0, V), or ignore_index.
+    :param bias: Added to the logits, shape (V).
+    :param ignore_index: Tokens with this target are left out: they cost nothing, their gradient
+        is zero and their entry in every per-token result is 0 (in predictions -1). The mean over
+        no token at all is NaN, with gradients of zero.
+    :param softcap: Caps the logits smoothly: ``softcap * tanh(logits / softcap)``.
+    :param reduction: "mean" (over tokens that count; with weights the weighted mean), "sum", or
+        "none" for the loss of each token, in the shape of targets less ``shift``.
+    :param shift: Predict the target ``shift`` positions later, without copying ``e``: position t
+        of ``e`` is scored against target t + shift and the last ``shift`` positions of each
+        sequence predict nothing. True is 1. The last dimension of targets is the sequence; it
+        is ``shift`` shorter in per-token results.
+    :param return_lse: Also return the log-sum-exp of each token's logits; it carries a gradient.
+    :param filter_eps: Accepted and not needed: gradients are exact, nothing is filtered.
+    :param accum_e_fp32: Accepted and not needed: always so.
+    :param accum_c_fp32: Accepted and not needed: always so.
+    :param filter_e_grad: Accepted and not needed, as filter_eps.
+    :param filter_c_grad: Accepted and not needed, as filter_eps.
+    :param impl: "torch" stores the logits and uses PyTorch's own operators (slow, and with second
+        derivatives). Every other name, all those of cut_cross_entropy among them, is the exact
+        engine.
+    :param vocab_parallel_options: Not supported; must be None.
+    :param logit_scale: A number that multiplies the logits before the bias.
+    :param temperature: Divides the logits: a number, or a tensor that broadcasts to targets' shape
+        (the entry of the target's position counts). Takes no gradient.
+    :param label_smoothing: As in F.cross_entropy, in [0, 1].
+    :param weight: Class weights, shape (V), as in F.cross_entropy. Takes no gradient.
+    :param token_weight: Weight of each token, in the shape of targets. May carry a gradient.
+        The mean divides by the sum of the weights of the tokens that count.
+    :param return_entropy: Also return the entropy of each token's distribution, with a gradient.
+    :param return_predictions: Also return the largest logit's index of each token.
+    :param z_loss: Adds ``z_loss * lse**2`` of each token to its loss; under "mean" the mean over
+        tokens that count, weighted by token_weight (class weights do not enter).
+    :param max_workspace: Bytes of memory the call may use beside its inputs and gradients. Unset:
+        512 MiB, or what the smallest schedule needs where that is more. More memory may save one
+        of four matrix products.
+    :param schedule: "auto" takes the quickest that fits max_workspace. "rows" makes the gradients
+        chunk by chunk of rows, with three products; "vocabulary" recomputes the logits, with four
+        products and the least memory.
+    :return: The loss, fp32 (fp64 for fp64 inputs), or a tuple of the loss and, in this order,
+        what was asked for: lse, entropy, predictions.
+    """
+    if vocab_parallel_options is not None:
+        raise NotImplementedError(_VOCAB_PARALLEL)
+    plain = is_plain(impl)
+    _checks.tensors(e=e, c=c, targets=targets, bias=bias, weight=weight, token_weight=token_weight)
+    _checks.shapes(e, c, targets, bias)
+    compute_dtype = _checks.dtypes(e, c, bias, targets)
+    _checks.same_device(
+        e,
+        c=c,
+        targets=targets,
+        bias=bias,
+        weight=weight,
+        token_weight=token_weight,
+        temperature=temperature if isinstance(temperature, Tensor) else None,
+    )
+    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    _checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
+    _checks.filter_eps(filter_eps)
+    _checks.ignore_index(ignore_index)
+    _checks.max_workspace(max_workspace)
+    _checks.temperature(temperature, targets)
+    if weight is not None:
+        _checks.weight(weight, c)
+    if token_weight is not None:
+        _checks.token_weight(token_weight, targets)
+    if plain and (schedule != "auto" or max_workspace is not None):
+        raise ValueError(
+            f"impl='torch' stores all logits: it takes no schedule and no max_workspace, got "
+            f"schedule={schedule!r} and max_workspace={max_workspace}"
+        )
+    shift = _checks.shift(shift, targets)
+    how = _terms.Weighting(
+        reduction=reduction,
+        label_smoothing=_checks.label_smoothing(label_smoothing),
+        z_loss=_checks.z_loss(z_loss),
+        weight=weight,
+        token_weight=_at_targets(token_weight, targets, shift),
+    )
+    options = _ops.options(
+        compute_dtype,
+        shift=shift,
+        ignore_index=ignore_index,
+        softcap=_checks.softcap(softcap),
+        logit_scale=_checks.logit_scale(logit_scale),
+        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
+        wants_entropy=return_entropy,
+        wants_zbar=how.label_smoothing > 0,
+        wants_argmax=return_predictions,
+        schedule=_ops.SCHEDULES[schedule],
+        max_workspace=max_workspace,
+    )
+    loss, rows = _evaluate(
+        e, c, targets, bias, temperature, how, options, plain=plain, wants_lse=return_lse
+    )
+
+    row_shape = _row_shape(targets, shift)
+    if reduction == "none":
+        loss = loss.reshape(row_shape)
+    extras = ((return_lse, rows.lse), (return_entropy, rows.entropy))
+    extras += ((return_predictions, rows.argmax),)
+    results = tuple(t.reshape(row_shape) for wanted, t in extras if wanted)
+    return (loss, *results) if results else loss
+
+
+def _row_shape(targets: Tensor, shift: int) -> tuple[int, ...]:
+    if targets.dim() == 0:
+        return ()
+    return (*targets.shape[:-1], targets.shape[-1] - shift)
+
+
+def _at_targets(t: Tensor | None, targets: Tensor, shift: int) -> Tensor | None:
+    """(rows): a per-token tensor where the rows' targets are."""
+    if t is None:
+        return None
+    t = t.expand(targets.shape)
+    return t.reshape(-1) if shift == 0 else t[..., shift:].reshape(-1)
+
+
+def _evaluate(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    how: _terms.Weighting,
+    options: _ops.Options,
+    plain: bool,
+    wants_lse: bool,
+) -> tuple[Tensor, _terms.Rows]:
+    """The loss, per row where nothing is reduced, and the per-row outputs."""
+    stats = _ops.stat_dtype(options["compute_dtype"])
+    row_targets = _at_targets(targets, targets, options["shift"])
+    row_temperature = None
+    if isinstance(temperature, Tensor):
+        # Ignored rows may hold anything there, a padding of 0 for one.
+        counts = row_targets != options["ignore_index"]
+        t = _at_targets(temperature, targets, options["shift"]).to(stats)
+        row_temperature = torch.where(counts, t, 1.0)
+    class_weight = how.weight if options["wants_zbar"] else None
+    if class_weight is not None:
+        class_weight = class_weight.to(stats)
+
+    sequences = math.prod(targets.shape[:-1])
+    length = targets.shape[-1] if targets.dim() > 0 else 1
+    operands = (
+        e.reshape(sequences, length, e.shape[-1]),
+        c,
+        bias,
+        targets.reshape(sequences, length),
+        row_temperature,
+        class_weight,
+    )
+    terms = _terms.terms(row_targets, c.shape[0], how, options["ignore_index"], stats)
+
+    if plain:
+        needs_lse = wants_lse or terms.lse is not None or terms.lse_squared is not None
+        rows = _plain.statistics(*operands, options, needs_lse)
+    else:
+        with_gradient = torch.is_grad_enabled()
+        options["needs_de"] = with_gradient and e.requires_grad
+        options["needs_dc"] = with_gradient and c.requires_grad
+        options["needs_dbias"] = with_gradient and bias is not None and bias.requires_grad
+        # A per-token result that may get a gradient of its own rules out gradients in forward.
+        known_at_forward = (
+            how.reduction != "none"
+            and not wants_lse
+            and not options["wants_entropy"]
+            and not terms.nll.requires_grad
+        )
+        choice = _plan.choose(_plan.sizes_of(*operands), options, known_at_forward)
+        options["schedule"] = choice.schedule
+        options["kept_bytes"] = choice.kept_bytes
+        if choice.immediate:
+            loss, argmax = _ops.loss_now(operands, terms, options)
+            nothing = loss.new_empty(0)
+            rows = _terms.Rows(nothing, nothing, nothing, nothing, argmax)
+            return _terms.defined(terms, loss), rows
+        rows = _ops.statistics(operands, options)
+
+    loss = _terms.per_row(terms, rows)
+    return (loss if how.reduction == "none" else _terms.total(terms, loss)), rows

@@ -1,0 +1,104 @@
+"""``LinearCrossEntropy``: the function as a module that remembers its options."""
+
+import enum
+
+from torch import Tensor, nn
+
+from ._implementations import LinearCrossEntropyImpl
+from .functional import linear_cross_entropy
+
+
+class LinearCrossEntropy(nn.Module):
+    """Cross-entropy of the logits ``e @ c.T`` without storing the logits.
+
+    The options are those of :func:`cutloss.linear_cross_entropy`; the classifier ``c`` and its
+    bias are given with each call, and stay where they are.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        reduction: str = "mean",
+        shift: bool | int = 0,
+        filter_eps: float | str | None = "auto",
+        accum_e_fp32: bool = False,
+        accum_c_fp32: bool = False,
+        filter_e_grad: bool = True,
+        filter_c_grad: bool = True,
+        impl: str | enum.Enum = LinearCrossEntropyImpl.CCE,
+        return_lse: bool = False,
+        *,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        return_entropy: bool = False,
+        return_predictions: bool = False,
+        z_loss: float = 0.0,
+        max_workspace: int | None = None,
+        schedule: str = "auto",
+    ):
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.softcap = softcap
+        self.reduction = reduction
+        self.shift = shift
+        self.filter_eps = filter_eps
+        self.accum_e_fp32 = accum_e_fp32
+        self.accum_c_fp32 = accum_c_fp32
+        self.filter_e_grad = filter_e_grad
+        self.filter_c_grad = filter_c_grad
+        self.impl = impl
+        self.return_lse = return_lse
+        self.logit_scale = logit_scale
+        self.temperature = temperature
+        self.label_smoothing = label_smoothing
+        self.register_buffer("weight", weight)
+        self.return_entropy = return_entropy
+        self.return_predictions = return_predictions
+        self.z_loss = z_loss
+        self.max_workspace = max_workspace
+        self.schedule = schedule
+
+    def forward(
+        self,
+        e: Tensor,
+        c: Tensor,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        *,
+        token_weight: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """``temperature`` given here takes the place of the module's."""
+        return linear_cross_entropy(
+            e,
+            c,
+            targets,
+            bias,
+            ignore_index=self.ignore_index,
+            softcap=self.softcap,
+            reduction=self.reduction,
+            shift=self.shift,
+            return_lse=self.return_lse,
+            filter_eps=self.filter_eps,
+            accum_e_fp32=self.accum_e_fp32,
+            accum_c_fp32=self.accum_c_fp32,
+            filter_e_grad=self.filter_e_grad,
+            filter_c_grad=self.filter_c_grad,
+            impl=self.impl,
+            logit_scale=self.logit_scale,
+            temperature=self.temperature if temperature is None else temperature,
+            label_smoothing=self.label_smoothing,
+            weight=self.weight,
+            token_weight=token_weight,
+            return_entropy=self.return_entropy,
+            return_predictions=self.return_predictions,
+            z_loss=self.z_loss,
+            max_workspace=self.max_workspace,
+            schedule=self.schedule,
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, shift={self.shift}, impl={self.impl!r}"
