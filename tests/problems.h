@@ -214,7 +214,9 @@ inline void fill_targets(const Case& c, Data& data, std::mt19937_64& random) {
   std::uniform_int_distribution<std::int64_t> any(0, p.V - 1);
   std::uniform_real_distribution<double> unit(0, 1);
   for (std::int64_t i = 0; i < positions; ++i) {
-    data.set_target(i, unit(random) < c.ignored ? p.ignore_index : any(random));
+    // The first row always counts, so that the smallest problems are not empty.
+    const double share = i == p.shift && c.ignored < 1 ? 0 : c.ignored;
+    data.set_target(i, unit(random) < share ? p.ignore_index : any(random));
   }
 }
 

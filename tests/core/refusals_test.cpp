@@ -1,0 +1,172 @@
+// Every refusal of make_plan, with the values that its message must name.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "problems.h"
+#include "run.h"
+
+namespace cutloss::test {
+namespace {
+
+Problem valid() {
+  Problem p = with_size(2, 8, 100, 16).problem;
+  p.upstream = Upstream::at_backward;
+  return p;
+}
+
+struct Refusal {
+  const char* name;
+  void (*spoil)(Problem&);
+  ErrorCode code;
+  std::vector<const char*> message;  // all of these are in it
+};
+
+void PrintTo(const Refusal& refusal, std::ostream* out) { *out << refusal.name; }
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr std::int64_t kHuge = std::int64_t{1} << 40;
+
+const Refusal kRefusals[] = {
+    {"negative_sequences", [](Problem& p) { p.sequences = -1; }, ErrorCode::invalid_value,
+     {"sequences", ">= 0", "-1"}},
+    {"negative_length", [](Problem& p) { p.length = -3; }, ErrorCode::invalid_value,
+     {"length", ">= 0", "-3"}},
+    {"no_vocabulary", [](Problem& p) { p.V = 0; }, ErrorCode::invalid_value, {"V", ">= 1", "0"}},
+    {"negative_vocabulary", [](Problem& p) { p.V = -5; }, ErrorCode::invalid_value,
+     {"V", ">= 1", "-5"}},
+    {"no_hidden_size", [](Problem& p) { p.D = 0; }, ErrorCode::invalid_value, {"D", ">= 1", "0"}},
+    {"negative_shift", [](Problem& p) { p.shift = -2; }, ErrorCode::invalid_value,
+     {"shift", ">= 0", "-2"}},
+    {"shift_of_the_length", [](Problem& p) { p.shift = 8; }, ErrorCode::invalid_value,
+     {"shift", "length 8", "got 8"}},
+    {"shift_beyond_the_length", [](Problem& p) { p.shift = 11; }, ErrorCode::invalid_value,
+     {"shift", "length 8", "11"}},
+    {"rows_overflow", [](Problem& p) { p.sequences = p.length = kHuge; },
+     ErrorCode::invalid_value, {"sequences x length", "1099511627776"}},
+    {"embeddings_overflow", [](Problem& p) { p.sequences = p.D = kHuge; },
+     ErrorCode::invalid_value, {"N x D", "8796093022208", "1099511627776"}},
+    {"logits_overflow", [](Problem& p) { p.sequences = p.V = kHuge; }, ErrorCode::invalid_value,
+     {"N x V", "8796093022208", "1099511627776"}},
+    {"classifier_overflow", [](Problem& p) { p.V = p.D = kHuge; }, ErrorCode::invalid_value,
+     {"V x D", "1099511627776"}},
+    {"e_row_stride", [](Problem& p) { p.e_row_stride = 15; }, ErrorCode::invalid_value,
+     {"e_row_stride", "16", "15"}},
+    {"e_row_stride_negative", [](Problem& p) { p.e_row_stride = -16; }, ErrorCode::invalid_value,
+     {"e_row_stride", "16", "-16"}},
+    {"e_sequence_stride", [](Problem& p) { p.e_sequence_stride = 127; }, ErrorCode::invalid_value,
+     {"e_sequence_stride", "128", "127"}},
+    {"c_row_stride", [](Problem& p) { p.c_row_stride = 3; }, ErrorCode::invalid_value,
+     {"c_row_stride", "16", "3"}},
+    {"c_row_stride_overflow", [](Problem& p) { p.c_row_stride = std::int64_t{1} << 60; },
+     ErrorCode::invalid_value, {"c_row_stride", "100", "1152921504606846976"}},
+    {"f64_embeddings_alone", [](Problem& p) { p.e_type = DType::f64; }, ErrorCode::invalid_type,
+     {"E is f64", "C f32", "compute_type f32", "convert"}},
+    {"f64_classifier_alone", [](Problem& p) { p.c_type = DType::f64; }, ErrorCode::invalid_type,
+     {"E is f32", "C f64"}},
+    {"f64_products_of_f32", [](Problem& p) { p.compute_type = DType::f64; },
+     ErrorCode::invalid_type, {"E is f32", "compute_type f64"}},
+    {"f32_bias_among_f64",
+     [](Problem& p) {
+       set_types(p, kTypes[2]);
+       p.has_bias = true;
+       p.bias_type = DType::f32;
+     },
+     ErrorCode::invalid_type, {"E is f64", "bias f32"}},
+    {"softcap_0", [](Problem& p) { p.softcap = 0; }, ErrorCode::invalid_value,
+     {"softcap", "> 0", "got 0"}},
+    {"softcap_negative", [](Problem& p) { p.softcap = -30; }, ErrorCode::invalid_value,
+     {"softcap", "> 0", "-30"}},
+    {"softcap_infinite", [](Problem& p) { p.softcap = kInf; }, ErrorCode::invalid_value,
+     {"softcap", "finite", "inf"}},
+    {"softcap_nan", [](Problem& p) { p.softcap = std::nan(""); }, ErrorCode::invalid_value,
+     {"softcap", "nan"}},
+    {"logit_scale_0", [](Problem& p) { p.logit_scale = 0; }, ErrorCode::invalid_value,
+     {"logit_scale", "not 0", "got 0"}},
+    {"logit_scale_infinite", [](Problem& p) { p.logit_scale = -kInf; }, ErrorCode::invalid_value,
+     {"logit_scale", "finite", "-inf"}},
+    {"logit_scale_nan", [](Problem& p) { p.logit_scale = std::nan(""); },
+     ErrorCode::invalid_value, {"logit_scale", "nan"}},
+    {"temperature_0", [](Problem& p) { p.temperature = 0; }, ErrorCode::invalid_value,
+     {"temperature", "> 0", "got 0"}},
+    {"temperature_negative", [](Problem& p) { p.temperature = -1.5; }, ErrorCode::invalid_value,
+     {"temperature", "> 0", "-1.5"}},
+    {"temperature_infinite", [](Problem& p) { p.temperature = kInf; }, ErrorCode::invalid_value,
+     {"temperature", "finite", "inf"}},
+    {"temperature_nan", [](Problem& p) { p.temperature = std::nan(""); },
+     ErrorCode::invalid_value, {"temperature", "nan"}},
+    {"negative_workspace", [](Problem& p) { p.max_workspace = -1; }, ErrorCode::invalid_value,
+     {"max_workspace", ">= 0", "-1"}},
+    {"bias_gradient_without_bias", [](Problem& p) { p.needs_dbias = true; },
+     ErrorCode::invalid_value, {"needs_dbias", "no bias"}},
+    {"gradient_without_upstream", [](Problem& p) { p.upstream = Upstream::none; },
+     ErrorCode::invalid_value, {"needs_", "upstream is none", "at_forward", "at_backward"}},
+    {"gradient_without_schedule", [](Problem& p) { p.schedule = Schedule::none; },
+     ErrorCode::invalid_value, {"schedule none", "needs_"}},
+    {"entropy_gradient_without_entropy", [](Problem& p) { p.entropy_gradient = true; },
+     ErrorCode::invalid_value, {"entropy_gradient", "wants_entropy"}},
+    {"zbar_gradient_without_zbar", [](Problem& p) { p.zbar_gradient = true; },
+     ErrorCode::invalid_value, {"zbar_gradient", "wants_zbar"}},
+    {"unknown_engine", [](Problem& p) { p.engine = "abacus"; }, ErrorCode::invalid_value,
+     {"abacus", "cpu"}},
+    {"engine_of_another_device",
+     [](Problem& p) {
+       p.engine = "cpu";
+       p.device = Device::cuda;
+     },
+     ErrorCode::unsupported, {"engine cpu", "host memory"}},
+    {"workspace_too_small", [](Problem& p) { p.max_workspace = 10; }, ErrorCode::workspace,
+     {"max_workspace is 10 bytes", "needs", "grant at least"}},
+};
+
+class Refuses : public testing::TestWithParam<Refusal> {};
+
+TEST_P(Refuses, AndSaysWhy) {
+  ASSERT_NO_THROW(make_plan(valid()));
+  Problem problem = valid();
+  GetParam().spoil(problem);
+  try {
+    make_plan(problem);
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), GetParam().code) << error.what();
+    for (const char* part : GetParam().message) {
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos)
+          << "no '" << part << "' in: " << error.what();
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(MakePlan, Refuses, testing::ValuesIn(kRefusals),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+// What looks odd and is fine.
+const std::pair<const char*, void (*)(Problem&)> kAccepted[] = {
+    {"no_rows", [](Problem& p) { p.length = 0; }},
+    {"no_sequences", [](Problem& p) { p.sequences = 0; }},
+    {"one_of_everything", [](Problem& p) { p.sequences = p.length = p.V = p.D = 1; }},
+    {"ignore_index_in_the_vocabulary", [](Problem& p) { p.ignore_index = 7; }},
+    {"negative_logit_scale", [](Problem& p) { p.logit_scale = -1; }},
+    {"largest_shift", [](Problem& p) { p.shift = 7; }},
+    {"unused_sequence_stride",
+     [](Problem& p) {
+       p.sequences = 1;
+       p.e_sequence_stride = 1;
+     }},
+    {"a_million_columns", [](Problem& p) { p.V = 1 << 20; }},
+};
+
+TEST(MakePlan, AcceptsWhatIsOddButValid) {
+  for (const auto& [name, change] : kAccepted) {
+    SCOPED_TRACE(name);
+    Problem problem = valid();
+    change(problem);
+    EXPECT_NO_THROW(make_plan(problem));
+  }
+}
+
+}  // namespace
+}  // namespace cutloss::test

@@ -1,0 +1,166 @@
+// Runs a plan on a problem's data, the way a caller would, with every output and every byte of
+// workspace poisoned beforehand.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "buffer.h"
+#include "cutloss/cutloss.h"
+#include "problems.h"
+
+namespace cutloss::test {
+
+// How the gradients of a problem are asked for.
+struct Mode {
+  const char* name;
+  Schedule schedule;
+  Upstream upstream;
+  bool smallest_workspace;  // the least that make_plan accepts; else 64 MiB
+};
+
+inline constexpr Mode kModes[] = {
+    {"rows", Schedule::rows, Upstream::at_forward, false},
+    {"rows_in_chunks", Schedule::rows, Upstream::at_forward, true},
+    {"rows_kept", Schedule::rows, Upstream::at_backward, false},
+    {"rows_kept_tight", Schedule::rows, Upstream::at_backward, true},
+    {"vocabulary", Schedule::vocabulary, Upstream::at_backward, false},
+    {"vocabulary_tight", Schedule::vocabulary, Upstream::at_backward, true},
+};
+
+// The least max_workspace that make_plan accepts.
+inline std::int64_t smallest_workspace(Problem problem) {
+  const auto fits = [&](std::int64_t bytes) {
+    problem.max_workspace = bytes;
+    try {
+      make_plan(problem);
+      return true;
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::workspace) throw;
+      return false;
+    }
+  };
+  std::int64_t low = -1, high = 1;
+  while (!fits(high)) {
+    low = high;
+    high *= 2;
+  }
+  while (high - low > 1) {
+    const std::int64_t middle = low + (high - low) / 2;
+    (fits(middle) ? high : low) = middle;
+  }
+  return high;
+}
+
+inline Plan plan_for(Problem problem, const std::string& engine, const Mode& mode) {
+  problem.engine = engine;
+  problem.schedule = mode.schedule;
+  problem.upstream = mode.upstream;
+  problem.max_workspace =
+      mode.smallest_workspace ? smallest_workspace(problem) : std::int64_t{64} << 20;
+  return make_plan(problem);
+}
+
+struct Outputs {
+  Array nll, lse, row_max, log_sum, entropy, zbar;
+  std::vector<std::int64_t> argmax;
+  Array de, dc, dbias;
+
+  RowOutputs rows() {
+    RowOutputs out;
+    out.nll = nll.pointer();
+    out.lse = lse.pointer();
+    out.row_max = row_max.pointer();
+    out.log_sum = log_sum.pointer();
+    out.entropy = entropy.pointer();
+    out.zbar = zbar.pointer();
+    out.argmax = argmax.empty() ? nullptr : argmax.data();
+    return out;
+  }
+
+  Gradients gradients() { return {de.pointer(), dc.pointer(), dbias.pointer()}; }
+
+  bool guards_intact() const {
+    for (const Array* array : {&nll, &lse, &row_max, &log_sum, &entropy, &zbar, &de, &dc, &dbias}) {
+      if (!array->buffer.guards_intact()) return false;
+    }
+    return true;
+  }
+
+  // The name of the first output whose bytes differ; empty where none does.
+  std::string first_difference(const Outputs& other) const {
+    const std::pair<const char*, const Array* (*)(const Outputs&)> arrays[] = {
+        {"nll", [](const Outputs& o) { return &o.nll; }},
+        {"lse", [](const Outputs& o) { return &o.lse; }},
+        {"row_max", [](const Outputs& o) { return &o.row_max; }},
+        {"log_sum", [](const Outputs& o) { return &o.log_sum; }},
+        {"entropy", [](const Outputs& o) { return &o.entropy; }},
+        {"zbar", [](const Outputs& o) { return &o.zbar; }},
+        {"de", [](const Outputs& o) { return &o.de; }},
+        {"dc", [](const Outputs& o) { return &o.dc; }},
+        {"dbias", [](const Outputs& o) { return &o.dbias; }}};
+    for (const auto& [name, of] : arrays) {
+      if (!of(*this)->buffer.same_bytes(of(other)->buffer)) return name;
+    }
+    return argmax == other.argmax ? "" : "argmax";
+  }
+};
+
+// Outputs that are not wanted stay null.
+inline Outputs outputs_for(const Problem& p) {
+  const std::int64_t N = p.sequences * (p.length - p.shift);
+  const DType stat = reference::stat_type(p);
+  Outputs out;
+  for (Array* array : {&out.nll, &out.lse, &out.row_max, &out.log_sum}) *array = Array(stat, N);
+  if (p.wants_entropy) out.entropy = Array(stat, N);
+  if (p.wants_zbar) out.zbar = Array(stat, N);
+  if (p.wants_argmax) out.argmax.assign(N, -7);
+  if (p.needs_de) out.de = Array(p.e_type, p.sequences * p.length * p.D);
+  if (p.needs_dc) out.dc = Array(p.c_type, p.V * p.D);
+  if (p.needs_dbias) out.dbias = Array(p.bias_type, p.V);
+  return out;
+}
+
+// Memory of a call, poisoned.
+struct Scratch {
+  Buffer kept, forward, backward;
+  explicit Scratch(const Plan& plan)
+      : kept(plan.kept_bytes),
+        forward(plan.forward_workspace_bytes),
+        backward(plan.backward_workspace_bytes) {}
+  bool intact() const {
+    return kept.guards_intact() && forward.guards_intact() && backward.guards_intact();
+  }
+};
+
+inline Args args_for(const Data& data, Outputs& out, Scratch& scratch, bool forward) {
+  Args args;
+  args.in = data.inputs();
+  args.rows = out.rows();
+  args.upstream = data.upstream();
+  args.gradients = out.gradients();
+  args.kept = scratch.kept.data();
+  args.workspace = (forward ? scratch.forward : scratch.backward).data();
+  return args;
+}
+
+// Forward, and backward where the plan makes gradients.
+// Sets *intact to whether everything outside the promised memory was left alone.
+inline Outputs run(const Plan& plan, const Data& data, bool* intact = nullptr) {
+  Outputs out = outputs_for(plan.problem);
+  Scratch scratch(plan);
+  const Args args = args_for(data, out, scratch, /*forward=*/true);
+  if (plan.schedule == Schedule::rows && !plan.keeps_logits) {
+    forward_backward(plan, args);
+  } else {
+    forward(plan, args);
+    if (plan.schedule != Schedule::none) {
+      backward(plan, args_for(data, out, scratch, /*forward=*/false));
+    }
+  }
+  if (intact != nullptr) *intact = scratch.intact() && out.guards_intact();
+  return out;
+}
+
+}  // namespace cutloss::test
