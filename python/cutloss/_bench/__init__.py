@@ -1,0 +1,1 @@
+"""Measuring: cases, methods, times, memory, errors. cutloss/bench.py is the command."""

@@ -1,0 +1,106 @@
+"""Peak memory of one loss, measured in a process of its own.
+
+On the CPU it is resident memory as the kernel counts it (VmHWM of /proc/self/status, set back to
+the current value through /proc/self/clear_refs), so whatever any library holds is in it, whoever
+allocated it. On CUDA it is the peak of PyTorch's allocator. Reported is what the call adds to the
+inputs, less the gradients that it returns.
+
+The process first runs the method at a tiny size: libraries, thread pools and code are then in
+memory, and do not count. The measured call is the first one of its size.
+"""
+
+import ctypes
+import dataclasses
+import json
+import subprocess
+import sys
+
+from cutloss._bench.cases import Case, inputs, leaves
+from cutloss._bench.methods import Method, run_pass, synchronise
+
+
+def peak_bytes(case, method, which, threads):
+    """Starts the process and returns its answer, or None where the system has no such counter."""
+    job = {
+        "case": dataclasses.asdict(case),
+        "method": dataclasses.asdict(method),
+        "which": which,
+        "threads": threads,
+    }
+    command = [sys.executable, "-m", "cutloss._bench.memory", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(
+            f"measuring the memory of {method.label} failed (exit code {done.returncode}): {last}"
+        )
+    return json.loads(done.stdout)
+
+
+def _resident(key):
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def _return_free_memory():
+    """What malloc keeps for later would hide as much of the call's own memory."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # another C library than glibc
+        pass
+
+
+class _HostPeak:
+    def start(self):
+        _return_free_memory()
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # VmHWM = VmRSS; proc(5)
+        self._before = _resident("VmRSS")
+
+    def added(self):
+        return _resident("VmHWM") - self._before
+
+
+class _CudaPeak:
+    def start(self):
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+
+    def added(self):
+        import torch
+
+        return torch.cuda.max_memory_allocated() - self._before
+
+
+def _measure(case, method, which):
+    tiny = dataclasses.replace(case, N=64, V=1024)
+    run_pass(method, tiny, which, *leaves(inputs(tiny), which))
+    tensors = leaves(inputs(case), which)
+    synchronise(case.device)
+    peak = _CudaPeak() if case.device == "cuda" else _HostPeak()
+    try:
+        peak.start()
+    except OSError:
+        return None
+    run_pass(method, case, which, *tensors)
+    synchronise(case.device)
+    return max(0, peak.added() - case.gradient_bytes(which))
+
+
+def main():
+    import torch
+
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job["threads"])
+    answer = _measure(Case(**job["case"]), Method(**job["method"]), job["which"])
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""A line of a result file."""
+
+import datetime
+import json
+import pathlib
+import platform
+import subprocess
+
+import torch
+
+import cutloss
+
+NUMBER = (int, float)
+# key: the types it may have; None means that it was not measured or does not apply.
+KEYS = {
+    "device": (str,),
+    "date": (str,),
+    "commit": (str, type(None)),
+    "versions": (dict,),
+    "N": (int,),
+    "D": (int,),
+    "V": (int,),
+    "dtype": (str,),
+    "data": (str,),
+    "method": (str,),
+    "engine": (str,),
+    "gradient": (str,),
+    "schedule": (str,),
+    "workspace_mib": (*NUMBER, type(None)),
+    "pass": (str,),
+    "ms": NUMBER,
+    "gemm_ms": NUMBER,
+    "gemms": NUMBER,
+    "peak_mib": (*NUMBER, type(None)),
+    "de_err": (*NUMBER, type(None)),
+    "dc_err": (*NUMBER, type(None)),
+    "command": (str,),
+}
+CHOICES = {
+    "gradient": ("exact", "sampled"),
+    "schedule": ("rows", "vocabulary", "none"),
+    "pass": ("fw", "bw", "fwbw", "fwbw_frozen"),
+}
+POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms")
+NOT_NEGATIVE = ("workspace_mib", "peak_mib", "de_err", "dc_err")
+
+
+def problems(record):
+    """What is wrong with a line, as a list of sentences; empty where nothing is."""
+    found = [f"{key} is missing" for key in KEYS if key not in record]
+    found += [f"{key} is not a key of the format" for key in record if key not in KEYS]
+    for key, types in KEYS.items():
+        value = record.get(key)
+        if key not in record:
+            continue
+        if isinstance(value, bool) or not isinstance(value, types):
+            found.append(f"{key} is {value!r}, not {' or '.join(t.__name__ for t in types)}")
+        elif key in CHOICES and value not in CHOICES[key]:
+            found.append(f"{key} is {value!r}, not one of {', '.join(CHOICES[key])}")
+        elif key in POSITIVE and not value > 0:
+            found.append(f"{key} is {value}, not above 0")
+        elif key in NOT_NEGATIVE and value is not None and not value >= 0:
+            found.append(f"{key} is {value}, not 0 or more")
+    return found
+
+
+def surroundings(device, threads):
+    """The keys that all lines of a run share: device, date, commit, versions."""
+    return {
+        "device": device_name(device, threads),
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "versions": versions(),
+    }
+
+
+def versions():
+    found = {
+        "cutloss": cutloss.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def device_name(device, threads):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{processor()}, {threads} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def processor():
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit():
+    """The commit of the checkout that cutloss is imported from; None outside of one."""
+    folder = cutloss.__path__[0]
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if top is None or not (pathlib.Path(top) / "include/cutloss/cutloss.h").exists():
+        return None  # not cutloss's repository: it was installed into another project
+    return _git(folder, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
+
+
+def _git(folder, *arguments):
+    try:
+        done = subprocess.run(
+            ["git", "-C", folder, *arguments], capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def append(path, records):
+    with open(path, "a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")

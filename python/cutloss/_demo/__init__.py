@@ -1,0 +1,1 @@
+"""The parts of cutloss demo. cutloss/demo.py is the command."""

@@ -1,0 +1,164 @@
+"""cutloss doctor: what was found here, and what a loss of a given shape would get."""
+
+import importlib.util
+import platform
+import re
+
+import torch
+
+import cutloss
+from cutloss import _ops
+from cutloss._bench.cases import DATA, DTYPES, Case, inputs, leaves
+from cutloss._bench.errors import gradient_errors, reference_gradients
+from cutloss._bench.methods import Method, run_pass
+from cutloss._bench.plan import Refusal, decide
+from cutloss._bench.record import processor
+from cutloss._cli import check_device, count, shape
+
+# Of those that make a difference to the products, as /proc/cpuinfo calls them.
+FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "sve", "bf16")
+# Sizes that are a multiple of nothing.
+SELF_CHECK = {"N": 67, "D": 45, "V": 1021}
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add(
+        "--shape",
+        type=shape,
+        default=(2048, 768, 50257),
+        metavar="N,D,V",
+        help="the loss to ask about (default 2048,768,50257)",
+    )
+    add("--dtype", choices=DTYPES, default="fp32")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--frozen", action="store_true", help="the classifier gets no gradient")
+    add("--schedule", choices=("auto", "rows", "vocabulary"), default="auto")
+    add("--max-workspace", type=count, metavar="MIB", help="the memory that the loss may use")
+
+
+def run(args):
+    check_device(args.device)
+    _section("versions", _versions())
+    _section("processor", _processor())
+    _section("CUDA", _cuda())
+    _section("engines", _engines())
+    _section("optional packages", _packages())
+    _section("a loss", _plan(args))
+    broken = []
+    _section("self-check against fp64", _self_check(args.device, broken))
+    if broken:
+        print(f"\nBroken: {'; '.join(broken)}.")
+        print("Please report this, with everything above. Until then, impl='torch' is plain PyTorch.")
+        return 1
+    print("\nNothing is broken.")
+    return 0
+
+
+def _section(title, lines):
+    print(f"{title}:")
+    for line in lines:
+        print(f"  {line}")
+
+
+def _versions():
+    yield f"cutloss {cutloss.__version__} in {cutloss.__path__[0]}"
+    yield f"PyTorch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}"
+
+
+def _processor():
+    found = _features()
+    yield f"{processor()}, {torch.get_num_threads()} threads (torch.set_num_threads)"
+    if found is None:
+        yield "features: unknown, /proc/cpuinfo is not there"
+        return
+    yield f"has {', '.join(f for f in FEATURES if f in found) or 'none of ' + ', '.join(FEATURES)}"
+    runtimes = _openmp_runtimes()
+    if len(runtimes) > 1:
+        yield f"more than one OpenMP runtime is loaded, which can be slow: {', '.join(runtimes)}"
+    else:
+        yield f"OpenMP: {', '.join(runtimes) or 'not found among the loaded libraries'}"
+
+
+def _features():
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith(("flags", "Features")):
+                    return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return None
+
+
+def _openmp_runtimes():
+    """Two of them keep two pools of threads that wait for each other's processors."""
+    try:
+        with open("/proc/self/maps") as file:
+            maps = file.read()
+    except OSError:
+        return []
+    return sorted(set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)[-.\w]*", maps)))
+
+
+def _cuda():
+    if torch.version.cuda is None:
+        yield f"this PyTorch ({torch.__version__}) is built without CUDA"
+    elif not torch.cuda.is_available():
+        yield f"PyTorch is built for CUDA {torch.version.cuda}, but finds no device"
+    else:
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            yield f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
+
+
+def _engines():
+    lines = _ops.describe_machine().splitlines()
+    yield from lines
+    if not any(line.startswith("engine cuda") for line in lines):
+        yield "engine cuda: not in this build of cutloss"
+
+
+def _packages():
+    for name, use in (("rich", "demo, bench"), ("matplotlib", "demo, bench --plot")):
+        there = importlib.util.find_spec(name) is not None
+        yield f"{name} ({use}): {'found' if there else 'not found; pip install cutloss[demo]'}"
+
+
+def _plan(args):
+    case = Case(*args.shape, args.dtype, device=args.device)
+    method = Method("cutloss", args.schedule, args.max_workspace)
+    which = "fwbw_frozen" if args.frozen else "fwbw"
+    yield f"asked: {case.label}, {method.label}{', frozen classifier' if args.frozen else ''}"
+    try:
+        yield from decide(case, method, which).text.splitlines()
+    except Refusal as error:
+        yield from f"no engine takes it: {error}".splitlines()
+
+
+def _self_check(device, broken):
+    """The rule of the tests: at most twice plain PyTorch's error, or a few roundings."""
+    for dtype in ("fp32", "bf16"):
+        for data in DATA:
+            case = Case(**SELF_CHECK, dtype=dtype, data=data, device=device)
+            reference = reference_gradients(case)
+            rounding = torch.finfo(case.product_dtype).eps
+            named = {}
+            for name in ("cutloss", "plain"):
+                errors = gradient_errors(Method(name), case, "fwbw", reference)
+                named[name] = (_loss_error(Method(name), case), *errors)
+            for what, ours, plain in zip(("loss", "dE", "dC"), named["cutloss"], named["plain"]):
+                if not ours <= 2 * plain + 4 * rounding:  # NaN is not
+                    broken.append(
+                        f"{what} in {dtype}, {data}: error {ours:.1e}, plain PyTorch's {plain:.1e}"
+                    )
+            errors = ", ".join(f"{e:.1e}" for e in named["cutloss"])
+            plain = ", ".join(f"{e:.1e}" for e in named["plain"])
+            yield f"{dtype:5} {data:7} errors of loss, dE, dC: {errors}   (plain PyTorch: {plain})"
+
+
+def _loss_error(method, case):
+    e, c, targets = inputs(case)
+    exact = torch.nn.functional.cross_entropy(e.double() @ c.double().t(), targets)
+    loss = run_pass(method, case, "fw", *leaves((e, c, targets), "fw"))
+    return ((loss.double() - exact).abs() / exact.abs().clamp(min=1.0)).item()
