@@ -84,8 +84,10 @@ def dtypes(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor) -> torch.
             raise TypeError(
                 f"{name} must be float32, float64, bfloat16 or float16, got {dtype}"
             )
-    if torch.is_autocast_enabled(e.device.type) and torch.float64 not in named.values():
-        return torch.get_autocast_dtype(e.device.type)  # as F.linear, autocast leaves fp64 alone
+    device = e.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and torch.float64 not in named.values():  # which autocast leaves alone
+        return torch.get_autocast_dtype(device)
     for name, dtype in named.items():
         if dtype != e.dtype:
             raise TypeError(
@@ -111,7 +113,7 @@ def softcap(value: float | None) -> float | None:
     if value is None:
         return None
     value = number("softcap", value)
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"softcap must be finite and > 0, or None, got {value}")
     return value
 
@@ -123,7 +125,7 @@ def logit_scale(value: float) -> float:
             "also gives it a gradient"
         )
     value = number("logit_scale", value)
-    if value == 0 or not math.isfinite(value):
+    if value == 0 or not -math.inf < value < math.inf:
         raise ValueError(f"logit_scale must be finite and not 0, got {value}")
     return value
 
@@ -131,7 +133,7 @@ def logit_scale(value: float) -> float:
 def temperature(value: float | Tensor, targets: Tensor) -> None:
     if not isinstance(value, Tensor):
         value = number("temperature", value)
-        if not (value > 0 and math.isfinite(value)):
+        if not 0 < value < math.inf:
             raise ValueError(f"temperature must be finite and > 0, got {value}")
         return
     constant("temperature", value)
@@ -180,7 +182,7 @@ def label_smoothing(value: float) -> float:
 
 def z_loss(value: float) -> float:
     value = number("z_loss", value)
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= value < math.inf:
         raise ValueError(f"z_loss must be finite and >= 0, got {value}")
     return value
 

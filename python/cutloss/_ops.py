@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _errors, _load
 from ._terms import Rows, Terms
@@ -82,7 +83,11 @@ def describe_plan(sizes: tuple, options: Options) -> str:
 
 def statistics(operands: tuple, options: Options) -> Rows:
     """Per-row outputs whose gradients are made in backward."""
-    nll, lse, _, _, entropy, zbar, argmax, _ = call(_ops.statistics, *operands, **options)
+    if is_transformed():
+        outputs = _Transformable.apply(*operands, options)
+    else:
+        outputs = call(_ops.statistics, *operands, **options)
+    nll, lse, _, _, entropy, zbar, argmax, _ = outputs
     return Rows(nll, lse, entropy, zbar, argmax)
 
 
@@ -91,6 +96,12 @@ def loss_now(operands: tuple, terms: Terms, options: Options) -> tuple[Tensor, T
     weights = (terms.nll, terms.lse, terms.lse_squared, terms.zbar)
     loss, argmax, *_ = call(_ops.loss_and_gradients, *operands, *weights, **options)
     return loss, argmax
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, for which the gradient of forward's rows is
+    made in backward."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 # Shapes -----------------------------------------------------------------------------------------
@@ -199,11 +210,52 @@ def _statistics_context(ctx, inputs, keyword_only_inputs, output):
 def _statistics_backward(ctx, d_nll, d_lse, d_max, d_sum, d_entropy, d_zbar, d_argmax, d_kept):
     options = ctx.options
     e, c, bias, targets, *saved = ctx.saved_tensors
+    # What was not asked for has no elements, and its gradient says nothing.
+    d_entropy = d_entropy if options["wants_entropy"] else None
+    d_zbar = d_zbar if options["wants_zbar"] else None
     d_rows = (d_nll, d_lse, d_entropy, d_zbar)
     with torch.no_grad():
         gradients = call(_ops.gradients, e, c, bias, targets, *saved, *d_rows, **options)
     de, dc, dbias = _first_order(_wanted(gradients, options), e, c, bias, *d_rows)
     return de, dc, dbias, None, None, None
+
+
+_FORWARD_MODE = (
+    "cutloss has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode (grad, vjp, "
+    "jacrev), or impl='torch'"
+)
+
+
+class _Transformable(torch.autograd.Function):
+    """statistics for the transforms of torch.func, which ask for an autograd.Function."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(e, c, bias, targets, row_temperature, class_weight, options):
+        operands = (e, c, bias, targets, row_temperature, class_weight)
+        return tuple(call(_ops.statistics, *operands, **options))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _statistics_context(ctx, inputs[:-1], inputs[-1], output)
+
+    @staticmethod
+    def backward(ctx, *d_rows):
+        return *_statistics_backward(ctx, *d_rows), None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_FORWARD_MODE)
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """A tangent would be lost without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for t in tensors:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(_FORWARD_MODE)
 
 
 def _immediate_context(ctx, inputs, keyword_only_inputs, output):

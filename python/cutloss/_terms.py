@@ -63,7 +63,8 @@ def terms(
     if how.reduction == "mean":
         total = weighted.sum(dtype=torch.float64)
         undefined = total == 0
-        weighted, per_token = _over(weighted, total), _over(tokens, total)
+        per_token = _over(tokens, total)
+        weighted = per_token if how.weight is None else _over(weighted, total)
 
     result = Terms(weighted, undefined=undefined)
     eps = how.label_smoothing
