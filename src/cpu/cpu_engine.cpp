@@ -25,7 +25,7 @@ struct Tile {
 constexpr std::array<Tile, 5> kTiles = {{{1024, 1024}, {512, 512}, {256, 256}, {128, 128}, {64, 64}}};
 
 // With few rows a slab takes more columns, so that a product stays worth its call.
-constexpr std::int64_t kTileElements = std::int64_t{1} << 20;
+constexpr std::int64_t kTileElements = std::int64_t{1} << 19;
 constexpr std::int64_t kMaxColumns = 8192;
 
 // Rows kept at a time: each chunk reads and writes dC's sums once, which 2048 rows hide.

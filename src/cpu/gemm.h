@@ -19,9 +19,10 @@ struct Product {
   std::int64_t M, N, K;
   Operand a;  // (M,K)
   Operand b;  // (K,N)
-  void* c;    // (M,N), f32; f64 where the operands are f64
+  void* c;    // (M,N)
   std::int64_t c_stride;
-  DType type;  // of a and b: f32, bf16 or f64
+  DType type;    // of a and b: f32, bf16 or f64
+  DType c_type;  // f32 (f64 with f64); bf16 with bf16 operands rounds the fp32 sums once
   double alpha = 1;
   bool accumulate = false;
 };

@@ -42,11 +42,13 @@ dnnl::matmul make_primitive(const memory::desc& a, const memory::desc& b, const 
 
 void multiply_onednn(const Product& p) {
   try {
-    const auto type =
-        p.type == DType::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
+    const auto library_type = [](DType t) {
+      return t == DType::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
+    };
+    const auto type = library_type(p.type);
     const memory::desc a = describe(p.M, p.K, p.a, type);
     const memory::desc b = describe(p.K, p.N, p.b, type);
-    const memory::desc c = {{p.M, p.N}, memory::data_type::f32, memory::dims{p.c_stride, 1}};
+    const memory::desc c = {{p.M, p.N}, library_type(p.c_type), memory::dims{p.c_stride, 1}};
     dnnl::post_ops after;
     if (p.alpha != 1) {
 #if DNNL_VERSION_MAJOR < 3

@@ -185,6 +185,7 @@ class CpuParts final : public Parts {
     product.c = de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * p_.D;
     product.c_stride = p_.D;
     product.type = operand_;
+    product.c_type = stat_type(p_.compute_type);
     product.alpha = p_.logit_scale;
     product.accumulate = block.columns.begin > 0;
     multiply(product);
@@ -198,16 +199,18 @@ class CpuParts final : public Parts {
     product.K = block.rows.count;
     product.a = {g_, block.columns.count, true};
     product.b = {e.data, e.stride, false};
-    product.c = dc_sums(block.columns);
+    product.c = one_product_makes_dc() ? at(args_.gradients.dc, p_.c_type, block.columns.begin * p_.D)
+                                       : dc_sums(block.columns);
     product.c_stride = p_.D;
     product.type = operand_;
+    product.c_type = one_product_makes_dc() ? p_.c_type : stat_type(p_.compute_type);
     product.alpha = p_.logit_scale;
     product.accumulate = block.rows.begin > 0;
     multiply(product);
   }
 
   void store_dc(Columns columns) override {
-    if (layout_.dc_sums < 0) return;
+    if (layout_.dc_sums < 0 || one_product_makes_dc()) return;
     const T* sums = dc_sums(columns);
 #pragma omp parallel for schedule(static)
     for (std::int64_t v = 0; v < columns.count; ++v) {
@@ -359,6 +362,7 @@ class CpuParts final : public Parts {
     product.c = z;
     product.c_stride = block.columns.count;
     product.type = operand_;
+    product.c_type = stat_type(p_.compute_type);
     product.alpha = p_.logit_scale;
     multiply(product);
   }
@@ -420,6 +424,11 @@ class CpuParts final : public Parts {
   T* de_sums(Rows chunk) const {
     return layout_.de_sums >= 0 ? buffer<T>(layout_.de_sums)
                                 : static_cast<T*>(args_.gradients.de) + chunk.begin * p_.D;
+  }
+
+  // Where one block holds every row, its product is dC, and rounds it itself.
+  bool one_product_makes_dc() const {
+    return p_.c_type == operand_ && rows_to_cover() <= plan_.block_rows;
   }
 
   T* dc_sums(Columns columns) const {

@@ -137,7 +137,7 @@ void statistics(const Problem& problem, const Inputs& in, Result& r) {
       entropy -= times(std::exp(log_p), log_p);
       const double weight =
           problem.has_class_weight ? load(in.class_weight, stat_type(problem), v) : 1.0;
-      zbar += times(weight, z[v]);
+      zbar += weight * z[v];
     }
     r.entropy[n] = entropy;
     r.zbar[n] = zbar / static_cast<double>(r.V);
