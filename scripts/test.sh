@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Builds and runs all tests, after scripts/setup.sh. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+BUILD=build/release
+LOG=$BUILD/ctest.log
+
+echo "== building the C++ tests in $BUILD"
+cmake --build $BUILD -j "${JOBS:-$(nproc)}"
+
+echo "== C++ tests"
+result=0
+ctest --test-dir $BUILD --quiet --output-on-failure --output-log $PWD/$LOG || result=$?
+if ((result == 0)); then
+  tail -n 3 $LOG
+else
+  grep -vE '^ *(Start +[0-9]+:|[0-9]+/[0-9]+ .* Passed )' $LOG
+fi
+
+echo "== Python tests"
+.venv/bin/python -m pytest -q "$@" || result=$?
+exit $result
