@@ -1,0 +1,239 @@
+// Which schedule a problem gets, and what the plan says about it.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <string>
+
+#include "problems.h"
+#include "run.h"
+
+namespace cutloss::test {
+namespace {
+
+Problem training() {
+  Problem p = with_size(1, 1000, 20000, 64).problem;
+  p.upstream = Upstream::at_forward;
+  return p;
+}
+
+std::int64_t total_bytes(const Plan& plan) {
+  return plan.kept_bytes + std::max(plan.forward_workspace_bytes, plan.backward_workspace_bytes);
+}
+
+std::int64_t smallest_for(Problem problem, Schedule schedule) {
+  problem.schedule = schedule;
+  return smallest_workspace(problem);
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+TEST(Plan, NoGradientMeansForwardAlone) {
+  Problem p = training();
+  p.needs_de = p.needs_dc = false;
+  for (const Upstream upstream : {Upstream::none, Upstream::at_forward, Upstream::at_backward}) {
+    p.upstream = upstream;
+    const Plan plan = make_plan(p);
+    EXPECT_EQ(plan.schedule, Schedule::none);
+    EXPECT_EQ(plan.products, 1);
+    EXPECT_FALSE(plan.keeps_logits);
+    EXPECT_EQ(plan.kept_bytes, 0);
+  }
+}
+
+TEST(Plan, TakesTheFewestProductsThatFit) {
+  const Plan plan = make_plan(training());
+  EXPECT_EQ(plan.schedule, Schedule::rows);
+  EXPECT_FALSE(plan.keeps_logits);
+  EXPECT_EQ(plan.products, 3);
+  EXPECT_GT(plan.kept_bytes, 0);
+
+  Problem frozen = training();
+  frozen.needs_dc = false;
+  EXPECT_EQ(make_plan(frozen).products, 2);
+}
+
+TEST(Plan, UpstreamAtBackwardKeepsEveryLogitOrRecomputes) {
+  Problem p = training();
+  p.upstream = Upstream::at_backward;
+  const Plan kept = make_plan(p);
+  EXPECT_EQ(kept.schedule, Schedule::rows);
+  EXPECT_TRUE(kept.keeps_logits);
+  EXPECT_EQ(kept.products, 3);
+
+  p.max_workspace = std::int64_t{16} << 20;  // less than 1000 x 20000 logits
+  const Plan recomputed = make_plan(p);
+  EXPECT_EQ(recomputed.schedule, Schedule::vocabulary);
+  EXPECT_FALSE(recomputed.keeps_logits);
+  EXPECT_EQ(recomputed.products, 4);
+}
+
+// fp16 gradients underflow without the loss scale, which only backward knows.
+TEST(Plan, Fp16GradientsAreMadeInBackward) {
+  Problem p = training();
+  p.c_type = DType::f16;
+  const Plan plan = make_plan(p);
+  EXPECT_EQ(plan.schedule, Schedule::rows);
+  EXPECT_TRUE(plan.keeps_logits);
+  p.needs_dc = false;
+  EXPECT_FALSE(make_plan(p).keeps_logits) << "dE is fp32";
+}
+
+TEST(Plan, TightWorkspacesGoByVocabulary) {
+  for (const Types& types : kTypes) {
+    SCOPED_TRACE(types.name);
+    Problem p = training();
+    set_types(p, types);
+    const std::int64_t rows = smallest_for(p, Schedule::rows);
+    const std::int64_t vocabulary = smallest_for(p, Schedule::vocabulary);
+    ASSERT_LT(vocabulary, rows);
+
+    p.max_workspace = rows;
+    EXPECT_EQ(make_plan(p).schedule, Schedule::rows);
+    p.max_workspace = rows - 1;
+    EXPECT_EQ(make_plan(p).schedule, Schedule::vocabulary);
+    p.max_workspace = vocabulary;
+    EXPECT_EQ(make_plan(p).schedule, Schedule::vocabulary);
+    p.max_workspace = vocabulary - 1;
+    EXPECT_THROW(make_plan(p), Error);
+  }
+}
+
+TEST(Plan, TheErrorNamesTheBytesThatWouldDo) {
+  for (const Schedule schedule : {Schedule::automatic, Schedule::rows, Schedule::vocabulary}) {
+    SCOPED_TRACE(std::string(name(schedule)));
+    Problem p = training();
+    p.schedule = schedule;
+    const std::int64_t enough = smallest_workspace(p);
+    p.max_workspace = 1000;
+    try {
+      make_plan(p);
+      FAIL() << "no error";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::workspace);
+      EXPECT_TRUE(contains(error.what(), "1000 bytes")) << error.what();
+      EXPECT_TRUE(contains(error.what(), std::to_string(enough) + " bytes")) << error.what();
+    }
+  }
+}
+
+TEST(Plan, StaysWithinTheGrantedBytes) {
+  for (const Upstream upstream : {Upstream::at_forward, Upstream::at_backward}) {
+    for (const Types& types : kTypes) {
+      Problem p = training();
+      p.upstream = upstream;
+      p.has_bias = p.needs_dbias = true;
+      set_types(p, types);
+      const std::int64_t least = smallest_workspace(p);
+      for (std::int64_t bytes = least; bytes < std::int64_t{1} << 31; bytes += bytes / 3) {
+        p.max_workspace = bytes;
+        const Plan plan = make_plan(p);
+        EXPECT_LE(total_bytes(plan), bytes) << types.name << "\n" << describe(plan);
+      }
+    }
+  }
+}
+
+// More memory never makes a plan with more products.
+TEST(Plan, MoreMemoryIsNeverMoreWork) {
+  Problem p = training();
+  int products = 4;
+  for (std::int64_t bytes = smallest_workspace(p); bytes < std::int64_t{1} << 31; bytes *= 2) {
+    p.max_workspace = bytes;
+    const int now = make_plan(p).products;
+    EXPECT_LE(now, products);
+    products = now;
+  }
+  EXPECT_EQ(products, 3);
+}
+
+TEST(Plan, WithoutALimitEveryProblemGetsOne) {
+  Problem p = with_size(1, 60000, 300000, 8192).problem;
+  set_types(p, kTypes[1]);
+  p.upstream = Upstream::at_backward;
+  const Plan plan = make_plan(p);
+  EXPECT_GT(total_bytes(plan), kDefaultWorkspace) << "dE's sums alone are more";
+  EXPECT_EQ(plan.schedule, Schedule::vocabulary);
+}
+
+TEST(Plan, TheScheduleAskedForIsTheScheduleGiven) {
+  for (const Schedule schedule : {Schedule::rows, Schedule::vocabulary}) {
+    Problem p = training();
+    p.schedule = schedule;
+    EXPECT_EQ(make_plan(p).schedule, schedule);
+  }
+}
+
+TEST(Plan, FillsInStrides) {
+  Problem p = with_size(3, 7, 50, 12).problem;
+  p.upstream = Upstream::at_backward;
+  const Problem filled = make_plan(p).problem;
+  EXPECT_EQ(filled.e_row_stride, 12);
+  EXPECT_EQ(filled.e_sequence_stride, 84);
+  EXPECT_EQ(filled.c_row_stride, 12);
+}
+
+TEST(Plan, ChunksCoverTheRows) {
+  Problem p = training();
+  p.max_workspace = smallest_for(p, Schedule::rows);
+  const Plan plan = make_plan(p);
+  ASSERT_EQ(plan.schedule, Schedule::rows);
+  EXPECT_LT(plan.chunk_rows, row_count(p));
+  EXPECT_GE(plan.chunk_rows * chunk_count(plan), row_count(p));
+  EXPECT_LT(plan.chunk_rows * (chunk_count(plan) - 1), row_count(p));
+
+  p.length = 0;
+  p.max_workspace.reset();
+  EXPECT_EQ(chunk_count(make_plan(p)), 0);
+}
+
+TEST(Plan, DescribesItself) {
+  Problem p = training();
+  set_types(p, kTypes[1]);
+  p.max_workspace = std::int64_t{8} << 20;
+  const Plan plan = make_plan(p);
+  ASSERT_EQ(plan.schedule, Schedule::vocabulary);
+  const std::string text = describe(plan);
+  for (const std::string& part :
+       {std::string("N 1000"), std::string("V 20000"), std::string("D 64"), std::string("bf16"),
+        std::string("engine cpu"), std::string("schedule vocabulary"), std::string("products 4"),
+        std::to_string(plan.block_rows) + " rows", std::to_string(plan.slab) + " columns",
+        std::to_string(plan.forward_workspace_bytes) + " bytes",
+        std::to_string(plan.backward_workspace_bytes),
+        // Why not by rows: what it needs and what was granted.
+        "rows, 3 products: needs at least " + std::to_string(smallest_for(p, Schedule::rows)),
+        std::string("8388608")}) {
+    EXPECT_TRUE(contains(text, part)) << "no '" << part << "' in\n" << text;
+  }
+  for (const std::string& reason : plan.reasons) EXPECT_TRUE(contains(text, reason));
+}
+
+TEST(Machine, NamesEveryEngineAndItsLibraries) {
+  const std::vector<std::string> lines = describe_machine();
+  ASSERT_FALSE(lines.empty());
+  EXPECT_TRUE(contains(lines[0], "engine cpu: "));
+  EXPECT_TRUE(contains(lines[0], "oneDNN"));
+  EXPECT_TRUE(contains(lines[0], "OpenBLAS"));
+  EXPECT_TRUE(contains(lines[0], "threads"));
+}
+
+TEST(Names, AreWhatTheApiCallsThem) {
+  EXPECT_EQ(name(DType::f32), "f32");
+  EXPECT_EQ(name(DType::f64), "f64");
+  EXPECT_EQ(name(DType::bf16), "bf16");
+  EXPECT_EQ(name(DType::f16), "f16");
+  EXPECT_EQ(name(Schedule::automatic), "automatic");
+  EXPECT_EQ(name(Schedule::none), "none");
+  EXPECT_EQ(name(Schedule::rows), "rows");
+  EXPECT_EQ(name(Schedule::vocabulary), "vocabulary");
+}
+
+TEST(RowCount, LeavesOutTheLastPositionsOfEachSequence) {
+  EXPECT_EQ(row_count(with_size(3, 10, 5, 2).problem), 30);
+  EXPECT_EQ(row_count(with_size(3, 10, 5, 2, 4).problem), 18);
+  EXPECT_EQ(row_count(with_size(0, 10, 5, 2, 4).problem), 0);
+}
+
+}  // namespace
+}  // namespace cutloss::test

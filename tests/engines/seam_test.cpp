@@ -1,0 +1,127 @@
+// forward_backward taken apart: begin, then statistics and gradients of each chunk with the
+// caller's coefficients written in between, then finish.
+#include <algorithm>
+#include <cmath>
+
+#include "engines.h"
+
+namespace cutloss::test {
+namespace {
+
+std::vector<Case> cases() {
+  Case plain = with_size(1, 391, 523, 16);
+  plain.name = "plain";
+  Case everything = with_size(3, 137, 523, 16, 2);
+  add_everything(everything);
+  everything.name = "everything";
+  Case ignored = with_size(1, 391, 523, 16);
+  ignored.ignored = 0.9;  // the last chunks are empty
+  ignored.name = "mostly_ignored";
+  return {plain, everything, ignored};
+}
+
+// fp16 gradients are made in backward: they have no seam.
+std::vector<Subject> subjects_with_seam() {
+  std::vector<Subject> all = subjects(cases());
+  std::erase_if(all, [](const Subject& subject) {
+    return subject.types.e == DType::f16 || subject.types.c == DType::f16;
+  });
+  return all;
+}
+
+Plan chunked_plan(const Data& data, const std::string& engine) {
+  const Mode& in_chunks = kModes[1];
+  return plan_for(data.problem, engine, in_chunks);
+}
+
+using Seam = EverySubject;
+
+TEST_P(Seam, PiecesMakeTheSameBitsAsTheWhole) {
+  const Data data = make_data(GetParam().problem);
+  const Plan plan = chunked_plan(data, GetParam().engine);
+  ASSERT_GT(chunk_count(plan), 1);
+  const Outputs whole = run(plan, data);
+
+  Outputs pieces = outputs_for(plan.problem);
+  Scratch scratch(plan);
+  const Args args = args_for(data, pieces, scratch, /*forward=*/true);
+  begin(plan, args);
+  for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
+    statistics(plan, args, chunk);
+    gradients(plan, args, chunk);
+  }
+  finish(plan, args);
+  EXPECT_EQ(pieces.first_difference(whole), "");
+  EXPECT_TRUE(scratch.intact() && pieces.guards_intact());
+}
+
+TEST_P(Seam, EveryRowThatCountsIsInOneChunk) {
+  const Data data = make_data(GetParam().problem);
+  const Plan plan = chunked_plan(data, GetParam().engine);
+  Outputs out = outputs_for(plan.problem);
+  Scratch scratch(plan);
+  const Args args = args_for(data, out, scratch, /*forward=*/true);
+  begin(plan, args);
+  std::vector<std::int64_t> seen;
+  for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
+    const RowList list = chunk_rows(plan, args, chunk);
+    EXPECT_LE(list.count, plan.chunk_rows);
+    seen.insert(seen.end(), list.rows, list.rows + list.count);
+  }
+  std::vector<std::int64_t> want;
+  for (std::int64_t n = 0; n < row_count(plan.problem); ++n) {
+    if (data.counts(n)) want.push_back(n);
+  }
+  EXPECT_EQ(seen, want);
+}
+
+// A focal loss, (1 - p_t)^2 nll: its coefficients are functions of the row's own nll, known only
+// in the seam. The same coefficients given beforehand make the same bits.
+TEST_P(Seam, CoefficientsMayComeFromTheChunksOwnStatistics) {
+  Data data = make_data(GetParam().problem);
+  const Plan plan = chunked_plan(data, GetParam().engine);
+  const auto focal = [](double nll) {
+    const double p = std::exp(-nll);
+    return (1 - p) * (1 - p) + 2 * nll * p * (1 - p);
+  };
+
+  Outputs in_seam = outputs_for(plan.problem);
+  {
+    Scratch scratch(plan);
+    std::fill_n(reinterpret_cast<unsigned char*>(data.d_nll.pointer()), data.d_nll.buffer.bytes(),
+                static_cast<unsigned char>(0xff));
+    const Args args = args_for(data, in_seam, scratch, /*forward=*/true);
+    begin(plan, args);
+    for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
+      statistics(plan, args, chunk);
+      const RowList list = chunk_rows(plan, args, chunk);
+      for (std::int64_t i = 0; i < list.count; ++i) {
+        data.d_nll.set(list.rows[i], focal(in_seam.nll.get(list.rows[i])));
+      }
+      gradients(plan, args, chunk);
+    }
+    finish(plan, args);
+  }
+  EXPECT_EQ(run(plan, data).first_difference(in_seam), "");
+}
+
+TEST_P(Seam, RefusesPlansAndChunksThatHaveNone) {
+  const Data data = make_data(GetParam().problem);
+  const Plan plan = chunked_plan(data, GetParam().engine);
+  Outputs out = outputs_for(plan.problem);
+  Scratch scratch(plan);
+  const Args args = args_for(data, out, scratch, /*forward=*/true);
+  begin(plan, args);
+  EXPECT_THROW(statistics(plan, args, -1), Error);
+  EXPECT_THROW(gradients(plan, args, chunk_count(plan)), Error);
+  EXPECT_THROW(backward(plan, args), Error);
+
+  const Plan by_vocabulary = plan_for(data.problem, GetParam().engine, kModes[4]);
+  EXPECT_THROW(begin(by_vocabulary, args), Error);
+  EXPECT_THROW(forward_backward(by_vocabulary, args), Error);
+}
+
+INSTANTIATE_TEST_SUITE_P(Engines, Seam, testing::ValuesIn(subjects_with_seam()), subject_name);
+
+}  // namespace
+}  // namespace cutloss::test
