@@ -15,6 +15,7 @@ from cutloss._cli import UserError, check_device, count, needed, shape
 
 SCHEDULES = ("auto", "rows", "vocabulary")
 DEFAULT_WORKSPACE_MIB = 512  # cutloss::kDefaultWorkspace
+PICTURES = (".png", ".svg", ".pdf")
 DEFAULT_SHAPE = (512, 768, 50257)  # GPT-2's, with few rows
 
 
@@ -63,6 +64,7 @@ def run(args):
         torch.set_num_threads(args.threads)
     shapes = _shapes(args)
     methods = _methods(args)
+    _check_files(args)
     from cutloss._bench import report
 
     shared = record.surroundings(args.device, torch.get_num_threads())
@@ -76,7 +78,7 @@ def run(args):
                 measured = measure(case, methods, args, shared, report)
                 report.table(case, measured)
                 if args.json:
-                    _write(args.json, [r for _, r in measured])
+                    record.append(args.json, [line for _, line in measured])
                 records += measured
     if args.plot:
         report.plot(args.plot, records)
@@ -183,8 +185,16 @@ def _methods(args):
     return methods
 
 
-def _write(path, lines):
-    try:
-        record.append(path, lines)
-    except OSError as error:
-        raise UserError(f"--json {path} cannot be written: {error.strerror}") from None
+def _check_files(args):
+    """Before anything is measured: what cannot be written would be lost."""
+    if args.json:
+        try:
+            record.append(args.json, [])
+        except OSError as error:
+            raise UserError(f"--json {args.json} cannot be written: {error.strerror}") from None
+    if args.plot:
+        folder, kind = pathlib.Path(args.plot).parent, pathlib.Path(args.plot).suffix
+        if not folder.is_dir():
+            raise UserError(f"--plot {args.plot} cannot be written: {folder} is not a folder")
+        if kind not in PICTURES:
+            raise UserError(f"--plot must end in {', '.join(PICTURES)}, got {args.plot!r}")

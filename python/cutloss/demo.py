@@ -27,9 +27,9 @@ def add_arguments(parser):
     add(
         "--max-workspace",
         type=count,
-        default=16,
+        default=24,
         metavar="MIB",
-        help="memory that the loss of cutloss may use (default 16)",
+        help="memory that the loss of cutloss may use (default 24)",
     )
     add("--no-compare", action="store_true", help="train with cutloss only")
     add("--out", default="cutloss-demo", metavar="DIR", help="folder of the picture")

@@ -95,7 +95,7 @@ def synchronise(device):
 
 
 def products(case, e, c):
-    """Library products E·Cᵀ into memory that is there already, by name; the unit of the others."""
+    """Library products E·Cᵀ by name, each into memory that is there already: its argument out."""
     e = e.detach().to(case.product_dtype)  # (N,D)
     c = c.detach().to(case.product_dtype)  # (V,D)
     by_row = torch.empty(case.N, case.V, dtype=e.dtype, device=e.device)
@@ -125,21 +125,19 @@ def _onednn_product(case, e, c):
         break
     else:
         return None
-    out = torch.empty(case.N, case.V)
     size, char, real = ctypes.c_int64, ctypes.c_char, ctypes.c_float
-    pointer = lambda t: ctypes.c_void_p(t.data_ptr())  # noqa: E731
-    # Row-major: C = alpha·op(A)·op(B) + beta·C, each matrix followed by its row stride.
-    arguments = (
-        *(char(b"N"), char(b"T"), size(case.N), size(case.V), size(case.D), real(1.0)),
-        *(pointer(e), size(case.D), pointer(c), size(case.D), real(0.0)),
-        *(pointer(out), size(case.V)),
-    )
 
-    def product(alive=(e, c, out)):
-        status = gemm(*arguments)
+    def matrix(tensor):  # row-major, followed by its row stride
+        return ctypes.c_void_p(tensor.data_ptr()), size(tensor.stride(0))
+
+    def product(out):
+        shape = size(case.N), size(case.V), size(case.D)
+        operands = *matrix(e), *matrix(c), real(0.0), *matrix(out)
+        status = gemm(char(b"N"), char(b"T"), *shape, real(1.0), *operands)
         if status != 0:
             raise RuntimeError(f"oneDNN's {_ONEDNN[e.dtype]} failed with status {status}")
 
+    product = functools.partial(product, out=torch.empty(case.N, case.V))
     if e.dtype == torch.bfloat16:  # refused where the processor has no AVX-512
         try:
             product()

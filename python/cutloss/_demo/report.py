@@ -121,6 +121,7 @@ def plot(path, runs, peaks, setting):
         steps = range(1, len(run.losses) + 1)
         label, colour = NAMES[run.name], COLOURS[run.name]
         curves.plot(steps, run.losses, label=label, color=colour, **styles[run.name])
+    curves.xaxis.get_major_locator().set_params(integer=True)
     curves.set_xlabel("step")
     curves.set_ylabel("loss")
     title = "The same numbers"
@@ -133,6 +134,7 @@ def plot(path, runs, peaks, setting):
     values = [0 if peak is None else peak / 2**20 for peak in peaks]
     drawn = bars.bar(names, values, color=[COLOURS[run.name] for run in runs], width=0.6)
     bars.bar_label(drawn, [_mib(peak) for peak in peaks], fontsize=9)
+    bars.margins(x=0.15, y=0.1)
     bars.set_ylabel("MiB")
     bars.set_title("Peak memory of the loss", fontsize=10, loc="left")
     for axis in (curves, bars):

@@ -1,0 +1,74 @@
+"""cutloss doctor."""
+
+import pytest
+import torch
+from cli_helpers import assert_refused, run_cli
+
+import cutloss
+from cutloss import doctor
+from cutloss._bench import methods
+
+
+def test_doctor_says_what_it_found(capsys):
+    done = run_cli(capsys, "doctor", "--shape", "64,32,1000")
+    assert done.code == 0, done.out
+    assert f"cutloss {cutloss.__version__}" in done.out
+    assert f"PyTorch {torch.__version__}" in done.out
+    assert "engine cpu" in done.out
+    assert "N 64, D 32, V 1000, fp32" in done.out
+    assert "products" in done.out
+    assert "Nothing is broken." in done.out
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--dtype", "bf16"], "compute bf16"),
+        (["--schedule", "vocabulary"], "schedule vocabulary"),
+        (["--frozen"], "products 2"),
+    ],
+)
+def test_doctor_asks_for_the_given_loss(capsys, options, expected):
+    done = run_cli(capsys, "doctor", "--shape", "64,32,1000", *options)
+    assert done.code == 0, done.out
+    assert expected in done.out
+
+
+def test_doctor_says_why_nothing_takes_a_loss(capsys):
+    shape = "100000,1000,1000000"
+    done = run_cli(capsys, "doctor", "--shape", shape, "--schedule", "rows", "--max-workspace", 1)
+    assert done.code == 0, done.out
+    assert "no engine takes it" in done.out
+    assert "max_workspace is 1048576" in done.out
+
+
+def test_doctor_finds_a_wrong_loss(capsys, monkeypatch):
+    right = methods._LOSSES["cutloss"]
+    monkeypatch.setitem(methods._LOSSES, "cutloss", lambda m, e, c, t: 1.01 * right(m, e, c, t))
+    done = run_cli(capsys, "doctor")
+    assert done.code == 1
+    assert "Broken: " in done.out
+    assert "dC in fp32, randn" in done.out
+
+
+def test_doctor_finds_a_nan(capsys, monkeypatch):
+    right = methods._LOSSES["cutloss"]
+    wrong = lambda m, e, c, t: right(m, e, c, t) * float("nan")  # noqa: E731
+    monkeypatch.setitem(methods._LOSSES, "cutloss", wrong)
+    assert run_cli(capsys, "doctor").code == 1
+
+
+def test_openmp_runtimes_are_files():
+    for path in doctor._openmp_runtimes():
+        assert path.startswith("/")
+
+
+def test_doctor_refuses(capsys):
+    assert_refused(run_cli(capsys, "doctor", "--shape", "64,32"), "N,D,V", "'64,32'")
+    assert_refused(run_cli(capsys, "doctor", "--shape", "64,0,10"), "at least 1", "'0'")
+    assert_refused(run_cli(capsys, "doctor", "--dtype", "int8"), "int8")
+
+
+def test_no_command(capsys):
+    assert_refused(run_cli(capsys), "demo|doctor|bench")
+    assert_refused(run_cli(capsys, "sing"), "sing")
