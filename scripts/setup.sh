@@ -86,8 +86,7 @@ install_python_packages() {
 build_operators() {
   say "building the PyTorch operators in $BUILD"
   local log
-  log=$(cmake -S . -B $BUILD -G Ninja -DCUTLOSS_TORCH=ON -DCUTLOSS_TESTS=ON \
-    -DCUTLOSS_WERROR="${CUTLOSS_WERROR:-OFF}" -DPython3_EXECUTABLE="$PWD/.venv/bin/python" 2>&1) ||
+  log=$(cmake --preset release -DCUTLOSS_WERROR="${CUTLOSS_WERROR:-OFF}" 2>&1) ||
     die "CMake could not configure the build:"$'\n'"$log"
   cmake --build $BUILD --target cutloss_torch -j "${JOBS:-$(nproc)}"
 }
