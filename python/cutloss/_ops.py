@@ -83,10 +83,10 @@ def describe_plan(sizes: tuple, options: Options) -> str:
 
 def statistics(operands: tuple, options: Options) -> Rows:
     """Per-row outputs whose gradients are made in backward."""
-    if is_transformed():
-        outputs = _Transformable.apply(*operands, options)
+    if torch.compiler.is_compiling():
+        outputs = _ops.statistics(*operands, **options)
     else:
-        outputs = call(_ops.statistics, *operands, **options)
+        outputs = _Deferred.apply(*operands, options)
     nll, lse, _, _, entropy, zbar, argmax, _ = outputs
     return Rows(nll, lse, entropy, zbar, argmax)
 
@@ -94,7 +94,10 @@ def statistics(operands: tuple, options: Options) -> Rows:
 def loss_now(operands: tuple, terms: Terms, options: Options) -> tuple[Tensor, Tensor]:
     """The loss, whose gradients are made along with it, and the predictions."""
     weights = (terms.nll, terms.lse, terms.lse_squared, terms.zbar)
-    loss, argmax, *_ = call(_ops.loss_and_gradients, *operands, *weights, **options)
+    if torch.compiler.is_compiling():
+        loss, argmax, *_ = _ops.loss_and_gradients(*operands, *weights, **options)
+    else:
+        loss, argmax, *_ = _Immediate.apply(*operands, *weights, options)
     return loss, argmax
 
 
@@ -220,44 +223,6 @@ def _statistics_backward(ctx, d_nll, d_lse, d_max, d_sum, d_entropy, d_zbar, d_a
     return de, dc, dbias, None, None, None
 
 
-_FORWARD_MODE = (
-    "cutloss has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode (grad, vjp, "
-    "jacrev), or impl='torch'"
-)
-
-
-class _Transformable(torch.autograd.Function):
-    """statistics for the transforms of torch.func, which ask for an autograd.Function."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(e, c, bias, targets, row_temperature, class_weight, options):
-        operands = (e, c, bias, targets, row_temperature, class_weight)
-        return tuple(call(_ops.statistics, *operands, **options))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _statistics_context(ctx, inputs[:-1], inputs[-1], output)
-
-    @staticmethod
-    def backward(ctx, *d_rows):
-        return *_statistics_backward(ctx, *d_rows), None
-
-    @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(_FORWARD_MODE)
-
-
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """A tangent would be lost without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    for t in tensors:
-        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
-            raise NotImplementedError(_FORWARD_MODE)
-
-
 def _immediate_context(ctx, inputs, keyword_only_inputs, output):
     loss, argmax, *gradients = output
     ctx.save_for_backward(*inputs)
@@ -298,6 +263,55 @@ def _immediate_backward(ctx, d_loss, *_):
         gradients = tuple(_scaled(g, d_loss) for g in gradients)
     e, c, bias = inputs[:3]
     return *_first_order(gradients, e, c, bias, d_loss), *(None,) * 7
+
+
+# Eager code and torch.func take these; traced code takes the operators, to which the same
+# functions are registered.
+
+_FORWARD_MODE = (
+    "cutloss has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode (grad, vjp, "
+    "jacrev), or impl='torch'"
+)
+
+
+class _Deferred(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        *operands, options = inputs
+        return tuple(call(_ops.statistics, *operands, **options))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _statistics_context(ctx, inputs[:-1], inputs[-1], output)
+
+    @staticmethod
+    def backward(ctx, *d_rows):
+        return *_statistics_backward(ctx, *d_rows), None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_FORWARD_MODE)
+
+
+class _Immediate(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs):
+        *tensors, options = inputs
+        return tuple(call(_ops.loss_and_gradients, *tensors, **options))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _immediate_context(ctx, inputs[:-1], inputs[-1], output)
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        return *_immediate_backward(ctx, d_loss), None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_FORWARD_MODE)
 
 
 torch.library.register_autograd(

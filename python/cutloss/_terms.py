@@ -63,8 +63,10 @@ def terms(
     if how.reduction == "mean":
         total = weighted.sum(dtype=torch.float64)
         undefined = total == 0
-        per_token = _over(tokens, total)
-        weighted = per_token if how.weight is None else _over(weighted, total)
+        # A mean of nothing is undefined, its gradients are zero.
+        total = torch.where(undefined, 1.0, total).to(stats)
+        per_token = tokens / total
+        weighted = per_token if how.weight is None else weighted / total
 
     result = Terms(weighted, undefined=undefined)
     eps = how.label_smoothing
@@ -77,14 +79,10 @@ def terms(
         # Class weights say nothing about the size of a row's logits: z-loss is a mean over tokens.
         over_tokens = per_token
         if how.reduction == "mean" and how.weight is not None:
-            over_tokens = _over(tokens, tokens.sum(dtype=torch.float64))
+            total = tokens.sum(dtype=torch.float64)
+            over_tokens = tokens / torch.where(total == 0, 1.0, total).to(stats)
         result.lse_squared = over_tokens * how.z_loss
     return result
-
-
-def _over(numerator: Tensor, total: Tensor) -> Tensor:
-    """numerator / total, and 0 / 0 = 0: a mean of nothing is undefined, its gradients are 0."""
-    return numerator / torch.where(total == 0, 1.0, total).to(numerator.dtype)
 
 
 def per_row(t: Terms, rows: Rows) -> Tensor:

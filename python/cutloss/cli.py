@@ -13,7 +13,8 @@ _COMMANDS = {
 
 
 def build_parser():
-    parser = Parser(prog="cutloss", description="The loss of a large vocabulary, without the logits.")
+    summary = "The loss of a large vocabulary, without the logits."
+    parser = Parser(prog="cutloss", description=summary)
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo|doctor|bench")
     for name, (module, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)

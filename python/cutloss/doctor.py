@@ -49,7 +49,7 @@ def run(args):
     _section("self-check against fp64", _self_check(args.device, broken))
     if broken:
         print(f"\nBroken: {'; '.join(broken)}.")
-        print("Please report this, with everything above. Until then, impl='torch' is plain PyTorch.")
+        print("Please report this with all of the above; until then, impl='torch' is plain PyTorch.")
         return 1
     print("\nNothing is broken.")
     return 0

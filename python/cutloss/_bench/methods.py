@@ -95,7 +95,7 @@ def synchronise(device):
 
 
 def products(case, e, c):
-    """Library products E·Cᵀ by name, each into memory that is there already: its argument out."""
+    """Library products E·Cᵀ by name, each into memory that is there: its argument out."""
     e = e.detach().to(case.product_dtype)  # (N,D)
     c = c.detach().to(case.product_dtype)  # (V,D)
     by_row = torch.empty(case.N, case.V, dtype=e.dtype, device=e.device)
@@ -114,7 +114,7 @@ _ONEDNN = {torch.float32: "dnnl_sgemm", torch.bfloat16: "dnnl_gemm_bf16bf16f32"}
 
 
 def _onednn_product(case, e, c):
-    """oneDNN's own product, where its library is installed: in fp32 it can be ahead of PyTorch's."""
+    """oneDNN's own product, where its library is installed: it can be ahead of PyTorch's."""
     if e.dtype not in _ONEDNN:
         return None
     for library in ("libdnnl.so.3", "libdnnl.so.2"):

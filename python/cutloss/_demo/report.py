@@ -32,17 +32,15 @@ def opening(setting, vocabulary, ids, path, model):
 def progress(runs, steps, setting):
     """Yields a function to call after each step."""
     shown = console()
-    columns = TextColumn("training"), BarColumn(bar_width=20), MofNCompleteColumn()
+    columns = BarColumn(bar_width=12), MofNCompleteColumn()
     state = TextColumn("{task.fields[state]}")
     with Progress(*columns, TimeElapsedColumn(), state, console=shown) as bar:
         task = bar.add_task("training", total=steps, state="")
 
         def show(step):
-            state = "  ".join(
-                f"{run.name}: loss {run.losses[-1]:.4f}, "
-                f"{setting.tokens / run.step_seconds[-1]:,.0f} tokens/s"
-                for run in runs
-            )
+            losses = ", ".join(f"{run.name} {run.losses[-1]:.3f}" for run in runs)
+            rates = ", ".join(f"{setting.tokens / run.step_seconds[-1]:,.0f}" for run in runs)
+            state = f"loss: {losses}   tokens/s: {rates}"
             bar.update(task, completed=step, state=state)
             # A log has no bar that moves.
             if not shown.is_terminal and (step == 1 or step % 10 == 0):

@@ -42,7 +42,7 @@ class Vocabulary:
     @classmethod
     def of(cls, text, size):
         if size <= _BYTES:
-            raise UserError(f"--vocab must be more than {_BYTES} (one id for each byte), got {size}")
+            raise UserError(f"--vocab must be more than {_BYTES} (an id for each byte), got {size}")
         counts = collections.Counter(_PIECE.findall(text))
         # A word of one byte has its id already.
         words = [w for w, _ in counts.most_common() if len(w.encode()) > 1]
