@@ -172,7 +172,8 @@ struct RowGradients {
 };
 
 // Packed, in the dtype of what they are the gradient of. Written whole, rows that are ignored
-// included (zeros). Null where needs_* is false.
+// included (zeros). Null where needs_* is false. Between statistics and gradients of a chunk dC's
+// memory may hold logits.
 struct Gradients {
   void* de = nullptr;     // (sequences, length, D)
   void* dc = nullptr;     // (V, D)

@@ -22,11 +22,17 @@ using namespace cpu;
 struct Tile {
   std::int64_t rows, columns;
 };
-constexpr std::array<Tile, 5> kTiles = {{{1024, 1024}, {512, 512}, {256, 256}, {128, 128}, {64, 64}}};
+constexpr std::array<Tile, 6> kTiles = {
+    {{2048, 1024}, {1024, 1024}, {512, 512}, {256, 256}, {128, 128}, {64, 64}}};
 
-// With few rows a slab takes more columns, so that a product stays worth its call.
-constexpr std::int64_t kTileElements = std::int64_t{1} << 19;
-constexpr std::int64_t kMaxColumns = 8192;
+// A block of logits in fp32 stays within 4 MB, and within 2 MB where rows are few; with very few
+// a slab takes more columns, so that a product stays worth its call.
+std::int64_t columns_beside(std::int64_t rows) {
+  constexpr std::int64_t kMostColumns = 8192;
+  const std::int64_t in_4mb = std::max<std::int64_t>((std::int64_t{1} << 20) / rows, 512);
+  const std::int64_t in_2mb = std::max<std::int64_t>((std::int64_t{1} << 19) / rows, 1024);
+  return std::min({in_4mb, in_2mb, kMostColumns});
+}
 
 // Rows kept at a time: each chunk reads and writes dC's sums once, which 2048 rows hide.
 constexpr std::array<std::int64_t, 5> kChunkRows = {2048, 1024, 512, 256, 128};
@@ -45,9 +51,7 @@ void set_sizes(Plan& plan, Tile tile, std::int64_t chunk_rows) {
   plan.chunk_rows = even_piece(row_count(p), chunk_rows, 16);
   plan.block_rows = even_piece(plan.chunk_rows, tile.rows, 16);
   const std::int64_t columns =
-      tile.columns == kTiles[0].columns
-          ? std::clamp(kTileElements / plan.block_rows, tile.columns, kMaxColumns)
-          : tile.columns;
+      tile.columns == kTiles[0].columns ? columns_beside(plan.block_rows) : tile.columns;
   plan.slab = even_piece(p.V, columns, 16);
   plan.kept_bytes = kept_layout(plan).bytes;
   if (plan.schedule == Schedule::rows && !plan.keeps_logits) {

@@ -1,5 +1,7 @@
 #include "cpu/layout.h"
 
+#include <algorithm>
+
 #include "core/dtype.h"
 #include "core/logit_math.h"
 #include "cpu/gemm.h"
@@ -36,7 +38,11 @@ DType product_type(const Problem& p) {
 }
 
 bool keeps_exponentials(const Problem& p) {
-  return product_type(p) == DType::bf16 && !p.entropy_gradient && !(p.softcap && p.zbar_gradient);
+  return !p.entropy_gradient && !(p.softcap && p.zbar_gradient);
+}
+
+DType kept_type(const Problem& p) {
+  return keeps_exponentials(p) ? product_type(p) : stat_type(p.compute_type);
 }
 
 bool accumulates_in_place(DType gradient_type, const Problem& p) {
@@ -62,9 +68,7 @@ WorkspaceLayout workspace_layout(const Plan& plan, Passes passes) {
   if (p.has_bias && p.bias_type != stat_type(p.compute_type)) {
     layout.bias = shelf.place(p.V * stat);
   }
-  const bool makes_logits = forward || !from_kept;
-  const bool into_kept = from_kept && !keeps_exponentials(p);
-  if (makes_logits && !into_kept) layout.z = shelf.place(plan.block_rows * plan.slab * stat);
+  if (forward || !from_kept) layout.z = shelf.place(plan.block_rows * plan.slab * stat);
   if (!backward) {
     layout.bytes = shelf.bytes();
     return layout;
@@ -88,12 +92,20 @@ KeptLayout kept_layout(const Plan& plan) {
   const Problem& p = plan.problem;
   KeptLayout layout;
   if (plan.schedule != Schedule::rows) return layout;
+  const std::int64_t element = size_of(kept_type(p));
+  const bool dc_is_there = p.needs_dc && !plan.keeps_logits && plan.chunk_rows >= row_count(p);
+  // With several blocks of rows a slab of dC may be written before the last block has been read,
+  // unless its sums are elsewhere.
+  const bool written_last =
+      plan.block_rows >= plan.chunk_rows || !accumulates_in_place(p.c_type, p);
+  if (dc_is_there && written_last) {
+    layout.rows_in_dc = std::min(plan.chunk_rows, p.D * size_of(p.c_type) / element);
+  }
   Shelf shelf;
+  layout.logits = shelf.place((plan.chunk_rows - layout.rows_in_dc) * p.V * element);
   if (keeps_exponentials(p)) {
-    layout.logits = shelf.place(plan.chunk_rows * p.V * size_of(DType::bf16));
-    layout.slab_maxima = shelf.place(plan.chunk_rows * slab_count(plan) * 4);
-  } else {
-    layout.logits = shelf.place(plan.chunk_rows * p.V * size_of(stat_type(p.compute_type)));
+    layout.slab_maxima =
+        shelf.place(plan.chunk_rows * slab_count(plan) * size_of(stat_type(p.compute_type)));
   }
   layout.bytes = shelf.bytes();
   return layout;

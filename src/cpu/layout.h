@@ -11,9 +11,10 @@ namespace cutloss::cpu {
 // The dtype of the products' operands on this machine for a problem.
 DType product_type(const Problem& problem);
 
-// What is kept of a chunk's logits: e^(z - slab maximum) as bf16, or z in the stat dtype where
-// g needs z itself.
+// What is kept of a chunk's logits: e^(z - slab maximum) in the products' dtype, or z in the stat
+// dtype where g needs z itself.
 bool keeps_exponentials(const Problem& problem);
+DType kept_type(const Problem& problem);
 
 // Whether gradients accumulate in their output: it has the accumulators' dtype.
 bool accumulates_in_place(DType gradient_type, const Problem& problem);
@@ -34,8 +35,11 @@ struct WorkspaceLayout {
 };
 WorkspaceLayout workspace_layout(const Plan& plan, Passes passes);
 
-// Kept logits lie slab after slab, each a packed (chunk rows, slab columns) matrix.
+// Kept logits lie slab after slab, each a packed (chunk rows, slab columns) matrix. A slab of dC
+// is written when the slab's kept logits have been read for the last time, so where one chunk
+// holds every row, a slab's first rows wait in that slab of dC: memory that must exist anyway.
 struct KeptLayout {
+  std::int64_t rows_in_dc = 0;    // the first rows of the chunk; the others lie at `logits`
   std::int64_t logits = 0;
   std::int64_t slab_maxima = -1;  // (chunk rows, slabs), with exponentials only
   std::int64_t bytes = 0;

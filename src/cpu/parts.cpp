@@ -74,10 +74,8 @@ class CpuParts final : public Parts {
   }
 
   void accumulate_statistics(const Block& block, bool keep) override {
-    const bool exponentials = keep && keeps_exponentials(p_);
-    const bool into_kept = keep && !exponentials;
     const Columns columns = block.columns;
-    T* z = into_kept ? kept_logits(block) : buffer<T>(layout_.z);
+    T* z = buffer<T>(layout_.z);
     multiply_logits(block, z);
 
     StatisticsRow<T> shared{};
@@ -95,9 +93,16 @@ class CpuParts final : public Parts {
       row.z = z + r * columns.count;
       row.target = target_of(n);
       row.transform = transform_of(n, columns);
-      if (exponentials) row.kept = kept_exponentials(block) + r * columns.count;
+      void* kept = keep ? kept_row(in_chunk, columns) : nullptr;
+      const bool exponentials = keep && keeps_exponentials(p_);
+      if (exponentials && operand_ == DType::bf16) {
+        row.exponentials_bf16 = static_cast<std::uint16_t*>(kept);
+      } else if (exponentials) {
+        row.exponentials = static_cast<T*>(kept);
+      }
       row_statistics(row, states()[in_chunk]);
       if (exponentials) slab_maxima(in_chunk)[columns.begin / plan_.slab] = row.slab_max;
+      if (keep && !exponentials) std::memcpy(kept, row.z, columns.count * sizeof(T));
     }
   }
 
@@ -121,34 +126,20 @@ class CpuParts final : public Parts {
 
   void make_g(const Block& block, bool from_kept) override {
     load_bias();
-    const Columns columns = block.columns;
-    const bool exponentials = from_kept && keeps_exponentials(p_);
-    const bool recomputed = !from_kept;
-    T* z = exponentials ? nullptr : from_kept ? kept_logits(block) : buffer<T>(layout_.z);
-    if (recomputed) multiply_logits(block, z);
-    g_ = layout_.g >= 0 ? buffer<void>(layout_.g) : z;
-
+    if (!from_kept) multiply_logits(block, buffer<T>(layout_.z));
+    g_ = buffer<void>(layout_.g >= 0 ? layout_.g : layout_.z);
 #pragma omp parallel for schedule(static)
     for (std::int64_t r = 0; r < block.rows.count; ++r) {
-      const std::int64_t n = row_at(block.rows.begin + r);
-      const GradientRow<T> row = gradient_row(n, columns);
-      const Transform<T> transform = transform_of(n, columns);
-      const std::int64_t offset = r * columns.count;
-      const Transform<T>* to_apply = recomputed ? &transform : nullptr;
-      if constexpr (std::is_same_v<T, float>) {
-        if (exponentials) {
-          const std::int64_t in_chunk = block.rows.begin - block.chunk.begin + r;
-          row_gradient_from_kept(row, kept_exponentials(block) + offset,
-                                 slab_maxima(in_chunk)[columns.begin / plan_.slab],
-                                 static_cast<std::uint16_t*>(g_) + offset);
-          continue;
-        }
-        if (operand_ == DType::bf16) {
-          row_gradient_bf16(row, z + offset, to_apply, static_cast<std::uint16_t*>(g_) + offset);
-          continue;
-        }
+      const GradientRow<T> row = gradient_row(row_at(block.rows.begin + r), block.columns);
+      void* g = at(g_, operand_, r * block.columns.count);
+      if (from_kept) {
+        make_g_from_kept(row, block.rows.begin - block.chunk.begin + r, block.columns, g);
+      } else {
+        T* z = buffer<T>(layout_.z) + r * block.columns.count;
+        const Transform<T> transform =
+            transform_of(row_at(block.rows.begin + r), block.columns);
+        make_g_from_logits(row, z, &transform, g);
       }
-      row_gradient(row, z + offset, to_apply, static_cast<T*>(g_) + offset);
     }
   }
 
@@ -367,22 +358,49 @@ class CpuParts final : public Parts {
     multiply(product);
   }
 
-  // The first element of a block in what is kept; rows are columns.count apart.
-  std::int64_t kept_offset(const Block& block) const {
-    return plan_.chunk_rows * block.columns.begin +
-           (block.rows.begin - block.chunk.begin) * block.columns.count;
+  // A row of a chunk in what is kept: exponentials or logits of a slab's columns.
+  void* kept_row(std::int64_t in_chunk, Columns columns) const {
+    const bool in_dc = in_chunk < kept_.rows_in_dc;
+    void* base = in_dc ? at(args_.gradients.dc, p_.c_type, columns.begin * p_.D)
+                       : at(static_cast<std::byte*>(args_.kept) + kept_.logits, kept_type(p_),
+                            columns.begin * (plan_.chunk_rows - kept_.rows_in_dc));
+    const std::int64_t row = in_dc ? in_chunk : in_chunk - kept_.rows_in_dc;
+    return at(base, kept_type(p_), row * columns.count);
   }
-  T* kept_logits(const Block& block) const {
-    auto* base = static_cast<std::byte*>(args_.kept) + kept_.logits;
-    return reinterpret_cast<T*>(base) + kept_offset(block);
-  }
-  std::uint16_t* kept_exponentials(const Block& block) const {
-    auto* base = static_cast<std::byte*>(args_.kept) + kept_.logits;
-    return reinterpret_cast<std::uint16_t*>(base) + kept_offset(block);
-  }
-  float* slab_maxima(std::int64_t row_in_chunk) const {
+
+  T* slab_maxima(std::int64_t in_chunk) const {
     auto* base = static_cast<std::byte*>(args_.kept) + kept_.slab_maxima;
-    return reinterpret_cast<float*>(base) + row_in_chunk * slab_count(plan_);
+    return reinterpret_cast<T*>(base) + in_chunk * slab_count(plan_);
+  }
+
+  void make_g_from_kept(const GradientRow<T>& row, std::int64_t in_chunk, Columns columns,
+                        void* g) const {
+    void* kept = kept_row(in_chunk, columns);
+    if (!keeps_exponentials(p_)) {
+      make_g_from_logits(row, static_cast<T*>(kept), nullptr, g);
+      return;
+    }
+    const T slab_max = slab_maxima(in_chunk)[columns.begin / plan_.slab];
+    if constexpr (std::is_same_v<T, float>) {
+      if (operand_ == DType::bf16) {
+        row_gradient_from_exponentials_bf16(row, static_cast<const std::uint16_t*>(kept), slab_max,
+                                            static_cast<std::uint16_t*>(g));
+        return;
+      }
+    }
+    row_gradient_from_exponentials(row, static_cast<const T*>(kept), slab_max,
+                                   static_cast<T*>(g));
+  }
+
+  void make_g_from_logits(const GradientRow<T>& row, T* z, const Transform<T>* transform,
+                          void* g) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (operand_ == DType::bf16) {
+        row_gradient_bf16(row, z, transform, static_cast<std::uint16_t*>(g));
+        return;
+      }
+    }
+    row_gradient(row, z, transform, static_cast<T*>(g));
   }
 
   GradientRow<T> gradient_row(std::int64_t n, Columns columns) const {

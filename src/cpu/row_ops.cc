@@ -197,37 +197,33 @@ void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
     const auto term = hn::Mul(e, t);  // 0 * -inf is 0 here
     weighted = hn::Add(weighted, hn::IfThenZeroElse(hn::Eq(e, hn::Zero(d)), term));
   };
-  if constexpr (std::is_same_v<T, float>) {
-    const hn::Rebind<std::uint16_t, Tag<T>> d16;
-    const auto keeping = [&](std::int64_t i, std::int64_t valid) {
-      const auto z = load(d, row.z + i, valid, -inf);
-      const auto t = hn::Sub(z, shift_v);
-      auto e = exp_nonpositive(d, t);
-      sum = hn::Add(sum, e);
-      if (row.entropy) {
-        const auto none = hn::Eq(e, hn::Zero(d));
-        weighted = hn::Add(weighted, hn::IfThenZeroElse(none, hn::Mul(e, t)));
-      }
-      if (softcap != T(0)) {
-        const auto none = hn::Eq(e, hn::Zero(d));
-        const auto u = hn::IfThenZeroElse(none, hn::Mul(z, hn::Set(d, slope_scale)));
-        e = hn::NegMulAdd(hn::Mul(e, u), u, e);
-      }
-      store(d16, to_bf16(d, e), row.kept + i, valid);
-    };
-    if (row.kept != nullptr) {
-      for_each_vector(d, row.columns, keeping);
-    } else if (row.entropy) {
-      for_each_vector(d, row.columns, with_entropy);
-    } else {
-      for_each_vector(d, row.columns, plain);
+  // What is kept serves g: the sums take the exponential as it is, the copy its softcap slope.
+  const auto kept_value = [&](std::int64_t i, std::int64_t valid) {
+    const auto z = load(d, row.z + i, valid, -inf);
+    const auto t = hn::Sub(z, shift_v);
+    const auto e = exp_nonpositive(d, t);
+    const auto none = hn::Eq(e, hn::Zero(d));
+    sum = hn::Add(sum, e);
+    if (row.entropy) weighted = hn::Add(weighted, hn::IfThenZeroElse(none, hn::Mul(e, t)));
+    if (softcap == T(0)) return e;
+    const auto u = hn::IfThenZeroElse(none, hn::Mul(z, hn::Set(d, slope_scale)));
+    return hn::NegMulAdd(hn::Mul(e, u), u, e);
+  };
+  if (row.exponentials != nullptr) {
+    for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
+      store(d, kept_value(i, valid), row.exponentials + i, valid);
+    });
+  } else if (row.exponentials_bf16 != nullptr) {
+    if constexpr (std::is_same_v<T, float>) {
+      const hn::Rebind<std::uint16_t, Tag<T>> d16;
+      for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
+        store(d16, to_bf16(d, kept_value(i, valid)), row.exponentials_bf16 + i, valid);
+      });
     }
+  } else if (row.entropy) {
+    for_each_vector(d, row.columns, with_entropy);
   } else {
-    if (row.entropy) {
-      for_each_vector(d, row.columns, with_entropy);
-    } else {
-      for_each_vector(d, row.columns, plain);
-    }
+    for_each_vector(d, row.columns, plain);
   }
   const std::int64_t argmax =
       row.argmax && top > state.max ? row.first_column + first_equal(row.z, top, row.columns) : 0;
@@ -303,25 +299,51 @@ void row_gradient_bf16_impl(const GradientRow<float>& row, float* z,
   if (row.target >= 0) g[row.target] = cutloss::float_to_bf16(row.target_g);
 }
 
-void row_gradient_from_kept_impl(const GradientRow<float>& row, const std::uint16_t* kept,
-                                 float slab_max, std::uint16_t* g) {
-  const Tag<float> d;
-  const hn::Rebind<std::uint16_t, Tag<float>> d16;
-  const RowCoefficients<float>& k = row.coefficients;
-  const float p_scale = std::exp(rescale(slab_max, k.row_max) == 0.0f
-                                     ? -std::numeric_limits<float>::infinity()
-                                     : (slab_max - k.row_max) - k.log_sum);
+// Calls write(i, valid, g) for each vector; read(i, valid) gives the kept exponentials.
+template <class T, class Read, class Write>
+HWY_INLINE void scale_exponentials(const GradientRow<T>& row, T slab_max, Read read, Write write) {
+  const Tag<T> d;
+  const RowCoefficients<T>& k = row.coefficients;
+  const T p_scale = slab_max == -std::numeric_limits<T>::infinity()
+                        ? T(0)
+                        : std::exp((slab_max - k.row_max) - k.log_sum);
   const auto scale = hn::Set(d, p_scale * k.a * k.inv_temperature);
   const auto zbar = hn::Set(d, k.zbar * k.inv_temperature);
   for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
-    auto v = hn::Mul(from_bf16(d, load(d16, kept + i, valid, std::uint16_t{0})), scale);
-    if (k.zbar != 0.0f) {
+    auto v = hn::Mul(read(i, valid), scale);
+    if (k.zbar != T(0)) {
       v = row.class_weight == nullptr
               ? hn::Add(v, zbar)
-              : hn::MulAdd(zbar, load(d, row.class_weight + i, valid, 0.0f), v);
+              : hn::MulAdd(zbar, load(d, row.class_weight + i, valid, T(0)), v);
     }
-    store(d16, to_bf16(d, v), g + i, valid);
+    write(i, valid, v);
   });
+}
+
+template <class T>
+void row_gradient_from_exponentials_impl(const GradientRow<T>& row, const T* exponentials,
+                                         T slab_max, T* g) {
+  const Tag<T> d;
+  scale_exponentials(
+      row, slab_max,
+      [&](std::int64_t i, std::int64_t valid) { return load(d, exponentials + i, valid, T(0)); },
+      [&](std::int64_t i, std::int64_t valid, auto v) { store(d, v, g + i, valid); });
+  if (row.target >= 0) g[row.target] = row.target_g;
+}
+
+void row_gradient_from_exponentials_bf16_impl(const GradientRow<float>& row,
+                                              const std::uint16_t* exponentials, float slab_max,
+                                              std::uint16_t* g) {
+  const Tag<float> d;
+  const hn::Rebind<std::uint16_t, Tag<float>> d16;
+  scale_exponentials(
+      row, slab_max,
+      [&](std::int64_t i, std::int64_t valid) {
+        return from_bf16(d, load(d16, exponentials + i, valid, std::uint16_t{0}));
+      },
+      [&](std::int64_t i, std::int64_t valid, auto v) {
+        store(d16, to_bf16(d, v), g + i, valid);
+      });
   if (row.target >= 0) g[row.target] = cutloss::float_to_bf16(row.target_g);
 }
 
@@ -373,6 +395,14 @@ void row_gradient_f64(const GradientRow<double>& row, double* z,
                       const Transform<double>* transform, double* g) {
   row_gradient_impl(row, z, transform, g);
 }
+void from_exponentials_f32(const GradientRow<float>& row, const float* exponentials,
+                           float slab_max, float* g) {
+  row_gradient_from_exponentials_impl(row, exponentials, slab_max, g);
+}
+void from_exponentials_f64(const GradientRow<double>& row, const double* exponentials,
+                           double slab_max, double* g) {
+  row_gradient_from_exponentials_impl(row, exponentials, slab_max, g);
+}
 void add_f32(const float* values, float* sums, std::int64_t count) {
   add_impl(values, sums, count);
 }
@@ -392,7 +422,9 @@ HWY_EXPORT(row_statistics_f64);
 HWY_EXPORT(row_gradient_f32);
 HWY_EXPORT(row_gradient_f64);
 HWY_EXPORT(row_gradient_bf16_impl);
-HWY_EXPORT(row_gradient_from_kept_impl);
+HWY_EXPORT(from_exponentials_f32);
+HWY_EXPORT(from_exponentials_f64);
+HWY_EXPORT(row_gradient_from_exponentials_bf16_impl);
 HWY_EXPORT(bf16_to_float_impl);
 HWY_EXPORT(float_to_bf16_impl);
 HWY_EXPORT(add_f32);
@@ -422,9 +454,20 @@ void row_gradient_bf16(const GradientRow<float>& row, float* z, const Transform<
                        std::uint16_t* g) {
   HWY_DYNAMIC_DISPATCH(row_gradient_bf16_impl)(row, z, transform, g);
 }
-void row_gradient_from_kept(const GradientRow<float>& row, const std::uint16_t* kept,
-                            float slab_max, std::uint16_t* g) {
-  HWY_DYNAMIC_DISPATCH(row_gradient_from_kept_impl)(row, kept, slab_max, g);
+template <>
+void row_gradient_from_exponentials(const GradientRow<float>& row, const float* exponentials,
+                                    float slab_max, float* g) {
+  HWY_DYNAMIC_DISPATCH(from_exponentials_f32)(row, exponentials, slab_max, g);
+}
+template <>
+void row_gradient_from_exponentials(const GradientRow<double>& row, const double* exponentials,
+                                    double slab_max, double* g) {
+  HWY_DYNAMIC_DISPATCH(from_exponentials_f64)(row, exponentials, slab_max, g);
+}
+void row_gradient_from_exponentials_bf16(const GradientRow<float>& row,
+                                         const std::uint16_t* exponentials, float slab_max,
+                                         std::uint16_t* g) {
+  HWY_DYNAMIC_DISPATCH(row_gradient_from_exponentials_bf16_impl)(row, exponentials, slab_max, g);
 }
 void bf16_to_float(const std::uint16_t* from, float* to, std::int64_t count) {
   HWY_DYNAMIC_DISPATCH(bf16_to_float_impl)(from, to, count);

@@ -29,8 +29,9 @@ struct StatisticsRow {
   bool argmax;
   bool zbar;
   const T* class_weight;  // of the slab's columns, or null for 1
-  // Where not null: e^(z - slab_max) (times the softcap's slope) as bf16, 0 at the target.
-  std::uint16_t* kept;
+  // Where not null: e^(z - slab_max) times the softcap's slope, 0 at the target; as T or bf16.
+  T* exponentials;
+  std::uint16_t* exponentials_bf16;
   T slab_max;  // out
 };
 
@@ -53,9 +54,13 @@ void row_gradient(const GradientRow<T>& row, T* z, const Transform<T>* transform
 void row_gradient_bf16(const GradientRow<float>& row, float* z, const Transform<float>* transform,
                        std::uint16_t* g);
 
-// g from what row_statistics kept as bf16, whose slab maximum was `slab_max`.
-void row_gradient_from_kept(const GradientRow<float>& row, const std::uint16_t* kept,
-                            float slab_max, std::uint16_t* g);
+// g from the exponentials that row_statistics kept, whose slab maximum was `slab_max`.
+template <class T>
+void row_gradient_from_exponentials(const GradientRow<T>& row, const T* exponentials, T slab_max,
+                                    T* g);
+void row_gradient_from_exponentials_bf16(const GradientRow<float>& row,
+                                         const std::uint16_t* exponentials, float slab_max,
+                                         std::uint16_t* g);
 
 // Conversions of contiguous values; bf16 and f16 as their bits.
 void bf16_to_float(const std::uint16_t* from, float* to, std::int64_t count);
