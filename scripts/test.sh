@@ -5,13 +5,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 BUILD=build/release
 LOG=$BUILD/ctest.log
+JOBS=${JOBS:-$(nproc)}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # tests/CMakeLists.txt says why
 
 echo "== building the C++ tests in $BUILD"
-cmake --build $BUILD -j "${JOBS:-$(nproc)}"
+cmake --build $BUILD -j "$JOBS"
 
 echo "== C++ tests"
 result=0
-ctest --test-dir $BUILD --quiet --output-on-failure --output-log $PWD/$LOG || result=$?
+ctest --test-dir $BUILD -j "$JOBS" --quiet --output-on-failure --output-log $PWD/$LOG || result=$?
 if ((result == 0)); then
   tail -n 3 $LOG
 else
