@@ -8,7 +8,7 @@ LENGTH = 128  # tokens of a sequence
 BATCH = 8  # sequences of a step
 WIDTH = 192  # D
 LAYERS = 4
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 
 
 def add_arguments(parser):
