@@ -15,7 +15,7 @@ echo "== C++ tests"
 result=0
 ctest --test-dir $BUILD -j "$JOBS" --quiet --output-on-failure --output-log $PWD/$LOG || result=$?
 if ((result == 0)); then
-  tail -n 3 $LOG
+  grep -E 'tests passed|Total Test time|\(Skipped\)' $LOG
 else
   grep -vE '^ *(Start +[0-9]+:|[0-9]+/[0-9]+ .* Passed )' $LOG
 fi
