@@ -1,7 +1,11 @@
-// Primitives are made for each call: oneDNN's own cache makes that cheap for shapes it has seen
-// (it keys on the number of threads as well).
+// oneDNN keeps generated code in a cache of its own, but describing a product again in order to
+// look it up takes as long as a small product does: finished primitives are kept, per thread.
+#include <omp.h>
+
+#include <map>
 #include <new>
 #include <oneapi/dnnl/dnnl.hpp>
+#include <tuple>
 
 #include "core/text.h"
 #include "cpu/gemm.h"
@@ -28,48 +32,69 @@ memory::desc describe(std::int64_t rows, std::int64_t columns, const Operand& op
   return {{rows, columns}, type, strides};
 }
 
-dnnl::matmul make_primitive(const memory::desc& a, const memory::desc& b, const memory::desc& c,
-                            const dnnl::primitive_attr& attr) {
+struct Prepared {
+  memory::desc a, b, c;
+  dnnl::matmul primitive;
+};
+
+Prepared prepare(const Product& p) {
+  const auto library_type = [](DType t) {
+    return t == DType::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
+  };
+  Prepared made;
+  made.a = describe(p.M, p.K, p.a, library_type(p.type));
+  made.b = describe(p.K, p.N, p.b, library_type(p.type));
+  made.c = {{p.M, p.N}, library_type(p.c_type), memory::dims{p.c_stride, 1}};
+  dnnl::post_ops after;
+  if (p.alpha != 1) {
 #if DNNL_VERSION_MAJOR < 3
-  return dnnl::matmul(
-      dnnl::matmul::primitive_desc(dnnl::matmul::desc(a, b, c), attr, library_engine()));
+    after.append_eltwise(1.0f, dnnl::algorithm::eltwise_linear, static_cast<float>(p.alpha), 0.0f);
 #else
-  return dnnl::matmul(dnnl::matmul::primitive_desc(library_engine(), a, b, c, attr));
+    after.append_eltwise(dnnl::algorithm::eltwise_linear, static_cast<float>(p.alpha), 0.0f);
 #endif
+  }
+  if (p.accumulate) after.append_sum(1.0f);
+  dnnl::primitive_attr attr;
+  attr.set_post_ops(after);
+#if DNNL_VERSION_MAJOR < 3
+  const dnnl::matmul::desc desc(made.a, made.b, made.c);
+  made.primitive = dnnl::matmul(dnnl::matmul::primitive_desc(desc, attr, library_engine()));
+#else
+  made.primitive = dnnl::matmul(
+      dnnl::matmul::primitive_desc(library_engine(), made.a, made.b, made.c, attr));
+#endif
+  return made;
+}
+
+// All that a primitive is made for; the number of threads is baked into its code.
+auto key_of(const Product& p) {
+  return std::tuple(p.M, p.N, p.K, p.a.stride, p.a.transposed, p.b.stride, p.b.transposed,
+                    p.c_stride, p.type, p.c_type, p.alpha, p.accumulate, omp_get_max_threads());
+}
+
+const Prepared& prepared(const Product& p) {
+  // A training step needs about ten shapes; rows that come and go bring new ones.
+  constexpr std::size_t kMost = 64;
+  static thread_local std::map<decltype(key_of(p)), Prepared> made;
+  const auto key = key_of(p);
+  const auto found = made.find(key);
+  if (found != made.end()) return found->second;
+  if (made.size() >= kMost) made.clear();
+  return made.emplace(key, prepare(p)).first->second;
 }
 
 }  // namespace
 
 void multiply_onednn(const Product& p) {
   try {
-    const auto library_type = [](DType t) {
-      return t == DType::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
-    };
-    const auto type = library_type(p.type);
-    const memory::desc a = describe(p.M, p.K, p.a, type);
-    const memory::desc b = describe(p.K, p.N, p.b, type);
-    const memory::desc c = {{p.M, p.N}, library_type(p.c_type), memory::dims{p.c_stride, 1}};
-    dnnl::post_ops after;
-    if (p.alpha != 1) {
-#if DNNL_VERSION_MAJOR < 3
-      after.append_eltwise(1.0f, dnnl::algorithm::eltwise_linear, static_cast<float>(p.alpha),
-                           0.0f);
-#else
-      after.append_eltwise(dnnl::algorithm::eltwise_linear, static_cast<float>(p.alpha), 0.0f);
-#endif
-    }
-    if (p.accumulate) after.append_sum(1.0f);
-    dnnl::primitive_attr attr;
-    attr.set_post_ops(after);
-
+    const Prepared& ready = prepared(p);
     // The library takes pointers it may write to; operands are only read.
     const auto wrap = [](const memory::desc& desc, const void* data) {
       return memory(desc, library_engine(), const_cast<void*>(data));
     };
-    make_primitive(a, b, c, attr)
-        .execute(library_stream(), {{DNNL_ARG_SRC, wrap(a, p.a.data)},
-                                    {DNNL_ARG_WEIGHTS, wrap(b, p.b.data)},
-                                    {DNNL_ARG_DST, wrap(c, p.c)}});
+    ready.primitive.execute(library_stream(), {{DNNL_ARG_SRC, wrap(ready.a, p.a.data)},
+                                               {DNNL_ARG_WEIGHTS, wrap(ready.b, p.b.data)},
+                                               {DNNL_ARG_DST, wrap(ready.c, p.c)}});
     library_stream().wait();
   } catch (const dnnl::error& error) {
     const bool memory = error.status == dnnl_out_of_memory;
