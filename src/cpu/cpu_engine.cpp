@@ -70,6 +70,10 @@ std::int64_t peak_bytes(const Plan& plan) {
 
 class CpuEngine final : public Engine {
  public:
+  CpuEngine() {
+    if (!has_avx512()) forbid_avx512();  // one switch, oneDNN's, for both libraries
+  }
+
   std::string_view name() const override { return "cpu"; }
 
   std::string description() const override {

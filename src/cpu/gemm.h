@@ -38,6 +38,8 @@ inline void multiply(const Product& product) {
 // Whether bf16 operands run at bf16's speed here (AVX512_BF16 or AMX). Elsewhere the library
 // throws or is slower than with f32 operands.
 bool has_native_bf16();
+// Whether oneDNN may use AVX-512: the processor has it and DNNL_MAX_CPU_ISA does not forbid it.
+bool has_avx512();
 
 std::string describe_onednn();
 std::string describe_openblas();

@@ -83,6 +83,12 @@ const Prepared& prepared(const Product& p) {
   return made.emplace(key, prepare(p)).first->second;
 }
 
+// An instruction set's bits hold those of all that it includes.
+bool has_isa(dnnl::cpu_isa wanted) {
+  const auto there = static_cast<int>(dnnl::get_effective_cpu_isa());
+  return (there & static_cast<int>(wanted)) == static_cast<int>(wanted);
+}
+
 }  // namespace
 
 void multiply_onednn(const Product& p) {
@@ -108,14 +114,11 @@ void multiply_onednn(const Product& p) {
 }
 
 bool has_native_bf16() {
-  // The library's instruction sets are ordered; avx512_core_bf16 lies above plain AVX-512.
-  static const bool native = [] {
-    const auto isa = static_cast<int>(dnnl::get_effective_cpu_isa());
-    const auto bf16 = static_cast<int>(dnnl::cpu_isa::avx512_core_bf16);
-    return (isa & bf16) == bf16;
-  }();
+  static const bool native = has_isa(dnnl::cpu_isa::avx512_core_bf16);
   return native;
 }
+
+bool has_avx512() { return has_isa(dnnl::cpu_isa::avx512_core); }
 
 std::string describe_onednn() {
   const dnnl_version_t* v = dnnl_version();

@@ -495,6 +495,9 @@ void float_to_f16(const float* from, std::uint16_t* to, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = cutloss::float_to_f16(from[i]);
 }
 
+// The better a target, the lower its bit.
+void forbid_avx512() { hwy::DisableTargets(HWY_AVX2 - 1); }
+
 const char* vector_target() { return HWY_DYNAMIC_DISPATCH(vector_target_impl)(); }
 
 }  // namespace cutloss::cpu

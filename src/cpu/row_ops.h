@@ -73,6 +73,9 @@ template <class T>
 void add(const T* values, T* sums, std::int64_t count);
 void add_bf16(const std::uint16_t* values, float* sums, std::int64_t count);
 
+// Leaves AVX-512 out of the choice. To be called before any vector code has run.
+void forbid_avx512();
+
 // What the vector code was chosen for: "AVX3_ZEN4", "AVX2", ...
 const char* vector_target();
 
