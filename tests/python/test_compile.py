@@ -1,0 +1,251 @@
+"""torch.compile, torch.export, fake tensors, and what torch.library can check of an operator."""
+
+import problems
+import pytest
+import torch
+from problems import BF16, F32, OPTION_SETS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from cutloss import LinearCrossEntropy, _ops, _plan, linear_cross_entropy
+
+operators = torch.ops.cutloss
+
+
+@pytest.fixture(autouse=True)
+def _from_nothing():
+    torch._dynamo.reset()
+
+
+def loss_of(p, **more):
+    result = linear_cross_entropy(p.e, p.c, p.targets, p.bias, **p.options, **more)
+    outputs = result if isinstance(result, tuple) else (result,)
+    return sum(out.sum() for out in outputs if out.is_floating_point())
+
+
+def assert_same(compiled, eager, p):
+    got, want = compiled(p), eager(p)
+    torch.testing.assert_close(got, want)
+    got, want = (torch.autograd.grad(t, p.parameters) for t in (got, want))
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+NAMES = ["default", "none", "shift", "weight_smoothing", "row_temperature", "everything"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("schedule", ["auto", "vocabulary"])
+def test_one_graph(name, schedule):
+    p = problems.make((2, 12), **OPTION_SETS[name])
+
+    def eager(p):
+        return loss_of(p, schedule=schedule)
+
+    assert_same(torch.compile(eager, fullgraph=True), eager, p)
+
+
+@pytest.mark.parametrize("name", ["default", "shift", "everything"])
+def test_one_graph_for_all_sizes(name):
+    """Dynamic shapes: after the first sizes, no more compiling."""
+    graphs = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend=graphs)
+    for n, V, D in [(12, 101, 16), (13, 103, 18), (30, 211, 24)]:
+        p = problems.make((3, n), V=V, D=D, **OPTION_SETS[name])
+        torch.testing.assert_close(compiled(p), loss_of(p))
+    assert graphs.frame_count == 1
+
+
+def test_dynamic_gradients():
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True)
+    for n in (12, 13, 30):
+        assert_same(compiled, loss_of, problems.make((n,), bias=True))
+
+
+def test_rows_are_chosen_where_they_surely_fit():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for options, expected in [
+        ({}, "loss_and_gradients"),
+        ({"max_workspace": 1 << 16}, "statistics"),
+        ({"reduction": "none"}, "statistics"),
+        ({"schedule": "vocabulary"}, "statistics"),
+    ]:
+        graphs.clear()
+        torch._dynamo.reset()
+        p = problems.make()
+        torch.compile(lambda: loss_of(p, **options), fullgraph=True, backend=keep)()
+        called = {str(n.target) for g in graphs for n in g.graph.nodes}
+        assert any(expected in name for name in called), called
+
+
+def test_logits_cannot_be_kept_in_a_graph():
+    p = problems.make()
+    with pytest.raises(Exception, match="not available under torch.compile; use schedule='auto'"):
+        torch.compile(lambda: loss_of(p, schedule="rows", reduction="none"), fullgraph=True)()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(inside):
+    p = problems.make(bias=True)
+
+    def eager(p):
+        with torch.autocast("cpu", BF16):
+            return loss_of(p)
+
+    if inside:
+        return assert_same(torch.compile(eager, fullgraph=True), eager, p)
+    compiled = torch.compile(loss_of, fullgraph=True)
+    with torch.autocast("cpu", BF16):
+        torch.testing.assert_close(compiled(p), loss_of(p))
+
+
+def test_module_and_retain_graph():
+    p = problems.make((2, 12))
+    module = LinearCrossEntropy(shift=1, label_smoothing=0.1)
+    loss = torch.compile(module, fullgraph=True)(p.e, p.c, p.targets)
+    first = torch.autograd.grad(loss, p.parameters, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, p.parameters)):
+        assert torch.equal(a, b)
+
+
+def test_nothing_counts():
+    p = problems.make()
+    p.targets.fill_(-100)
+    compiled = torch.compile(loss_of, fullgraph=True)
+    loss = compiled(p)
+    assert loss.isnan()
+    for g in torch.autograd.grad(loss, p.parameters):
+        assert torch.equal(g, torch.zeros_like(g))
+
+
+def test_errors():
+    p = problems.make()
+    compiled = torch.compile(linear_cross_entropy)
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        compiled(p.e, p.c, p.targets, reduction="avg")
+    p.targets[3] = 101
+    with pytest.raises(RuntimeError, match=r"target .* is 101"):  # the operator's, as it is
+        compiled(p.e, p.c, p.targets)
+
+
+def test_export():
+    class Model(torch.nn.Module):
+        def forward(self, e, c, targets):
+            return linear_cross_entropy(e, c, targets, return_predictions=True)
+
+    p = problems.make((24,), ignored=0.0)
+    args = (p.e.detach(), p.c.detach(), p.targets)
+    n = torch.export.Dim("n", min=2)
+    program = torch.export.export(Model(), args, dynamic_shapes=({0: n}, None, {0: n}))
+    q = problems.make((31,), seed=1)
+    for got, want in zip(
+        program.module()(q.e.detach(), p.c.detach(), q.targets),
+        linear_cross_entropy(q.e, p.c, q.targets, return_predictions=True),
+    ):
+        torch.testing.assert_close(got, want.detach())
+
+
+@pytest.mark.parametrize("name", ["default", "everything"])
+def test_fake_tensors(name):
+    """Shapes and dtypes without data, as with it; sizes may be symbols."""
+    p = problems.make((3, 8), dtype=BF16, **OPTION_SETS[name])
+    real = linear_cross_entropy(p.e, p.c, p.targets, p.bias, **p.options)
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+
+        def fake(t):
+            return mode.from_tensor(t) if isinstance(t, torch.Tensor) else t
+
+        options = {k: fake(v) for k, v in p.options.items()}
+        traced = linear_cross_entropy(
+            fake(p.e), fake(p.c), fake(p.targets), fake(p.bias), **options
+        )
+    for a, b in zip(torch.utils._pytree.tree_leaves(real), torch.utils._pytree.tree_leaves(traced)):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.requires_grad == b.requires_grad
+
+
+def test_symbolic_sizes():
+    p = problems.make((3, 8))
+
+    def f(e, c, targets):
+        return torch.autograd.grad(linear_cross_entropy(e, c, targets, shift=1), (e, c))
+
+    graph = make_fx(f, tracing_mode="symbolic")(p.e, p.c, p.targets)
+    q = problems.make((5, 13), V=57, D=8)
+    for got, want in zip(graph(q.e, q.c, q.targets), f(q.e, q.c, q.targets)):
+        torch.testing.assert_close(got, want)
+
+
+def test_meta_tensors():
+    p = problems.make()
+    loss = linear_cross_entropy(p.e.to("meta"), p.c.to("meta"), p.targets.to("meta"))
+    assert loss.device.type == "meta" and loss.shape == () and loss.dtype == F32
+
+
+# Operators --------------------------------------------------------------------------------------
+
+
+def operands(p):
+    e = p.e.detach().reshape(-1, p.e.shape[-2], p.e.shape[-1]).requires_grad_()
+    return e, p.c, p.bias, p.targets.reshape(e.shape[:-1]), None, None
+
+
+def options(p, **changes):
+    needs = dict(needs_de=True, needs_dc=True, needs_dbias=p.bias is not None)
+    return _ops.options(p.e.dtype, **{**needs, **changes})
+
+
+CHANGES = {
+    "plain": {},
+    "options": dict(shift=2, softcap=3.0, logit_scale=0.5, temperature=2.0, ignore_index=3),
+    "outputs": dict(wants_entropy=True, wants_zbar=True, wants_argmax=True),
+    "frozen": dict(needs_dc=False, needs_dbias=False),
+}
+changes = pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+
+
+@changes
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_opcheck_deferred(changes, dtype):
+    p = problems.make((3, 8), dtype=dtype, bias=True)
+    o = options(p, schedule=_ops.SCHEDULES["vocabulary"], **changes)
+    torch.library.opcheck(operators.statistics, operands(p), o)
+    inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in operands(p)]
+    nll, lse, row_max, log_sum, entropy, zbar, argmax, kept = operators.statistics(*inputs, **o)
+    d_entropy = torch.rand_like(nll) if o["wants_entropy"] else None
+    d_zbar = torch.rand_like(nll) if o["wants_zbar"] else None
+    saved = (nll, row_max, log_sum, entropy, kept)
+    upstream = (torch.rand_like(nll), torch.rand_like(nll), d_entropy, d_zbar)
+    torch.library.opcheck(operators.gradients, (*inputs, *saved, *upstream), o)
+
+
+@changes
+def test_opcheck_kept_logits(changes):
+    p = problems.make((3, 8), bias=True)
+    inputs = operands(p)
+    choice = _plan.choose(_plan.sizes_of(*inputs), options(p, **changes), known_at_forward=False)
+    assert choice.kept_bytes > 0
+    o = options(p, schedule=choice.schedule, kept_bytes=choice.kept_bytes, **changes)
+    # Not test_aot_dispatch_dynamic: it compares kept, whose padding is not written.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operators.statistics, inputs, o, test_utils=tests)
+
+
+@changes
+def test_opcheck_immediate(changes):
+    p = problems.make((3, 8), bias=True)
+    o = options(p, schedule=_ops.SCHEDULES["rows"], **changes)
+    coefficients = [torch.rand(3 * (8 - o["shift"])) for _ in range(4)]
+    torch.library.opcheck(operators.loss_and_gradients, (*operands(p), *coefficients), o)
+    torch.library.opcheck(
+        operators.loss_and_gradients, (*operands(p), coefficients[0], None, None, None), o
+    )
+
+
+def test_opcheck_scale():
+    torch.library.opcheck(operators.scale_, (torch.randn(3, 4), torch.tensor(2.0)))

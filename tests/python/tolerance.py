@@ -1,0 +1,46 @@
+"""How far results may be from the fp64 reference: twice the error of the plain path in the same
+dtype, or a few units in the last place where the plain path happens to be exact.
+
+Errors are measured twice. The root mean square over a tensor says how accurate the arithmetic is,
+and is held to the factor 2. The largest one says that no entry is wrong; it is luck of a single
+rounding, on both sides, and is held to twice as much.
+
+A unit in the last place is that of the sums (fp32 or fp64), relative to the tensor's root mean
+square or largest entry, and half of one of the dtype that the result is stored in. In fp64 the
+truth is the plain path itself, so only rounding is left as a measure there, and where a loss of
+nearly 0 comes from logits and embeddings of order 10, the truth itself is off by TRUTH_F64.
+"""
+
+import torch
+from torch import Tensor
+
+FACTOR = 2
+ULPS = {torch.float32: 8, torch.float64: 1000}
+TRUTH_F64 = 1e-14
+
+
+def rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item()
+
+
+def largest(t: Tensor) -> float:
+    return t.double().abs().max().item()
+
+
+def floor(value: Tensor) -> float:
+    """Relative."""
+    sums = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return ULPS[sums] * torch.finfo(sums).eps + torch.finfo(value.dtype).eps / 2
+
+
+def assert_close(value: Tensor, truth: Tensor, plain: Tensor, what: str) -> None:
+    assert value.shape == truth.shape, f"{what}: shape {value.shape}, expected {truth.shape}"
+    if truth.numel() == 0:
+        return
+    for measure, slack in ((rms, 1), (largest, 2)):
+        ours, theirs = measure(value - truth), measure(plain - truth)
+        allowed = slack * max(FACTOR * theirs, floor(value) * measure(truth)) + TRUTH_F64
+        assert ours <= allowed, (
+            f"{what}: {measure.__name__} error {ours:.3e}, of the plain path {theirs:.3e}, "
+            f"allowed {allowed:.3e}"
+        )
