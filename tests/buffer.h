@@ -17,7 +17,8 @@ class Buffer {
   Buffer() = default;
   // All bytes 0xff: a NaN in every dtype, -1 in every integer.
   explicit Buffer(std::int64_t bytes)
-      : bytes_(bytes), memory_(static_cast<std::byte*>(::operator new(bytes + 2 * kGuard, kAlign))) {
+      : bytes_(bytes),
+        memory_(static_cast<std::byte*>(::operator new(bytes + 2 * kGuard, kAlign))) {
     std::memset(memory_.get(), kGuardByte, bytes + 2 * kGuard);
     std::memset(data(), 0xff, bytes);
   }
@@ -37,7 +38,8 @@ class Buffer {
   }
 
   bool same_bytes(const Buffer& other) const {
-    return bytes_ == other.bytes_ && (bytes_ == 0 || std::memcmp(data(), other.data(), bytes_) == 0);
+    return bytes_ == other.bytes_ &&
+           (bytes_ == 0 || std::memcmp(data(), other.data(), bytes_) == 0);
   }
 
  private:

@@ -88,8 +88,8 @@ inline std::vector<double> product_bounds(const Data& data, const reference::Res
   }
   std::vector<double> bounds(r.N, 0);
   for (std::int64_t n = 0; n < r.N; ++n) {
-    bounds[n] = gamma(u, r.D) *
-                (std::fabs(p.logit_scale) * norm(r.e, n, r.D) * largest_c + largest_bias);
+    bounds[n] =
+        gamma(u, r.D) * (std::fabs(p.logit_scale) * norm(r.e, n, r.D) * largest_c + largest_bias);
   }
   return bounds;
 }
@@ -132,8 +132,8 @@ inline void row_bounds(const Data& data, const reference::Result& r,
 }
 
 // The error of g[n, v].
-inline double g_bound(const Data& data, const reference::Result& r, const Bounds& b,
-                      std::int64_t n, std::int64_t v) {
+inline double g_bound(const Data& data, const reference::Result& r, const Bounds& b, std::int64_t n,
+                      std::int64_t v) {
   const double u = rounding_units(data.problem).accumulator;
   const double log_p = (r.z[n * r.V + v] - r.row_max[n]) - r.log_sum[n];
   const double p = std::exp(log_p);
@@ -146,17 +146,17 @@ inline double g_bound(const Data& data, const reference::Result& r, const Bounds
   const double weight = std::fabs(stat_or(data.class_weight, v, 1.0));
 
   const bool is_target = v == r.target[n];
-  const double log_p_error = is_target ? b.nll[n] + 8 * u + 2 * u * r.nll[n]
-                                       : 2 * b.logit[n] + gamma(u, r.V) +
-                                             u * (8 + 2 * std::fabs(log_p));
+  const double log_p_error = is_target
+                                 ? b.nll[n] + 8 * u + 2 * u * r.nll[n]
+                                 : 2 * b.logit[n] + gamma(u, r.V) + u * (8 + 2 * std::fabs(log_p));
   double error = p * log_p_error * d_lse + 4 * u * p * d_lse + 2 * p * d_squared * b.lse[n];
-  error += is_target ? d_nll * (p * b.nll[n] - 4 * u * std::expm1(-r.nll[n]))
-                     : d_nll * p * log_p_error;
+  error +=
+      is_target ? d_nll * (p * b.nll[n] - 4 * u * std::expm1(-r.nll[n])) : d_nll * p * log_p_error;
   if (d_entropy != 0) {
     const double factor = std::fabs(log_p + r.entropy[n]);
-    error += d_entropy * p *
-             (log_p_error * (1 + factor) + b.entropy[n] +
-              4 * u * (std::fabs(log_p) + r.entropy[n]));
+    error +=
+        d_entropy * p *
+        (log_p_error * (1 + factor) + b.entropy[n] + 4 * u * (std::fabs(log_p) + r.entropy[n]));
   }
   return error + 4 * u * d_zbar * weight / static_cast<double>(r.V) + kUnderflow;
 }
@@ -211,7 +211,8 @@ inline Bounds bounds(const Data& data, const reference::Result& r) {
     for (std::size_t i = 0; i < bound.size(); ++i) {
       const double rounding = u_out * std::fabs(value[i]);
       bound[i] += 2 * rounding + tiny;
-      if (squares != nullptr) total += kMeanSquareOfRounding * ((*squares)[i] + rounding * rounding);
+      if (squares != nullptr)
+        total += kMeanSquareOfRounding * ((*squares)[i] + rounding * rounding);
     }
     return bound.empty() ? 0.0 : std::sqrt(total / static_cast<double>(bound.size()));
   };
@@ -246,8 +247,8 @@ inline std::string outside(const char* what, const std::vector<double>& got,
   if (count == 0) return "";
   return std::string(what) + ": " + std::to_string(count) + " of " + std::to_string(got.size()) +
          " outside, worst at " + std::to_string(worst) + ": got " + std::to_string(got[worst]) +
-         ", want " + std::to_string(want[worst]) + ", error / bound = " +
-         std::to_string(worst_ratio);
+         ", want " + std::to_string(want[worst]) +
+         ", error / bound = " + std::to_string(worst_ratio);
 }
 
 inline double root_mean_square_error(const std::vector<double>& got,

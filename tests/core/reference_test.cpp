@@ -95,7 +95,8 @@ TEST(Reference, NllKeepsItsDigitsOnConfidentRows) {
   data.c.set(0, 0);
   data.c.set(1, -50);
   data.set_target(0, 0);
-  const reference::Result r = reference::evaluate(data.problem, data.inputs(), {{1.0}, {}, {}, {}, {}});
+  const reference::Result r =
+      reference::evaluate(data.problem, data.inputs(), {{1.0}, {}, {}, {}, {}});
   EXPECT_DOUBLE_EQ(r.nll[0], std::exp(-50));
   EXPECT_DOUBLE_EQ(r.g[0], -std::exp(-50));
   EXPECT_DOUBLE_EQ(r.g[1], std::exp(-50));

@@ -50,8 +50,8 @@ TEST(Tolerance, RefusesSmallErrors) {
     EXPECT_NE(outside("nll", off_by(want.nll, 5e-4, DType::f64), want.nll, bound.nll), "");
     EXPECT_NE(outside("lse", off_by(want.lse, 5e-4, DType::f64), want.lse, bound.lse), "");
     const bool coarse = types.compute == DType::bf16 || types.e == DType::bf16;
-    for (const auto& [values, allowed] : {std::pair(&want.de, &bound.de),
-                                          std::pair(&want.dc, &bound.dc)}) {
+    for (const auto& [values, allowed] :
+         {std::pair(&want.de, &bound.de), std::pair(&want.dc, &bound.dc)}) {
       EXPECT_NE(outside("gradient", off_by(*values, coarse ? 0.125 : 4e-3, DType::f64), *values,
                         *allowed),
                 "");
@@ -69,8 +69,8 @@ TEST(Tolerance, TheMeanErrorRefusesAccumulationInSixteenBits) {
     for (std::int64_t v = 0; v < want.V; ++v) {
       for (std::int64_t d = 0; d < want.D; ++d) {
         double& sum = in_bf16[v * want.D + d];
-        sum = reference::rounded(sum + want.g[n * want.V + v] * want.e[n * want.D + d],
-                                 DType::bf16);
+        sum =
+            reference::rounded(sum + want.g[n * want.V + v] * want.e[n * want.D + d], DType::bf16);
       }
     }
   }

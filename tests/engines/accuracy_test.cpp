@@ -69,8 +69,8 @@ TEST_P(Accuracy, WithinBoundsInEveryMode) {
   const reference::Result want =
       reference::evaluate(data.problem, data.inputs(), data.upstream64());
   const Bounds bound = bounds(data, want);
-  const bool independent_errors = c.problem.compute_type == DType::bf16 &&
-                                  c.logits == Logits::random && want.de.size() >= 1000;
+  const bool independent_errors =
+      c.problem.compute_type == DType::bf16 && c.logits == Logits::random && want.de.size() >= 1000;
   for (const Mode& mode : kModes) {
     expect_accurate(data, want, bound, independent_errors, GetParam().engine, mode);
   }
