@@ -68,7 +68,7 @@ install_system_packages() {
 up_to_date() { [[ -f $1 && $(<"$1") == "$2" ]]; }
 
 install_python_packages() {
-  if [[ ! -x .venv/bin/python ]]; then
+  if [[ ! -x .venv/bin/pip ]]; then
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
       die "Python 3.10 or later is needed, $PYTHON is $("$PYTHON" -V); set PYTHON to another"
     say "making .venv with $("$PYTHON" -V)"
