@@ -2,6 +2,7 @@
 #include "core/engine.h"
 #include "core/text.h"
 #include "core/validate.h"
+#include "core/verbose.h"
 #include "schedule/sweep.h"
 
 namespace cutloss {
@@ -41,6 +42,7 @@ void begin(Parts& parts) {
 }  // namespace
 
 void forward(const Plan& plan, const Args& args) {
+  const CallReport report("forward", plan);
   check_args(plan, args, kForward);
   const auto parts = bind(plan, args, kForward);
   begin(*parts);
@@ -48,6 +50,7 @@ void forward(const Plan& plan, const Args& args) {
 }
 
 void backward(const Plan& plan, const Args& args) {
+  const CallReport report("backward", plan);
   if (plan.schedule == Schedule::none || (plan.schedule == Schedule::rows && !plan.keeps_logits)) {
     throw Error(ErrorCode::invalid_value,
                 text("backward needs a plan that makes gradients in backward; this plan has "
@@ -101,6 +104,7 @@ RowList chunk_rows(const Plan& plan, const Args& args, std::int64_t chunk) {
 }
 
 void forward_backward(const Plan& plan, const Args& args) {
+  const CallReport report("forward_backward", plan);
   begin(plan, args);
   for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
     statistics(plan, args, chunk);
