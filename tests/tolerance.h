@@ -58,10 +58,11 @@ struct RoundingUnits {
   double operand;      // of g as it enters the products
 };
 
-inline RoundingUnits rounding_units(const Problem& p) {
-  const double accumulator = reference::unit_roundoff(reference::stat_type(p));
+inline RoundingUnits rounding_units(DType compute_type) {
+  const bool wide = compute_type == DType::f64;
+  const double accumulator = reference::unit_roundoff(wide ? DType::f64 : DType::f32);
   const double operand =
-      p.compute_type == DType::bf16 ? reference::unit_roundoff(DType::bf16) : 2 * accumulator;
+      compute_type == DType::bf16 ? reference::unit_roundoff(DType::bf16) : 2 * accumulator;
   return {accumulator, operand};
 }
 
@@ -78,7 +79,7 @@ inline double stat_or(const Array& array, std::int64_t index, double otherwise) 
 // The largest error of a logit before softcap and temperature.
 inline std::vector<double> product_bounds(const Data& data, const reference::Result& r) {
   const Problem& p = data.problem;
-  const double u = rounding_units(p).accumulator;
+  const double u = rounding_units(r.compute_type).accumulator;
   double largest_c = 0;
   for (std::int64_t v = 0; v < r.V; ++v) largest_c = std::max(largest_c, norm(r.c, v, r.D));
   double largest_bias = 0;
@@ -101,7 +102,7 @@ inline double row_temperature(const Data& data, std::int64_t n) {
 inline void row_bounds(const Data& data, const reference::Result& r,
                        const std::vector<double>& product, Bounds& b) {
   const Problem& p = data.problem;
-  const double u = rounding_units(p).accumulator;
+  const double u = rounding_units(r.compute_type).accumulator;
   const double sum = gamma(u, r.V);
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0 || !std::isfinite(r.lse[n])) continue;
@@ -134,7 +135,7 @@ inline void row_bounds(const Data& data, const reference::Result& r,
 // The error of g[n, v].
 inline double g_bound(const Data& data, const reference::Result& r, const Bounds& b, std::int64_t n,
                       std::int64_t v) {
-  const double u = rounding_units(data.problem).accumulator;
+  const double u = rounding_units(r.compute_type).accumulator;
   const double log_p = (r.z[n * r.V + v] - r.row_max[n]) - r.log_sum[n];
   const double p = std::exp(log_p);
   if (p == 0) return kUnderflow;
@@ -166,7 +167,7 @@ inline double g_bound(const Data& data, const reference::Result& r, const Bounds
 inline Bounds bounds(const Data& data, const reference::Result& r) {
   using namespace detail;
   const Problem& p = data.problem;
-  const auto [u, u_g] = rounding_units(p);
+  const auto [u, u_g] = rounding_units(r.compute_type);
   Bounds b;
   for (auto* row : {&b.logit, &b.nll, &b.lse, &b.entropy, &b.zbar}) row->assign(r.N, 0);
   b.de.assign(r.de.size(), 0);

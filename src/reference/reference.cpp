@@ -225,6 +225,7 @@ Result evaluate(const Problem& problem, const Inputs& in, const RowGradients64& 
   r.N = problem.sequences * (problem.length - problem.shift);
   r.V = problem.V;
   r.D = problem.D;
+  r.compute_type = problem.compute_type;
   r.e.assign(r.N * r.D, 0);
   r.c.assign(r.V * r.D, 0);
   r.target.assign(r.N, -1);

@@ -24,6 +24,7 @@ struct Result {
   std::int64_t N = 0;  // rows: sequences * (length - shift)
   std::int64_t V = 0;
   std::int64_t D = 0;
+  DType compute_type = DType::f32;  // of the problem
 
   // The operands as the products see them: rounded to compute_type where that is bf16.
   std::vector<double> e;             // (N, D)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/engine.h"
+#include "cpu/layout.h"
 #include "problems.h"
 #include "run.h"
 
@@ -17,6 +18,14 @@ inline std::vector<std::string> engine_names() {
   std::vector<std::string> names;
   for (const Engine* engine : engines()) names.emplace_back(engine->name());
   return names;
+}
+
+// The reference for an engine's results. A processor without bf16 or fp16 products takes fp32 ones,
+// which round less: the reference, and the bounds with it, follow the operands' true dtype.
+inline reference::Result truth_for(const std::string& engine, const Data& data) {
+  Problem problem = data.problem;
+  if (engine == "cpu") problem.compute_type = cpu::product_type(problem);
+  return reference::evaluate(problem, data.inputs(), data.upstream64());
 }
 
 // The modes are looped over inside a test, so that the reference is computed once for all.
