@@ -47,10 +47,10 @@ void check_shapes(const Operands& o, const Options& options) {
   require(o.c.dim() == 2, "c must be (V, D), got shape " + shape(o.c));
   require(o.e.size(2) == o.c.size(1), "e and c must agree in D, got e of shape " + shape(o.e) +
                                           " and c of shape " + shape(o.c));
-  require(o.targets.dim() == 2 && o.targets.size(0) == o.e.size(0) &&
-              o.targets.size(1) == o.e.size(1),
-          "targets must be (sequences, length) of e, got shape " + shape(o.targets) +
-              " and e of shape " + shape(o.e));
+  require(
+      o.targets.dim() == 2 && o.targets.size(0) == o.e.size(0) && o.targets.size(1) == o.e.size(1),
+      "targets must be (sequences, length) of e, got shape " + shape(o.targets) +
+          " and e of shape " + shape(o.e));
   const auto is_vector_of_v = [&](const std::optional<Tensor>& t, const char* what) {
     require(!t || (t->dim() == 1 && t->size(0) == o.c.size(0)),
             std::string(what) + " must be (V), got shape " + (t ? shape(*t) : "") +
@@ -143,9 +143,9 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   p.has_row_temperature = o.row_temperature.has_value();
   p.has_class_weight = o.class_weight.has_value();
   plan_ = make_plan(p);
-  require(kept_bytes() == options.kept_bytes,
-          "kept_bytes must be what the plan says, " + std::to_string(kept_bytes()) +
-              ", got " + std::to_string(options.kept_bytes));
+  require(kept_bytes() == options.kept_bytes, "kept_bytes must be what the plan says, " +
+                                                  std::to_string(kept_bytes()) + ", got " +
+                                                  std::to_string(options.kept_bytes));
 
   args.in.e = o.e.const_data_ptr();
   args.in.c = o.c.const_data_ptr();
@@ -153,8 +153,9 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   args.in.targets = o.targets.const_data_ptr();
   args.in.temperature = row_input(o.row_temperature, "row_temperature");
   if (o.class_weight) {
-    require(o.class_weight->scalar_type() == stats(), "class_weight must have the dtype of the "
-                                                      "per-row outputs");
+    require(o.class_weight->scalar_type() == stats(),
+            "class_weight must have the dtype of the "
+            "per-row outputs");
     alive_.push_back(packed(*o.class_weight));
     args.in.class_weight = alive_.back().const_data_ptr();
   }
@@ -208,8 +209,7 @@ Tensor Call::make_dc() const {
 
 Tensor Call::make_dbias() const {
   const Problem& p = plan_.problem;
-  return make({p.V}, p.has_bias ? operands_.bias->scalar_type() : ScalarType::Float,
-              p.needs_dbias);
+  return make({p.V}, p.has_bias ? operands_.bias->scalar_type() : ScalarType::Float, p.needs_dbias);
 }
 
 Workspace::Workspace(std::int64_t bytes) {

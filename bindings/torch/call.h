@@ -36,9 +36,10 @@ struct Options {
   std::int64_t kept_bytes;  // what the plan keeps from forward to backward; its tensor's size
 };
 
-#define CUTLOSS_OPERANDS \
-  "Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? row_temperature, Tensor? class_weight"
-#define CUTLOSS_OPTIONS                                                                       \
+#define CUTLOSS_OPERANDS                                                                \
+  "Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? row_temperature, Tensor? " \
+  "class_weight"
+#define CUTLOSS_OPTIONS                                                                        \
   "ScalarType compute_dtype, int shift, int ignore_index, float? softcap, float logit_scale, " \
   "float temperature, bool wants_entropy, bool wants_zbar, bool wants_argmax, bool needs_de, " \
   "bool needs_dc, bool needs_dbias, int schedule, int? max_workspace, int kept_bytes"

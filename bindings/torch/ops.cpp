@@ -175,14 +175,14 @@ void scale(Stack& stack) {
   if (is_f32 && *static_cast<const float*>(factor.const_data_ptr()) == 1.0f) return;
   std::array<StableIValue, 2> args{torch::stable::detail::from(t),
                                    torch::stable::detail::from(factor)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", args.data(),
-                                               TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul_", "Tensor", args.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(args[0]);  // the result is t again: drop the reference
 }
 
-#define CUTLOSS_PLAN_SIZES                                                              \
-  "int sequences, int length, int V, int D, ScalarType e_dtype, ScalarType c_dtype, "   \
-  "ScalarType? bias_dtype, ScalarType target_dtype, bool has_row_temperature, "         \
+#define CUTLOSS_PLAN_SIZES                                                            \
+  "int sequences, int length, int V, int D, ScalarType e_dtype, ScalarType c_dtype, " \
+  "ScalarType? bias_dtype, ScalarType target_dtype, bool has_row_temperature, "       \
   "bool has_class_weight, bool at_forward, bool on_cuda"
 
 // A plan without data: sizes, dtypes and options.

@@ -19,8 +19,9 @@ std::unique_ptr<Parts> bind(const Plan& plan, const Args& args, Passes passes) {
 void need_rows_plan(const Plan& plan, const char* call) {
   if (plan.schedule != Schedule::rows || plan.keeps_logits) {
     throw Error(ErrorCode::invalid_value,
-                text(call, " needs a plan with schedule rows and upstream at_forward; this plan "
-                           "has schedule ",
+                text(call,
+                     " needs a plan with schedule rows and upstream at_forward; this plan "
+                     "has schedule ",
                      name(plan.schedule),
                      plan.keeps_logits ? " with kept logits: call forward, then backward"
                                        : ": call forward, then backward"));

@@ -71,8 +71,8 @@ std::optional<Plan> plan_with(const Engine& engine, const Problem& p,
   };
   for (const Candidate& c : list) {
     if (auto plan = attempt(c, budget)) {
-      reasons.push_back(text(label(c), ": chosen, the fewest products that fit in ", budget,
-                             " bytes"));
+      reasons.push_back(
+          text(label(c), ": chosen, the fewest products that fit in ", budget, " bytes"));
       return plan;
     }
   }
@@ -80,8 +80,7 @@ std::optional<Plan> plan_with(const Engine& engine, const Problem& p,
   // Nobody named a limit, so the loss must work: the smallest plan, whatever it takes.
   for (const Candidate& c : list) {
     if (auto plan = attempt(c, smallest)) {
-      reasons.push_back(text(label(c), ": chosen, the least memory of all, ", smallest,
-                             " bytes"));
+      reasons.push_back(text(label(c), ": chosen, the least memory of all, ", smallest, " bytes"));
       return plan;
     }
   }
@@ -98,8 +97,8 @@ Plan make_plan(const Problem& problem) {
   if (!p.engine.empty()) engine_named(p.engine);  // throws where there is none
   for (const Engine* engine : engines()) {
     if (!p.engine.empty() && engine->name() != p.engine) {
-      reasons.push_back(text("engine ", engine->name(), ": not the one asked for (", p.engine,
-                             ")"));
+      reasons.push_back(
+          text("engine ", engine->name(), ": not the one asked for (", p.engine, ")"));
       continue;
     }
     if (const std::string refusal = engine->refusal(p); !refusal.empty()) {

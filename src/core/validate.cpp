@@ -30,8 +30,8 @@ void check_sizes(const Problem& p) {
   if (p.D < 1) refuse_value(text("D (columns of E and C) must be >= 1, got ", p.D));
   if (p.shift < 0) refuse_value(text("shift must be >= 0, got ", p.shift));
   if (p.shift > 0 && p.shift >= p.length) {
-    refuse_value(text("shift must be smaller than the sequence length ", p.length, ", got ",
-                      p.shift));
+    refuse_value(
+        text("shift must be smaller than the sequence length ", p.length, ", got ", p.shift));
   }
   check_product("sequences x length", p.sequences, p.length);
   const std::int64_t rows = p.sequences * p.length;
@@ -57,12 +57,12 @@ void check_types(const Problem& p) {
   const auto is_f64 = [](DType type) { return type == DType::f64; };
   const bool any = is_f64(p.e_type) || is_f64(p.c_type) || (p.has_bias && is_f64(p.bias_type)) ||
                    is_f64(p.compute_type);
-  const bool all = is_f64(p.e_type) && is_f64(p.c_type) &&
-                   (!p.has_bias || is_f64(p.bias_type)) && is_f64(p.compute_type);
+  const bool all = is_f64(p.e_type) && is_f64(p.c_type) && (!p.has_bias || is_f64(p.bias_type)) &&
+                   is_f64(p.compute_type);
   if (any && !all) {
-    refuse(text("f64 does not mix with other dtypes: E is ", name(p.e_type), ", C ",
-                name(p.c_type), ", bias ", p.has_bias ? name(p.bias_type) : "absent",
-                ", compute_type ", name(p.compute_type), "; convert all of them to one dtype"));
+    refuse(text("f64 does not mix with other dtypes: E is ", name(p.e_type), ", C ", name(p.c_type),
+                ", bias ", p.has_bias ? name(p.bias_type) : "absent", ", compute_type ",
+                name(p.compute_type), "; convert all of them to one dtype"));
   }
 }
 
@@ -82,8 +82,9 @@ void check_options(const Problem& p) {
   const bool wants_gradient = p.needs_de || p.needs_dc || p.needs_dbias;
   if (p.needs_dbias && !p.has_bias) refuse_value("needs_dbias is set, but there is no bias");
   if (wants_gradient && p.upstream == Upstream::none) {
-    refuse_value("a gradient is wanted (needs_*), but upstream is none: set at_forward or "
-                 "at_backward");
+    refuse_value(
+        "a gradient is wanted (needs_*), but upstream is none: set at_forward or "
+        "at_backward");
   }
   if (p.schedule == Schedule::none && wants_gradient) {
     refuse_value("schedule none makes no gradient, but one is wanted (needs_*)");
@@ -150,8 +151,7 @@ void check_args(const Plan& plan, const Args& args, Passes passes) {
   }
   need_aligned(args.kept, plan.kept_bytes, "kept");
   need_aligned(args.workspace,
-               forward ? plan.forward_workspace_bytes : plan.backward_workspace_bytes,
-               "workspace");
+               forward ? plan.forward_workspace_bytes : plan.backward_workspace_bytes, "workspace");
 }
 
 }  // namespace cutloss

@@ -110,8 +110,7 @@ class CpuEngine final : public Engine {
     return false;
   }
 
-  std::unique_ptr<Parts> bind(const Plan& plan, const Args& args,
-                              Passes passes) const override {
+  std::unique_ptr<Parts> bind(const Plan& plan, const Args& args, Passes passes) const override {
     return bind_parts(plan, args, passes);
   }
 

@@ -27,8 +27,8 @@ dnnl::stream& library_stream() {
 
 memory::desc describe(std::int64_t rows, std::int64_t columns, const Operand& operand,
                       memory::data_type type) {
-  const memory::dims strides = operand.transposed ? memory::dims{1, operand.stride}
-                                                  : memory::dims{operand.stride, 1};
+  const memory::dims strides =
+      operand.transposed ? memory::dims{1, operand.stride} : memory::dims{operand.stride, 1};
   return {{rows, columns}, type, strides};
 }
 
@@ -60,8 +60,8 @@ Prepared prepare(const Product& p) {
   const dnnl::matmul::desc desc(made.a, made.b, made.c);
   made.primitive = dnnl::matmul(dnnl::matmul::primitive_desc(desc, attr, library_engine()));
 #else
-  made.primitive = dnnl::matmul(
-      dnnl::matmul::primitive_desc(library_engine(), made.a, made.b, made.c, attr));
+  made.primitive =
+      dnnl::matmul(dnnl::matmul::primitive_desc(library_engine(), made.a, made.b, made.c, attr));
 #endif
   return made;
 }
@@ -108,8 +108,8 @@ void multiply_onednn(const Product& p) {
                 text("oneDNN failed at a product of ", p.M, " x ", p.N, " x ", p.K, " (",
                      name(p.type), "): ", error.what()));
   } catch (const std::bad_alloc&) {
-    throw Error(ErrorCode::out_of_memory, text("oneDNN ran out of memory at a product of ", p.M,
-                                               " x ", p.N, " x ", p.K));
+    throw Error(ErrorCode::out_of_memory,
+                text("oneDNN ran out of memory at a product of ", p.M, " x ", p.N, " x ", p.K));
   }
 }
 

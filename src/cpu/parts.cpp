@@ -136,8 +136,7 @@ class CpuParts final : public Parts {
         make_g_from_kept(row, block.rows.begin - block.chunk.begin + r, block.columns, g);
       } else {
         T* z = buffer<T>(layout_.z) + r * block.columns.count;
-        const Transform<T> transform =
-            transform_of(row_at(block.rows.begin + r), block.columns);
+        const Transform<T> transform = transform_of(row_at(block.rows.begin + r), block.columns);
         make_g_from_logits(row, z, &transform, g);
       }
     }
@@ -190,8 +189,9 @@ class CpuParts final : public Parts {
     product.K = block.rows.count;
     product.a = {g_, block.columns.count, true};
     product.b = {e.data, e.stride, false};
-    product.c = one_product_makes_dc() ? at(args_.gradients.dc, p_.c_type, block.columns.begin * p_.D)
-                                       : dc_sums(block.columns);
+    product.c = one_product_makes_dc()
+                    ? at(args_.gradients.dc, p_.c_type, block.columns.begin * p_.D)
+                    : dc_sums(block.columns);
     product.c_stride = p_.D;
     product.type = operand_;
     product.c_type = one_product_makes_dc() ? p_.c_type : stat_type(p_.compute_type);
@@ -227,7 +227,8 @@ class CpuParts final : public Parts {
     }
     const bool none = rows_to_cover() == 0;
     if (p_.needs_dc && none) {
-      std::memset(args_.gradients.dc, 0, static_cast<std::size_t>(p_.V * p_.D * size_of(p_.c_type)));
+      std::memset(args_.gradients.dc, 0,
+                  static_cast<std::size_t>(p_.V * p_.D * size_of(p_.c_type)));
     }
     if (p_.needs_dbias) {
       if (none) std::fill_n(buffer<T>(layout_.dbias_sums), p_.V, T(0));
@@ -281,10 +282,10 @@ class CpuParts final : public Parts {
   }
 
   Transform<T> transform_of(std::int64_t n, Columns columns) const {
-    const T* bias = layout_.bias >= 0 ? buffer<T>(layout_.bias)
-                                      : static_cast<const T*>(args_.in.bias);
-    return {p_.has_bias ? bias + columns.begin : nullptr,
-            static_cast<T>(p_.softcap.value_or(0)), inv_temperature(n)};
+    const T* bias =
+        layout_.bias >= 0 ? buffer<T>(layout_.bias) : static_cast<const T*>(args_.in.bias);
+    return {p_.has_bias ? bias + columns.begin : nullptr, static_cast<T>(p_.softcap.value_or(0)),
+            inv_temperature(n)};
   }
 
   const T* class_weight(Columns columns) const {
@@ -305,8 +306,8 @@ class CpuParts final : public Parts {
     const std::int64_t first = row_at(rows.begin);
     const std::int64_t last = row_at(rows.begin + rows.count - 1);
     const bool contiguous = last - first == rows.count - 1;
-    const bool even = contiguous && (e_offset(last) - e_offset(first)) ==
-                                        (rows.count - 1) * p_.e_row_stride;
+    const bool even =
+        contiguous && (e_offset(last) - e_offset(first)) == (rows.count - 1) * p_.e_row_stride;
     if (even && p_.e_type == operand_) {
       return {at(args_.in.e, p_.e_type, e_offset(first)), p_.e_row_stride};
     }
@@ -388,8 +389,7 @@ class CpuParts final : public Parts {
         return;
       }
     }
-    row_gradient_from_exponentials(row, static_cast<const T*>(kept), slab_max,
-                                   static_cast<T*>(g));
+    row_gradient_from_exponentials(row, static_cast<const T*>(kept), slab_max, static_cast<T*>(g));
   }
 
   void make_g_from_logits(const GradientRow<T>& row, T* z, const Transform<T>* transform,
@@ -479,8 +479,7 @@ class CpuParts final : public Parts {
     const std::int64_t count = rows_to_cover();
     std::int64_t next = 0;  // the first place not yet seen
     for (std::int64_t i = 0; i <= count; ++i) {
-      const std::int64_t place =
-          i < count ? position(row_at(i)) : p_.sequences * p_.length;
+      const std::int64_t place = i < count ? position(row_at(i)) : p_.sequences * p_.length;
       std::memset(de + next * row_bytes, 0, static_cast<std::size_t>((place - next) * row_bytes));
       next = place + 1;
     }

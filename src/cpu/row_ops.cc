@@ -21,8 +21,8 @@ template <class T>
 using Tag = hn::ScalableTag<T>;
 
 // e^x for x <= 0 (or NaN, which stays NaN; -inf makes 0). Cody-Waite reduction and a minimax
-// polynomial of degree 6 on [-ln2/2, ln2/2] (relative error 3e-9): within 2 ulp. Results under 2^-125 are 0: beside a row's
-// maximum, which contributes 1, they count for nothing.
+// polynomial of degree 6 on [-ln2/2, ln2/2] (relative error 3e-9): within 2 ulp. Results under
+// 2^-125 are 0: beside a row's maximum, which contributes 1, they count for nothing.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V exp_nonpositive(D d, V x) {
   if constexpr (std::is_same_v<hn::TFromD<D>, double>) {
@@ -103,8 +103,7 @@ void apply_transform(T* z, std::int64_t columns, const Transform<T>& transform) 
   const Tag<T> d;
   const auto inv_temperature = hn::Set(d, transform.inv_temperature);
   const auto softcap = hn::Set(d, transform.softcap);
-  const auto inv_softcap =
-      hn::Set(d, transform.softcap == T(0) ? T(0) : T(1) / transform.softcap);
+  const auto inv_softcap = hn::Set(d, transform.softcap == T(0) ? T(0) : T(1) / transform.softcap);
   for_each_vector(d, columns, [&](std::int64_t i, std::int64_t valid) {
     auto v = load(d, z + i, valid, T(0));
     if (transform.bias != nullptr) v = hn::Add(v, load(d, transform.bias + i, valid, T(0)));
@@ -184,8 +183,7 @@ void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
   auto weighted = hn::Zero(d);
 
   const T softcap = row.transform.softcap;
-  const T slope_scale =
-      softcap == T(0) ? T(0) : T(1) / (row.transform.inv_temperature * softcap);
+  const T slope_scale = softcap == T(0) ? T(0) : T(1) / (row.transform.inv_temperature * softcap);
   const auto plain = [&](std::int64_t i, std::int64_t valid) {
     const auto z = load(d, row.z + i, valid, -inf);
     sum = hn::Add(sum, exp_nonpositive(d, hn::Sub(z, shift_v)));
@@ -283,9 +281,8 @@ HWY_INLINE void make_gradient(const GradientRow<T>& row, T* z, const Transform<T
 template <class T>
 void row_gradient_impl(const GradientRow<T>& row, T* z, const Transform<T>* transform, T* g) {
   const Tag<T> d;
-  make_gradient(row, z, transform, [&](std::int64_t i, std::int64_t valid, auto v) {
-    store(d, v, g + i, valid);
-  });
+  make_gradient(row, z, transform,
+                [&](std::int64_t i, std::int64_t valid, auto v) { store(d, v, g + i, valid); });
   if (row.target >= 0) g[row.target] = row.target_g;
 }
 
@@ -341,9 +338,7 @@ void row_gradient_from_exponentials_bf16_impl(const GradientRow<float>& row,
       [&](std::int64_t i, std::int64_t valid) {
         return from_bf16(d, load(d16, exponentials + i, valid, std::uint16_t{0}));
       },
-      [&](std::int64_t i, std::int64_t valid, auto v) {
-        store(d16, to_bf16(d, v), g + i, valid);
-      });
+      [&](std::int64_t i, std::int64_t valid, auto v) { store(d16, to_bf16(d, v), g + i, valid); });
   if (row.target >= 0) g[row.target] = cutloss::float_to_bf16(row.target_g);
 }
 
@@ -391,12 +386,12 @@ void row_gradient_f32(const GradientRow<float>& row, float* z, const Transform<f
                       float* g) {
   row_gradient_impl(row, z, transform, g);
 }
-void row_gradient_f64(const GradientRow<double>& row, double* z,
-                      const Transform<double>* transform, double* g) {
+void row_gradient_f64(const GradientRow<double>& row, double* z, const Transform<double>* transform,
+                      double* g) {
   row_gradient_impl(row, z, transform, g);
 }
-void from_exponentials_f32(const GradientRow<float>& row, const float* exponentials,
-                           float slab_max, float* g) {
+void from_exponentials_f32(const GradientRow<float>& row, const float* exponentials, float slab_max,
+                           float* g) {
   row_gradient_from_exponentials_impl(row, exponentials, slab_max, g);
 }
 void from_exponentials_f64(const GradientRow<double>& row, const double* exponentials,
