@@ -5,6 +5,7 @@
 #include <map>
 #include <new>
 #include <oneapi/dnnl/dnnl.hpp>
+#include <string_view>
 #include <tuple>
 
 #include "core/text.h"
@@ -37,6 +38,15 @@ struct Prepared {
   dnnl::matmul primitive;
 };
 
+// Moves on to the implementation that is built on a plain GEMM, if there is one: for the gradients'
+// products in bf16 it is ahead of the library's first choice, for the logits behind it.
+bool prefer_gemm(dnnl::matmul::primitive_desc& choice) {
+  do {
+    if (std::string_view(choice.impl_info_str()).starts_with("gemm")) return true;
+  } while (choice.next_impl());
+  return false;
+}
+
 Prepared prepare(const Product& p) {
   const auto library_type = [](DType t) {
     return t == DType::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
@@ -56,13 +66,17 @@ Prepared prepare(const Product& p) {
   if (p.accumulate) after.append_sum(1.0f);
   dnnl::primitive_attr attr;
   attr.set_post_ops(after);
+  const auto fresh = [&] {
 #if DNNL_VERSION_MAJOR < 3
-  const dnnl::matmul::desc desc(made.a, made.b, made.c);
-  made.primitive = dnnl::matmul(dnnl::matmul::primitive_desc(desc, attr, library_engine()));
+    const dnnl::matmul::desc desc(made.a, made.b, made.c);
+    return dnnl::matmul::primitive_desc(desc, attr, library_engine());
 #else
-  made.primitive =
-      dnnl::matmul(dnnl::matmul::primitive_desc(library_engine(), made.a, made.b, made.c, attr));
+    return dnnl::matmul::primitive_desc(library_engine(), made.a, made.b, made.c, attr);
 #endif
+  };
+  auto choice = fresh();
+  if (p.type == DType::bf16 && !p.b.transposed && !prefer_gemm(choice)) choice = fresh();
+  made.primitive = dnnl::matmul(choice);
   return made;
 }
 
