@@ -192,6 +192,12 @@ def choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
+def flags(**named: bool) -> None:
+    for name, value in named.items():
+        if not isinstance(value, (bool, int)):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def max_workspace(value: int | None) -> None:
     if value is None:
         return
@@ -215,12 +221,24 @@ def ignore_index(value: int) -> None:
         raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
 
 
-def target_values(targets: Tensor, V: int, ignore_index: int) -> None:
-    """Each of the rows' targets in [0, V) or ignored; looks at the data."""
+def target_values(targets: Tensor, shift: int, V: int, ignore_index: int) -> None:
+    """Each target of a row in [0, V) or ignored; looks at the data. (sequences, length)"""
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+    wrong[:, :shift] = False
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(
-            f"targets{list(at)} is {targets[at].item()}, which is neither in [0, {V}) nor "
-            f"ignore_index ({ignore_index})"
+            f"the target at position {at} is {targets[at].item()}, outside [0, V = {V}) and not "
+            f"ignore_index = {ignore_index}"
+        )
+
+
+def row_temperatures(t: Tensor) -> None:
+    """Each finite and > 0; looks at the data."""
+    wrong = ~((t > 0) & (t < math.inf))
+    if wrong.any():
+        row = wrong.nonzero()[0].item()
+        raise ValueError(
+            f"the temperature of row {row} of the loss is {t[row].item()}, but every temperature "
+            f"must be finite and > 0"
         )

@@ -25,7 +25,9 @@ def statistics(
     V, D = c.shape
     target = targets[:, shift:].reshape(-1).long()
     if not torch.compiler.is_compiling() and target.device.type == "cpu":
-        _checks.target_values(targets[:, shift:], V, ignore_index)
+        _checks.target_values(targets, shift, V, ignore_index)
+        if row_temperature is not None:
+            _checks.row_temperatures(row_temperature)
     valid = target != ignore_index
 
     # Ignored rows are zeroed before the product: a NaN there must not reach the gradient of C.

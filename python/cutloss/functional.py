@@ -130,6 +130,9 @@ def linear_cross_entropy(
     )
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     _checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
+    _checks.flags(
+        return_lse=return_lse, return_entropy=return_entropy, return_predictions=return_predictions
+    )
     _checks.filter_eps(filter_eps)
     _checks.ignore_index(ignore_index)
     _checks.max_workspace(max_workspace)

@@ -58,7 +58,11 @@ def test_second_backward_gives_the_same_gradients(options, dtype):
     scaled = torch.autograd.grad(loss * 4, p.parameters, retain_graph=True)
     last = torch.autograd.grad(loss, p.parameters)
     for a, b, c, d in zip(first, scaled, last, kept):
-        assert torch.equal(a, c) and torch.equal(b, 4 * a)
+        assert torch.equal(a, c)
+        if dtype == F16:  # entries near 0 have fewer digits in fp16 than four times them
+            torch.testing.assert_close(b, 4 * a, rtol=1e-3, atol=1e-6)
+        else:
+            assert torch.equal(b, 4 * a)
         assert torch.equal(a, d), "a later backward changed an earlier result"
         assert len({a.data_ptr(), b.data_ptr(), c.data_ptr()}) == 3
     with pytest.raises(RuntimeError, match="second time"):

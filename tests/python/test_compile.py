@@ -212,7 +212,7 @@ changes = pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys(
 @changes
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_opcheck_deferred(changes, dtype):
-    p = problems.make((3, 8), dtype=dtype, bias=True)
+    p = problems.make((3, 8), dtype=dtype, bias=True, ignored=0.0)
     o = options(p, schedule=_ops.SCHEDULES["vocabulary"], **changes)
     torch.library.opcheck(operators.statistics, operands(p), o)
     inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in operands(p)]
@@ -226,7 +226,7 @@ def test_opcheck_deferred(changes, dtype):
 
 @changes
 def test_opcheck_kept_logits(changes):
-    p = problems.make((3, 8), bias=True)
+    p = problems.make((3, 8), bias=True, ignored=0.0)
     inputs = operands(p)
     choice = _plan.choose(_plan.sizes_of(*inputs), options(p, **changes), known_at_forward=False)
     assert choice.kept_bytes > 0
@@ -238,7 +238,7 @@ def test_opcheck_kept_logits(changes):
 
 @changes
 def test_opcheck_immediate(changes):
-    p = problems.make((3, 8), bias=True)
+    p = problems.make((3, 8), bias=True, ignored=0.0)
     o = options(p, schedule=_ops.SCHEDULES["rows"], **changes)
     coefficients = [torch.rand(3 * (8 - o["shift"])) for _ in range(4)]
     torch.library.opcheck(operators.loss_and_gradients, (*operands(p), *coefficients), o)

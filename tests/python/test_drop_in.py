@@ -1,0 +1,194 @@
+"""Changing the import is the whole migration from cut_cross_entropy."""
+
+import enum
+import inspect
+
+import problems
+import pytest
+import torch
+from problems import F64
+
+import cutloss
+from cutloss import LinearCrossEntropy, LinearCrossEntropyImpl, linear_cross_entropy
+
+# Parameters and defaults of cut_cross_entropy 25.6, in order.
+THEIR_FUNCTION = [
+    ("e", inspect.Parameter.empty),
+    ("c", inspect.Parameter.empty),
+    ("targets", inspect.Parameter.empty),
+    ("bias", None),
+    ("ignore_index", -100),
+    ("softcap", None),
+    ("reduction", "mean"),
+    ("shift", 0),
+    ("return_lse", False),
+    ("filter_eps", "auto"),
+    ("accum_e_fp32", False),
+    ("accum_c_fp32", False),
+    ("filter_e_grad", True),
+    ("filter_c_grad", True),
+    ("impl", LinearCrossEntropyImpl.CCE),
+    ("vocab_parallel_options", None),
+]
+THEIR_MODULE = [
+    ("ignore_index", -100),
+    ("softcap", None),
+    ("reduction", "mean"),
+    ("shift", 0),
+    ("filter_eps", "auto"),
+    ("accum_e_fp32", False),
+    ("accum_c_fp32", False),
+    ("filter_e_grad", True),
+    ("filter_c_grad", True),
+    ("impl", LinearCrossEntropyImpl.CCE),
+    ("return_lse", False),
+]
+THEIR_NAMES = {
+    "LinearCrossEntropy",
+    "LinearCrossEntropyImpl",
+    "VocabParallelOptions",
+    "linear_cross_entropy",
+}
+THEIR_ENUM = [
+    "CCE",
+    "TORCH_COMPILE",
+    "CCE_KAHAN_FULL_C",
+    "CCE_KAHAN_FULL_E",
+    "CCE_EXACT",
+    "CCE_KAHAN_FULL_C_FULL_E",
+    "CCE_KAHAN_FULL",
+]
+
+# Every name of impl, and whether it stores the logits in plain PyTorch.
+IMPLEMENTATIONS = {
+    "cce": False,
+    "torch_compile": False,
+    "cce_exact": False,
+    "cce_kahan": False,
+    "cce_kahan_full": False,
+    "cce_kahan_full_c": False,
+    "cce_kahan_full_e": False,
+    "cce_kahan_full_c_full_e": False,
+    "auto": False,
+    "exact": False,
+    "torch": True,
+}
+
+
+def signature(f):
+    return [(p.name, p.default) for p in inspect.signature(f).parameters.values()]
+
+
+def test_signatures_begin_as_theirs():
+    assert signature(linear_cross_entropy)[: len(THEIR_FUNCTION)] == THEIR_FUNCTION
+    own = list(inspect.signature(linear_cross_entropy).parameters.values())[len(THEIR_FUNCTION) :]
+    assert own and all(p.kind == inspect.Parameter.KEYWORD_ONLY for p in own)
+    assert signature(LinearCrossEntropy)[: len(THEIR_MODULE)] == THEIR_MODULE
+    forward = list(inspect.signature(LinearCrossEntropy.forward).parameters)
+    assert forward[:5] == ["self", "e", "c", "targets", "bias"]
+
+
+def test_module_has_every_option_of_the_function():
+    given_with_each_call = {"e", "c", "targets", "bias", "token_weight", "vocab_parallel_options"}
+    of_function = set(inspect.signature(linear_cross_entropy).parameters) - given_with_each_call
+    assert of_function == set(inspect.signature(LinearCrossEntropy).parameters)
+
+
+def test_names():
+    assert THEIR_NAMES <= set(cutloss.__all__)
+    assert [m.name for m in LinearCrossEntropyImpl][: len(THEIR_ENUM)] == THEIR_ENUM
+
+
+def test_the_table_of_implementations_is_complete():
+    from cutloss._implementations import IS_PLAIN
+
+    assert IS_PLAIN == IMPLEMENTATIONS
+    assert {m.name.lower() for m in LinearCrossEntropyImpl} == set(IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("as_enum", [False, True])
+@pytest.mark.parametrize("impl, plain", IMPLEMENTATIONS.items())
+def test_implementations(impl, plain, as_enum):
+    p = problems.make((3, 8), dtype=F64, shift=1, softcap=5.0)
+    exact = linear_cross_entropy(p.e, p.c, p.targets, **p.options)
+    name = LinearCrossEntropyImpl[impl.upper()] if as_enum else impl
+    loss = linear_cross_entropy(p.e, p.c, p.targets, impl=name, **p.options)
+    torch.testing.assert_close(loss, exact)
+    assert plain or torch.equal(loss, exact)
+    for a, b in zip(torch.autograd.grad(loss, p.parameters), torch.autograd.grad(exact, p.parameters)):
+        torch.testing.assert_close(a, b)
+        assert plain or torch.equal(a, b)
+
+
+def test_their_enum_is_understood():
+    theirs = enum.IntEnum("LinearCrossEntropyImpl", THEIR_ENUM)
+    p = problems.make()
+    for member in theirs:
+        assert linear_cross_entropy(p.e, p.c, p.targets, impl=member).isfinite()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"filter_eps": None},
+        {"filter_eps": 1e-3},
+        {"filter_eps": "auto"},
+        {"accum_e_fp32": True, "accum_c_fp32": True},
+        {"filter_e_grad": False, "filter_c_grad": False},
+    ],
+    ids=str,
+)
+def test_options_that_need_nothing(options):
+    p = problems.make()
+    plain = linear_cross_entropy(p.e, p.c, p.targets)
+    loss = linear_cross_entropy(p.e, p.c, p.targets, **options)
+    assert torch.equal(loss, plain)
+    for a, b in zip(torch.autograd.grad(loss, p.parameters), torch.autograd.grad(plain, p.parameters)):
+        assert torch.equal(a, b)
+
+
+def test_positional_call():
+    p = problems.make((3, 8), bias=True)
+    loss, lse = linear_cross_entropy(
+        p.e, p.c, p.targets, p.bias, -100, 5.0, "none", True, True, None, True, True, False, False,
+        "cce_exact", None,
+    )  # fmt: skip
+    assert loss.shape == lse.shape == (3, 7)
+
+
+def test_module():
+    p = problems.make((3, 8), bias=True)
+    module = LinearCrossEntropy(-100, 5.0, "sum", True, return_lse=True, z_loss=1e-3)
+    expected = linear_cross_entropy(
+        p.e, p.c, p.targets, p.bias, softcap=5.0, reduction="sum", shift=1, return_lse=True,
+        z_loss=1e-3,
+    )  # fmt: skip
+    for a, b in zip(module(p.e, p.c, p.targets, p.bias), expected):
+        assert torch.equal(a, b)
+    assert "sum" in repr(module) and not list(module.parameters())
+
+
+def test_module_keeps_class_weights_with_it():
+    p = problems.make()
+    weight = torch.rand(101)
+    module = LinearCrossEntropy(weight=weight)
+    assert set(module.state_dict()) == {"weight"}
+    expected = linear_cross_entropy(p.e, p.c, p.targets, weight=weight)
+    assert torch.equal(module(p.e, p.c, p.targets), expected)
+    token_weight, temperature = torch.rand(24), torch.rand(24) + 0.5
+    assert torch.equal(
+        module(p.e, p.c, p.targets, token_weight=token_weight, temperature=temperature),
+        linear_cross_entropy(
+            p.e, p.c, p.targets, weight=weight, token_weight=token_weight, temperature=temperature
+        ),
+    )
+
+
+def test_vocabulary_shards_are_refused():
+    p = problems.make()
+    with pytest.raises(NotImplementedError, match="vocab_parallel_options is not supported.*gather"):
+        linear_cross_entropy(p.e, p.c, p.targets, vocab_parallel_options=object())
+    with pytest.raises(NotImplementedError, match="gather c first"):
+        cutloss.VocabParallelOptions(0, 10)
+    with pytest.raises(NotImplementedError, match="gather c first"):
+        cutloss.VocabParallelOptions.from_vocab(100)

@@ -1,0 +1,105 @@
+"""Importing is light, and says clearly what is wrong when it fails."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import cutloss
+from cutloss import _errors, _load
+
+
+def python(script):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_adds_little_to_torch():
+    seconds = python(
+        """
+        import time, torch
+        start = time.perf_counter()
+        import cutloss
+        print(time.perf_counter() - start)
+        """
+    )
+    assert float(seconds) < 0.3
+
+
+def test_import_brings_in_nothing_heavy():
+    heavy = "matplotlib rich tqdm numpy.testing torch._dynamo torch._inductor torch.distributed.tensor"
+    loaded = python(
+        f"""
+        import sys, torch
+        before = set(sys.modules)
+        import cutloss
+        print(*[m for m in {heavy.split()} if m in sys.modules and m not in before])
+        """
+    )
+    assert loaded == ""
+
+
+def test_one_openmp_in_the_process():
+    """torch's and ours are the same, or alternating calls fight over the cores."""
+    mapped = python(
+        """
+        import cutloss
+        print(*{line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "iomp" in line})
+        """
+    )
+    assert len(mapped.split()) == 1
+
+
+def test_version():
+    parts = cutloss.__version__.split(".")
+    assert len(parts) == 3 and all(part.isdigit() for part in parts)
+
+
+def test_a_library_that_was_not_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(_load, "_LIBRARY", tmp_path / "libcutloss_torch.so")
+    with pytest.raises(ImportError, match=f"was not built: {tmp_path}.*make build"):
+        _load.load()
+
+
+def test_a_library_that_does_not_load(monkeypatch, tmp_path):
+    library = tmp_path / "libcutloss_torch.so"
+    library.write_bytes(b"not a library")
+    monkeypatch.setattr(_load, "_LIBRARY", library)
+    with pytest.raises(ImportError, match="could not load .*ldd"):
+        _load.load()
+
+
+def test_a_torch_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(ImportError, match="needs PyTorch 2.10 or later, this is 2.9.1"):
+        _load.load()
+
+
+KINDS = {
+    "value": ValueError,
+    "type": TypeError,
+    "unsupported": NotImplementedError,
+    "workspace": ValueError,
+    "memory": MemoryError,
+    "internal": RuntimeError,
+}
+
+
+@pytest.mark.parametrize("kind, expected", KINDS.items())
+def test_kinds_of_errors(kind, expected):
+    error = _errors.translated(RuntimeError(f"cutloss[{kind}]: a message\nof two lines"))
+    assert type(error) is expected and "a message\nof two lines" in str(error)
+
+
+def test_errors_of_others_stay_as_they_are():
+    for message in ("CUDA error", "cutloss[unknown]: x", "see cutloss[value]: x"):
+        error = RuntimeError(message)
+        assert _errors.translated(error) is error

@@ -1,0 +1,86 @@
+"""What a call decides before it starts, and the bound that decides while sizes are symbols."""
+
+import itertools
+
+import pytest
+import torch
+from problems import BF16, F16, F32, F64
+
+from cutloss import _ops, _plan
+
+ROWS, VOCABULARY = _ops.SCHEDULES["rows"], _ops.SCHEDULES["vocabulary"]
+
+
+def sizes(N, V, D, c_dtype=F32, e_dtype=None):
+    return _plan.Sizes(1, N, V, D, e_dtype or c_dtype, c_dtype, None, torch.int64)
+
+
+def options(compute, **changes):
+    return _ops.options(compute, needs_de=True, needs_dc=True, **changes)
+
+
+BUDGETS = [1 << 16, 1 << 20, 3 << 20, 10 << 20, 100 << 20, None]
+SHAPES = itertools.product([1, 100, 5000], [10, 3001, 151936], [1, 64, 2048])
+
+
+@pytest.mark.parametrize("N, V, D", SHAPES)
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+def test_the_bound_is_sufficient(N, V, D, dtype):
+    """Where the bound says that the schedule by rows fits, the plan says so too."""
+    for budget, extra in itertools.product(BUDGETS, [{}, {"wants_entropy": True, "wants_zbar": True}]):
+        s, o = sizes(N, V, D, dtype), options(dtype, max_workspace=budget, **extra)
+        if _plan.rows_fit(s, o):
+            limit = _plan.DEFAULT_WORKSPACE if budget is None else budget
+            forced = {**o, "schedule": ROWS, "max_workspace": limit}
+            schedule, kept, forward, backward, _ = _ops.plan(s.arguments(at_forward=True), forced)
+            assert schedule == ROWS and kept + max(forward, backward) <= limit
+
+
+def test_the_bound_says_both():
+    assert _plan.rows_fit(sizes(2048, 50257, 768), options(F32))
+    assert not _plan.rows_fit(sizes(2048, 50257, 768), options(F32, max_workspace=1 << 20))
+    assert not _plan.rows_fit(sizes(512, 151936, 2048, BF16), options(BF16))
+    assert _plan.rows_fit(sizes(512, 151936, 2048, F32, BF16), options(BF16))
+
+
+def test_choices():
+    s = sizes(256, 1000, 64)
+    assert _plan.choose(s, options(F32), True) == _plan.Choice(True, ROWS)
+    later = _plan.choose(s, options(F32), False)
+    assert not later.immediate and later.schedule == ROWS and later.kept_bytes > 0
+    recompute = _plan.choose(s, options(F32, schedule=VOCABULARY), True)
+    assert recompute == _plan.Choice(False, VOCABULARY)
+    nothing = _ops.options(F32)
+    assert _plan.choose(s, nothing, True) == _plan.Choice(False, _ops.SCHEDULES["none"])
+
+
+def test_a_small_workspace_recomputes():
+    s = sizes(4096, 30000, 64)
+    for known in (True, False):
+        choice = _plan.choose(s, options(F32, max_workspace=8 << 20), known)
+        assert choice == _plan.Choice(False, VOCABULARY)
+
+
+@pytest.mark.parametrize("compute, e_dtype", [(F16, F16), (F16, F32), (F32, F16)], ids=str)
+def test_fp16_waits_for_the_loss_scale(compute, e_dtype):
+    choice = _plan.choose(sizes(256, 1000, 64, F32, e_dtype), options(compute), True)
+    assert not choice.immediate
+
+
+def test_the_default_workspace_is_that_of_the_library():
+    """A plan just over it recomputes, one just under it does not."""
+    s = sizes(100, 1000, 64)
+    text = _ops.describe_plan(s.arguments(at_forward=True), options(F32))
+    assert f"fit in {_plan.DEFAULT_WORKSPACE} bytes" in text
+
+
+def test_a_plan_says_why():
+    text = _ops.describe_plan(
+        sizes(4096, 30000, 64).arguments(at_forward=True), options(F32, max_workspace=8 << 20)
+    )
+    assert "vocabulary" in text and "needs at least" in text and "8388608" in text
+
+
+def test_what_was_found_on_this_machine():
+    text = _ops.describe_machine()
+    assert "engine cpu" in text and "threads" in text
