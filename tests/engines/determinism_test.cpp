@@ -2,6 +2,8 @@
 // and however many threads there are.
 #include <omp.h>
 
+#include <thread>
+
 #include "cpu/gemm.h"
 #include "engines.h"
 
@@ -117,6 +119,23 @@ TEST_P(Determinism, SameBitsFromASecondBackward) {
     };
     const auto first = gradients_again();
     EXPECT_EQ(gradients_again(), first);
+  }
+}
+
+// No call waits for another or disturbs it: autograd runs backward on a thread of its own.
+TEST_P(Determinism, SameBitsFromManyCallersAtOnce) {
+  const Data data = make_data(GetParam().problem);
+  for (const Mode& mode : kModes) {
+    SCOPED_TRACE(mode.name);
+    const Plan plan = plan_for(data.problem, GetParam().engine, mode);
+    const Outputs alone = run(plan, data);
+    std::vector<std::string> differences(3);
+    std::vector<std::thread> callers;
+    for (std::string& difference : differences) {
+      callers.emplace_back([&] { difference = run(plan, data).first_difference(alone); });
+    }
+    for (std::thread& caller : callers) caller.join();
+    for (const std::string& difference : differences) EXPECT_EQ(difference, "");
   }
 }
 
