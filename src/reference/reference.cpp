@@ -12,6 +12,10 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
+// For sums over the vocabulary. Equal terms, as flat logits make them, err to one side: in fp64
+// such a sum is worse than an engine's, which adds in several lanes.
+using Sum = long double;
+
 // A factor of 0 wins over an infinity, but not over a NaN.
 double times(double factor, double value) {
   return factor == 0 && std::isinf(value) ? 0.0 : factor * value;
@@ -96,13 +100,13 @@ double nll_of(const double* z, std::int64_t V, std::int64_t target) {
     if (v != target && z[v] > max_other) max_other = z[v];
   }
   if (max_other == -kInfinity) return z[target] == -kInfinity ? kNaN : 0.0;
-  double sum_other = 0;
+  Sum sum_other = 0;
   for (std::int64_t v = 0; v < V; ++v) {
     if (v != target) sum_other += std::exp(z[v] - max_other);
   }
   const double lead = max_other - z[target];
-  if (lead <= 0) return std::log1p(sum_other * std::exp(lead));
-  return lead + std::log(sum_other + std::exp(-lead));
+  if (lead <= 0) return static_cast<double>(std::log1p(sum_other * std::exp(Sum{lead})));
+  return static_cast<double>(lead + std::log(sum_other + std::exp(Sum{-lead})));
 }
 
 void statistics(const Problem& problem, const Inputs& in, Result& r) {
@@ -124,23 +128,23 @@ void statistics(const Problem& problem, const Inputs& in, Result& r) {
       r.nll[n] = r.log_sum[n] = r.entropy[n] = r.zbar[n] = kNaN;
       continue;
     }
-    double sum = 0;
+    Sum sum = 0;
     for (std::int64_t v = 0; v < r.V; ++v) sum += std::exp(z[v] - maximum);
     r.row_max[n] = maximum;
-    r.log_sum[n] = std::log(sum);
+    r.log_sum[n] = static_cast<double>(std::log(sum));
     r.lse[n] = maximum + r.log_sum[n];
     r.nll[n] = nll_of(z, r.V, r.target[n]);
-    double entropy = 0;
-    double zbar = 0;
+    Sum entropy = 0;
+    Sum zbar = 0;
     for (std::int64_t v = 0; v < r.V; ++v) {
       const double log_p = (z[v] - maximum) - r.log_sum[n];
       entropy -= times(std::exp(log_p), log_p);
       const double weight =
           problem.has_class_weight ? load(in.class_weight, stat_type(problem), v) : 1.0;
-      zbar += weight * z[v];
+      zbar += Sum{weight} * z[v];
     }
-    r.entropy[n] = entropy;
-    r.zbar[n] = zbar / static_cast<double>(r.V);
+    r.entropy[n] = static_cast<double>(entropy);
+    r.zbar[n] = static_cast<double>(zbar / static_cast<Sum>(r.V));
   }
 }
 
