@@ -6,8 +6,8 @@
 //   nll[n] = lse[n] - z[n, target[n]],  lse[n] = log(sum_v exp(z[n,v]))
 //
 // The way of a call:  Problem (plain facts) -> make_plan -> the caller allocates -> forward,
-// backward or forward_backward. Nothing here allocates memory in proportion to N, V or D, knows
-// a framework or holds a global lock. Every function reports failure by throwing cutloss::Error,
+// backward or forward_backward. Nothing here allocates memory in proportion to N, V or D (the
+// matrix libraries have scratch memory of their own), knows a framework or holds a global lock. Every function reports failure by throwing cutloss::Error,
 // before it has written anything, except where an allocation inside a library fails.
 //
 // Letters: N rows, V vocabulary, D hidden size (Wijmans et al. 2025, "Cut Your Losses in
@@ -49,7 +49,7 @@ enum class ErrorCode : std::uint8_t {
   invalid_value,  // a size, an option, a target
   invalid_type,   // a dtype, or a mix of dtypes
   unsupported,    // valid, but no engine does it; the message says what to do instead
-  workspace,      // max_workspace is too small, or the given workspace is
+  workspace,      // max_workspace is too small for every plan
   out_of_memory,  // a library could not allocate
   internal,       // a defect of cutloss
 };

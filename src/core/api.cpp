@@ -47,7 +47,9 @@ void forward(const Plan& plan, const Args& args) {
   check_args(plan, args, kForward);
   const auto parts = bind(plan, args, kForward);
   begin(*parts);
-  sweep_statistics(plan, *parts, {0, parts->rows_to_cover()}, plan.keeps_logits);
+  for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
+    sweep_statistics(plan, *parts, rows_of_chunk(plan, *parts, chunk), plan.keeps_logits);
+  }
 }
 
 void backward(const Plan& plan, const Args& args) {

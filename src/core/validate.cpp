@@ -66,15 +66,23 @@ void check_types(const Problem& p) {
   }
 }
 
+bool is_usable(double value, const Problem& p) {
+  const auto [least, most] = usable_range(stat_type(p.compute_type));
+  return std::fabs(value) >= least && std::fabs(value) <= most;
+}
+
 void check_options(const Problem& p) {
-  if (p.softcap && !(*p.softcap > 0 && std::isfinite(*p.softcap))) {
-    refuse_value(text("softcap must be a finite number > 0, got ", *p.softcap));
+  const auto refuse_number = [&](const char* what, const char* rule, double value) {
+    const auto [least, most] = usable_range(stat_type(p.compute_type));
+    refuse_value(text(what, " must be a finite number ", rule, ", between ", least, " and ", most,
+                      " in size, got ", value));
+  };
+  if (p.softcap && !(*p.softcap > 0 && is_usable(*p.softcap, p))) {
+    refuse_number("softcap", "> 0", *p.softcap);
   }
-  if (!(std::isfinite(p.logit_scale) && p.logit_scale != 0)) {
-    refuse_value(text("logit_scale must be finite and not 0, got ", p.logit_scale));
-  }
-  if (!(p.temperature > 0 && std::isfinite(p.temperature))) {
-    refuse_value(text("temperature must be a finite number > 0, got ", p.temperature));
+  if (!is_usable(p.logit_scale, p)) refuse_number("logit_scale", "other than 0", p.logit_scale);
+  if (!(p.temperature > 0 && is_usable(p.temperature, p))) {
+    refuse_number("temperature", "> 0", p.temperature);
   }
   if (p.max_workspace && *p.max_workspace < 0) {
     refuse_value(text("max_workspace must be >= 0 bytes, got ", *p.max_workspace));

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <string_view>
 
 #include "cutloss/cutloss.h"
@@ -22,7 +23,12 @@ class CallReport {
   ~CallReport() {
     if (!on_) return;
     const std::chrono::duration<double, std::milli> time = Clock::now() - begin_;
-    std::fprintf(stderr, "cutloss %s, %.3f ms\n%s", call_, time.count(), describe(plan_).c_str());
+    const bool failed = std::uncaught_exceptions() > exceptions_;
+    try {
+      std::fprintf(stderr, "cutloss %s%s, %.3f ms\n%s", call_, failed ? " failed" : "",
+                   time.count(), describe(plan_).c_str());
+    } catch (...) {  // no memory for a report: the call matters more
+    }
   }
 
  private:
@@ -30,6 +36,7 @@ class CallReport {
   const char* call_;
   const Plan& plan_;
   bool on_ = false;
+  int exceptions_ = std::uncaught_exceptions();
   Clock::time_point begin_;
 };
 

@@ -34,7 +34,7 @@ std::int64_t columns_beside(std::int64_t rows) {
   return std::min({in_4mb, in_2mb, kMostColumns});
 }
 
-// Rows kept at a time: each chunk reads and writes dC's sums once, which 2048 rows hide.
+// Rows kept at a time, the most first: each chunk reads and writes dC's sums once.
 constexpr std::array<std::int64_t, 5> kChunkRows = {2048, 1024, 512, 256, 128};
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -96,7 +96,7 @@ class CpuEngine final : public Engine {
         set_sizes(trial, tile, chunk);
         smallest = std::min(smallest, peak_bytes(trial));
         if (peak_bytes(trial) > budget) continue;
-        // The whole in one chunk or chunks of 2048 are equally quick: the smaller of the two.
+        // The whole in one chunk, or chunks of 2048: the smaller of the two.
         if (!found || (chunk >= kChunkRows[0] && peak_bytes(trial) < peak_bytes(best))) {
           best = trial;
           found = true;

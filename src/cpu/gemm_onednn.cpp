@@ -1,5 +1,5 @@
 // oneDNN keeps generated code in a cache of its own, but describing a product again in order to
-// look it up takes as long as a small product does: finished primitives are kept, per thread.
+// look it up is work that a small product feels: finished primitives are kept, per thread.
 #include <omp.h>
 
 #include <map>

@@ -83,7 +83,7 @@ WorkspaceLayout workspace_layout(const Plan& plan, Passes passes) {
     const bool one_chunk = plan.chunk_rows >= row_count(p);
     layout.dc_sums = shelf.place((one_chunk ? plan.slab : p.V) * p.D * stat);
   }
-  if (p.needs_dbias) layout.dbias_sums = shelf.place(p.V * stat);
+  if (p.needs_dbias) layout.dbias_sums = shelf.place(p.V * 8);
   layout.bytes = shelf.bytes();
   return layout;
 }

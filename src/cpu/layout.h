@@ -30,7 +30,7 @@ struct WorkspaceLayout {
   std::int64_t g = -1;         // g of a block
   std::int64_t de_sums = -1;   // dE of a chunk
   std::int64_t dc_sums = -1;   // dC of a slab, or of the whole vocabulary
-  std::int64_t dbias_sums = -1;
+  std::int64_t dbias_sums = -1;  // fp64
   std::int64_t bytes = 0;
 };
 WorkspaceLayout workspace_layout(const Plan& plan, Passes passes);

@@ -2,6 +2,7 @@
 #include "cpu/parts.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -9,6 +10,7 @@
 #include "core/dtype.h"
 #include "core/logit_math.h"
 #include "core/text.h"
+#include "core/validate.h"
 #include "cpu/convert.h"
 #include "cpu/gemm.h"
 #include "cpu/layout.h"
@@ -23,8 +25,9 @@ struct Matrix {
   std::int64_t stride = 0;
 };
 
-// The columns that one thread takes at a time in column sums: 4 KB of sums.
-constexpr std::int64_t kStrip = 1024;
+// The columns that one thread takes at a time in column sums, and the rows it sums at a time.
+constexpr std::int64_t kStrip = 512;
+constexpr std::int64_t kFewRows = 32;
 
 template <class T>
 class CpuParts final : public Parts {
@@ -142,24 +145,24 @@ class CpuParts final : public Parts {
     }
   }
 
-  // Threads take columns, so that every sum runs over the rows in order.
+  // Threads take columns, so that every sum runs over the rows in order. A few rows at a time are
+  // summed in the stat dtype, those sums in fp64: where all rows are alike, a long sum in fp32
+  // would lose digits that no product loses.
   void accumulate_dbias(const Block& block) override {
-    T* sums = buffer<T>(layout_.dbias_sums) + block.columns.begin;
+    double* sums = buffer<double>(layout_.dbias_sums) + block.columns.begin;
     const std::int64_t columns = block.columns.count;
-    const bool first = block.rows.begin == 0;
+    const std::int64_t rows = block.rows.count;
+    if (block.rows.begin == 0) std::fill_n(sums, columns, 0.0);
 #pragma omp parallel for schedule(static)
     for (std::int64_t v = 0; v < columns; v += kStrip) {
       const std::int64_t count = std::min(kStrip, columns - v);
-      if (first) std::fill_n(sums + v, count, T(0));
-      for (std::int64_t r = 0; r < block.rows.count; ++r) {
-        const std::int64_t offset = r * columns + v;
-        if constexpr (std::is_same_v<T, float>) {
-          if (operand_ == DType::bf16) {
-            add_bf16(static_cast<const std::uint16_t*>(g_) + offset, sums + v, count);
-            continue;
-          }
+      std::array<T, kStrip> few;
+      for (std::int64_t r = 0; r < rows; r += kFewRows) {
+        std::fill_n(few.begin(), count, T(0));
+        for (std::int64_t i = r; i < std::min(r + kFewRows, rows); ++i) {
+          add_row(i * columns + v, few.data(), count);
         }
-        add(static_cast<const T*>(g_) + offset, sums + v, count);
+        for (std::int64_t j = 0; j < count; ++j) sums[v + j] += static_cast<double>(few[j]);
       }
     }
   }
@@ -230,11 +233,7 @@ class CpuParts final : public Parts {
       std::memset(args_.gradients.dc, 0,
                   static_cast<std::size_t>(p_.V * p_.D * size_of(p_.c_type)));
     }
-    if (p_.needs_dbias) {
-      if (none) std::fill_n(buffer<T>(layout_.dbias_sums), p_.V, T(0));
-      convert(stat_type(p_.compute_type), buffer<T>(layout_.dbias_sums), p_.bias_type,
-              args_.gradients.dbias, p_.V);
-    }
+    if (p_.needs_dbias) store_dbias(none);
   }
 
  private:
@@ -267,11 +266,14 @@ class CpuParts final : public Parts {
                        ", outside [0, V = ", p_.V, ") and not ignore_index = ", p_.ignore_index));
     }
     if (!p_.has_row_temperature) return;
-    const T temperature = static_cast<const T*>(args_.in.temperature)[n];
-    if (!(temperature > T(0)) || temperature == std::numeric_limits<T>::infinity()) {
+    const double temperature = static_cast<const T*>(args_.in.temperature)[n];
+    const auto [least, most] = usable_range(stat_type(p_.compute_type));
+    const double in_all = temperature * p_.temperature;
+    if (!(in_all >= least && in_all <= most)) {
       throw Error(ErrorCode::invalid_value,
                   text("the temperature at position (", sequence, ", ", column, ") is ",
-                       temperature, ", but every temperature must be a finite number > 0"));
+                       temperature, ", but every temperature must be a finite number > 0, between ",
+                       least, " and ", most));
     }
   }
 
@@ -359,6 +361,30 @@ class CpuParts final : public Parts {
     multiply(product);
   }
 
+  // sums += g's elements from `offset` on.
+  void add_row(std::int64_t offset, T* sums, std::int64_t count) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (operand_ == DType::bf16) {
+        add_bf16(static_cast<const std::uint16_t*>(g_) + offset, sums, count);
+        return;
+      }
+    }
+    add(static_cast<const T*>(g_) + offset, sums, count);
+  }
+
+  void store_dbias(bool no_rows) const {
+    const double* sums = buffer<double>(layout_.dbias_sums);
+    std::array<T, kStrip> piece;
+    for (std::int64_t v = 0; v < p_.V; v += kStrip) {
+      const std::int64_t count = std::min(kStrip, p_.V - v);
+      for (std::int64_t j = 0; j < count; ++j) {
+        piece[j] = no_rows ? T(0) : static_cast<T>(sums[v + j]);
+      }
+      convert(stat_type(p_.compute_type), piece.data(), p_.bias_type,
+              at(args_.gradients.dbias, p_.bias_type, v), count);
+    }
+  }
+
   // A row of a chunk in what is kept: exponentials or logits of a slab's columns.
   void* kept_row(std::int64_t in_chunk, Columns columns) const {
     const bool in_dc = in_chunk < kept_.rows_in_dc;
@@ -432,7 +458,7 @@ class CpuParts final : public Parts {
     row.target = target >= 0 && target < columns.count ? target : -1;
     if (row.target >= 0) {
       const T weight = row.class_weight == nullptr ? T(1) : row.class_weight[row.target];
-      row.target_g = target_gradient(k, (row_max - nll) + log_sum, nll, d_nll, d_lse, weight);
+      row.target_g = target_gradient(k, nll, d_nll, d_lse, weight);
     }
     return row;
   }

@@ -225,20 +225,34 @@ void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
   }
   const std::int64_t argmax =
       row.argmax && top > state.max ? row.first_column + first_equal(row.z, top, row.columns) : 0;
-  if (here) row.z[at] = state.target_logit;
+  if (here) {
+    row.z[at] = state.target_logit;
+    const T slope = transform_slope(state.target_logit, softcap, row.transform.inv_temperature);
+    if (row.exponentials != nullptr) row.exponentials[at] = slope;
+    if constexpr (std::is_same_v<T, float>) {
+      if (row.exponentials_bf16 != nullptr) {
+        row.exponentials_bf16[at] = cutloss::float_to_bf16(slope);
+      }
+    }
+  }
   merge(state, top, hn::GetLane(hn::SumOfLanes(d, sum)), hn::GetLane(hn::SumOfLanes(d, weighted)),
         argmax);
 }
 
-// Calls write(i, valid, g) for each vector of the row's g.
+// Calls write(i, valid, g) for each vector of the row's g. Returns g at the target, which the
+// caller writes over what stands there.
 template <class T, class Write>
-HWY_INLINE void make_gradient(const GradientRow<T>& row, T* z, const Transform<T>* transform,
+HWY_INLINE T make_gradient(const GradientRow<T>& row, T* z, const Transform<T>* transform,
                               Write write) {
   const Tag<T> d;
   const RowCoefficients<T>& k = row.coefficients;
   if (transform != nullptr && !transform->identity()) {
     apply_transform(z, row.columns, *transform);
   }
+  const T at_target =
+      row.target < 0
+          ? T(0)
+          : row.target_g * transform_slope(z[row.target], k.softcap, k.inv_temperature);
   const auto row_max = hn::Set(d, k.row_max);
   const auto log_sum = hn::Set(d, k.log_sum);
   const auto scale = hn::Set(d, k.a * k.inv_temperature);
@@ -247,7 +261,7 @@ HWY_INLINE void make_gradient(const GradientRow<T>& row, T* z, const Transform<T
       const auto t = hn::Sub(hn::Sub(load(d, z + i, valid, T(0)), row_max), log_sum);
       write(i, valid, hn::Mul(exp_nonpositive(d, t), scale));
     });
-    return;
+    return at_target;
   }
   const auto a = hn::Set(d, k.a);
   const auto d_entropy = hn::Set(d, k.d_entropy);
@@ -276,24 +290,28 @@ HWY_INLINE void make_gradient(const GradientRow<T>& row, T* z, const Transform<T
     }
     write(i, valid, hn::Mul(g, inv_temperature));
   });
+  return at_target;
 }
 
 template <class T>
 void row_gradient_impl(const GradientRow<T>& row, T* z, const Transform<T>* transform, T* g) {
   const Tag<T> d;
-  make_gradient(row, z, transform,
-                [&](std::int64_t i, std::int64_t valid, auto v) { store(d, v, g + i, valid); });
-  if (row.target >= 0) g[row.target] = row.target_g;
+  const T at_target =
+      make_gradient(row, z, transform, [&](std::int64_t i, std::int64_t valid, auto v) {
+        store(d, v, g + i, valid);
+      });
+  if (row.target >= 0) g[row.target] = at_target;
 }
 
 void row_gradient_bf16_impl(const GradientRow<float>& row, float* z,
                             const Transform<float>* transform, std::uint16_t* g) {
   const Tag<float> d;
   const hn::Rebind<std::uint16_t, Tag<float>> d16;
-  make_gradient(row, z, transform, [&](std::int64_t i, std::int64_t valid, auto v) {
-    store(d16, to_bf16(d, v), g + i, valid);
-  });
-  if (row.target >= 0) g[row.target] = cutloss::float_to_bf16(row.target_g);
+  const float at_target =
+      make_gradient(row, z, transform, [&](std::int64_t i, std::int64_t valid, auto v) {
+        store(d16, to_bf16(d, v), g + i, valid);
+      });
+  if (row.target >= 0) g[row.target] = cutloss::float_to_bf16(at_target);
 }
 
 // Calls write(i, valid, g) for each vector; read(i, valid) gives the kept exponentials.
@@ -317,6 +335,13 @@ HWY_INLINE void scale_exponentials(const GradientRow<T>& row, T slab_max, Read r
   });
 }
 
+// Without a softcap the slope is known exactly, whatever it was rounded to.
+template <class T>
+T target_from_slope(const GradientRow<T>& row, T kept_slope) {
+  const RowCoefficients<T>& k = row.coefficients;
+  return row.target_g * (k.softcap == T(0) ? k.inv_temperature : kept_slope);
+}
+
 template <class T>
 void row_gradient_from_exponentials_impl(const GradientRow<T>& row, const T* exponentials,
                                          T slab_max, T* g) {
@@ -325,7 +350,7 @@ void row_gradient_from_exponentials_impl(const GradientRow<T>& row, const T* exp
       row, slab_max,
       [&](std::int64_t i, std::int64_t valid) { return load(d, exponentials + i, valid, T(0)); },
       [&](std::int64_t i, std::int64_t valid, auto v) { store(d, v, g + i, valid); });
-  if (row.target >= 0) g[row.target] = row.target_g;
+  if (row.target >= 0) g[row.target] = target_from_slope(row, exponentials[row.target]);
 }
 
 void row_gradient_from_exponentials_bf16_impl(const GradientRow<float>& row,
@@ -339,7 +364,10 @@ void row_gradient_from_exponentials_bf16_impl(const GradientRow<float>& row,
         return from_bf16(d, load(d16, exponentials + i, valid, std::uint16_t{0}));
       },
       [&](std::int64_t i, std::int64_t valid, auto v) { store(d16, to_bf16(d, v), g + i, valid); });
-  if (row.target >= 0) g[row.target] = cutloss::float_to_bf16(row.target_g);
+  if (row.target >= 0) {
+    const float slope = cutloss::bf16_to_float(exponentials[row.target]);
+    g[row.target] = cutloss::float_to_bf16(target_from_slope(row, slope));
+  }
 }
 
 void bf16_to_float_impl(const std::uint16_t* from, float* to, std::int64_t count) {

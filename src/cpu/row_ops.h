@@ -29,7 +29,8 @@ struct StatisticsRow {
   bool argmax;
   bool zbar;
   const T* class_weight;  // of the slab's columns, or null for 1
-  // Where not null: e^(z - slab_max) times the softcap's slope, 0 at the target; as T or bf16.
+  // Where not null: e^(z - slab_max) times the softcap's slope, and at the target the slope of
+  // the whole transform; as T or bf16.
   T* exponentials;
   std::uint16_t* exponentials_bf16;
   T slab_max;  // out
@@ -42,7 +43,7 @@ template <class T>
 struct GradientRow {
   std::int64_t columns;
   std::int64_t target;  // in the slab, or -1
-  T target_g;           // g there
+  T target_g;           // g there, but for the transform's slope
   RowCoefficients<T> coefficients;
   const T* class_weight;  // of the slab's columns, or null for 1
 };
