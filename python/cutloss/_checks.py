@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
+_MOST_BYTES = 2**63 - 1
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -21,7 +22,8 @@ def shape(t: Tensor) -> str:
 
 def number(name: str, value: object) -> float:
     if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        given = "a tensor" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be a number, got {given} ({type(value).__name__})")
     return float(value)
 
 
@@ -42,6 +44,14 @@ def tensors(**named: Tensor | None) -> None:
             )
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+
+
+def device(e: Tensor) -> None:
+    """One that an engine may know (meta: shapes only)."""
+    if e.device.type not in ("cpu", "cuda", "meta"):
+        raise NotImplementedError(
+            f"cutloss has no engine for tensors on {e.device}: use impl='torch' there"
+        )
 
 
 def same_device(e: Tensor, **others: Tensor | None) -> None:
@@ -99,7 +109,7 @@ def dtypes(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor) -> torch.
 
 def shift(value: bool | int, targets: Tensor) -> int:
     if not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"shift must be a bool or an int, got {type(value).__name__}")
+        raise TypeError(f"shift must be a bool or an int, got {value!r}")
     value = int(value)
     if value == 0:
         return 0
@@ -195,18 +205,16 @@ def choice(name: str, value: object, known: tuple[str, ...]) -> None:
 def flags(**named: bool) -> None:
     for name, value in named.items():
         if not isinstance(value, (bool, int)):
-            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+            raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def max_workspace(value: int | None) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(
-            f"max_workspace must be a number of bytes (int) or None, got {type(value).__name__}"
-        )
-    if value < 0:
-        raise ValueError(f"max_workspace must be >= 0 bytes, got {value}")
+        raise TypeError(f"max_workspace must be a number of bytes (int) or None, got {value!r}")
+    if value < 0 or value > _MOST_BYTES:
+        raise ValueError(f"max_workspace must be in [0, {_MOST_BYTES}] bytes, got {value}")
 
 
 def filter_eps(value: float | str | None) -> None:
@@ -216,9 +224,15 @@ def filter_eps(value: float | str | None) -> None:
         raise TypeError(f"filter_eps must be a number, 'auto' or None, got {value!r}")
 
 
-def ignore_index(value: int) -> None:
+def ignore_index(value: int, targets: Tensor) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+        raise TypeError(f"ignore_index must be an int, got {value!r}")
+    held = torch.iinfo(targets.dtype)
+    if value < held.min or value > held.max:
+        raise ValueError(
+            f"ignore_index must be a value that targets can hold: it is {value}, targets are "
+            f"{targets.dtype}, from {held.min} to {held.max}"
+        )
 
 
 def target_values(targets: Tensor, shift: int, V: int, ignore_index: int) -> None:

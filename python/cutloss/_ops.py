@@ -297,13 +297,11 @@ class _Deferred(torch.autograd.Function):
 
 class _Immediate(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs):
+    def forward(ctx, *inputs):  # without setup_context, which costs and only torch.func needs
         *tensors, options = inputs
-        return tuple(call(_ops.loss_and_gradients, *tensors, **options))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _immediate_context(ctx, inputs[:-1], inputs[-1], output)
+        output = call(_ops.loss_and_gradients, *tensors, **options)
+        _immediate_context(ctx, tensors, options, output)
+        return tuple(output)
 
     @staticmethod
     def backward(ctx, d_loss, *_):

@@ -119,6 +119,8 @@ def linear_cross_entropy(
     _checks.tensors(e=e, c=c, targets=targets, bias=bias, weight=weight, token_weight=token_weight)
     _checks.shapes(e, c, targets, bias)
     compute_dtype = _checks.dtypes(e, c, bias, targets)
+    if not plain:
+        _checks.device(e)
     _checks.same_device(
         e,
         c=c,
@@ -134,7 +136,7 @@ def linear_cross_entropy(
         return_lse=return_lse, return_entropy=return_entropy, return_predictions=return_predictions
     )
     _checks.filter_eps(filter_eps)
-    _checks.ignore_index(ignore_index)
+    _checks.ignore_index(ignore_index, targets)
     _checks.max_workspace(max_workspace)
     _checks.temperature(temperature, targets)
     if weight is not None:

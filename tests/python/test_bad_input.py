@@ -113,12 +113,12 @@ TABLE = {
     # options
     "shift_negative": ({"shift": -1}, ValueError, r"shift must be in \[0, 24\).*got -1"),
     "shift_too_large": ({"shift": 24}, ValueError, r"shift must be in \[0, 24\).*got 24"),
-    "shift_float": ({"shift": 1.0}, TypeError, "shift must be a bool or an int, got float"),
+    "shift_float": ({"shift": 1.0}, TypeError, "shift must be a bool or an int, got 1.0"),
     "softcap_zero": ({"softcap": 0.0}, ValueError, "softcap must be finite and > 0.*got 0.0"),
     "softcap_negative": ({"softcap": -2}, ValueError, "got -2.0"),
     "softcap_nan": ({"softcap": float("nan")}, ValueError, "got nan"),
     "softcap_inf": ({"softcap": float("inf")}, ValueError, "got inf"),
-    "softcap_text": ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),
+    "softcap_text": ({"softcap": "30"}, TypeError, "softcap must be a number, got '30'"),
     "temperature_zero": ({"temperature": 0}, ValueError, "temperature must be finite and > 0"),
     "temperature_negative": ({"temperature": -1.0}, ValueError, "got -1.0"),
     "row_temperature_zero": (
@@ -157,9 +157,19 @@ TABLE = {
     "impl": ({"impl": "fused"}, NotImplementedError, "impl 'fused' is not known; use one of auto,"),
     "impl_type": ({"impl": 3}, TypeError, "impl must be a name.*got 3"),
     "filter_eps": ({"filter_eps": "high"}, TypeError, "filter_eps.*'high'"),
-    "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
-    "max_workspace_negative": ({"max_workspace": -1}, ValueError, ">= 0 bytes, got -1"),
-    "max_workspace_float": ({"max_workspace": 1e6}, TypeError, "bytes.*got float"),
+    "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got 1.5"),
+    "ignore_index_wide": (
+        {"targets": cast(torch.int32), "ignore_index": 2**32 + 5},
+        ValueError,
+        "ignore_index.*it is 4294967301, targets are torch.int32",
+    ),
+    "ignore_index_wider": ({"ignore_index": 2**70}, ValueError, "targets are torch.int64"),
+    "softcap_without_reciprocal": ({"softcap": 1e-50}, ValueError, "softcap.*got 1e-50"),
+    "temperature_without_reciprocal": ({"temperature": 1e-40}, ValueError, "got 1e-40"),
+    "logit_scale_too_large": ({"logit_scale": 1e60}, ValueError, "logit_scale.*got 1e[+]60"),
+    "max_workspace_wide": ({"max_workspace": 2**70}, ValueError, r"max_workspace must be in \[0"),
+    "max_workspace_negative": ({"max_workspace": -1}, ValueError, "bytes, got -1"),
+    "max_workspace_float": ({"max_workspace": 1e6}, TypeError, "bytes.*got 1000000.0"),
     "max_workspace_too_small": (
         {"max_workspace": 100},
         ValueError,
@@ -214,6 +224,16 @@ def test_sharded_tensors_are_refused(tmp_path):
                 linear_cross_entropy(**arguments)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_unknown_device():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        e, c = torch.empty(N, D, device="xpu"), torch.empty(V, D, device="xpu")
+        targets = torch.empty(N, dtype=torch.int64, device="xpu")
+        with pytest.raises(NotImplementedError, match="no engine for tensors on xpu.*impl='torch'"):
+            linear_cross_entropy(e, c, targets)
 
 
 def test_no_engine_for_a_device():

@@ -57,6 +57,14 @@ def test_one_graph_for_all_sizes(name):
     assert graphs.frame_count == 1
 
 
+def test_options_that_change():
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True)
+    for softcap, shift, ignore_index in [(3.0, 0, -100), (4.0, 1, -100), (5.5, 2, -1)]:
+        p = problems.make((3, 12), ignore_index=ignore_index, softcap=softcap, shift=shift)
+        got, want = (f(p.e, p.c, p.targets, **p.options) for f in (compiled, linear_cross_entropy))
+        torch.testing.assert_close(got, want)
+
+
 def test_dynamic_gradients():
     compiled = torch.compile(loss_of, fullgraph=True, dynamic=True)
     for n in (12, 13, 30):
