@@ -120,6 +120,9 @@ Problem problem_of(const Options& options, Upstream upstream) {
 
 Call::Call(Operands operands, const Options& options, Upstream upstream)
     : operands_(std::move(operands)) {
+  // PyTorch hands its number of threads to OpenMP thread by thread, when first asked there.
+  torch::stable::get_num_threads();
+
   Operands& o = operands_;
   check_shapes(o, options);
   o.e = with_apart_rows(o.e);
@@ -188,12 +191,13 @@ Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bo
              : torch::headeronly::IntHeaderOnlyArrayRef(kNothing, 1);
   try {
     return torch::stable::new_empty(operands_.e, shape, type);
-  } catch (const std::runtime_error&) {
+  } catch (const std::runtime_error& error) {
     std::int64_t elements = 1;
     for (const std::int64_t size : shape) elements *= size;
     throw Error(ErrorCode::out_of_memory, "could not allocate a result of " +
                                               std::to_string(elements) + " elements of " +
-                                              torch::headeronly::toString(type));
+                                              torch::headeronly::toString(type) + ": " +
+                                              error.what());
   }
 }
 

@@ -55,6 +55,19 @@ TEST_P(Seam, PiecesMakeTheSameBitsAsTheWhole) {
   EXPECT_TRUE(scratch.intact() && pieces.guards_intact());
 }
 
+TEST_P(Seam, ForwardAloneWalksTheChunksToo) {
+  const Data data = make_data(GetParam().problem);
+  const Plan plan = chunked_plan(data, GetParam().engine);
+  const Outputs whole = run(plan, data);
+
+  Outputs alone = outputs_for(plan.problem);
+  Scratch scratch(plan);
+  forward(plan, args_for(data, alone, scratch, /*forward=*/true));
+  EXPECT_TRUE(alone.nll.buffer.same_bytes(whole.nll.buffer));
+  EXPECT_TRUE(alone.log_sum.buffer.same_bytes(whole.log_sum.buffer));
+  EXPECT_TRUE(scratch.intact() && alone.guards_intact());
+}
+
 TEST_P(Seam, EveryRowThatCountsIsInOneChunk) {
   const Data data = make_data(GetParam().problem);
   const Plan plan = chunked_plan(data, GetParam().engine);

@@ -153,7 +153,11 @@ TABLE = {
     "label_smoothing_negative": ({"label_smoothing": -0.1}, ValueError, "got -0.1"),
     "z_loss": ({"z_loss": -1.0}, ValueError, "z_loss must be finite and >= 0, got -1.0"),
     "reduction": ({"reduction": "avg"}, ValueError, "'mean', 'sum', 'none', got 'avg'"),
-    "schedule": ({"schedule": "columns"}, ValueError, "'auto', 'rows', 'vocabulary', got 'columns'"),
+    "schedule": (
+        {"schedule": "columns"},
+        ValueError,
+        "'auto', 'rows', 'vocabulary', got 'columns'",
+    ),
     "impl": ({"impl": "fused"}, NotImplementedError, "impl 'fused' is not known; use one of auto,"),
     "impl_type": ({"impl": 3}, TypeError, "impl must be a name.*got 3"),
     "filter_eps": ({"filter_eps": "high"}, TypeError, "filter_eps.*'high'"),
