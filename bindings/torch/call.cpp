@@ -194,10 +194,9 @@ Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bo
   } catch (const std::runtime_error& error) {
     std::int64_t elements = 1;
     for (const std::int64_t size : shape) elements *= size;
-    throw Error(ErrorCode::out_of_memory, "could not allocate a result of " +
-                                              std::to_string(elements) + " elements of " +
-                                              torch::headeronly::toString(type) + ": " +
-                                              error.what());
+    throw Error(ErrorCode::out_of_memory,
+                "could not allocate a result of " + std::to_string(elements) + " elements of " +
+                    torch::headeronly::toString(type) + ": " + error.what());
   }
 }
 

@@ -7,8 +7,9 @@
 //
 // The way of a call:  Problem (plain facts) -> make_plan -> the caller allocates -> forward,
 // backward or forward_backward. Nothing here allocates memory in proportion to N, V or D (the
-// matrix libraries have scratch memory of their own), knows a framework or holds a global lock. Every function reports failure by throwing cutloss::Error,
-// before it has written anything, except where an allocation inside a library fails.
+// matrix libraries have scratch memory of their own), knows a framework or holds a global lock.
+// Every function reports failure by throwing cutloss::Error, before it has written anything, except
+// where an allocation inside a library fails.
 //
 // Letters: N rows, V vocabulary, D hidden size (Wijmans et al. 2025, "Cut Your Losses in
 // Large-Vocabulary Language Models"). docs/math.md derives every formula.

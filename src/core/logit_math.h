@@ -126,8 +126,8 @@ CUTLOSS_HOST_DEVICE T transform_slope(T z, T softcap, T inv_temperature) {
 // g at the target, without the transform's slope. 1 - p_target comes from nll, so that it keeps
 // its digits where p is near 1.
 template <class T>
-CUTLOSS_HOST_DEVICE T target_gradient(const RowCoefficients<T>& row, T nll, T d_nll,
-                                      T d_lse, T weight) {
+CUTLOSS_HOST_DEVICE T target_gradient(const RowCoefficients<T>& row, T nll, T d_nll, T d_lse,
+                                      T weight) {
   const T p = std::exp(-nll);
   T g = d_lse * p + d_nll * std::expm1(-nll);
   if (row.d_entropy != T(0) && p != T(0)) g -= row.d_entropy * p * (row.entropy - nll);

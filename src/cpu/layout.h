@@ -21,15 +21,15 @@ bool accumulates_in_place(DType gradient_type, const Problem& problem);
 
 // Byte offsets; -1 where a plan does not need the buffer.
 struct WorkspaceLayout {
-  std::int64_t row_list = -1;  // int64: how many rows count, then which
-  std::int64_t states = -1;    // RowState of the chunk's rows
-  std::int64_t e_block = -1;   // E of a block, gathered and converted
-  std::int64_t c_slab = -1;    // C of a slab, converted
-  std::int64_t bias = -1;      // bias in the stat dtype
-  std::int64_t z = -1;         // logits of a block
-  std::int64_t g = -1;         // g of a block
-  std::int64_t de_sums = -1;   // dE of a chunk
-  std::int64_t dc_sums = -1;   // dC of a slab, or of the whole vocabulary
+  std::int64_t row_list = -1;    // int64: how many rows count, then which
+  std::int64_t states = -1;      // RowState of the chunk's rows
+  std::int64_t e_block = -1;     // E of a block, gathered and converted
+  std::int64_t c_slab = -1;      // C of a slab, converted
+  std::int64_t bias = -1;        // bias in the stat dtype
+  std::int64_t z = -1;           // logits of a block
+  std::int64_t g = -1;           // g of a block
+  std::int64_t de_sums = -1;     // dE of a chunk
+  std::int64_t dc_sums = -1;     // dC of a slab, or of the whole vocabulary
   std::int64_t dbias_sums = -1;  // fp64
   std::int64_t bytes = 0;
 };

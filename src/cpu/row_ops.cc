@@ -243,16 +243,15 @@ void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
 // caller writes over what stands there.
 template <class T, class Write>
 HWY_INLINE T make_gradient(const GradientRow<T>& row, T* z, const Transform<T>* transform,
-                              Write write) {
+                           Write write) {
   const Tag<T> d;
   const RowCoefficients<T>& k = row.coefficients;
   if (transform != nullptr && !transform->identity()) {
     apply_transform(z, row.columns, *transform);
   }
   const T at_target =
-      row.target < 0
-          ? T(0)
-          : row.target_g * transform_slope(z[row.target], k.softcap, k.inv_temperature);
+      row.target < 0 ? T(0)
+                     : row.target_g * transform_slope(z[row.target], k.softcap, k.inv_temperature);
   const auto row_max = hn::Set(d, k.row_max);
   const auto log_sum = hn::Set(d, k.log_sum);
   const auto scale = hn::Set(d, k.a * k.inv_temperature);
@@ -297,9 +296,8 @@ template <class T>
 void row_gradient_impl(const GradientRow<T>& row, T* z, const Transform<T>* transform, T* g) {
   const Tag<T> d;
   const T at_target =
-      make_gradient(row, z, transform, [&](std::int64_t i, std::int64_t valid, auto v) {
-        store(d, v, g + i, valid);
-      });
+      make_gradient(row, z, transform,
+                    [&](std::int64_t i, std::int64_t valid, auto v) { store(d, v, g + i, valid); });
   if (row.target >= 0) g[row.target] = at_target;
 }
 
@@ -307,10 +305,9 @@ void row_gradient_bf16_impl(const GradientRow<float>& row, float* z,
                             const Transform<float>* transform, std::uint16_t* g) {
   const Tag<float> d;
   const hn::Rebind<std::uint16_t, Tag<float>> d16;
-  const float at_target =
-      make_gradient(row, z, transform, [&](std::int64_t i, std::int64_t valid, auto v) {
-        store(d16, to_bf16(d, v), g + i, valid);
-      });
+  const float at_target = make_gradient(
+      row, z, transform,
+      [&](std::int64_t i, std::int64_t valid, auto v) { store(d16, to_bf16(d, v), g + i, valid); });
   if (row.target >= 0) g[row.target] = cutloss::float_to_bf16(at_target);
 }
 
