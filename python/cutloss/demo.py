@@ -13,7 +13,7 @@ LEARNING_RATE = 1e-3
 
 def add_arguments(parser):
     add = parser.add_argument
-    add("--steps", type=count, default=120, help="training steps (default 120)")
+    add("--steps", type=count, default=100, help="training steps (default 100)")
     add(
         "--seconds",
         type=seconds,
