@@ -129,10 +129,22 @@ const Refusal kRefusals[] = {
      [](Problem& p) { p.softcap = std::nan(""); },
      ErrorCode::invalid_value,
      {"softcap", "nan"}},
+    {"softcap_without_a_reciprocal",
+     [](Problem& p) { p.softcap = 1e-40; },
+     ErrorCode::invalid_value,
+     {"softcap", "1.17549e-38", "1e-40"}},
+    {"temperature_beyond_f32",
+     [](Problem& p) { p.temperature = 1e40; },
+     ErrorCode::invalid_value,
+     {"temperature", "8.50706e+37", "1e+40"}},
+    {"logit_scale_beyond_f32",
+     [](Problem& p) { p.logit_scale = -1e40; },
+     ErrorCode::invalid_value,
+     {"logit_scale", "8.50706e+37", "-1e+40"}},
     {"logit_scale_0",
      [](Problem& p) { p.logit_scale = 0; },
      ErrorCode::invalid_value,
-     {"logit_scale", "not 0", "got 0"}},
+     {"logit_scale", "other than 0", "got 0"}},
     {"logit_scale_infinite",
      [](Problem& p) { p.logit_scale = -kInf; },
      ErrorCode::invalid_value,
@@ -226,6 +238,12 @@ const std::pair<const char*, void (*)(Problem&)> kAccepted[] = {
     {"one_of_everything", [](Problem& p) { p.sequences = p.length = p.V = p.D = 1; }},
     {"ignore_index_in_the_vocabulary", [](Problem& p) { p.ignore_index = 7; }},
     {"negative_logit_scale", [](Problem& p) { p.logit_scale = -1; }},
+    {"options_in_the_range_of_f64",
+     [](Problem& p) {
+       set_types(p, kTypes[2]);
+       p.softcap = 1e40;
+       p.temperature = 1e-100;
+     }},
     {"largest_shift", [](Problem& p) { p.shift = 7; }},
     {"unused_sequence_stride",
      [](Problem& p) {

@@ -204,7 +204,7 @@ TEST(TargetGradient, IsTheDerivativeOfTheOutputs) {
   k.entropy = row.entropy;
   k.zbar = d_zbar / 12;
   k.inv_temperature = 1;
-  EXPECT_NEAR(target_gradient(k, logit, row.nll, d_nll, d_lse, weight), want, 1e-9);
+  EXPECT_NEAR(target_gradient(k, row.nll, d_nll, d_lse, weight), want, 1e-9);
 }
 
 TEST(TransformSlope, IsTheDerivativeOfTheTransform) {

@@ -68,6 +68,23 @@ TEST_P(Seam, ForwardAloneWalksTheChunksToo) {
   EXPECT_TRUE(scratch.intact() && alone.guards_intact());
 }
 
+// forward takes such a plan as well: an evaluation between training steps needs no other.
+TEST_P(Seam, ForwardAloneMakesTheSameStatistics) {
+  const Data data = make_data(GetParam().problem);
+  const Plan plan = chunked_plan(data, GetParam().engine);
+  const Outputs whole = run(plan, data);
+  Outputs alone = outputs_for(plan.problem);
+  Scratch scratch(plan);
+  Args args = args_for(data, alone, scratch, /*forward=*/true);
+  args.gradients = {};
+  forward(plan, args);
+  EXPECT_TRUE(alone.nll.buffer.same_bytes(whole.nll.buffer));
+  EXPECT_TRUE(alone.lse.buffer.same_bytes(whole.lse.buffer));
+  EXPECT_TRUE(alone.entropy.buffer.same_bytes(whole.entropy.buffer));
+  EXPECT_TRUE(alone.zbar.buffer.same_bytes(whole.zbar.buffer));
+  EXPECT_EQ(alone.argmax, whole.argmax);
+}
+
 TEST_P(Seam, EveryRowThatCountsIsInOneChunk) {
   const Data data = make_data(GetParam().problem);
   const Plan plan = chunked_plan(data, GetParam().engine);
