@@ -55,19 +55,6 @@ TEST_P(Seam, PiecesMakeTheSameBitsAsTheWhole) {
   EXPECT_TRUE(scratch.intact() && pieces.guards_intact());
 }
 
-TEST_P(Seam, ForwardAloneWalksTheChunksToo) {
-  const Data data = make_data(GetParam().problem);
-  const Plan plan = chunked_plan(data, GetParam().engine);
-  const Outputs whole = run(plan, data);
-
-  Outputs alone = outputs_for(plan.problem);
-  Scratch scratch(plan);
-  forward(plan, args_for(data, alone, scratch, /*forward=*/true));
-  EXPECT_TRUE(alone.nll.buffer.same_bytes(whole.nll.buffer));
-  EXPECT_TRUE(alone.log_sum.buffer.same_bytes(whole.log_sum.buffer));
-  EXPECT_TRUE(scratch.intact() && alone.guards_intact());
-}
-
 // forward takes such a plan as well: an evaluation between training steps needs no other.
 TEST_P(Seam, ForwardAloneMakesTheSameStatistics) {
   const Data data = make_data(GetParam().problem);
