@@ -63,7 +63,7 @@ class CpuParts final : public Parts {
     if (rows_to_cover() == rows) return;
     for (std::int64_t n = 0; n < rows; ++n) {
       if (target_of(n) != p_.ignore_index) continue;
-      const RowOutputs& out = args_.rows;
+      const RowOutputs out = wanted_outputs();
       for (void* array : {out.nll, out.lse, out.row_max, out.log_sum, out.entropy, out.zbar}) {
         if (array != nullptr) static_cast<T*>(array)[n] = T(0);
       }
@@ -110,7 +110,7 @@ class CpuParts final : public Parts {
   }
 
   void finish_statistics(Rows chunk) override {
-    const RowOutputs& out = args_.rows;
+    const RowOutputs out = wanted_outputs();
     const auto write = [](void* array, std::int64_t n, T value) {
       if (array != nullptr) static_cast<T*>(array)[n] = value;
     };
@@ -237,6 +237,15 @@ class CpuParts final : public Parts {
   }
 
  private:
+  // What is not wanted is not written, even where there is room for it.
+  RowOutputs wanted_outputs() const {
+    RowOutputs out = args_.rows;
+    if (!p_.wants_entropy) out.entropy = nullptr;
+    if (!p_.wants_zbar) out.zbar = nullptr;
+    if (!p_.wants_argmax) out.argmax = nullptr;
+    return out;
+  }
+
   template <class U>
   U* buffer(std::int64_t offset) const {
     return reinterpret_cast<U*>(static_cast<std::byte*>(args_.workspace) + offset);
