@@ -2,6 +2,7 @@
 // look it up is work that a small product feels: finished primitives are kept, per thread.
 #include <omp.h>
 
+#include <algorithm>
 #include <map>
 #include <new>
 #include <oneapi/dnnl/dnnl.hpp>
@@ -39,7 +40,7 @@ struct Prepared {
 };
 
 // Moves on to the implementation that is built on a plain GEMM, if there is one: for the gradients'
-// products in bf16 it is ahead of the library's first choice, for the logits behind it.
+// products in bf16 it is ahead of the library's first choice, but not with few rows, nor for logits.
 bool prefer_gemm(dnnl::matmul::primitive_desc& choice) {
   do {
     if (std::string_view(choice.impl_info_str()).starts_with("gemm")) return true;
@@ -75,7 +76,9 @@ Prepared prepare(const Product& p) {
 #endif
   };
   auto choice = fresh();
-  if (p.type == DType::bf16 && !p.b.transposed && !prefer_gemm(choice)) choice = fresh();
+  const bool gradient = p.type == DType::bf16 && !p.b.transposed;
+  const bool few_rows = std::min(p.M, p.K) < 128;
+  if (gradient && !few_rows && !prefer_gemm(choice)) choice = fresh();
   made.primitive = dnnl::matmul(choice);
   return made;
 }

@@ -1,5 +1,6 @@
 #include "reference/reference.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -12,8 +13,8 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-// For sums over the vocabulary. Equal terms, as flat logits make them, err to one side: in fp64
-// such a sum is worse than an engine's, which adds in several lanes.
+// Equal terms, as flat logits make them, err to one side: summed in fp64 they lose more digits than
+// in an engine, which adds in several lanes. What fp64 results are compared with is summed wider.
 using Sum = long double;
 
 // A factor of 0 wins over an infinity, but not over a NaN.
@@ -173,20 +174,26 @@ void logit_gradients(const Problem& problem, const Inputs& in, const RowGradient
   }
 }
 
+// dE, dC and dbias, with sums in T.
+template <class T>
 void products(const Problem& problem, Result& r) {
+  std::vector<T> dc(r.dc.size(), 0), dbias(r.dbias.size(), 0);
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0) continue;
-    double* de = r.de.data() + position_of_row(problem, n) * r.D;
+    std::vector<T> de(r.D, 0);
     for (std::int64_t v = 0; v < r.V; ++v) {
-      const double da = r.g[n * r.V + v] * r.slope[n * r.V + v];
-      const double dot = da * problem.logit_scale;
+      const T da = T(r.g[n * r.V + v]) * r.slope[n * r.V + v];
+      const T dot = da * problem.logit_scale;
       for (std::int64_t d = 0; d < r.D; ++d) {
         de[d] += dot * r.c[v * r.D + d];
-        r.dc[v * r.D + d] += dot * r.e[n * r.D + d];
+        dc[v * r.D + d] += dot * r.e[n * r.D + d];
       }
-      r.dbias[v] += da;
+      dbias[v] += da;
     }
+    std::copy(de.begin(), de.end(), r.de.begin() + position_of_row(problem, n) * r.D);
   }
+  std::copy(dc.begin(), dc.end(), r.dc.begin());
+  std::copy(dbias.begin(), dbias.end(), r.dbias.begin());
 }
 
 std::vector<double> load_rows(const void* array, DType type, std::int64_t count) {
@@ -246,7 +253,7 @@ Result evaluate(const Problem& problem, const Inputs& in, const RowGradients64& 
   logits(problem, in, r);
   statistics(problem, in, r);
   logit_gradients(problem, in, upstream, r);
-  products(problem, r);
+  problem.compute_type == DType::f64 ? products<Sum>(problem, r) : products<double>(problem, r);
   return r;
 }
 
