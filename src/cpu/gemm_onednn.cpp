@@ -40,7 +40,8 @@ struct Prepared {
 };
 
 // Moves on to the implementation that is built on a plain GEMM, if there is one: for the gradients'
-// products in bf16 it is ahead of the library's first choice, but not with few rows, nor for logits.
+// products in bf16 it is ahead of the library's first choice, but not with few rows, nor for
+// logits.
 bool prefer_gemm(dnnl::matmul::primitive_desc& choice) {
   do {
     if (std::string_view(choice.impl_info_str()).starts_with("gemm")) return true;
