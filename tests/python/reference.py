@@ -50,7 +50,9 @@ def evaluate(p: Problem) -> dict[str, Tensor]:
         tokens = torch.where(valid, at_targets(token_weight).reshape(-1).to(stats), 0.0)
         loss = tokens * F.cross_entropy(flat, t, reduction="none", **kinds)
         if reduction == "mean":
-            over = tokens if weight is None else tokens * weight.to(stats)[t.clamp(0, weight.numel() - 1)]
+            over = tokens
+            if weight is not None:
+                over = tokens * weight.to(stats)[t.clamp(0, weight.numel() - 1)]
             loss = loss.sum() / over.sum()
         elif reduction == "sum":
             loss = loss.sum()

@@ -28,7 +28,9 @@ def loss_of(p, **options):
 
 
 @ways
-@pytest.mark.parametrize("name", ["default", "bias", "softcap", "weight_smoothing", "shift", "z_loss"])
+@pytest.mark.parametrize(
+    "name", ["default", "bias", "softcap", "weight_smoothing", "shift", "z_loss"]
+)
 def test_gradcheck(name, options):
     p = problems.make((2, 5), V=13, D=4, dtype=F64, **problems.OPTION_SETS[name])
 

@@ -242,7 +242,7 @@ def test_unknown_device():
 
 def test_no_engine_for_a_device():
     sizes = _plan.Sizes(1, N, V, D, F32, F32, None, torch.int64, on_cuda=True)
-    with pytest.raises(NotImplementedError, match=r"no engine supports this problem:\n  engine cpu: "):
+    with pytest.raises(NotImplementedError, match=r"no engine supports this.*:\n  engine cpu: "):
         _ops.describe_plan(sizes.arguments(at_forward=True), _ops.options(F32))
 
 

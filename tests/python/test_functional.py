@@ -11,6 +11,10 @@ from cutloss import linear_cross_entropy
 
 DTYPES = [F64, F32, BF16, F16]
 SCHEDULES = ["auto", "rows", "vocabulary"]
+# fp16 holds nothing between 1e4 and 1e4 + 8: that problem itself is lost.
+KINDS_AND_DTYPES = [
+    (kind, dtype) for kind in KINDS for dtype in DTYPES if (kind, dtype) != ("offset", F16)
+]
 
 
 def run(p: Problem, **options):
@@ -37,7 +41,8 @@ def compare(p: Problem, **options) -> None:
             continue
         assert value.dtype == stats
         assert_close(value, true, simple, f"output {i}")
-    for name, t, value, true, simple in zip("e c bias".split(), p.parameters, grads, truth_g, plain_g):
+    named = zip("e c bias".split(), p.parameters)
+    for (name, t), value, true, simple in zip(named, grads, truth_g, plain_g):
         assert value.dtype == t.dtype and value.is_contiguous()
         assert_close(value, true, simple, f"d{name}")
 
@@ -57,12 +62,9 @@ def test_sizes(batch, V, D, dtype, schedule):
 
 
 @pytest.mark.parametrize("schedule", ["rows", "vocabulary"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, dtype", KINDS_AND_DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_kinds_of_data(kind, dtype, schedule, reduction):
-    if dtype == F16 and kind == "offset":
-        pytest.skip("fp16 holds nothing between 1e4 and 1e4 + 8: the problem itself is lost")
     p = problems.make((40,), 307, 32, dtype, kind, reduction=reduction)
     compare(p, schedule=schedule)
 
@@ -128,7 +130,8 @@ def test_no_gradient_at_all():
         value = linear_cross_entropy(p.e, p.c, p.targets, p.bias)
     torch.testing.assert_close(value, expected.detach())
     constants = [t.detach() for t in p.parameters]
-    assert not linear_cross_entropy(constants[0], constants[1], p.targets, constants[2]).requires_grad
+    e, c, bias = constants
+    assert not linear_cross_entropy(e, c, p.targets, bias).requires_grad
 
 
 def test_token_weight_carries_a_gradient():

@@ -20,14 +20,15 @@ def options(compute, **changes):
 
 
 BUDGETS = [1 << 16, 1 << 20, 3 << 20, 10 << 20, 100 << 20, None]
-SHAPES = itertools.product([1, 100, 5000], [10, 3001, 151936], [1, 64, 2048])
+SHAPES = list(itertools.product([1, 100, 5000], [10, 3001, 151936], [1, 64, 2048]))
 
 
 @pytest.mark.parametrize("N, V, D", SHAPES)
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 def test_the_bound_is_sufficient(N, V, D, dtype):
     """Where the bound says that the schedule by rows fits, the plan says so too."""
-    for budget, extra in itertools.product(BUDGETS, [{}, {"wants_entropy": True, "wants_zbar": True}]):
+    outputs = [{}, {"wants_entropy": True, "wants_zbar": True}]
+    for budget, extra in itertools.product(BUDGETS, outputs):
         s, o = sizes(N, V, D, dtype), options(dtype, max_workspace=budget, **extra)
         if _plan.rows_fit(s, o):
             limit = _plan.DEFAULT_WORKSPACE if budget is None else budget
