@@ -38,7 +38,7 @@ inline constexpr double kUnderflow = 0x1p-126;
 inline constexpr double kMaxSlopeChange = 0.77;
 
 inline constexpr int kRoundingsOfG = 2;
-inline constexpr double kRmsSlack = 1.15;
+inline constexpr double kRmsSlack = 1.25;
 // A rounding's relative error is uniform within u / m, m in [1, 2) the significand: with m evenly
 // spread on a logarithmic scale its mean square is u^2 / 3 times the mean of 1 / m^2, 0.54.
 inline constexpr double kMeanSquareOfRounding = 0.18;
