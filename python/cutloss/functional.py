@@ -84,6 +84,9 @@ def linear_cross_entropy(
         sequence predict nothing. True is 1. The last dimension of targets is the sequence; it
         is ``shift`` shorter in per-token results.
     :param return_lse: Also return the log-sum-exp of each token's logits; it carries a gradient.
+        Asked for while gradients are wanted, it (as return_entropy, and reduction="none") rules
+        out making the gradients along with the loss, which costs memory or a fourth product; for
+        the penalty on its square there is z_loss, which does not.
     :param filter_eps: Accepted and not needed: gradients are exact, nothing is filtered.
     :param accum_e_fp32: Accepted and not needed: always so.
     :param accum_c_fp32: Accepted and not needed: always so.

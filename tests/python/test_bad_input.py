@@ -323,7 +323,7 @@ def test_memory_that_cannot_be_had():
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=600,
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
