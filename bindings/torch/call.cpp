@@ -164,16 +164,6 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   }
 }
 
-bool Call::counts(std::int64_t row) const {
-  const Problem& p = plan_.problem;
-  const std::int64_t per_sequence = p.length - p.shift;
-  const std::int64_t at = row / per_sequence * p.length + row % per_sequence + p.shift;
-  const std::int64_t target = p.target_type == IndexType::i64
-                                  ? static_cast<const std::int64_t*>(args.in.targets)[at]
-                                  : static_cast<const std::int32_t*>(args.in.targets)[at];
-  return target != p.ignore_index;
-}
-
 const void* Call::row_input(const std::optional<Tensor>& tensor, const char* what) {
   if (!tensor) return nullptr;
   require(tensor->dim() == 1 && tensor->size(0) == rows() && tensor->scalar_type() == stats(),
@@ -191,12 +181,12 @@ Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bo
              : torch::headeronly::IntHeaderOnlyArrayRef(kNothing, 1);
   try {
     return torch::stable::new_empty(operands_.e, shape, type);
-  } catch (const std::runtime_error& error) {
+  } catch (const std::runtime_error&) {
     std::int64_t elements = 1;
     for (const std::int64_t size : shape) elements *= size;
-    throw Error(ErrorCode::out_of_memory,
-                "could not allocate a result of " + std::to_string(elements) + " elements of " +
-                    torch::headeronly::toString(type) + ": " + error.what());
+    throw Error(ErrorCode::out_of_memory, "could not allocate a result of " +
+                                              std::to_string(elements) + " elements of " +
+                                              torch::headeronly::toString(type));
   }
 }
 

@@ -58,7 +58,6 @@ class Call {
   const Plan& plan() const { return plan_; }
   std::int64_t rows() const { return row_count(plan_.problem); }
   ScalarType stats() const { return stat_type(plan_.problem.compute_type); }
-  bool counts(std::int64_t row) const;  // its target is not ignore_index
   std::int64_t kept_bytes() const { return plan_.keeps_logits ? plan_.kept_bytes : 0; }
 
   // Per-row input of the call, (rows) in the stat dtype; null where absent. Kept alive here.

@@ -88,26 +88,6 @@ void gradients(Stack& stack) {
   for (const Tensor* t : {&de, &dc, &dbias}) stack.put(*t);
 }
 
-// The loss of rows whose coefficients are known: each term in the stat dtype, the sum in fp64 and
-// in the order of the rows.
-template <class Stat>
-double weighted_sum(const Call& call) {
-  const RowOutputs& out = call.args.rows;
-  const RowGradients& up = call.args.upstream;
-  const auto at = [](const void* array, std::int64_t i) {
-    return static_cast<double>(static_cast<const Stat*>(array)[i]);
-  };
-  double sum = 0;
-  for (std::int64_t i = 0; i < call.rows(); ++i) {
-    if (!call.counts(i)) continue;
-    if (up.d_nll) sum += at(up.d_nll, i) * at(out.nll, i);
-    if (up.d_lse) sum += at(up.d_lse, i) * at(out.lse, i);
-    if (up.d_lse_squared) sum += at(up.d_lse_squared, i) * at(out.lse, i) * at(out.lse, i);
-    if (up.d_zbar) sum += at(up.d_zbar, i) * at(out.zbar, i);
-  }
-  return sum;
-}
-
 // loss_and_gradients(operands, coef_nll, coef_lse, coef_lse_squared, coef_zbar, *, options)
 //   -> (loss, argmax, de, dc, dbias)
 void loss_and_gradients(Stack& stack) {
@@ -153,11 +133,7 @@ void loss_and_gradients(Stack& stack) {
   call.args.workspace = workspace.data();
   forward_backward(plan, call.args);
 
-  if (type == ScalarType::Double) {
-    *static_cast<double*>(data(loss)) = weighted_sum<double>(call);
-  } else {
-    *static_cast<float*>(data(loss)) = static_cast<float>(weighted_sum<float>(call));
-  }
+  weighted_loss(plan, call.args, data(loss));
   for (const Tensor* t : {&loss, &argmax, &de, &dc, &dbias}) stack.put(*t);
 }
 

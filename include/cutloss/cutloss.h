@@ -87,10 +87,15 @@ struct Problem {
   // The dtype of the products' operands. f32 and bf16 accumulate in fp32, f64 in fp64; f64 takes
   // f64 operands only. f16 rounds operands no further than they are stored.
   DType compute_type = DType::f32;
+  bool allow_tf32 = false;  // CUDA: fp32 products may round their operands to tf32
   IndexType target_type = IndexType::i64;
 
   bool has_bias = false;
   std::int64_t ignore_index = -100;  // rows with this target are left out
+  // CUDA: how many rows are not ignored, where the host knows: what the matrix library computes
+  // then shrinks to those rows. A number that does not agree with the targets makes every output
+  // NaN. The CPU counts for itself.
+  std::optional<std::int64_t> num_valid;
   std::optional<double> softcap;     // > 0
   double logit_scale = 1.0;          // finite, not 0
   double temperature = 1.0;          // > 0; divides into a per-row temperature where one is given
@@ -132,8 +137,10 @@ struct Plan {
   int products = 1;  // N*V*D products of forward and backward together
 
   std::int64_t chunk_rows = 0;  // rows whose logits are kept at a time (schedule rows)
-  std::int64_t block_rows = 0;  // rows of one product
-  std::int64_t slab = 0;        // vocabulary columns of one product
+  std::int64_t block_rows = 0;  // rows and vocabulary columns of one product of forward
+  std::int64_t slab = 0;
+  std::int64_t gradient_rows = 0;  // the same for the products of the gradients
+  std::int64_t gradient_slab = 0;
 
   std::int64_t kept_bytes = 0;                // Args::kept
   std::int64_t forward_workspace_bytes = 0;   // Args::workspace of forward, forward_backward
@@ -222,12 +229,24 @@ void begin(const Plan& plan, const Args& args);
 void statistics(const Plan& plan, const Args& args, std::int64_t chunk);
 void gradients(const Plan& plan, const Args& args, std::int64_t chunk);
 void finish(const Plan& plan, const Args& args);
-// The rows of a chunk after begin, as indices into the per-row arrays (host memory on CPU).
+// The rows of a chunk after begin, as indices into the per-row arrays. CUDA: `rows` is device
+// memory, and beyond the rows that count (which the host need not know) it holds -1.
 struct RowList {
   const std::int64_t* rows;
   std::int64_t count;
 };
 RowList chunk_rows(const Plan& plan, const Args& args, std::int64_t chunk);
+
+// The loss whose coefficients are args.upstream: the sum over rows of d_nll nll + d_lse lse +
+// d_lse_squared lse^2 + d_zbar zbar, added up in fp64 in a fixed order, to one number of the stat
+// dtype at `loss` (in the memory of the problem's device). Ignored rows are not read.
+void weighted_loss(const Plan& plan, const Args& args, void* loss);
+
+// CUDA: values *= *factor, both in device memory, ordered on the stream. Nothing is read or written
+// where the factor is 1, and the host need not know. Throws Error(unsupported) in a build without
+// CUDA.
+void cuda_scale(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
+                void* stream);
 
 // What was found on this machine: a line for each engine (and why it is not there), the
 // libraries behind it with their versions, processor features.

@@ -116,4 +116,18 @@ void forward_backward(const Plan& plan, const Args& args) {
   finish(plan, args);
 }
 
+void weighted_loss(const Plan& plan, const Args& args, void* loss) {
+  const RowGradients& up = args.upstream;
+  if (loss == nullptr) throw Error(ErrorCode::invalid_value, "loss is null");
+  if ((up.d_lse != nullptr || up.d_lse_squared != nullptr) && args.rows.lse == nullptr) {
+    throw Error(ErrorCode::invalid_value,
+                "upstream.d_lse or d_lse_squared is given, but rows.lse is null");
+  }
+  if (up.d_zbar != nullptr && !plan.problem.wants_zbar) {
+    throw Error(ErrorCode::invalid_value,
+                "upstream.d_zbar is given, but the problem has wants_zbar = false");
+  }
+  bind(plan, args, kForward)->sum_loss(loss);
+}
+
 }  // namespace cutloss

@@ -60,6 +60,9 @@ class Parts {
   virtual void store_de(Rows chunk) = 0;       // these rows have seen every column
   // The rest of the gradients: ignored rows, dbias, everything where no row counts.
   virtual void finish_gradients() = 0;
+
+  // The sum of the rows' outputs times args.upstream (cutloss.h, weighted_loss).
+  virtual void sum_loss(void* loss) = 0;
 };
 
 // The passes of one call: they decide what its workspace holds.

@@ -130,8 +130,11 @@ std::string describe(const Plan& plan) {
                          plan.keeps_logits ? " (logits kept for backward)" : "", "  products ",
                          plan.products, "\n");
   if (plan.schedule == Schedule::rows) out += text("chunk of ", plan.chunk_rows, " rows, ");
-  out += text("blocks of ", plan.block_rows, " rows x ", plan.slab, " columns\n", "kept ",
-              plan.kept_bytes, " bytes, workspace ", plan.forward_workspace_bytes,
+  out += text("blocks of ", plan.block_rows, " rows x ", plan.slab, " columns");
+  if (plan.gradient_rows != plan.block_rows || plan.gradient_slab != plan.slab) {
+    out += text(", in gradients ", plan.gradient_rows, " x ", plan.gradient_slab);
+  }
+  out += text("\nkept ", plan.kept_bytes, " bytes, workspace ", plan.forward_workspace_bytes,
               " bytes forward, ", plan.backward_workspace_bytes, " backward\n");
   for (const std::string& reason : plan.reasons) out += reason + "\n";
   return out;

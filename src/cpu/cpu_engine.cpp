@@ -53,6 +53,8 @@ void set_sizes(Plan& plan, Tile tile, std::int64_t chunk_rows) {
   const std::int64_t columns =
       tile.columns == kTiles[0].columns ? columns_beside(plan.block_rows) : tile.columns;
   plan.slab = even_piece(p.V, columns, 16);
+  plan.gradient_rows = plan.block_rows;
+  plan.gradient_slab = plan.slab;
   plan.kept_bytes = kept_layout(plan).bytes;
   if (plan.schedule == Schedule::rows && !plan.keeps_logits) {
     plan.forward_workspace_bytes = workspace_layout(plan, {true, true}).bytes;

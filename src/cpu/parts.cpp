@@ -236,6 +236,24 @@ class CpuParts final : public Parts {
     if (p_.needs_dbias) store_dbias(none);
   }
 
+  void sum_loss(void* loss) override {
+    const RowOutputs& out = args_.rows;
+    const RowGradients& up = args_.upstream;
+    const auto at = [](const void* array, std::int64_t n) {
+      return static_cast<double>(static_cast<const T*>(array)[n]);
+    };
+    const std::int64_t rows = row_count(p_);
+    double sum = 0;
+    for (std::int64_t n = 0; n < rows; ++n) {
+      if (target_of(n) == p_.ignore_index) continue;
+      if (up.d_nll) sum += at(up.d_nll, n) * at(out.nll, n);
+      if (up.d_lse) sum += at(up.d_lse, n) * at(out.lse, n);
+      if (up.d_lse_squared) sum += at(up.d_lse_squared, n) * at(out.lse, n) * at(out.lse, n);
+      if (up.d_zbar) sum += at(up.d_zbar, n) * at(out.zbar, n);
+    }
+    *static_cast<T*>(loss) = static_cast<T>(sum);
+  }
+
  private:
   // What is not wanted is not written, even where there is room for it.
   RowOutputs wanted_outputs() const {

@@ -8,13 +8,13 @@ namespace {
 // Slabs outside, rows inside: what a slab needs prepared (C in the products' dtype, dC's
 // accumulator) is prepared once.
 template <class OnBlock, class AfterSlab>
-void sweep(const Plan& plan, Rows chunk, OnBlock on_block, AfterSlab after_slab) {
-  const std::int64_t V = plan.problem.V;
+void sweep(std::int64_t V, std::int64_t slab, Rows chunk, std::int64_t block_rows, OnBlock on_block,
+           AfterSlab after_slab) {
   const std::int64_t end = chunk.begin + chunk.count;
-  for (std::int64_t v = 0; v < V; v += plan.slab) {
-    const Columns columns{v, std::min(plan.slab, V - v)};
-    for (std::int64_t n = chunk.begin; n < end; n += plan.block_rows) {
-      on_block(Block{chunk, {n, std::min(plan.block_rows, end - n)}, columns});
+  for (std::int64_t v = 0; v < V; v += slab) {
+    const Columns columns{v, std::min(slab, V - v)};
+    for (std::int64_t n = chunk.begin; n < end; n += block_rows) {
+      on_block(Block{chunk, {n, std::min(block_rows, end - n)}, columns});
     }
     after_slab(columns);
   }
@@ -33,8 +33,8 @@ void sweep_statistics(const Plan& plan, Parts& parts, Rows chunk, bool keep) {
   if (chunk.count == 0) return;
   parts.begin_statistics(chunk);
   sweep(
-      plan, chunk, [&](const Block& block) { parts.accumulate_statistics(block, keep); },
-      [](Columns) {});
+      plan.problem.V, plan.slab, chunk, plan.block_rows,
+      [&](const Block& block) { parts.accumulate_statistics(block, keep); }, [](Columns) {});
   parts.finish_statistics(chunk);
 }
 
@@ -43,7 +43,7 @@ void sweep_gradients(const Plan& plan, Parts& parts, Rows chunk, bool from_kept)
   const Problem& p = plan.problem;
   const bool last_chunk = chunk.begin + chunk.count == parts.rows_to_cover();
   sweep(
-      plan, chunk,
+      p.V, plan.gradient_slab, chunk, plan.gradient_rows,
       [&](const Block& block) {
         parts.make_g(block, from_kept);
         if (p.needs_dbias) parts.accumulate_dbias(block);
