@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
 #include <string>
 
 namespace cutloss::binding {
@@ -62,6 +61,31 @@ void check_shapes(const Operands& o, const Options& options) {
           "schedule must be 0, 1, 2 or 3, got " + std::to_string(options.schedule));
 }
 
+template <class Index>
+std::int64_t count_valid(const Problem& p, const Index* targets) {
+  std::int64_t count = 0;
+  for (std::int64_t sequence = 0; sequence < p.sequences; ++sequence) {
+    for (std::int64_t i = p.shift; i < p.length; ++i) {
+      count += targets[sequence * p.length + i] != p.ignore_index ? 1 : 0;
+    }
+  }
+  return count;
+}
+
+// On the host a wrong number costs nothing to find. On a device it would cost a synchronisation;
+// there the library makes it NaN.
+void check_num_valid(const Problem& p, const void* targets) {
+  if (!p.num_valid) return;
+  const std::int64_t count = p.target_type == IndexType::i64
+                                 ? count_valid(p, static_cast<const std::int64_t*>(targets))
+                                 : count_valid(p, static_cast<const std::int32_t*>(targets));
+  require(
+      *p.num_valid == count,
+      "num_valid is " + std::to_string(*p.num_valid) + ", but " + std::to_string(count) +
+          " of the " + std::to_string(row_count(p)) +
+          " targets that are predicted are not ignore_index = " + std::to_string(p.ignore_index));
+}
+
 }  // namespace
 
 Operands read_operands(Stack& s) {
@@ -92,6 +116,8 @@ Options read_options(Stack& s) {
   o.schedule = s.next<std::int64_t>();
   o.max_workspace = s.next<std::optional<std::int64_t>>();
   o.kept_bytes = s.next<std::int64_t>();
+  o.num_valid = s.next<std::optional<std::int64_t>>();
+  o.allow_tf32 = s.next<bool>();
   return o;
 }
 
@@ -100,6 +126,8 @@ Problem problem_of(const Options& options, Upstream upstream) {
   p.shift = options.shift;
   p.compute_type = dtype_of(options.compute, "compute_dtype");
   p.ignore_index = options.ignore_index;
+  p.num_valid = options.num_valid;
+  p.allow_tf32 = options.allow_tf32;
   p.softcap = options.softcap;
   p.logit_scale = options.logit_scale;
   p.temperature = options.temperature;
@@ -119,12 +147,15 @@ Problem problem_of(const Options& options, Upstream upstream) {
 }
 
 Call::Call(Operands operands, const Options& options, Upstream upstream)
-    : operands_(std::move(operands)) {
+    : operands_(std::move(operands)), device_(operands_.e) {
   // PyTorch hands its number of threads to OpenMP thread by thread, when first asked there.
-  torch::stable::get_num_threads();
+  if (!device_.is_cuda()) torch::stable::get_num_threads();
 
   Operands& o = operands_;
   check_shapes(o, options);
+  device_.require_here(o.c, "c");
+  device_.require_here(o.targets, "targets");
+  if (o.bias) device_.require_here(*o.bias, "bias");
   o.e = with_apart_rows(o.e);
   o.c = with_apart_rows(o.c);
   o.targets = packed(o.targets);
@@ -145,11 +176,15 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   p.target_type = index_type_of(o.targets.scalar_type());
   p.has_row_temperature = o.row_temperature.has_value();
   p.has_class_weight = o.class_weight.has_value();
+  p.device = device_.device();
   plan_ = make_plan(p);
   require(kept_bytes() == options.kept_bytes, "kept_bytes must be what the plan says, " +
                                                   std::to_string(kept_bytes()) + ", got " +
                                                   std::to_string(options.kept_bytes));
 
+  if (!device_.is_cuda()) check_num_valid(plan_.problem, o.targets.const_data_ptr());
+
+  args.stream = device_.stream();
   args.in.e = o.e.const_data_ptr();
   args.in.c = o.c.const_data_ptr();
   args.in.bias = o.bias ? o.bias->const_data_ptr() : nullptr;
@@ -159,6 +194,7 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
     require(o.class_weight->scalar_type() == stats(),
             "class_weight must have the dtype of the "
             "per-row outputs");
+    device_.require_here(*o.class_weight, "class_weight");
     alive_.push_back(packed(*o.class_weight));
     args.in.class_weight = alive_.back().const_data_ptr();
   }
@@ -170,6 +206,7 @@ const void* Call::row_input(const std::optional<Tensor>& tensor, const char* wha
           std::string(what) + " must be (" + std::to_string(rows()) +
               ") in the dtype of the per-row outputs, got shape " + shape(*tensor) + " of " +
               torch::headeronly::toString(tensor->scalar_type()));
+  device_.require_here(*tensor, what);
   alive_.push_back(packed(*tensor));
   return alive_.back().const_data_ptr();
 }
@@ -184,9 +221,9 @@ Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bo
   } catch (const std::runtime_error&) {
     std::int64_t elements = 1;
     for (const std::int64_t size : shape) elements *= size;
-    throw Error(ErrorCode::out_of_memory, "could not allocate a result of " +
-                                              std::to_string(elements) + " elements of " +
-                                              torch::headeronly::toString(type));
+    throw could_not_allocate(device_.device(), "a result of " + std::to_string(elements) +
+                                                   " elements of " +
+                                                   torch::headeronly::toString(type));
   }
 }
 
@@ -204,18 +241,5 @@ Tensor Call::make_dbias() const {
   const Problem& p = plan_.problem;
   return make({p.V}, p.has_bias ? operands_.bias->scalar_type() : ScalarType::Float, p.needs_dbias);
 }
-
-Workspace::Workspace(std::int64_t bytes) {
-  if (bytes == 0) return;
-  const auto size = (static_cast<std::size_t>(bytes) + 63) / 64 * 64;
-  data_ = std::aligned_alloc(64, size);
-  if (data_ == nullptr) {
-    throw Error(ErrorCode::out_of_memory,
-                "could not allocate a workspace of " + std::to_string(bytes) +
-                    " bytes; grant less with max_workspace, or free memory");
-  }
-}
-
-Workspace::~Workspace() { std::free(data_); }
 
 }  // namespace cutloss::binding

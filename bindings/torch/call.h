@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "convert.h"
+#include "device.h"
 
 namespace cutloss::binding {
 
@@ -34,6 +35,8 @@ struct Options {
   std::int64_t schedule;  // 0 automatic, 1 none, 2 rows, 3 vocabulary
   std::optional<std::int64_t> max_workspace;
   std::int64_t kept_bytes;  // what the plan keeps from forward to backward; its tensor's size
+  std::optional<std::int64_t> num_valid;
+  bool allow_tf32;
 };
 
 #define CUTLOSS_OPERANDS                                                                \
@@ -42,7 +45,8 @@ struct Options {
 #define CUTLOSS_OPTIONS                                                                        \
   "ScalarType compute_dtype, int shift, int ignore_index, float? softcap, float logit_scale, " \
   "float temperature, bool wants_entropy, bool wants_zbar, bool wants_argmax, bool needs_de, " \
-  "bool needs_dc, bool needs_dbias, int schedule, int? max_workspace, int kept_bytes"
+  "bool needs_dc, bool needs_dbias, int schedule, int? max_workspace, int kept_bytes, "        \
+  "SymInt? num_valid=None, bool allow_tf32=False"
 
 Operands read_operands(Stack& stack);
 Options read_options(Stack& stack);
@@ -50,7 +54,8 @@ Options read_options(Stack& stack);
 // The part of a problem that the options say.
 Problem problem_of(const Options& options, Upstream upstream);
 
-// One call: operands in a layout that the library reads, the plan, and the pointers so far.
+// One call: the device made current, operands in a layout that the library reads, the plan, and the
+// pointers so far.
 class Call {
  public:
   Call(Operands operands, const Options& options, Upstream upstream);
@@ -68,26 +73,15 @@ class Call {
   Tensor make_de() const;
   Tensor make_dc() const;
   Tensor make_dbias() const;
+  Workspace scratch(std::int64_t bytes) const { return {operands_.e, bytes}; }
 
   Args args;
 
  private:
   Operands operands_;
+  OnDevice device_;
   Plan plan_;
   std::vector<Tensor> alive_;
-};
-
-// Scratch memory of one call on the host, aligned as the library wants it.
-class Workspace {
- public:
-  explicit Workspace(std::int64_t bytes);
-  ~Workspace();
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  void* data() const { return data_; }
-
- private:
-  void* data_ = nullptr;
 };
 
 }  // namespace cutloss::binding

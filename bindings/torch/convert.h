@@ -57,20 +57,21 @@ inline const char* name(ErrorCode code) {
   return "internal";
 }
 
-// An operator as PyTorch calls it. Every exception reaches Python as a RuntimeError, so its kind
-// travels in the message, "cutloss[kind]: ...", which python/cutloss/_errors.py reads.
-template <void (*body)(Stack&)>
+// An operator as PyTorch calls it on a device. Every exception reaches Python as a RuntimeError, so
+// its kind travels in the message, "cutloss[kind]: ...", which python/cutloss/_errors.py reads.
+template <void (*body)(Stack&), Device device = Device::cpu>
 void boxed(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
-  const auto fail = [](ErrorCode code, const std::string& message) {
-    throw std::runtime_error(std::string("cutloss[") + name(code) + "]: " + message);
+  const auto fail = [](const char* kind, const std::string& message) {
+    throw std::runtime_error(std::string("cutloss[") + kind + "]: " + message);
   };
   try {
     Stack values(stack);
     body(values);
   } catch (const Error& error) {
-    fail(error.code(), error.what());
+    const bool of_device = device == Device::cuda && error.code() == ErrorCode::out_of_memory;
+    fail(of_device ? "device_memory" : name(error.code()), error.what());
   } catch (const std::bad_alloc&) {
-    fail(ErrorCode::out_of_memory, "an allocation failed; use smaller inputs or free memory");
+    fail("memory", "an allocation failed; use smaller inputs or free memory");
   }
 }
 

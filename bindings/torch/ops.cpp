@@ -1,4 +1,4 @@
-// The operators of torch.ops.cutloss on the CPU. Fakes and autograd are in python/cutloss/_ops.py.
+// The operators of torch.ops.cutloss. Fakes and autograd are in python/cutloss/_ops.py.
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
@@ -29,7 +29,7 @@ void statistics(Stack& stack) {
   const Tensor zbar = call.make({rows}, type, options.wants_zbar);
   const Tensor argmax = call.make({rows}, ScalarType::Long, options.wants_argmax);
   const Tensor kept = call.make({call.kept_bytes()}, ScalarType::Byte);
-  const Workspace workspace(plan.forward_workspace_bytes);
+  const Workspace workspace = call.scratch(plan.forward_workspace_bytes);
 
   RowOutputs& out = call.args.rows;
   out.nll = data(nll);
@@ -81,7 +81,7 @@ void gradients(Stack& stack) {
   const Tensor de = call.make_de();
   const Tensor dc = call.make_dc();
   const Tensor dbias = call.make_dbias();
-  const Workspace workspace(plan.backward_workspace_bytes);
+  const Workspace workspace = call.scratch(plan.backward_workspace_bytes);
   call.args.gradients = {data(de), data(dc), data(dbias)};
   call.args.workspace = workspace.data();
   backward(plan, call.args);
@@ -112,8 +112,8 @@ void loss_and_gradients(Stack& stack) {
   const Tensor de = call.make_de();
   const Tensor dc = call.make_dc();
   const Tensor dbias = call.make_dbias();
-  const Workspace kept(plan.kept_bytes);
-  const Workspace workspace(plan.forward_workspace_bytes);
+  const Workspace kept = call.scratch(plan.kept_bytes);
+  const Workspace workspace = call.scratch(plan.forward_workspace_bytes);
 
   RowOutputs& out = call.args.rows;
   out.nll = data(nll);
@@ -137,6 +137,21 @@ void loss_and_gradients(Stack& stack) {
   for (const Tensor* t : {&loss, &argmax, &de, &dc, &dbias}) stack.put(*t);
 }
 
+void multiply(const Tensor& t, const Tensor& factor) {
+  std::array<StableIValue, 2> args{torch::stable::detail::from(t),
+                                   torch::stable::detail::from(factor)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul_", "Tensor", args.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(args[0]);  // the result is t again: drop the reference
+}
+
+bool is_one(const Tensor& factor) {
+  const void* value = factor.const_data_ptr();
+  if (factor.scalar_type() == ScalarType::Double) return *static_cast<const double*>(value) == 1.0;
+  if (factor.scalar_type() == ScalarType::Float) return *static_cast<const float*>(value) == 1.0f;
+  return false;
+}
+
 // scale_(t, factor): t *= factor, and nothing at all where the factor is 1.
 void scale(Stack& stack) {
   const Tensor t = stack.next<Tensor>();
@@ -145,21 +160,25 @@ void scale(Stack& stack) {
     throw Error(ErrorCode::invalid_value,
                 "scale_ takes a factor of one element, got " + std::to_string(factor.numel()));
   }
-  const bool is_f64 = factor.scalar_type() == ScalarType::Double;
-  const bool is_f32 = factor.scalar_type() == ScalarType::Float;
-  if (is_f64 && *static_cast<const double*>(factor.const_data_ptr()) == 1.0) return;
-  if (is_f32 && *static_cast<const float*>(factor.const_data_ptr()) == 1.0f) return;
-  std::array<StableIValue, 2> args{torch::stable::detail::from(t),
-                                   torch::stable::detail::from(factor)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mul_", "Tensor", args.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(args[0]);  // the result is t again: drop the reference
+  const OnDevice here(t);
+  if (!here.is_cuda()) {
+    if (!is_one(factor)) multiply(t, factor);
+    return;
+  }
+  // What the factor is, only the device knows.
+  if (!t.is_contiguous() || !factor.is_cuda() ||
+      factor.get_device_index() != t.get_device_index()) {
+    multiply(t, factor);
+    return;
+  }
+  cuda_scale(dtype_of(t.scalar_type(), "t"), data(t), t.numel(),
+             dtype_of(factor.scalar_type(), "factor"), factor.const_data_ptr(), here.stream());
 }
 
 #define CUTLOSS_PLAN_SIZES                                                            \
   "int sequences, int length, int V, int D, ScalarType e_dtype, ScalarType c_dtype, " \
   "ScalarType? bias_dtype, ScalarType target_dtype, bool has_row_temperature, "       \
-  "bool has_class_weight, bool at_forward, bool on_cuda"
+  "bool has_class_weight, bool at_forward, bool on_cuda, int device_index=-1"
 
 // A plan without data: sizes, dtypes and options.
 Plan read_plan(Stack& s) {
@@ -178,6 +197,7 @@ Plan read_plan(Stack& s) {
   const bool has_class_weight = s.next<bool>();
   const bool at_forward = s.next<bool>();
   const bool on_cuda = s.next<bool>();
+  const std::int64_t device_index = s.next<std::int64_t>();
   const Options options = read_options(s);
 
   Problem p = problem_of(options, at_forward ? Upstream::at_forward : Upstream::at_backward);
@@ -193,6 +213,8 @@ Plan read_plan(Stack& s) {
   p.has_row_temperature = has_row_temperature;
   p.has_class_weight = has_class_weight;
   p.device = on_cuda ? Device::cuda : Device::cpu;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (on_cuda && device_index >= 0) guard.emplace(static_cast<std::int32_t>(device_index));
   return make_plan(p);
 }
 
@@ -204,6 +226,14 @@ void plan(Stack& stack) {
   stack.put(std::vector<std::int64_t>{
       static_cast<std::int64_t>(plan.schedule), plan.kept_bytes - scratch,
       plan.forward_workspace_bytes + scratch, plan.backward_workspace_bytes, plan.products});
+}
+
+void has_cuda(Stack& stack) {
+#ifdef CUTLOSS_CUDA
+  stack.put(true);
+#else
+  stack.put(false);
+#endif
 }
 
 void version(Stack& stack) { stack.put(std::string(CUTLOSS_VERSION)); }
@@ -234,6 +264,7 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
   m.def("plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> int[]");
   m.def("describe_plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> str");
   m.def("describe_machine() -> str");
+  m.def("has_cuda() -> bool");
   m.def("version() -> str");
 }
 
@@ -244,11 +275,20 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CPU, m) {
   m.impl("scale_", &boxed<scale>);
 }
 
+// In every build: one without CUDA says that no engine takes the problem, and why.
+STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) {
+  m.impl("statistics", &boxed<statistics, Device::cuda>);
+  m.impl("gradients", &boxed<gradients, Device::cuda>);
+  m.impl("loss_and_gradients", &boxed<loss_and_gradients, Device::cuda>);
+  m.impl("scale_", &boxed<scale, Device::cuda>);
+}
+
 // No tensor among their arguments, so no device to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(cutloss, CompositeExplicitAutograd, m) {
   m.impl("plan", &boxed<plan>);
   m.impl("describe_plan", &boxed<describe_plan>);
   m.impl("describe_machine", &boxed<describe_machine>);
+  m.impl("has_cuda", &boxed<has_cuda>);
   m.impl("version", &boxed<version>);
 }
 

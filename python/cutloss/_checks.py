@@ -1,11 +1,13 @@
 """Checks of arguments: what is wrong, both values, and what to do instead.
 
 Whatever Python can see is checked here, so that the errors are the same in eager code and while
-tracing; what only the data shows (targets out of range) is checked in C++.
+tracing; what only the data shows (targets out of range) is checked in C++ on the CPU. On CUDA that
+would wait for the device, so there it is checked where the user asks for it, CUTLOSS_CHECK=1.
 """
 
 import math
 import numbers
+import os
 import sys
 
 import torch
@@ -46,8 +48,14 @@ def tensors(**named: Tensor | None) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
 
 
-def device(e: Tensor) -> None:
-    """One that an engine may know (meta: shapes only)."""
+def device(e: Tensor, has_cuda: bool) -> None:
+    """One that an engine of this build may know (meta: shapes only)."""
+    if e.device.type == "cuda" and not has_cuda:
+        raise NotImplementedError(
+            "this cutloss was built without CUDA, and e is on a CUDA device: install a build with "
+            "CUDA (`cutloss doctor` says what is missing, the README how to build), or use "
+            "impl='torch'"
+        )
     if e.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(
             f"cutloss has no engine for tensors on {e.device}: use impl='torch' there"
@@ -235,24 +243,65 @@ def ignore_index(value: int, targets: Tensor) -> None:
         )
 
 
-def target_values(targets: Tensor, shift: int, V: int, ignore_index: int) -> None:
-    """Each target of a row in [0, V) or ignored; looks at the data. (sequences, length)"""
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
-    wrong[:, :shift] = False
+def num_valid(value: int | None, rows: int, ignore_index: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"num_valid must be a number of tokens (int) or None, got {value!r}")
+    if value < 0 or value > rows:
+        raise ValueError(
+            f"num_valid must be the number of targets that are not ignore_index = {ignore_index}, "
+            f"of those that are predicted: in [0, {rows}], got {value}"
+        )
+
+
+# Looking at the data --------------------------------------------------------------------------
+
+
+def may_look(device: torch.device) -> bool:
+    """Whether checks may read what is on this device."""
+    if torch.compiler.is_compiling():
+        return False
+    if device.type == "cuda":
+        return os.environ.get("CUTLOSS_CHECK", "0") not in ("", "0")
+    return device.type == "cpu"
+
+
+def values(
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    shift: int,
+    V: int,
+    ignore_index: int,
+    num_valid: int | None,
+) -> None:
+    """What C++ checks on the CPU. `targets`: (sequences, length); `row_temperature`: (rows)."""
+    counted = targets != ignore_index
+    counted[:, :shift] = False
+    wrong = counted & ((targets < 0) | (targets >= V))
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(
             f"the target at position {at} is {targets[at].item()}, outside [0, V = {V}) and not "
             f"ignore_index = {ignore_index}"
         )
-
-
-def row_temperatures(t: Tensor) -> None:
-    """Each finite and > 0; looks at the data."""
-    wrong = ~((t > 0) & (t < math.inf))
-    if wrong.any():
-        row = wrong.nonzero()[0].item()
+    if num_valid is not None and num_valid != (count := counted.sum().item()):
         raise ValueError(
-            f"the temperature of row {row} of the loss is {t[row].item()}, but every temperature "
-            f"must be finite and > 0"
+            f"num_valid is {num_valid}, but {count} of the {counted[:, shift:].numel()} targets "
+            f"that are predicted are not ignore_index = {ignore_index}"
+        )
+    if row_temperature is not None:
+        _row_temperatures(row_temperature.view(counted[:, shift:].shape), shift)
+
+
+def _row_temperatures(t: Tensor, shift: int) -> None:
+    """(sequences, length - shift)"""
+    least = torch.finfo(t.dtype).tiny
+    most = 1.0 / least
+    wrong = ~((t >= least) & (t <= most))
+    if wrong.any():
+        sequence, row = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"the temperature at position {(sequence, row + shift)} is {t[sequence, row].item()}, "
+            f"but every temperature must be a finite number > 0, between {least:g} and {most:g}"
         )

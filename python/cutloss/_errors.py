@@ -6,12 +6,15 @@ The operators can only raise RuntimeError, so an error's kind is written in fron
 
 import re
 
+import torch
+
 _KINDS: dict[str, type[Exception]] = {
     "value": ValueError,
     "type": TypeError,
     "unsupported": NotImplementedError,
     "workspace": ValueError,
     "memory": MemoryError,
+    "device_memory": torch.OutOfMemoryError,
     "internal": RuntimeError,
 }
 _MESSAGE = re.compile(r"cutloss\[(\w+)\]: (.*)", re.DOTALL)

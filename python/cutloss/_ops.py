@@ -21,6 +21,8 @@ from ._terms import Rows, Terms
 _load.load()
 _ops = torch.ops.cutloss
 
+HAS_CUDA: bool = _ops.has_cuda()  # whether this build has CUDA engines; says nothing of a device
+
 SCHEDULES = {"auto": 0, "none": 1, "rows": 2, "vocabulary": 3}
 
 Options = dict[str, Any]  # the keyword arguments of the operators
@@ -44,12 +46,28 @@ def options(compute_dtype: torch.dtype, **changes: Any) -> Options:
         "schedule": SCHEDULES["auto"],
         "max_workspace": None,
         "kept_bytes": 0,
+        "num_valid": None,
+        "allow_tf32": False,
         **changes,
     }
 
 
 def version() -> str:
     return _ops.version()
+
+
+def allow_tf32(e: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether products of fp32 may round their operands to tf32: where PyTorch's own may."""
+    return e.device.type == "cuda" and compute_dtype == torch.float32 and _tf32_is_on()
+
+
+def _tf32_is_on() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler. PyTorch compiles
+# again where the setting changes.
+_tf32_is_on._dynamo_marked_constant = True
 
 
 def describe_machine() -> str:

@@ -24,10 +24,8 @@ def statistics(
     shift, ignore_index = options["shift"], options["ignore_index"]
     V, D = c.shape
     target = targets[:, shift:].reshape(-1).long()
-    if not torch.compiler.is_compiling() and target.device.type == "cpu":
-        _checks.target_values(targets, shift, V, ignore_index)
-        if row_temperature is not None:
-            _checks.row_temperatures(row_temperature)
+    if _checks.may_look(target.device):
+        _checks.values(targets, row_temperature, shift, V, ignore_index, options["num_valid"])
     valid = target != ignore_index
 
     # Ignored rows are zeroed before the product: a NaN there must not reach the gradient of C.

@@ -31,6 +31,7 @@ class Sizes:
     has_row_temperature: bool = False
     has_class_weight: bool = False
     on_cuda: bool = False
+    device_index: int = -1  # of several GPUs; -1 is the current one
 
     def arguments(self, at_forward: bool) -> tuple:
         """The leading arguments of the operators plan and describe_plan."""
@@ -47,6 +48,7 @@ class Sizes:
             self.has_class_weight,
             at_forward,
             self.on_cuda,
+            self.device_index,
         )
 
 
@@ -142,4 +144,5 @@ def sizes_of(
         has_row_temperature=row_temperature is not None,
         has_class_weight=class_weight is not None,
         on_cuda=e.device.type == "cuda",
+        device_index=-1 if e.device.index is None else e.device.index,
     )

@@ -55,6 +55,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     max_workspace: int | None = None,
     schedule: str = "auto",
+    num_valid: int | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Cross-entropy of the logits ``e @ c.T`` against ``targets``, without storing the logits.
 
@@ -71,7 +72,10 @@ def linear_cross_entropy(
     :param c: Classifier, shape (V, D), in the dtype of ``e``. Under ``torch.autocast`` the dtypes
         may differ: products are made in autocast's dtype, gradients come back in each tensor's
         own, accumulated in fp32. A transposed ``c`` is copied for the call.
-    :param targets: Class indices, int64 or int32, shape (...): each in [0, V), or ignore_index.
+    :param targets: Class indices, int64 or int32, shape (...): each in [0, V), or ignore_index. On
+        the CPU anything else is an error. On CUDA, where looking would wait for the device, it makes
+        the token's loss NaN, and with it the token's row of e's gradient and all of c's; with
+        CUTLOSS_CHECK=1 in the environment calls do wait, and raise the CPU's error.
     :param bias: Added to the logits, shape (V).
     :param ignore_index: Tokens with this target are left out: they cost nothing, their gradient
         is zero and their entry in every per-token result is 0 (in predictions -1). The mean over
@@ -113,6 +117,10 @@ def linear_cross_entropy(
     :param schedule: "auto" takes the quickest that fits max_workspace. "rows" makes the gradients
         chunk by chunk of rows, with three products; "vocabulary" recomputes the logits, with four
         products and the least memory.
+    :param num_valid: How many targets are not ignore_index (with a shift, of those that are
+        predicted), where the caller knows, as most collators do. Never needed. On CUDA it lets the
+        products shrink to those tokens, since their number is not read back from the device, and a
+        wrong number makes every result NaN; on the CPU a wrong one is an error.
     :return: The loss, fp32 (fp64 for fp64 inputs), or a tuple of the loss and, in this order,
         what was asked for: lse, entropy, predictions.
     """
@@ -123,7 +131,7 @@ def linear_cross_entropy(
     _checks.shapes(e, c, targets, bias)
     compute_dtype = _checks.dtypes(e, c, bias, targets)
     if not plain:
-        _checks.device(e)
+        _checks.device(e, _ops.HAS_CUDA)
     _checks.same_device(
         e,
         c=c,
@@ -152,6 +160,7 @@ def linear_cross_entropy(
             f"schedule={schedule!r} and max_workspace={max_workspace}"
         )
     shift = _checks.shift(shift, targets)
+    _checks.num_valid(num_valid, math.prod(_row_shape(targets, shift)), ignore_index)
     how = _terms.Weighting(
         reduction=reduction,
         label_smoothing=_checks.label_smoothing(label_smoothing),
@@ -171,6 +180,8 @@ def linear_cross_entropy(
         wants_argmax=return_predictions,
         schedule=_ops.SCHEDULES[schedule],
         max_workspace=max_workspace,
+        num_valid=num_valid,
+        allow_tf32=_ops.allow_tf32(e, compute_dtype),
     )
     loss, rows = _evaluate(
         e, c, targets, bias, temperature, how, options, plain=plain, wants_lse=return_lse
@@ -233,6 +244,15 @@ def _evaluate(
         row_temperature,
         class_weight,
     )
+    if not plain and e.device.type == "cuda" and _checks.may_look(e.device):
+        _checks.values(
+            operands[3],
+            row_temperature,
+            options["shift"],
+            c.shape[0],
+            options["ignore_index"],
+            options["num_valid"],
+        )
     terms = _terms.terms(row_targets, c.shape[0], how, options["ignore_index"], stats)
 
     if plain:

@@ -70,6 +70,7 @@ class LinearCrossEntropy(nn.Module):
         *,
         token_weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
+        num_valid: int | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """``temperature`` given here takes the place of the module's."""
         return linear_cross_entropy(
@@ -98,6 +99,7 @@ class LinearCrossEntropy(nn.Module):
             z_loss=self.z_loss,
             max_workspace=self.max_workspace,
             schedule=self.schedule,
+            num_valid=num_valid,
         )
 
     def extra_repr(self) -> str:

@@ -130,4 +130,10 @@ void weighted_loss(const Plan& plan, const Args& args, void* loss) {
   bind(plan, args, kForward)->sum_loss(loss);
 }
 
+#ifndef CUTLOSS_CUDA
+void cuda_scale(DType, void*, std::int64_t, DType, const void*, void*) {
+  throw Error(ErrorCode::unsupported, "cuda_scale: this build of cutloss has no CUDA engine");
+}
+#endif
+
 }  // namespace cutloss

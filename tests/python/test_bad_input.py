@@ -134,7 +134,7 @@ TABLE = {
     "row_temperature_of_plain_path": (
         {"temperature": torch.ones(N).index_fill(0, torch.tensor([5]), -2.0), "impl": "torch"},
         ValueError,
-        r"row 5 of the loss is -2.0.*> 0",
+        r"temperature at position \(0, 5\) is -2.0.*> 0",
     ),
     "temperature_gradient": (
         {"temperature": torch.ones(N, requires_grad=True)},

@@ -90,6 +90,7 @@ KINDS = {
     "unsupported": NotImplementedError,
     "workspace": ValueError,
     "memory": MemoryError,
+    "device_memory": torch.cuda.OutOfMemoryError,
     "internal": RuntimeError,
 }
 

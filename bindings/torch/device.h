@@ -1,0 +1,50 @@
+// Where a call's tensors are, and what the library must be told about it: the device is made
+// current for the call, its stream is asked for, its memory comes from PyTorch's allocator.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
+#include <string>
+
+#include "convert.h"
+
+namespace cutloss::binding {
+
+// Makes the device of a tensor current while it lives (nothing to do on the CPU).
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor);
+
+  Device device() const { return device_; }
+  bool is_cuda() const { return device_ == Device::cuda; }
+  // The stream that PyTorch orders its own work on at this moment; null on the CPU.
+  void* stream() const;
+  // Throws where a tensor is elsewhere.
+  void require_here(const Tensor& tensor, const char* what) const;
+
+ private:
+  Device device_ = Device::cpu;
+  std::int32_t index_ = -1;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+// The error of an allocation that failed; `what`, as "a workspace of 12 bytes".
+Error could_not_allocate(Device device, const std::string& what);
+
+// Scratch memory of one call: the host's own, or PyTorch's on a device, where it is ordered on the
+// current stream and may be reused by what follows there.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, std::int64_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  void* data_ = nullptr;
+};
+
+}  // namespace cutloss::binding
