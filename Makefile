@@ -1,8 +1,9 @@
 # make demo   sets up everything needed and trains a small model, cutloss beside plain PyTorch
 # make test   sets up everything needed and runs all tests, C++ and Python
+# make wheel  builds dist/cutloss-*.whl for other machines, with CUDA where nvcc is found
 SHELL := bash
 
-.PHONY: demo test build bench format format-check clean
+.PHONY: demo test build wheel bench format format-check clean
 
 build:
 	scripts/setup.sh
@@ -12,6 +13,9 @@ demo: build
 
 test: build
 	scripts/test.sh $(ARGS)
+
+wheel: build
+	scripts/wheel.sh
 
 bench: build
 	.venv/bin/cutloss bench $(ARGS)

@@ -5,6 +5,8 @@
 #   PYTHON          the interpreter that .venv is made with (python3)
 #   CUTLOSS_WERROR  ON: the compiler's warnings are errors (OFF)
 #   JOBS            compilations at a time (one for each processor)
+#
+# Where nvcc is found the CUDA engines are built too; scripts/cuda.sh has their settings.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,6 +18,8 @@ die() {
   printf 'setup: %s\n' "$*" >&2
   exit 1
 }
+
+source scripts/cuda.sh
 
 # --- system packages ---------------------------------------------------------------------------
 # package  |  how to see that it is not needed (empty: ask dpkg)  |  why
@@ -86,7 +90,8 @@ install_python_packages() {
 build_operators() {
   say "building the PyTorch operators in $BUILD"
   local log
-  log=$(cmake --preset release -DCUTLOSS_WERROR="${CUTLOSS_WERROR:-OFF}" 2>&1) ||
+  log=$(cmake --preset release -DCUTLOSS_WERROR="${CUTLOSS_WERROR:-OFF}" \
+    -UCUTLOSS_CUDA_ARCHITECTURES "${cuda_flags[@]}" 2>&1) ||
     die "CMake could not configure the build:"$'\n'"$log"
   cmake --build $BUILD --target cutloss_torch -j "${JOBS:-$(nproc)}"
 }
@@ -104,6 +109,7 @@ install_package() {
 
 install_system_packages
 install_python_packages
+settle_cuda
 build_operators
 install_package
 say "ready: .venv/bin/cutloss"

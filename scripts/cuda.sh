@@ -1,0 +1,74 @@
+# Sourced by setup.sh and wheel.sh, in the root of the checkout: whether the CUDA engines are built
+# (CUDA: ON or OFF), and what CMake is told about it (cuda_flags).
+#
+#   CUTLOSS_CUDA                ON, OFF (unset: ON where nvcc is found)
+#   CUTLOSS_CUDA_ARCHITECTURES  what to compile for, as "80;90a" (unset: CMakeLists.txt's list)
+#   CUDACXX                     nvcc, where it is neither in PATH nor in /usr/local/cuda/bin
+
+CUDA_HEADERS=.venv/cuda
+
+find_nvcc() {
+  local candidate
+  for candidate in "${CUDACXX:-}" nvcc /usr/local/cuda/bin/nvcc; do
+    if [[ -n $candidate ]] && command -v "$candidate"; then return; fi
+  done
+}
+
+has_cublaslt() { # nvcc
+  echo '#include <cublasLt.h>' | "$1" -x cu -E - >/dev/null 2>&1
+}
+
+# Header files alone: of cuBLASLt (the library is opened at run time, torch brings it along) and of
+# CUTLASS. The wheels that hold them are downloaded, unpacked in part, and deleted.
+install_cuda_headers() { # nvcc
+  local stamp=$CUDA_HEADERS/stamp want wheels=$CUDA_HEADERS/wheels names=(nvidia-cutlass)
+  want="$(sha256sum scripts/requirements-cuda.txt) $1"
+  if [[ -f $stamp && $(<$stamp) == "$want" ]]; then return; fi
+  has_cublaslt "$1" || names+=(nvidia-cublas)
+  say "fetching the headers of ${names[*]} into $CUDA_HEADERS (cuBLAS's wheel is large)"
+  rm -rf $CUDA_HEADERS
+  mkdir -p $wheels
+  local name
+  for name in "${names[@]}"; do
+    .venv/bin/python -m pip download -q --disable-pip-version-check --no-deps -d $wheels \
+      "$(grep "^$name==" scripts/requirements-cuda.txt)"
+  done
+  .venv/bin/python - $wheels/*.whl $CUDA_HEADERS <<'PYTHON'
+import pathlib, sys, zipfile
+*wheels, to = sys.argv[1:]
+roots = {"cutlass_library/source/include/": "cutlass", "nvidia/cu13/include/": "cublas"}
+for wheel in wheels:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            for root, folder in roots.items():
+                if name.startswith(root) and not name.endswith("/"):
+                    path = pathlib.Path(to, folder, name.removeprefix(root))
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(archive.read(name))
+PYTHON
+  rm -rf $wheels
+  printf '%s\n' "$want" >$stamp
+}
+
+settle_cuda() {
+  local nvcc=""
+  CUDA=${CUTLOSS_CUDA:-ON}
+  if [[ $CUDA == ON ]]; then nvcc=$(find_nvcc); fi
+  if [[ -z $nvcc ]]; then
+    [[ ${CUTLOSS_CUDA:-} != ON ]] || die "CUTLOSS_CUDA=ON, but there is no nvcc: set CUDACXX to it"
+    [[ $CUDA == OFF ]] || say "no CUDA engines: nvcc was not found (set CUDACXX to it)"
+    CUDA=OFF
+    cuda_flags=(-DCUTLOSS_CUDA=OFF)
+    return
+  fi
+  install_cuda_headers "$nvcc"
+  export CUDACXX=$nvcc
+  cuda_flags=(-DCUTLOSS_CUDA=ON -DCUTLASS_INCLUDE_DIR="$PWD/$CUDA_HEADERS/cutlass")
+  if [[ -d $CUDA_HEADERS/cublas ]]; then
+    cuda_flags+=(-DCUBLASLT_INCLUDE_DIR="$PWD/$CUDA_HEADERS/cublas")
+  fi
+  if [[ -n ${CUTLOSS_CUDA_ARCHITECTURES:-} ]]; then
+    cuda_flags+=(-DCUTLOSS_CUDA_ARCHITECTURES="$CUTLOSS_CUDA_ARCHITECTURES")
+  fi
+  say "CUDA engines with $nvcc, for ${CUTLOSS_CUDA_ARCHITECTURES:-all architectures}"
+}
