@@ -1,12 +1,18 @@
 """Problems for the tests: sizes, kinds of data, sets of options."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from cutloss import _ops, _plan
+
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+device = "cpu"  # where `make` puts its tensors; the fixture of this name sets it
 
 # (batch shape of targets, V, D): one of everything, primes, around the tiles of the engines
 # (multiples of 16, 64 rows and columns and up), V a multiple of nothing.
@@ -48,6 +54,21 @@ class Problem:
         return Problem(moved(self.e), moved(self.c), self.targets, moved(self.bias), self.options)
 
 
+@functools.cache
+def _has_engine(dtype: torch.dtype, on_cuda: bool) -> bool:
+    sizes = _plan.Sizes(1, 8, 8, 8, dtype, dtype, None, torch.int64, on_cuda=on_cuda)
+    try:
+        _ops.describe_plan(sizes.arguments(at_forward=True), _ops.options(dtype))
+    except NotImplementedError:
+        return False
+    return True
+
+
+def widest() -> torch.dtype:
+    """The dtype with the least rounding that the device has an engine for."""
+    return F64 if _has_engine(F64, device == "cuda") else F32
+
+
 def make(
     batch: tuple[int, ...] = (24,),
     V: int = 101,
@@ -60,7 +81,10 @@ def make(
     **options: Any,
 ) -> Problem:
     """A share `ignored` of the targets is ignored. Tensors in `options` that depend on sizes may
-    be given as functions of (batch, V, generator)."""
+    be given as functions of (batch, V, generator). Made on the CPU, so that every device gets the
+    same numbers."""
+    if not _has_engine(dtype, device == "cuda"):
+        pytest.skip(f"no engine takes {dtype} on {device}")
     g = torch.Generator().manual_seed(seed)
     ignore_index = options.get("ignore_index", -100)
     targets = torch.randint(0, V, batch, generator=g)
@@ -79,11 +103,13 @@ def make(
     if ignored > 0:
         targets[torch.rand(batch, generator=g) < ignored] = ignore_index
     made = {k: v(batch, V, g) if callable(v) else v for k, v in options.items()}
+    made = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
 
     def parameter(t: Tensor) -> Tensor:
-        return t.to(dtype).requires_grad_()
+        return t.to(device, dtype).requires_grad_()
 
-    return Problem(parameter(e), parameter(c), targets, parameter(b) if bias else None, made)
+    b = parameter(b) if bias else None
+    return Problem(parameter(e), parameter(c), targets.to(device), b, made)
 
 
 def _row_temperature(batch, V, g):

@@ -86,6 +86,6 @@ def gradients(outputs: list[Tensor], parameters: tuple[Tensor, ...]) -> list[Ten
     total = 0.0
     for i, out in enumerate(outputs):
         if out.is_floating_point():
-            weights = torch.linspace(0.5, 1.5 + i, out.numel(), dtype=out.dtype)
+            weights = torch.linspace(0.5, 1.5 + i, out.numel(), dtype=out.dtype, device=out.device)
             total = total + (out * weights.reshape(out.shape)).sum()
     return list(torch.autograd.grad(total, parameters))

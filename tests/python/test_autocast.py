@@ -9,6 +9,8 @@ from tolerance import assert_close
 
 from cutloss import linear_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("device")
+
 WAYS = [{}, {"schedule": "vocabulary"}, {"return_lse": True}]
 
 
@@ -22,7 +24,7 @@ def loss_of(p, **options):
 def test_fp32_parameters(dtype, options):
     """The classifier in fp32: its gradient is summed, and stays, in fp32."""
     p = problems.make((60,), V=503, D=32, bias=True)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(problems.device, dtype):
         loss = loss_of(p, **options)
         plain = reference.evaluate(p)["loss"]
     grads = torch.autograd.grad(loss, p.parameters)
@@ -40,7 +42,7 @@ def test_fp32_parameters(dtype, options):
 def test_gradients_are_more_than_16_bits():
     """dC in fp32 is the sum of 16-bit products, not their rounding."""
     p = problems.make((60,), V=503, D=32)
-    with torch.autocast("cpu", BF16):
+    with torch.autocast(problems.device, BF16):
         (dc,) = torch.autograd.grad(loss_of(p), p.c)
     assert not torch.equal(dc, dc.to(BF16).float())
 
@@ -51,7 +53,7 @@ def test_dtypes_may_differ(options):
     p = problems.make((60,), V=503, D=32, bias=True)
     mixed = p.to(F32)
     mixed.e = p.e.detach().to(BF16).requires_grad_()
-    with torch.autocast("cpu", BF16):
+    with torch.autocast(problems.device, BF16):
         loss, expected = loss_of(mixed, **options), loss_of(p, **options)
     torch.testing.assert_close(loss, expected)
     grads = torch.autograd.grad(loss, mixed.parameters)
@@ -63,7 +65,7 @@ def test_dtypes_may_differ(options):
 
 def test_backward_outside_the_context():
     p = problems.make()
-    with torch.autocast("cpu", BF16):
+    with torch.autocast(problems.device, BF16):
         loss = loss_of(p)
         inside = torch.autograd.grad(loss, p.parameters, retain_graph=True)
     outside = torch.autograd.grad(loss, p.parameters)
@@ -74,7 +76,7 @@ def test_backward_outside_the_context():
 def test_fp64_stays_fp64():
     """As F.linear: autocast leaves fp64 alone, and refuses to mix it."""
     p = problems.make(dtype=F64)
-    with torch.autocast("cpu", BF16):
+    with torch.autocast(problems.device, BF16):
         loss = loss_of(p)
         assert loss.dtype == F64
         with pytest.raises(TypeError, match="e is torch.float64, c torch.float32"):
@@ -95,6 +97,6 @@ def test_loss_scale_of_fp16():
 
 def test_disabled_autocast_is_no_autocast():
     p = problems.make()
-    with torch.autocast("cpu", BF16, enabled=False):
+    with torch.autocast(problems.device, BF16, enabled=False):
         with pytest.raises(TypeError, match="must have one dtype"):
             linear_cross_entropy(p.e.to(BF16), p.c, p.targets)

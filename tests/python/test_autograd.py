@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cutloss import LinearCrossEntropy, linear_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # The two families of operators, and both schedules of the second.
 WAYS = {
     "immediate": {},
@@ -100,7 +102,7 @@ def test_upstream_factor(factor, dtype):
     ones = torch.autograd.grad(loss_of(p), p.parameters)
     scaled = torch.autograd.grad(loss_of(p) * factor, p.parameters)
     for a, b in zip(ones, scaled):
-        expected = a.double() * torch.tensor(factor, dtype=F64 if dtype == F64 else F32)
+        expected = a.double() * torch.tensor(factor, dtype=F64 if dtype == F64 else F32).to(a.device)
         assert torch.equal(b, expected.to(dtype))
 
 
@@ -193,7 +195,7 @@ def functional(p, **options):
 
 @ways
 def test_torch_func_reverse_mode(options):
-    p = problems.make(dtype=F64)
+    p = problems.make(dtype=problems.widest())
     f = functional(p, **options)
     expected = torch.autograd.grad(f(p.e, p.c), p.parameters)
     e, c = p.e.detach(), p.c.detach()
@@ -215,7 +217,7 @@ def test_torch_func_reverse_mode(options):
 @ways
 def test_torch_func_refuses_what_it_cannot_do(options):
     """Forward mode and second order: an error, never a zero."""
-    p = problems.make(dtype=F64)
+    p = problems.make(dtype=problems.widest())
     f = functional(p, **options)
     e, c = p.e.detach(), p.c.detach()
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import problems
 import pytest
@@ -11,17 +12,17 @@ import reference
 import torch
 from problems import BF16, F32, F64
 
-from cutloss import _ops, _plan, linear_cross_entropy
+from cutloss import _checks, _ops, _plan, linear_cross_entropy
 
 N, V, D = 24, 101, 16
 
 
-def tensors():
+def tensors(device="cpu"):
     g = torch.Generator().manual_seed(0)
     return {
-        "e": torch.randn(N, D, generator=g),
-        "c": torch.randn(V, D, generator=g),
-        "targets": torch.randint(0, V, (N,), generator=g),
+        "e": torch.randn(N, D, generator=g).to(device),
+        "c": torch.randn(V, D, generator=g).to(device),
+        "targets": torch.randint(0, V, (N,), generator=g).to(device),
     }
 
 
@@ -104,7 +105,7 @@ TABLE = {
     "integer_token_weight": ({"token_weight": torch.ones(N).bool()}, TypeError, "torch.bool"),
     "integer_temperature": ({"temperature": torch.ones(N).int()}, TypeError, "torch.int32"),
     # devices
-    "c_elsewhere": ({"c": lambda t: t.to("meta")}, ValueError, "e is on cpu, c on meta"),
+    "c_elsewhere": ({"c": lambda t: t.to("meta")}, ValueError, r"e is on (cpu|cuda:\d), c on meta"),
     "targets_elsewhere": ({"targets": lambda t: t.to("meta")}, ValueError, "targets on meta"),
     "weight_elsewhere": ({"weight": torch.ones(V, device="meta")}, ValueError, "weight on meta"),
     # not tensors
@@ -189,9 +190,11 @@ TABLE = {
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("name", TABLE)
-def test_table(name, gradient):
+def test_table(name, gradient, device, monkeypatch):
+    """On CUDA in checked mode, where calls look at what is in the tensors."""
+    monkeypatch.setenv("CUTLOSS_CHECK", "1")
     change, error, message = TABLE[name]
-    arguments = tensors()
+    arguments = tensors(device)
     if gradient:
         arguments["e"].requires_grad_()
     for key, value in change.items():
@@ -199,12 +202,14 @@ def test_table(name, gradient):
         if callable(value):
             good = good.detach() if good.is_floating_point() else good.clone()
             value = value(good)
+        elif isinstance(value, torch.Tensor) and value.device.type == "cpu":
+            value = value.to(device)
         arguments[key] = value
     with pytest.raises(error, match=message) as caught:
         linear_cross_entropy(**arguments)
     assert type(caught.value) is error
     assert "cutloss[" not in str(caught.value)  # the code is for the mapping, not for people
-    assert linear_cross_entropy(**tensors()).isfinite()  # and the next call works
+    assert linear_cross_entropy(**tensors(device)).isfinite()  # and the next call works
 
 
 def test_gradients_of_targets():
@@ -230,6 +235,67 @@ def test_sharded_tensors_are_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("device")
+def test_the_number_of_tokens():
+    """A number that is checked where looking costs nothing, or is asked for."""
+    p = problems.make((4, 9))
+    right = (p.targets[:, 2:] != -100).sum().item()
+    for options in [{}, {"impl": "torch"}]:
+        expected = linear_cross_entropy(p.e, p.c, p.targets, shift=2, **options)
+        got = linear_cross_entropy(p.e, p.c, p.targets, shift=2, num_valid=right, **options)
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"impl": "torch"}], ids=str)
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_wrong_number_of_tokens(off, options, monkeypatch):
+    monkeypatch.setenv("CUTLOSS_CHECK", "1")
+    p = problems.make((4, 9))
+    right = (p.targets[:, 2:] != -100).sum().item()
+    with pytest.raises(ValueError, match=f"num_valid is {right + off}, but {right} of the 28 tar"):
+        linear_cross_entropy(p.e, p.c, p.targets, shift=2, num_valid=right + off, **options)
+
+
+def test_a_build_without_cuda():
+    """What CUDA tensors get from a build that has no engine for them."""
+    with pytest.raises(NotImplementedError, match="built without CUDA.*README.*impl='torch'"):
+        _checks.device(types.SimpleNamespace(device=torch.device("cuda")), has_cuda=False)
+
+
+def test_checked_mode(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for value, looks in [(None, False), ("0", False), ("", False), ("1", True)]:
+        monkeypatch.delenv("CUTLOSS_CHECK", raising=False)
+        if value is not None:
+            monkeypatch.setenv("CUTLOSS_CHECK", value)
+        assert _checks.may_look(cpu) and _checks.may_look(cuda) == looks
+
+
+def test_checked_mode_says_what_the_cpu_says():
+    """The same errors: from Python, where CUDA is checked, and from C++."""
+    for change in (
+        {"targets": target(V + 3)},
+        {"temperature": torch.ones(N).index_fill(0, torch.tensor([5]), -2.5)},
+        {"num_valid": 23},
+    ):
+        arguments = tensors()
+        for key, value in change.items():
+            arguments[key] = value(arguments[key]) if callable(value) else value
+        with pytest.raises(ValueError) as theirs:
+            linear_cross_entropy(**arguments)
+        with pytest.raises(ValueError) as ours:
+            _checks.values(
+                arguments["targets"][None],
+                arguments.get("temperature"),
+                0,
+                V,
+                -100,
+                arguments.get("num_valid"),
+            )
+        assert str(ours.value) == str(theirs.value)
+
+
 def test_unknown_device():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -240,12 +306,14 @@ def test_unknown_device():
             linear_cross_entropy(e, c, targets)
 
 
+@pytest.mark.skipif(_ops.HAS_CUDA, reason="this build has CUDA engines")
 def test_no_engine_for_a_device():
     sizes = _plan.Sizes(1, N, V, D, F32, F32, None, torch.int64, on_cuda=True)
     with pytest.raises(NotImplementedError, match=r"no engine supports this.*:\n  engine cpu: "):
         _ops.describe_plan(sizes.arguments(at_forward=True), _ops.options(F32))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("options", [{}, {"schedule": "vocabulary"}], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["e", "c"])
@@ -263,22 +331,24 @@ def test_not_finite_input(where, value, options):
             assert torch.equal(got.isnan(), want.isnan())
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("schedule", ["rows", "vocabulary"])
 def test_minus_infinite_bias_removes_a_class(schedule):
-    p = problems.make(bias=True, dtype=F64, ignored=0.0)
+    p = problems.make(bias=True, dtype=problems.widest(), ignored=0.0)
     p.targets[p.targets == 50] = 49
     with torch.no_grad():
         p.bias[50] = -float("inf")
     loss = linear_cross_entropy(p.e, p.c, p.targets, p.bias, schedule=schedule)
     q = p.to(F64)
     expected = reference.evaluate(q)["loss"]
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, expected.to(loss.dtype))
     grads = torch.autograd.grad(loss, p.parameters)
     for got, want in zip(grads, torch.autograd.grad(expected, q.parameters)):
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(got, want.to(got.dtype))
     assert (grads[1][50] == 0).all() and grads[2][50] == 0
 
 
+@pytest.mark.usefixtures("device")
 def test_more_than_2_to_the_31_logits():
     """The same few rows, many times: loss and gradients are known from the few."""
     few, times, vocabulary = 64, 700, 50021

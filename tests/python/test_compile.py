@@ -10,6 +10,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cutloss import LinearCrossEntropy, _ops, _plan, linear_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("device")
+
 operators = torch.ops.cutloss
 
 
@@ -71,6 +73,10 @@ def test_dynamic_gradients():
         assert_same(compiled, loss_of, problems.make((n,), bias=True))
 
 
+# Bytes enough for the schedule by vocabulary, not for the bound of the one by rows.
+SMALL = {"cpu": 1 << 16, "cuda": 1 << 17}
+
+
 def test_rows_are_chosen_where_they_surely_fit():
     graphs = []
 
@@ -80,7 +86,7 @@ def test_rows_are_chosen_where_they_surely_fit():
 
     for options, expected in [
         ({}, "loss_and_gradients"),
-        ({"max_workspace": 1 << 16}, "statistics"),
+        ({"max_workspace": SMALL[problems.device]}, "statistics"),
         ({"reduction": "none"}, "statistics"),
         ({"schedule": "vocabulary"}, "statistics"),
     ]:
@@ -103,14 +109,34 @@ def test_autocast(inside):
     p = problems.make(bias=True)
 
     def eager(p):
-        with torch.autocast("cpu", BF16):
+        with torch.autocast(problems.device, BF16):
             return loss_of(p)
 
     if inside:
         return assert_same(torch.compile(eager, fullgraph=True), eager, p)
     compiled = torch.compile(loss_of, fullgraph=True)
-    with torch.autocast("cpu", BF16):
+    with torch.autocast(problems.device, BF16):
         torch.testing.assert_close(compiled(p), loss_of(p))
+
+
+def test_num_valid_that_changes():
+    """The number of tokens of each batch: after the second, no more compiling."""
+    graphs = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=graphs)
+    for ignored in range(5):
+        p = problems.make(ignored=0.0)
+        p.targets[:ignored] = -100
+        got = compiled(p.e, p.c, p.targets, num_valid=24 - ignored)
+        torch.testing.assert_close(got, linear_cross_entropy(p.e, p.c, p.targets))
+    assert graphs.frame_count <= 2
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True)
+    for ignored in (3, 4, 5):
+        p = problems.make(ignored=0.0)
+        p.targets[:ignored] = -100
+        want = torch.autograd.grad(linear_cross_entropy(p.e, p.c, p.targets), p.parameters)
+        loss = compiled(p.e, p.c, p.targets, num_valid=24 - ignored)
+        for a, b in zip(torch.autograd.grad(loss, p.parameters), want):
+            torch.testing.assert_close(a, b)
 
 
 def test_module_and_retain_graph():
@@ -138,8 +164,11 @@ def test_errors():
     with pytest.raises(ValueError, match="reduction must be one of"):
         compiled(p.e, p.c, p.targets, reduction="avg")
     p.targets[3] = 101
-    with pytest.raises(RuntimeError, match=r"target .* is 101"):  # the operator's, as it is
-        compiled(p.e, p.c, p.targets)
+    if problems.device == "cpu":
+        with pytest.raises(RuntimeError, match=r"target .* is 101"):  # the operator's, as it is
+            compiled(p.e, p.c, p.targets)
+    else:
+        assert compiled(p.e, p.c, p.targets).isnan()
 
 
 def test_export():
@@ -248,7 +277,7 @@ def test_opcheck_kept_logits(changes):
 def test_opcheck_immediate(changes):
     p = problems.make((3, 8), bias=True, ignored=0.0)
     o = options(p, schedule=_ops.SCHEDULES["rows"], **changes)
-    coefficients = [torch.rand(3 * (8 - o["shift"])) for _ in range(4)]
+    coefficients = torch.rand(4, 3 * (8 - o["shift"]), device=problems.device).unbind()
     torch.library.opcheck(operators.loss_and_gradients, (*operands(p), *coefficients), o)
     torch.library.opcheck(
         operators.loss_and_gradients, (*operands(p), coefficients[0], None, None, None), o
@@ -256,4 +285,5 @@ def test_opcheck_immediate(changes):
 
 
 def test_opcheck_scale():
-    torch.library.opcheck(operators.scale_, (torch.randn(3, 4), torch.tensor(2.0)))
+    t, factor = torch.randn(3, 4).to(problems.device), torch.tensor(2.0).to(problems.device)
+    torch.library.opcheck(operators.scale_, (t, factor))

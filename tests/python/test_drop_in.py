@@ -6,10 +6,11 @@ import inspect
 import problems
 import pytest
 import torch
-from problems import F64
 
 import cutloss
 from cutloss import LinearCrossEntropy, LinearCrossEntropyImpl, linear_cross_entropy
+
+pytestmark = pytest.mark.usefixtures("device")
 
 # Parameters and defaults of cut_cross_entropy 25.6, in order.
 THEIR_FUNCTION = [
@@ -110,7 +111,7 @@ def test_the_table_of_implementations_is_complete():
 @pytest.mark.parametrize("as_enum", [False, True])
 @pytest.mark.parametrize("impl, plain", IMPLEMENTATIONS.items())
 def test_implementations(impl, plain, as_enum):
-    p = problems.make((3, 8), dtype=F64, shift=1, softcap=5.0)
+    p = problems.make((3, 8), dtype=problems.widest(), shift=1, softcap=5.0)
     exact = linear_cross_entropy(p.e, p.c, p.targets, **p.options)
     name = LinearCrossEntropyImpl[impl.upper()] if as_enum else impl
     loss = linear_cross_entropy(p.e, p.c, p.targets, impl=name, **p.options)
@@ -173,12 +174,12 @@ def test_module():
 
 def test_module_keeps_class_weights_with_it():
     p = problems.make()
-    weight = torch.rand(101)
+    weight = torch.rand(101, device=problems.device)
     module = LinearCrossEntropy(weight=weight)
     assert set(module.state_dict()) == {"weight"}
     expected = linear_cross_entropy(p.e, p.c, p.targets, weight=weight)
     assert torch.equal(module(p.e, p.c, p.targets), expected)
-    token_weight, temperature = torch.rand(24), torch.rand(24) + 0.5
+    token_weight, temperature = torch.rand(2, 24, device=problems.device) + 0.5
     assert torch.equal(
         module(p.e, p.c, p.targets, token_weight=token_weight, temperature=temperature),
         linear_cross_entropy(

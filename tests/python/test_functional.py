@@ -9,6 +9,8 @@ from tolerance import assert_close
 
 from cutloss import linear_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("device")
+
 DTYPES = [F64, F32, BF16, F16]
 SCHEDULES = ["auto", "rows", "vocabulary"]
 # fp16 holds nothing between 1e4 and 1e4 + 8: that problem itself is lost.
@@ -81,11 +83,11 @@ def test_nll_is_never_negative(kind, dtype):
 def test_confident_rows_keep_their_digits(gap, schedule):
     """nll = log(1 + sum of e^-gap) needs its own digits, not those of the logits."""
     V, N = 100, 8
-    e = torch.ones(N, 1)
-    c = torch.full((V, 1), -gap)
+    e = torch.ones(N, 1, device=problems.device)
+    c = torch.full((V, 1), -gap, device=problems.device)
     c[3] = 0.0
     c.requires_grad_()
-    targets = torch.full((N,), 3)
+    targets = torch.full((N,), 3, device=problems.device)
     loss = linear_cross_entropy(e, c, targets, schedule=schedule)
     truth = torch.log1p((V - 1) * torch.tensor(-gap, dtype=F64).exp())
     assert abs(loss.item() / truth.item() - 1) < 1e-6
@@ -166,8 +168,10 @@ def test_predictions_do_not_change_the_loss():
 
 
 def test_first_of_equal_logits_is_the_prediction():
-    e, c = torch.ones(3, 4), torch.ones(50, 4)
-    _, predictions = linear_cross_entropy(e, c, torch.tensor([0, 1, 2]), return_predictions=True)
+    e, c, targets = (
+        t.to(problems.device) for t in (torch.ones(3, 4), torch.ones(50, 4), torch.arange(3))
+    )
+    _, predictions = linear_cross_entropy(e, c, targets, return_predictions=True)
     assert predictions.tolist() == [0, 0, 0]
 
 
@@ -189,9 +193,9 @@ def test_no_batch_dimension():
 @pytest.mark.parametrize("options", [{}, {"return_lse": True}], ids=["immediate", "deferred"])
 @pytest.mark.parametrize("batch", [(0,), (0, 5), (3, 0)], ids=str)
 def test_no_rows(batch, options):
-    e = torch.randn(*batch, 8, requires_grad=True)
-    c = torch.randn(20, 8, requires_grad=True)
-    targets = torch.zeros(batch, dtype=torch.int64)
+    e = torch.randn(*batch, 8, device=problems.device, requires_grad=True)
+    c = torch.randn(20, 8, device=problems.device, requires_grad=True)
+    targets = torch.zeros(batch, dtype=torch.int64, device=problems.device)
     result = linear_cross_entropy(e, c, targets, **options)
     loss = result[0] if options else result
     assert loss.isnan()
@@ -205,7 +209,7 @@ def test_no_rows(batch, options):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_all_rows_ignored(schedule, impl):
     p = problems.make((4, 9), bias=True)
-    targets = torch.full((4, 9), -100)
+    targets = torch.full_like(p.targets, -100)
     options = {"impl": impl} if impl == "torch" else {"schedule": schedule}
     loss = linear_cross_entropy(p.e, p.c, targets, p.bias, **options)
     assert loss.isnan()  # as F.cross_entropy
@@ -224,7 +228,7 @@ def test_ignored_rows_are_not_looked_at():
     with torch.no_grad():
         p.e[ignored] = float("nan")
     p.options["temperature"][ignored] = 0.0
-    weight = torch.ones(24)
+    weight = torch.ones(24, device=problems.device)
     weight[ignored] = float("inf")
     for options in [{}, {"schedule": "vocabulary"}, {"return_lse": True}, {"impl": "torch"}]:
         result = linear_cross_entropy(

@@ -11,6 +11,8 @@ from tolerance import assert_close
 
 from cutloss import linear_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("device")
+
 settings.register_profile(
     "cutloss", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -90,7 +92,7 @@ anything = (
 OPTIONS = [
     "bias", "ignore_index", "softcap", "reduction", "shift", "return_lse", "filter_eps", "impl",
     "logit_scale", "temperature", "label_smoothing", "weight", "token_weight", "return_entropy",
-    "return_predictions", "z_loss", "max_workspace", "schedule",
+    "return_predictions", "z_loss", "max_workspace", "schedule", "num_valid",
 ]  # fmt: skip
 
 
@@ -99,6 +101,7 @@ OPTIONS = [
 def test_any_option_works_or_is_refused(options):
     """Never a crash, an internal error, or an error of somebody else."""
     p = problems.make((24,), V=50, D=8)
+    options = {k: v.to(p.e) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     try:
         result = linear_cross_entropy(p.e, p.c, p.targets, **options)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -117,7 +120,7 @@ dtypes = st.sampled_from([F64, F32, BF16, F16, torch.int64, torch.int32, torch.b
 @settings(max_examples=300)
 def test_any_shape_works_or_is_refused(e, c, targets, bias, e_dtype, c_dtype, target_dtype):
     def tensor(shape, dtype):
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device=problems.device)
 
     good = (
         e[:-1] == targets

@@ -27,6 +27,7 @@ def everything(p, **options):
     return *outputs, *torch.autograd.grad(sum(out.sum() for out in outputs), p.parameters)
 
 
+@pytest.mark.usefixtures("device")
 @ways
 @dtypes
 def test_runs(options, dtype):
@@ -56,6 +57,7 @@ def test_threads(options, dtype):
         torch.testing.assert_close(c, a, rtol=2e-2 if a.dtype == BF16 else 1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("device")
 def test_calls_from_many_threads():
     """No state is shared between calls."""
     ps = [problems.make((100,), V=501 + 10 * i, D=24, seed=i) for i in range(4)]
