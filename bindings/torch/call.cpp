@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdlib>
 #include <string>
 
 namespace cutloss::binding {
@@ -143,6 +144,8 @@ Problem problem_of(const Options& options, Upstream upstream) {
   p.zbar_gradient = gradient && p.wants_zbar;
   p.max_workspace = options.max_workspace;
   p.schedule = static_cast<Schedule>(options.schedule);
+  // For tests and measurements: the one engine that a plan may take.
+  if (const char* engine = std::getenv("CUTLOSS_ENGINE")) p.engine = engine;
   return p;
 }
 

@@ -17,6 +17,8 @@ from cutloss._cli import check_device, count, shape
 
 # Of those that make a difference to the products, as /proc/cpuinfo calls them.
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "sve", "bf16")
+# What a training step of a large model asks for on a GPU.
+TYPICAL = {"N": 8192, "D": 4096, "V": 128256}
 # Sizes that are a multiple of nothing.
 SELF_CHECK = {"N": 67, "D": 45, "V": 1021}
 
@@ -31,10 +33,19 @@ def add_arguments(parser):
         help="the loss to ask about (default 2048,768,50257)",
     )
     add("--dtype", choices=DTYPES, default="fp32")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default=_default_device(),
+        help="where the loss would be (default: cuda where it can be used, else cpu)",
+    )
     add("--frozen", action="store_true", help="the classifier gets no gradient")
     add("--schedule", choices=("auto", "rows", "vocabulary"), default="auto")
     add("--max-workspace", type=count, metavar="MIB", help="the memory that the loss may use")
+
+
+def _default_device():
+    return "cuda" if _ops.HAS_CUDA and torch.cuda.is_available() else "cpu"
 
 
 def run(args):
@@ -102,20 +113,45 @@ def _openmp_runtimes():
 
 
 def _cuda():
+    driver = _driver()
+    yield f"NVIDIA driver {driver}" if driver else "no NVIDIA driver was found"
     if torch.version.cuda is None:
-        yield f"this PyTorch ({torch.__version__}) is built without CUDA"
+        yield f"not used: this PyTorch ({torch.__version__}) is built without CUDA"
     elif not torch.cuda.is_available():
-        yield f"PyTorch is built for CUDA {torch.version.cuda}, but finds no device"
+        yield f"not used: PyTorch is built for CUDA {torch.version.cuda}, but finds no device"
     else:
+        yield f"PyTorch is built for CUDA {torch.version.cuda}"
         for i in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(i)
-            yield f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
+            found = torch.cuda.get_device_properties(i)
+            gib = found.total_memory / 2**30
+            yield f"cuda:{i}: {found.name}, sm_{found.major}{found.minor}, {gib:.0f} GiB"
+        if not _ops.HAS_CUDA:
+            yield "not used: this cutloss was built without CUDA; the README says how to make one"
+        else:
+            yield from _typical()
+
+
+def _driver():
+    try:
+        with open("/proc/driver/nvidia/version") as file:
+            found = re.search(r"Module .*?(\d+\.\d+[.\d]*)", file.read())
+            return found and found[1]
+    except OSError:
+        return None
+
+
+def _typical():
+    case = Case(**TYPICAL, dtype="bf16", device="cuda")
+    try:
+        plan = decide(case, Method("cutloss"), "fwbw")
+        yield f"a loss of {case.label} takes engine {plan.engine}, schedule {plan.schedule}"
+    except Refusal as error:
+        yield f"not used for {case.label}: {error}".replace("\n", "\n  ")
 
 
 def _engines():
-    lines = _ops.describe_machine().splitlines()
-    yield from lines
-    if not any(line.startswith("engine cuda") for line in lines):
+    yield from _ops.describe_machine().splitlines()
+    if not _ops.HAS_CUDA:
         yield "engine cuda: not in this build of cutloss"
 
 
