@@ -1,5 +1,7 @@
 """cutloss doctor."""
 
+import dataclasses
+
 import pytest
 import torch
 from cli_helpers import assert_refused, run_cli
@@ -42,9 +44,14 @@ def test_doctor_says_why_nothing_takes_a_loss(capsys):
     assert "max_workspace is 1048576" in done.out
 
 
+def factor_on_the_loss(monkeypatch, factor):
+    right = methods.LOSSES["cutloss"]
+    wrong = dataclasses.replace(right, function=lambda *a: factor * right.function(*a))
+    monkeypatch.setitem(methods.LOSSES, "cutloss", wrong)
+
+
 def test_doctor_finds_a_wrong_loss(capsys, monkeypatch):
-    right = methods._LOSSES["cutloss"]
-    monkeypatch.setitem(methods._LOSSES, "cutloss", lambda m, e, c, t: 1.01 * right(m, e, c, t))
+    factor_on_the_loss(monkeypatch, 1.01)
     done = run_cli(capsys, "doctor")
     assert done.code == 1
     assert "Broken: " in done.out
@@ -52,9 +59,7 @@ def test_doctor_finds_a_wrong_loss(capsys, monkeypatch):
 
 
 def test_doctor_finds_a_nan(capsys, monkeypatch):
-    right = methods._LOSSES["cutloss"]
-    wrong = lambda m, e, c, t: right(m, e, c, t) * float("nan")  # noqa: E731
-    monkeypatch.setitem(methods._LOSSES, "cutloss", wrong)
+    factor_on_the_loss(monkeypatch, float("nan"))
     assert run_cli(capsys, "doctor").code == 1
 
 

@@ -1,24 +1,44 @@
-"""Errors of the gradients against fp64, ‖a - b‖ / ‖b‖."""
+"""Errors of losses and gradients against a reference in fp64 or fp32, ‖a - b‖ / ‖b‖."""
 
+import dataclasses
 import os
 
 import torch
 
-from cutloss._bench.cases import inputs, leaves
-from cutloss._bench.methods import run_pass
+from cutloss._bench.cases import IGNORED_TARGET, bias_of, inputs, leaves
+from cutloss._bench.methods import row_losses, run_pass
 
-_SLAB = 4096  # vocabulary columns at a time
+_LOGITS = 1 << 28  # bytes of logits at a time
+# Compute capabilities whose fp64 products are not many times slower than those in fp32.
+_FP64_DEVICES = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 
-def reference_bytes(case):
+@dataclasses.dataclass
+class Reference:
+    dtype: torch.dtype  # it was computed in
+    nll: torch.Tensor  # (N), 0 where ignored
+    loss: float
+    de: torch.Tensor  # (N,D)
+    dc: torch.Tensor  # (V,D)
+
+
+def reference_bytes(case, dtype=torch.float64):
     """C, dC and the logits of the reference, and copies on the way."""
-    return 8 * (3 * case.V * case.D + 2 * case.N * _SLAB + 3 * case.N * case.D)
+    elements = 3 * case.V * case.D + 3 * case.N * case.D
+    return dtype.itemsize * elements + 4 * max(_LOGITS, dtype.itemsize * case.V)
 
 
-def size_allows(case):
-    """Whether the reference takes at most half of the memory that is there, and not minutes."""
+def reference_dtype(case):
+    """What the reference is computed in: fp64 where it takes at most half of the memory that is
+    there, and not minutes; on CUDA fp32 where that is so of fp32 alone; else None."""
     free = _available_bytes(case.device)
-    return reference_bytes(case) <= free // 2 and case.N * case.V * case.D <= 4e11
+    if case.device == "cpu":
+        fits = reference_bytes(case) <= free // 2 and case.N * case.V * case.D <= 4e11
+        return torch.float64 if fits else None
+    dtypes = (torch.float64, torch.float32)
+    if torch.cuda.get_device_capability() not in _FP64_DEVICES and case.dtype != "fp64":
+        dtypes = (torch.float32,)
+    return next((d for d in dtypes if reference_bytes(case, d) <= free // 2), None)
 
 
 def _available_bytes(device):
@@ -34,37 +54,78 @@ def _available_bytes(device):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def reference(case, tensors, dtype=torch.float64):
+    """The mean loss and its gradients, chunk by chunk of rows; knows nothing of what it judges."""
+    e, c, targets, bias = tensors
+    e, c = e.detach().to(dtype), c.detach().to(dtype)
+    softcap, temperature = case.option("softcap"), case.option("temperature")
+    valid = targets != IGNORED_TARGET
+    count = valid.sum()
+    nll = torch.zeros(case.N, dtype=dtype, device=e.device)
+    de, dc = torch.zeros_like(e), torch.zeros_like(c)
+    rows = max(1, _LOGITS // (dtype.itemsize * case.V))
+    for start in range(0, case.N, rows):
+        chosen = torch.arange(start, min(start + rows, case.N), device=e.device)
+        chosen = chosen[valid[chosen]]
+        part, picked = e[chosen], targets[chosen, None]
+        z = part @ c.t()  # (rows, V)
+        if bias is not None:
+            z += bias.detach().to(dtype)
+        slope = 1.0 / (temperature or 1.0)
+        if softcap is not None:
+            z = torch.tanh(z / softcap)
+            slope = slope * (1 - z.square())
+            z *= softcap
+        if temperature is not None:
+            z /= temperature
+        z -= z.amax(1, keepdim=True)
+        log_sum = z.exp().sum(1).log_()
+        nll[chosen] = log_sum - z.gather(1, picked).squeeze(1)
+        g = z.sub_(log_sum[:, None]).exp_()
+        g.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=dtype))
+        g *= slope
+        g /= count
+        de[chosen] = g @ c
+        dc.addmm_(g.t(), part)
+    return Reference(dtype, nll, (nll.sum() / count).item(), de, dc)
+
+
 def reference_gradients(case):
-    """dE, dC of the mean loss in fp64, slab by slab; knows nothing of the code it judges."""
-    e, c, targets = inputs(case)
-    e, c = e.double(), c.double()
-    row_max = torch.full((case.N,), -torch.inf, dtype=torch.float64, device=e.device)
-    for v in range(0, case.V, _SLAB):
-        row_max = torch.maximum(row_max, (e @ c[v : v + _SLAB].t()).amax(1))
-    total = torch.zeros_like(row_max)
-    for v in range(0, case.V, _SLAB):
-        total += (e @ c[v : v + _SLAB].t() - row_max[:, None]).exp_().sum(1)
-    de, dc = torch.zeros_like(e), torch.empty_like(c)
-    for v in range(0, case.V, _SLAB):
-        part = c[v : v + _SLAB]
-        g = (e @ part.t() - row_max[:, None]).exp_().div_(total[:, None])  # (N, slab)
-        rows = ((targets >= v) & (targets < v + len(part))).nonzero().squeeze(1)
-        g[rows, targets[rows] - v] -= 1.0
-        g /= case.N
-        de += g @ part
-        dc[v : v + _SLAB] = g.t() @ e
-    return de, dc
+    """dE, dC of the mean loss in fp64."""
+    found = reference(case, (*inputs(case), bias_of(case)))
+    return found.de, found.dc
 
 
-def gradient_errors(method, case, which, reference):
-    """(error of dE, error of dC), None where the pass makes no such gradient."""
-    e, c, targets = leaves(inputs(case), which)
-    run_pass(method, case, which, e, c, targets)
-    return tuple(
-        None if tensor.grad is None else _error(tensor.grad, exact)
-        for tensor, exact in zip((e, c), reference)
-    )
+def gradient_errors(method, case, which, expected):
+    """(error of dE, error of dC) of one call; None where the pass makes no such gradient."""
+    e, c, targets, bias = leaves((*inputs(case), bias_of(case)), which)
+    run_pass(method, case, which, e, c, targets, bias)
+    return errors_of((e.grad, c.grad), expected)
 
 
-def _error(gradient, exact):
-    return ((gradient.double() - exact).norm() / exact.norm()).item()
+def errors_of(gradients, expected):
+    return tuple(None if g is None else error(g, b) for g, b in zip(gradients, expected))
+
+
+def loss_error(loss, expected):
+    return abs(loss - expected.loss) / max(abs(expected.loss), 1e-30)
+
+
+def row_error(method, case, tensors, expected):
+    """The error of the losses of the rows, or None where the method gives only their mean."""
+    if not method.kind.per_row:
+        return None
+    nll = row_losses(method, case, *leaves(tensors, "fw"))
+    valid = tensors[2] != IGNORED_TARGET
+    return error(nll[valid], expected.nll[valid])
+
+
+def error(a, b):
+    """In slices: in fp64, a - b of a large classifier would be the largest tensor of all."""
+    difference = norm = 0.0
+    step = max(1, (1 << 26) // max(1, b[0].numel()))
+    for i in range(0, len(b), step):
+        exact = b[i : i + step].double()
+        difference += (a[i : i + step].double() - exact).square().sum().item()
+        norm += exact.square().sum().item()
+    return (difference / norm) ** 0.5 if norm > 0 else float(difference > 0)

@@ -2,11 +2,11 @@
 
 On the CPU it is resident memory as the kernel counts it (VmHWM of /proc/self/status, set back to
 the current value through /proc/self/clear_refs), so whatever any library holds is in it, whoever
-allocated it. On CUDA it is the peak of PyTorch's allocator. Reported is what the call adds to the
+allocated it. On CUDA it is what device_memory.py says. Reported is what the call adds to the
 inputs, less the gradients that it returns.
 
 The process first runs the method at a tiny size: libraries, thread pools and code are then in
-memory, and do not count. The measured call is the first one of its size.
+memory, and do not count. The measured call is the first one of its size on the CPU.
 """
 
 import ctypes
@@ -15,8 +15,9 @@ import json
 import subprocess
 import sys
 
-from cutloss._bench.cases import Case, inputs, leaves
-from cutloss._bench.methods import Method, run_pass, synchronise
+from cutloss._bench import device_memory
+from cutloss._bench.cases import Case, bias_of, inputs, leaves
+from cutloss._bench.methods import Method, run_pass
 
 
 def peak_bytes(case, method, which, threads):
@@ -64,33 +65,22 @@ class _HostPeak:
         return _resident("VmHWM") - self._before
 
 
-class _CudaPeak:
-    def start(self):
-        import torch
-
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        self._before = torch.cuda.memory_allocated()
-
-    def added(self):
-        import torch
-
-        return torch.cuda.max_memory_allocated() - self._before
-
-
 def _measure(case, method, which):
-    tiny = dataclasses.replace(case, N=64, V=1024)
-    run_pass(method, tiny, which, *leaves(inputs(tiny), which))
-    tensors = leaves(inputs(case), which)
-    synchronise(case.device)
-    peak = _CudaPeak() if case.device == "cuda" else _HostPeak()
+    # On CUDA code is compiled and loaded for each size, and counted as long as it is new.
+    warm = dataclasses.replace(case, N=64, V=1024) if case.device == "cpu" else case
+    run_pass(method, warm, which, *leaves((*inputs(warm), bias_of(warm)), which))
+    tensors = leaves((*inputs(case), bias_of(case)), which)
+    peak = _HostPeak() if case.device == "cpu" else device_memory.Meter()
     try:
         peak.start()
     except OSError:
         return None
     run_pass(method, case, which, *tensors)
-    synchronise(case.device)
-    return max(0, peak.added() - case.gradient_bytes(which))
+    return max(0, _bytes(peak.added()) - case.gradient_bytes(which))
+
+
+def _bytes(added):
+    return added if isinstance(added, int) else added.peak
 
 
 def main():

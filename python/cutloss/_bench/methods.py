@@ -1,20 +1,30 @@
-"""The ways to compute the loss, and the bare matrix product they are measured in."""
+"""The ways to compute the loss that are measured side by side."""
 
-import ctypes
+import contextlib
 import dataclasses
 import functools
+import inspect
+import os
 
 import torch
 import torch.nn.functional as F
 
+from cutloss._bench import rivals
+from cutloss._bench.cases import IGNORED_TARGET
+from cutloss._bench.rivals import ALL_OPTIONS, Asked, Loss
+
+ENGINE_VARIABLE = "CUTLOSS_ENGINE"  # which engine a plan is restricted to
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A loss, by name; the last two are for cutloss only."""
+    """A loss, by name; the rest is for cutloss only."""
 
     name: str
     schedule: str = "auto"
-    max_workspace_mib: float | None = None
+    max_workspace_mib: float | str | None = None  # a name: see plan.workspace
+    engine: str | None = None
+    num_valid: bool = False  # whether the number of targets that count is passed on
 
     @property
     def max_workspace(self):
@@ -25,122 +35,194 @@ class Method:
     @property
     def label(self):
         parts = [self.name]
+        if self.engine:
+            parts.append(self.engine)
         if self.schedule != "auto":
             parts.append(self.schedule)
-        if self.max_workspace_mib is not None:
+        if isinstance(self.max_workspace_mib, str):
+            parts.append(f"{self.max_workspace_mib} workspace")
+        elif self.max_workspace_mib is not None:
             parts.append(f"{self.max_workspace_mib:g} MiB")
+        if self.num_valid:
+            parts.append("num_valid")
         return " ".join(parts)
 
-    def loss(self, e, c, targets):
-        """The mean loss of E (N,D), C (V,D), targets (N)."""
-        return _LOSSES[self.name](self, e, c, targets)
+    @property
+    def kind(self):
+        return LOSSES[self.name]
+
+    def loss(self, e, c, targets, bias=None, **asked):
+        """The mean loss of E (N,D), C (V,D), targets (N); asked as Asked says."""
+        return self.kind.function(e, c, targets, Asked(method=self, bias=bias, **asked))
 
 
-def _cutloss(method, e, c, targets):
+def _cutloss(e, c, targets, asked):
     from cutloss import linear_cross_entropy
 
+    method = asked.method
+    options = {"num_valid": asked.num_valid} if method.num_valid else {}
+    if asked.softcap is not None:
+        options["softcap"] = asked.softcap
+    if asked.temperature is not None:
+        options["temperature"] = asked.temperature
     return linear_cross_entropy(
-        e, c, targets, schedule=method.schedule, max_workspace=method.max_workspace
+        e,
+        c,
+        targets,
+        asked.bias,
+        ignore_index=IGNORED_TARGET,
+        reduction=asked.reduction,
+        schedule=method.schedule,
+        max_workspace=method.max_workspace,
+        **options,
     )
 
 
-def _plain(method, e, c, targets):
-    logits = F.linear(e, c)
+def takes_num_valid():
+    from cutloss import linear_cross_entropy
+
+    return "num_valid" in inspect.signature(linear_cross_entropy).parameters
+
+
+def _plain(e, c, targets, asked):
+    return _plain_loss(
+        e, c, targets, asked.bias, asked.softcap, asked.temperature, asked.reduction
+    )
+
+
+def _plain_loss(e, c, targets, bias, softcap, temperature, reduction):
+    logits = F.linear(e, c, bias)
     if logits.dtype != torch.float64:
         logits = logits.float()
-    return F.cross_entropy(logits, targets)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if temperature is not None:
+        logits = logits / temperature
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction=reduction)
 
 
-def _torch_lce(method, e, c, targets):
-    return F.linear_cross_entropy(e, c, targets)
+@functools.cache
+def _compiled():
+    return torch.compile(_plain_loss, dynamic=False)
 
 
-def _torch_lce_chunked(method, e, c, targets):
-    return F.linear_cross_entropy(e, c, targets, options=torch.nn.LinearCrossEntropyOptions())
+def _compile(e, c, targets, asked):
+    return _compiled()(
+        e, c, targets, asked.bias, asked.softcap, asked.temperature, asked.reduction
+    )
 
 
-_LOSSES = {
-    "cutloss": _cutloss,
-    "plain": _plain,
-    "torch_lce": _torch_lce,
-    "torch_lce_chunked": _torch_lce_chunked,
-}
-METHODS = tuple(_LOSSES)
+def _torch_lce(e, c, targets, asked, **more):
+    return F.linear_cross_entropy(
+        e,
+        c,
+        targets,
+        linear_bias=asked.bias,
+        ignore_index=IGNORED_TARGET,
+        reduction=asked.reduction,
+        **more,
+    )
 
 
-def missing(name):
-    """Why a method cannot be run with the PyTorch at hand, or None."""
-    if name == "torch_lce" and not hasattr(F, "linear_cross_entropy"):
+def _torch_lce_chunked(e, c, targets, asked):
+    return _torch_lce(e, c, targets, asked, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def _no_lce(device):
+    if not hasattr(F, "linear_cross_entropy"):
         return f"PyTorch {torch.__version__} has no F.linear_cross_entropy"
-    if name == "torch_lce_chunked" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+    return None
+
+
+def _no_lce_options(device):
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return f"PyTorch {torch.__version__} has no torch.nn.LinearCrossEntropyOptions"
     return None
 
 
-def run_pass(method, case, which, e, c, targets):
+_LOCAL = {
+    "cutloss": Loss(_cutloss, "this package", options=ALL_OPTIONS),
+    "plain": Loss(_plain, "matmul, float(), F.cross_entropy", options=ALL_OPTIONS),
+    "compile": Loss(_compile, "plain under torch.compile", options=ALL_OPTIONS),
+    "torch_lce": Loss(
+        _torch_lce, "F.linear_cross_entropy without options", _no_lce, options={"bias"}
+    ),
+    "torch_lce_chunked": Loss(
+        _torch_lce_chunked,
+        "F.linear_cross_entropy with LinearCrossEntropyOptions()",
+        _no_lce_options,
+        options={"bias"},
+    ),
+}
+LOSSES = {**_LOCAL, **rivals.LOSSES}
+METHODS = tuple(LOSSES)
+DEFAULT_METHODS = {"cpu": ("cutloss", "plain", "torch_lce", "torch_lce_chunked"), "cuda": METHODS}
+
+
+def missing(name, device="cpu"):
+    """Why a method cannot be run here, or None."""
+    return LOSSES[name].missing(device)
+
+
+def cannot(method, case):
+    """Why a method does not do what the case asks for, or None."""
+    lacks = [name for name in case.option_names if name not in method.kind.options]
+    if lacks:
+        return f"it has no {' and no '.join(lacks)}"
+    return None
+
+
+def run_pass(method, case, which, e, c, targets, bias=None):
     """One forward, or forward and backward. Returns the loss; gradients are left in .grad."""
-    e.grad = c.grad = None
-    if which == "fw":
-        with torch.no_grad(), case.autocast():
-            return method.loss(e, c, targets)
-    with case.autocast():
-        loss = method.loss(e, c, targets)
-    loss.backward()
+    forget_gradients(e, c, bias)
+    asked = _asked(case)
+    with only_engine(method.engine):
+        if which == "fw":
+            with torch.no_grad(), case.autocast():
+                return method.loss(e, c, targets, bias, **asked)
+        with case.autocast():
+            loss = method.loss(e, c, targets, bias, **asked)
+        loss.backward()
     return loss.detach()
+
+
+def row_losses(method, case, e, c, targets, bias=None):
+    """The loss of each row (N), without gradients."""
+    with only_engine(method.engine), torch.no_grad(), case.autocast():
+        return method.loss(e, c, targets, bias, **_asked(case), reduction="none").reshape(-1)
+
+
+def _asked(case):
+    return {
+        "softcap": case.option("softcap"),
+        "temperature": case.option("temperature"),
+        "num_valid": case.num_valid,
+    }
+
+
+def forget_gradients(*tensors):
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.grad = None
+
+
+@contextlib.contextmanager
+def only_engine(name):
+    """Plans made inside take this engine, where the library reads the variable."""
+    if name is None:
+        yield
+        return
+    before = os.environ.get(ENGINE_VARIABLE)
+    os.environ[ENGINE_VARIABLE] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENGINE_VARIABLE]
+        else:
+            os.environ[ENGINE_VARIABLE] = before
 
 
 def synchronise(device):
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def products(case, e, c):
-    """Library products E·Cᵀ by name, each into memory that is there: its argument out."""
-    e = e.detach().to(case.product_dtype)  # (N,D)
-    c = c.detach().to(case.product_dtype)  # (V,D)
-    by_row = torch.empty(case.N, case.V, dtype=e.dtype, device=e.device)
-    by_column = torch.empty(case.V, case.N, dtype=e.dtype, device=e.device)
-    found = {
-        "torch mm": functools.partial(torch.mm, e, c.t(), out=by_row),
-        "torch mm, transposed": functools.partial(torch.mm, c, e.t(), out=by_column),
-    }
-    onednn = _onednn_product(case, e, c) if case.device == "cpu" else None
-    if onednn:
-        found["oneDNN gemm"] = onednn
-    return found
-
-
-_ONEDNN = {torch.float32: "dnnl_sgemm", torch.bfloat16: "dnnl_gemm_bf16bf16f32"}
-
-
-def _onednn_product(case, e, c):
-    """oneDNN's own product, where its library is installed: it can be ahead of PyTorch's."""
-    if e.dtype not in _ONEDNN:
-        return None
-    for library in ("libdnnl.so.3", "libdnnl.so.2"):
-        try:
-            gemm = getattr(ctypes.CDLL(library), _ONEDNN[e.dtype])
-        except (OSError, AttributeError):
-            continue
-        break
-    else:
-        return None
-    size, char, real = ctypes.c_int64, ctypes.c_char, ctypes.c_float
-
-    def matrix(tensor):  # row-major, followed by its row stride
-        return ctypes.c_void_p(tensor.data_ptr()), size(tensor.stride(0))
-
-    def product(out):
-        shape = size(case.N), size(case.V), size(case.D)
-        operands = *matrix(e), *matrix(c), real(0.0), *matrix(out)
-        status = gemm(char(b"N"), char(b"T"), *shape, real(1.0), *operands)
-        if status != 0:
-            raise RuntimeError(f"oneDNN's {_ONEDNN[e.dtype]} failed with status {status}")
-
-    product = functools.partial(product, out=torch.empty(case.N, case.V))
-    if e.dtype == torch.bfloat16:  # refused where the processor has no AVX-512
-        try:
-            product()
-        except RuntimeError:
-            return None
-    return product

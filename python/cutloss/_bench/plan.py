@@ -7,10 +7,12 @@ import torch
 
 from cutloss import _ops, _plan
 from cutloss._bench.cases import Case
-from cutloss._bench.methods import Method
+from cutloss._bench.methods import ENGINE_VARIABLE, Method, only_engine
 
 # Raised where no engine takes a case, or none with the schedule and workspace asked for.
 Refusal = (ValueError, TypeError, NotImplementedError)
+WORKSPACES = ("smallest", "logits")
+MIB = 2**20
 
 
 @dataclasses.dataclass
@@ -28,28 +30,58 @@ def decide(case: Case, method: Method, which: str) -> Decision:
         D=case.D,
         e_dtype=case.e_dtype,
         c_dtype=case.c_dtype,
-        bias_dtype=None,
+        bias_dtype=case.c_dtype if "bias" in case.option_names else None,
         target_dtype=torch.int64,
         on_cuda=case.device == "cuda",
     )
-    options = {
-        "compute_dtype": case.product_dtype,
-        "shift": 0,
-        "ignore_index": -100,
-        "softcap": None,
-        "logit_scale": 1.0,
-        "temperature": 1.0,
-        "wants_entropy": False,
-        "wants_zbar": False,
-        "wants_argmax": False,
-        "needs_de": which != "fw",
-        "needs_dc": which == "fwbw",
-        "needs_dbias": False,
-        "schedule": _ops.SCHEDULES[method.schedule],
-        "max_workspace": method.max_workspace,
-        "kept_bytes": 0,
-    }
-    choice = _plan.choose(sizes, options, known_at_forward=True)
-    text = _ops.describe_plan(sizes.arguments(at_forward=choice.immediate), options)
+    options = _ops.options(
+        case.product_dtype,
+        softcap=case.option("softcap"),
+        temperature=case.option("temperature") or 1.0,
+        needs_de=which != "fw",
+        needs_dc=which == "fwbw",
+        needs_dbias=which == "fwbw" and "bias" in case.option_names,
+        schedule=_ops.SCHEDULES[method.schedule],
+        max_workspace=method.max_workspace,
+    )
+    if method.num_valid:
+        options["num_valid"] = case.num_valid
+    with only_engine(method.engine):
+        choice = _plan.choose(sizes, options, known_at_forward=True)
+        text = _ops.describe_plan(sizes.arguments(at_forward=choice.immediate), options)
     engine, schedule = re.search(r"^engine (\S+)\s+schedule (\S+)", text, re.MULTILINE).groups()
+    if method.engine and method.engine not in engine:
+        raise NotImplementedError(
+            f"the plan takes the engine {engine}: {ENGINE_VARIABLE}={method.engine} has no effect"
+        )
     return Decision(engine, schedule, text)
+
+
+def with_workspace(case: Case, method: Method, which: str) -> Method:
+    """The method with its workspace in MiB, where it is given by a name:
+
+    * smallest: the least with which there is a plan;
+    * logits: enough for the logits of all rows, and a little more.
+    """
+    name = method.max_workspace_mib
+    if name == "logits":
+        logits = case.N * case.V * case.product_dtype.itemsize
+        return _granting(method, logits + logits // 8 + 64 * MIB)
+    if name == "smallest":
+        return _granting(method, _smallest(case, method, which))
+    return method
+
+
+def _granting(method, number):
+    return dataclasses.replace(method, max_workspace_mib=number / MIB)  # exact: a power of 2
+
+
+def _smallest(case, method, which):
+    try:
+        decide(case, _granting(method, 0), which)
+    except ValueError as error:
+        needed = re.search(r"smallest plan needs (\d+) bytes", str(error))
+        if needed is None:
+            raise
+        return int(needed[1])
+    return 0

@@ -9,8 +9,10 @@ import subprocess
 import torch
 
 import cutloss
+from cutloss._bench import rivals
 
 NUMBER = (int, float)
+MEASURED = (*NUMBER, type(None))
 # key: the types it may have; None means that it was not measured or does not apply.
 KEYS = {
     "device": (str,),
@@ -26,34 +28,52 @@ KEYS = {
     "engine": (str,),
     "gradient": (str,),
     "schedule": (str,),
-    "workspace_mib": (*NUMBER, type(None)),
+    "workspace_mib": MEASURED,
     "pass": (str,),
     "ms": NUMBER,
     "gemm_ms": NUMBER,
     "gemms": NUMBER,
-    "peak_mib": (*NUMBER, type(None)),
-    "de_err": (*NUMBER, type(None)),
-    "dc_err": (*NUMBER, type(None)),
+    "peak_mib": MEASURED,
+    "de_err": MEASURED,
+    "dc_err": MEASURED,
     "command": (str,),
 }
+# May be left out: older results have none of these.
+OPTIONAL = {
+    "first_ms": MEASURED,  # the first call, with all that it compiles and loads
+    "total_mib": MEASURED,  # peak memory with the gradients
+    "outside_mib": MEASURED,  # the part of it outside of PyTorch's allocator
+    "kept_mib": MEASURED,  # what the first call leaves behind: caches, code
+    "loss_err": MEASURED,
+    "nll_err": MEASURED,  # the losses of the rows
+    "reference": (str, type(None)),  # the dtype that the errors are against
+    "ignored": NUMBER,  # the part of the targets that is ignored
+    "num_valid": (bool,),  # whether the method was told how many are not
+    "options": (str,),
+    "variant": (str,),  # the method and its settings, as the tables call it
+}
 CHOICES = {
-    "gradient": ("exact", "sampled"),
+    "gradient": ("exact", "sampled", "filtered"),
     "schedule": ("rows", "vocabulary", "none"),
     "pass": ("fw", "bw", "fwbw", "fwbw_frozen"),
 }
 POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms")
-NOT_NEGATIVE = ("workspace_mib", "peak_mib", "de_err", "dc_err")
+NOT_NEGATIVE = (
+    *("workspace_mib", "peak_mib", "de_err", "dc_err", "first_ms", "total_mib", "outside_mib"),
+    *("kept_mib", "loss_err", "nll_err", "ignored"),
+)
 
 
 def problems(record):
     """What is wrong with a line, as a list of sentences; empty where nothing is."""
     found = [f"{key} is missing" for key in KEYS if key not in record]
-    found += [f"{key} is not a key of the format" for key in record if key not in KEYS]
-    for key, types in KEYS.items():
+    known = {**KEYS, **OPTIONAL}
+    found += [f"{key} is not a key of the format" for key in record if key not in known]
+    for key, types in known.items():
         value = record.get(key)
         if key not in record:
             continue
-        if isinstance(value, bool) or not isinstance(value, types):
+        if isinstance(value, bool) != (types == (bool,)) or not isinstance(value, types):
             found.append(f"{key} is {value!r}, not {' or '.join(t.__name__ for t in types)}")
         elif key in CHOICES and value not in CHOICES[key]:
             found.append(f"{key} is {value!r}, not one of {', '.join(CHOICES[key])}")
@@ -64,13 +84,13 @@ def problems(record):
     return found
 
 
-def surroundings(device, threads):
+def surroundings(device, threads, packages=()):
     """The keys that all lines of a run share: device, date, commit, versions."""
     return {
         "device": device_name(device, threads),
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
-        "versions": versions(),
+        "versions": {**versions(), **{name: rivals.version(name) for name in packages}},
     }
 
 
@@ -82,6 +102,9 @@ def versions():
     }
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
+    triton = rivals.version("triton")
+    if triton:
+        found["triton"] = triton
     return found
 
 

@@ -6,19 +6,36 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cutloss._bench.methods import METHODS
-
-MOST_PRODUCTS = 3  # library products measured beside the methods, at most
+COLOURS = {
+    "cutloss": "#1b7f5c",
+    "torch": "#8a8f98",
+    "cut-cross-entropy": "#c9822b",
+    "liger-kernel": "#7a5ea8",
+    "quack-kernels": "#3b7fb8",
+}
+# heading, key, how it is written
+COLUMNS = (
+    ("ms", "ms", "{:.2f}"),
+    ("GEMMs", "gemms", "{:.2f}"),
+    ("first ms", "first_ms", "{:.0f}"),
+    ("peak MiB", "peak_mib", "{:.1f}"),
+    ("with gradients", "total_mib", "{:.1f}"),
+    ("kept", "kept_mib", "{:.1f}"),
+    ("dE error", "de_err", "{:.1e}"),
+    ("dC error", "dc_err", "{:.1e}"),
+    ("loss error", "loss_err", "{:.1e}"),
+    ("nll error", "nll_err", "{:.1e}"),
+)
 
 
 def console():
     """Wide enough for the tables where the output is not a terminal."""
     shown = Console(highlight=False)
-    return shown if shown.is_terminal else Console(highlight=False, width=120)
+    return shown if shown.is_terminal else Console(highlight=False, width=180)
 
 
 def note(text):
-    console().print(text, markup=False, style="dim")
+    console().print(text, markup=False, style="dim", soft_wrap=True)
 
 
 def heading(shared):
@@ -27,34 +44,29 @@ def heading(shared):
 
 
 @contextlib.contextmanager
-def progress(case, methods, passes, rounds):
+def progress(case, calls, rounds):
     """Yields a function to call after each measured call."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console(), transient=True) as bar:
-        calls = (rounds + 1) * (methods * passes + MOST_PRODUCTS)
-        task = bar.add_task(case.label, total=calls)
+        task = bar.add_task(case.label, total=(rounds + 1) * calls)
         yield lambda: bar.advance(task)
 
 
-def table(case, measured):
-    unit = measured[0][1]["gemm_ms"]
-    shown = Table(title=f"{case.label}   (1 GEMM = {unit:.2f} ms)", title_justify="left")
-    shown.add_column("pass")
-    shown.add_column("method")
-    shown.add_column("schedule")
-    for name in ("ms", "GEMMs", "peak MiB", "dE error", "dC error"):
+def table(case, lines):
+    first = lines[0][1]
+    against = f", errors against {first['reference']}" if first["reference"] else ""
+    title = f"{case.label}   (1 GEMM = {first['gemm_ms']:.2f} ms{against})"
+    shown = Table(title=title, title_justify="left")
+    for name in ("pass", "method", "engine", "schedule"):
+        shown.add_column(name)
+    columns = [c for c in COLUMNS if any(line[c[1]] is not None for _, line in lines)]
+    for name, *_ in columns:
         shown.add_column(name, justify="right")
-    for method, r in measured:
-        shown.add_row(
-            r["pass"],
-            method.label,
-            r["schedule"] if r["method"] == "cutloss" else "",
-            f"{r['ms']:.2f}",
-            f"{r['gemms']:.2f}",
-            _number(r["peak_mib"], "{:.1f}"),
-            _number(r["de_err"], "{:.1e}"),
-            _number(r["dc_err"], "{:.1e}"),
-        )
+    for method, r in lines:
+        ours = r["method"] == "cutloss"
+        plan = (r["engine"], r["schedule"]) if ours else ("", "")
+        cells = (_number(r[key], form) for _, key, form in columns)
+        shown.add_row(r["pass"], method.label, *plan, *cells)
     console().print(shown)
 
 
@@ -71,21 +83,29 @@ def plot(path, records):
 
     groups = {}
     for method, r in records:
-        title = f"N {r['N']}, D {r['D']}, V {r['V']}\n{r['dtype']}, {r['data']}, {r['pass']}"
+        case = [r["dtype"], r["data"], *([r["options"]] if r["options"] else []), r["pass"]]
+        if r["ignored"]:
+            case.insert(2, f"{r['ignored']:.0%} ignored")
+        title = f"N {r['N']}, D {r['D']}, V {r['V']}\n{', '.join(case)}"
         groups.setdefault(title, []).append((method, r))
-    colours = dict(zip(METHODS, ("#1b7f5c", "#8a8f98", "#c9822b", "#7a5ea8")))
+    heights = [0.9 + 0.2 * len(lines) for lines in groups.values()]
     figure, axes = plt.subplots(
-        len(groups), 2, figsize=(10, 0.6 + 1.9 * len(groups)), squeeze=False, layout="constrained"
+        len(groups),
+        2,
+        figsize=(10, 0.6 + sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
     )
     for (title, lines), (time_axis, memory_axis) in zip(groups.items(), axes):
         names = [method.label for method, _ in lines][::-1]
-        bar_colours = [colours[method.name] for method, _ in lines][::-1]
+        colours = [_colour(method) for method, _ in lines][::-1]
         for axis, key, form in (
             (time_axis, "gemms", "{:.2f}"),
             (memory_axis, "peak_mib", "{:.0f}"),
         ):
             values = [r[key] for _, r in lines][::-1]
-            bars = axis.barh(range(len(names)), [v or 0 for v in values], color=bar_colours)
+            bars = axis.barh(range(len(names)), [v or 0 for v in values], color=colours)
             axis.bar_label(bars, [" " + _number(v, form) for v in values], fontsize=8)
             axis.margins(x=0.15)
             axis.spines[["top", "right"]].set_visible(False)
@@ -96,3 +116,7 @@ def plot(path, records):
     axes[-1][1].set_xlabel("peak memory over inputs and gradients, MiB")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _colour(method):
+    return COLOURS.get(method.name) or COLOURS[method.kind.package]

@@ -1,0 +1,213 @@
+"""All measurements of one case: first calls with their errors, memory, times."""
+
+import contextlib
+import dataclasses
+import gc
+import signal
+
+import torch
+
+from cutloss._bench import device_memory, errors, memory, softmax, timing
+from cutloss._bench.cases import bias_of, inputs, leaves
+from cutloss._bench.methods import Method, cannot, forget_gradients, run_pass
+from cutloss._bench.plan import Decision, Refusal, decide, with_workspace
+from cutloss._bench.products import products
+from cutloss._bench.rivals import first_line
+from cutloss._cli import UserError
+
+
+@dataclasses.dataclass
+class Settings:
+    passes: list[str]
+    rounds: int
+    measures_memory: bool = True
+    measures_errors: bool = True
+    pause: float = 0.0  # seconds before each timed call
+    first_call_limit: float | None = None  # seconds
+
+
+@dataclasses.dataclass
+class Result:
+    """Of one method and pass; None is what was not measured. Memory in bytes."""
+
+    method: Method  # with its workspace in MiB
+    decision: Decision | None = None
+    ms: float | None = None
+    first_ms: float | None = None
+    peak: int | None = None  # over inputs and gradients
+    total: int | None = None  # over inputs
+    outside: int | None = None
+    kept: int | None = None
+    de_err: float | None = None
+    dc_err: float | None = None
+    loss_err: float | None = None
+    nll_err: float | None = None
+
+
+@dataclasses.dataclass
+class Measured:
+    gemm_ms: float
+    reference: str | None  # the dtype that errors are against
+    results: dict[tuple[Method, str], Result]
+
+
+def measure(case, methods, settings, report):
+    """Everything about one case, or None where no method is left."""
+    results = _planned(case, methods, settings.passes, report)
+    if not results:
+        return None
+    torch.compiler.reset()  # PyTorch compiles a function for a few shapes, and then no longer
+    tensors = (*inputs(case), bias_of(case))
+    if case.data == "softmax":
+        report.note(softmax.describe(*tensors[:3]))
+    leaves_of = {which: leaves(tensors, which) for which in settings.passes}
+    units = products(case, *tensors[:2])
+    for unit in units.values():  # loads the library, makes its workspace
+        unit()
+
+    expected = _reference(case, tensors, settings, report)
+    for (method, which), result in list(results.items()):
+        try:
+            with _time_limit(settings.first_call_limit):
+                _first_call(case, which, result, leaves_of[which], expected)
+            if settings.measures_memory:
+                _memory(case, which, result, leaves_of[which])
+            continue
+        except Exception as error:  # whatever a rival raises
+            reason = first_line(error)
+        del results[method, which]
+        report.note(f"{method.label} failed, {which}: {reason}")
+        _clean_up(case, method, leaves_of[which])
+    reference = str(expected.dtype).removeprefix("torch.") if expected else None
+    del expected
+    if not results:
+        return None
+    gemm_ms = _times(case, results, units, leaves_of, settings, report)
+    return Measured(gemm_ms, reference, results)
+
+
+def _planned(case, methods, passes, report):
+    """{(method, pass): Result} of what can be measured; a line for all else."""
+    results, refused = {}, set()
+    for which in passes:
+        for method in methods:
+            if method in refused:
+                continue
+            reason = cannot(method, case)
+            if reason:
+                refused.add(method)
+                report.note(f"{method.label} is left out: {reason}")
+                continue
+            result = Result(method)
+            if method.name == "cutloss":
+                try:
+                    result.method = with_workspace(case, method, which)
+                    result.decision = decide(case, result.method, which)
+                except Refusal as error:
+                    refused.add(method)
+                    report.note(f"{method.label} is left out, {which}: {error}")
+                    continue
+            results[method, which] = result
+    return {key: result for key, result in results.items() if key[0] not in refused}
+
+
+def _reference(case, tensors, settings, report):
+    if not settings.measures_errors:
+        return None
+    dtype = errors.reference_dtype(case)
+    if dtype is None:
+        report.note("errors are left out: the reference would be too large")
+        return None
+    return errors.reference(case, tensors, dtype)
+
+
+def _first_call(case, which, result, tensors, expected):
+    """Its time, what it leaves in memory, and the errors of what it returns."""
+    meter = device_memory.Meter() if case.device == "cuda" else None
+    if meter:
+        meter.start()
+    seconds, loss = timing.wall_seconds(
+        lambda: run_pass(result.method, case, which, *tensors), case.device
+    )
+    result.first_ms = 1e3 * seconds
+    if expected:
+        result.loss_err = errors.loss_error(loss.item(), expected)
+        gradients = (tensors[0].grad, tensors[1].grad)
+        result.de_err, result.dc_err = errors.errors_of(gradients, (expected.de, expected.dc))
+    del loss
+    forget_gradients(*tensors)
+    if meter:
+        result.kept = max(0, meter.added().kept)
+    if expected and which == "fw":
+        result.nll_err = errors.row_error(result.method, case, tensors, expected)
+
+
+def _memory(case, which, result, tensors):
+    if case.device == "cpu":
+        threads = torch.get_num_threads()
+        result.peak = memory.peak_bytes(case, result.method, which, threads)
+        if result.peak is not None:
+            result.total = result.peak + case.gradient_bytes(which)
+        return
+    meter = device_memory.Meter()
+    meter.start()
+    run_pass(result.method, case, which, *tensors)
+    added = meter.added()
+    forget_gradients(*tensors)
+    result.total = added.peak
+    result.outside = added.outside
+    result.peak = max(0, added.peak - case.gradient_bytes(which))
+
+
+def _times(case, results, units, leaves_of, settings, report):
+    """Fills in the times; returns that of the unit."""
+
+    def once(method, which):
+        run_pass(method, case, which, *leaves_of[which])
+        forget_gradients(*leaves_of[which])
+
+    calls = {key: lambda r=r, which=key[1]: once(r.method, which) for key, r in results.items()}
+    with report.progress(case, len(calls) + len(units), settings.rounds) as advance:
+        ms = timing.time_rounds(
+            {**calls, **units}, settings.rounds, case.device, case.seed, advance, settings.pause
+        )
+    for key, result in results.items():
+        result.ms = ms[key]
+    flops = 2 * case.N * case.D * case.V
+    shown = (f"{name} {ms[name]:.2f} ms, {flops / ms[name] / 1e9:.1f} TFLOP/s" for name in units)
+    report.note("E·Cᵀ: " + "; ".join(shown))
+    return min(ms[name] for name in units)
+
+
+def _clean_up(case, method, tensors):
+    """After a failure: its tensors go. A fault on the device ends everything."""
+    forget_gradients(*tensors)
+    gc.collect()
+    if case.device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        raise UserError(
+            f"{method.label} left the device unusable ({first_line(error)}); run again without it"
+        ) from None
+
+
+@contextlib.contextmanager
+def _time_limit(seconds):
+    """Raises TimeoutError in the middle of what takes longer."""
+    if seconds is None:
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"its first call took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
