@@ -165,14 +165,16 @@ void scale(Stack& stack) {
     if (!is_one(factor)) multiply(t, factor);
     return;
   }
+  if (t.numel() == 0) return;
   // What the factor is, only the device knows.
-  if (!t.is_contiguous() || !factor.is_cuda() ||
-      factor.get_device_index() != t.get_device_index()) {
+  const ScalarType type = factor.scalar_type();
+  const bool is_here = factor.is_cuda() && factor.get_device_index() == t.get_device_index();
+  if (!t.is_contiguous() || !is_here || (type != ScalarType::Float && type != ScalarType::Double)) {
     multiply(t, factor);
     return;
   }
-  cuda_scale(dtype_of(t.scalar_type(), "t"), data(t), t.numel(),
-             dtype_of(factor.scalar_type(), "factor"), factor.const_data_ptr(), here.stream());
+  cuda_scale(dtype_of(t.scalar_type(), "t"), data(t), t.numel(), dtype_of(type, "factor"),
+             factor.const_data_ptr(), here.stream());
 }
 
 #define CUTLOSS_PLAN_SIZES                                                            \

@@ -59,6 +59,13 @@ def test_one_openmp_in_the_process():
     assert len(mapped.split()) == 1
 
 
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
+def test_operators_of_every_device(key):
+    """In every build: one without CUDA says why it takes nothing, and what to do."""
+    for name in ("statistics", "gradients", "loss_and_gradients", "scale_"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cutloss::{name}", key)
+
+
 def test_version():
     parts = cutloss.__version__.split(".")
     assert len(parts) == 3 and all(part.isdigit() for part in parts)
