@@ -1,0 +1,25 @@
+// The instances of the kernels, without the headers that they are compiled with.
+#pragma once
+
+#include "cuda/sm90/sm90.h"
+
+namespace cutlass {
+struct bfloat16_t;
+struct half_t;
+}  // namespace cutlass
+namespace cute {
+using cutlass::bfloat16_t;
+using cutlass::half_t;
+}  // namespace cute
+
+namespace cutloss::sm90 {
+
+// Element type, blocks in a cluster, entropy, zbar and argmax too.
+template <class Element, int kCluster, bool kAll>
+void launch_statistics_instance(const Logits& logits, const Statistics& statistics,
+                                const Grid& grid, cudaStream_t stream);
+template <class Element>
+void launch_gradient_instance(const Logits& logits, const GradientOfLogits& gradient,
+                              const Grid& grid, cudaStream_t stream);
+
+}  // namespace cutloss::sm90

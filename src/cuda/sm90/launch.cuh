@@ -1,0 +1,69 @@
+// Launches of product_kernel.
+#pragma once
+
+#include "core/text.h"
+#include "cuda/sm90/product.cuh"
+#include "cuda/sm90/sm90.h"
+#include "cuda/sm90/tensor_map.h"
+
+namespace cutloss::sm90 {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it has been seen
+  throw Error(error == cudaErrorMemoryAllocation ? ErrorCode::out_of_memory : ErrorCode::internal,
+              text(what, ": ", cudaGetErrorString(error)));
+}
+
+template <class Config, class Epilogue>
+void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& out,
+                    const ProductParams& params, const typename Epilogue::Params& epilogue,
+                    int blocks, cudaStream_t stream) {
+  const auto kernel = product_kernel<Config, Epilogue>;
+  // A property of the kernel on the current device; setting it again costs a microsecond.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (kSharedBytes<Config, Epilogue>)),
+        "the Hopper kernel's shared memory");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = (kSharedBytes<Config, Epilogue>);
+  config.stream = stream;
+  cudaLaunchAttribute attribute[1];
+  attribute[0].id = cudaLaunchAttributeClusterDimension;
+  attribute[0].val.clusterDim.x = Config::kCluster;
+  attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
+  config.attrs = attribute;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, a, b, out, params, epilogue),
+        "launch of the Hopper kernel");
+}
+
+// The operands of a block of logits: E and C, the depth contiguous in both.
+template <class Config, class Epilogue>
+void launch_logits(const Logits& l, const CUtensorMap* out,
+                   const typename Epilogue::Params& epilogue, const Grid& grid,
+                   cudaStream_t stream) {
+  ProductParams params{};
+  params.rows = l.rows;
+  params.columns = l.columns;
+  params.depth = l.depth;
+  params.count = l.count;
+  params.first = l.first;
+  params.largest_group = grid.largest_group;
+  params.only_if = l.only_if;
+  params.gather = {l.e.data, l.positions, l.e.stride, l.depth};
+  const CUtensorMap c =
+      tensor_map(l.c.data, l.type, l.columns, l.depth, l.c.stride, kTileColumns / Config::kCluster,
+                 kTileDepth);
+  const CUtensorMap e = Config::kGather ? c
+                                        : tensor_map(l.e.data, l.type, l.rows, l.depth, l.e.stride,
+                                                     kTileRows, kTileDepth);
+  launch_product<Config, Epilogue>(e, c, out == nullptr ? c : *out, params, epilogue, grid.blocks,
+                                   stream);
+}
+
+template <class Element, int kCluster, bool kGather = false>
+using LogitsConfig = Config<Element, Major::K, Major::K, kCluster, kGather>;
+
+}  // namespace cutloss::sm90

@@ -1,0 +1,469 @@
+#include "cuda/sm90/rows.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "core/text.h"
+
+namespace cutloss::sm90 {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kBlock = 256;
+constexpr int kWarps = kBlock / kWarp;
+constexpr float kReferenceAbove = 50.f;  // bf16 keeps its digits from e^-87 to e^88
+// Beyond these a product of x with scaled rows of E could leave the range of bf16.
+constexpr float kLeastSum = 1e-30f, kMostSum = 1e20f;
+
+void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw Error(ErrorCode::internal, text("launch of a row kernel: ", cudaGetErrorString(error)));
+  }
+}
+
+int blocks_for(std::int64_t items, int per_block) {
+  return static_cast<int>((items + per_block - 1) / per_block);
+}
+
+__device__ int listed_rows(const Listed& list) {
+  const int left = *list.count - list.first;
+  return left < 0 ? 0 : (left < list.rows ? left : list.rows);
+}
+
+template <class T>
+__device__ T warp_sum(T value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
+  return value;
+}
+__device__ float warp_max(float value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, lanes));
+  }
+  return value;
+}
+
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ void store(float* to, float value) { *to = value; }
+__device__ void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16(value); }
+__device__ void store(__half* to, float value) { *to = __float2half(value); }
+__device__ float load(const float* from) { return *from; }
+__device__ float load(const __nv_bfloat16* from) { return __bfloat162float(*from); }
+
+__device__ float read(const void* array, int n) {
+  return array == nullptr ? 0.f : static_cast<const float*>(array)[n];
+}
+__device__ void write(void* array, int n, float value) {
+  if (array != nullptr) static_cast<float*>(array)[n] = value;
+}
+
+__global__ void inverse_temperatures(Listed list, const float* temperature, double common,
+                                     double least, double most, float* inverse) {
+  const int i = blockIdx.x * kBlock + threadIdx.x;
+  if (i >= listed_rows(list)) return;
+  const double own = temperature == nullptr ? 1.0 : temperature[list.row[list.first + i]];
+  const double all = own * common;
+  inverse[i] = all >= least && all <= most ? static_cast<float>(1.0 / all) : nanf("");
+}
+
+__global__ void clear_statistics(Partials partials, std::int64_t entries, float* target_logit,
+                                 int rows) {
+  const std::int64_t i = std::int64_t{blockIdx.x} * kBlock + threadIdx.x;
+  if (i < rows) target_logit[i] = nanf("");
+  if (i >= entries) return;
+  partials.max_and_sum[i] = make_float2(-INFINITY, 0.f);
+  if (partials.argmax != nullptr) {
+    partials.weighted_and_zbar[i] = make_float2(0.f, 0.f);
+    partials.argmax[i] = -1;
+  }
+}
+
+__device__ void write_outputs(const RowOutputs& out, int n, const RowResult<float>& row) {
+  write(out.nll, n, row.nll);
+  write(out.lse, n, row.lse);
+  write(out.row_max, n, row.row_max);
+  write(out.log_sum, n, row.log_sum);
+  write(out.entropy, n, row.entropy);
+  write(out.zbar, n, row.zbar);
+  if (out.argmax != nullptr) out.argmax[n] = row.argmax;
+}
+
+__global__ void merge_rows(Merge m) {
+  const int i = blockIdx.x * kBlock + threadIdx.x;
+  const int rows = listed_rows(m.list);
+  if (i >= rows) return;
+  const int block_rows = m.grid.block_rows();
+  const TileWalk walk = TileWalk::make((rows + block_rows - 1) / block_rows, m.columns,
+                                       m.grid.clusters(), m.grid.largest_group);
+  const int run = walk.run_of_block(i / block_rows);
+  RowState<float> state = m.first_slab ? RowState<float>{} : m.states[i];
+  const int slots = 2 * walk.sharers(run);
+  for (int slot = 0; slot < slots; ++slot) {
+    const std::int64_t at = m.partials.index(walk, block_rows, run, slot, i);
+    const float2 ms = m.partials.max_and_sum[at];
+    if (m.all) {
+      const float2 wz = m.partials.weighted_and_zbar[at];
+      state.zbar_sum += wz.y;
+      // Slots hold tiles in turn: of equal maxima the first column is wanted, not the first slot.
+      const std::int64_t argmax = m.partials.argmax[at];
+      const bool earlier = ms.y != 0.f && ms.x == state.max && argmax < state.argmax;
+      merge(state, ms.x, ms.y, wz.x, argmax);
+      if (earlier) state.argmax = argmax;
+    } else {
+      merge(state, ms.x, ms.y, 0.f, std::int64_t{0});
+    }
+  }
+  if (!m.last_slab) {
+    m.states[i] = state;
+    return;
+  }
+  state.target_logit = m.target_logit[i];
+  const int entry = m.list.first + i;
+  write_outputs(m.out, m.list.row[entry], finish(state, m.list.target[entry], m.V));
+}
+
+template <class Element>
+__global__ void references_of_rows(References r) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *r.redo = 0;
+  const int i = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  if (i >= listed_rows(r.list)) return;
+  const int target = r.list.target[r.list.first + i];
+  float z = nanf("");
+  if (target >= 0) {
+    const Element* e = static_cast<const Element*>(r.e.data) + i * r.e.stride;
+    const Element* c = static_cast<const Element*>(r.c.data) + target * r.c.stride;
+    float sum = 0.f;
+    for (int d = lane * 8; d < r.depth; d += kWarp * 8) {  // rows are whole pieces of 16 bytes
+      const uint4 e8 = *reinterpret_cast<const uint4*>(e + d);
+      const uint4 c8 = *reinterpret_cast<const uint4*>(c + d);
+      const Element* ep = reinterpret_cast<const Element*>(&e8);
+      const Element* cp = reinterpret_cast<const Element*>(&c8);
+      for (int k = 0; k < 8; ++k) sum = fmaf(to_float(ep[k]), to_float(cp[k]), sum);
+    }
+    sum = warp_sum(sum);
+    const float t = r.transform.inv_temperature[i];
+    z = sum * (r.transform.scale * t);
+    if (r.transform.bias != nullptr) z = fmaf(r.transform.bias[target], t, z);
+    if (r.transform.softcap != 0.f) {
+      const float cap = r.transform.softcap * t;
+      z = cap * tanhf(z / cap);
+    }
+  }
+  if (lane != 0) return;
+  r.target_logit[i] = z;
+  r.reference[i] = z == -INFINITY ? 0.f : z + kReferenceAbove;
+}
+
+__global__ void close_rows(Close k) {
+  if (k.again && *k.redo == 0) return;
+  const int i = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  if (i >= listed_rows(k.list)) return;
+  const float2* partial = k.sum_and_max + std::int64_t{i} * k.column_tiles;
+  float sum = 0.f, top = -INFINITY;
+  for (int tile = lane; tile < k.column_tiles; tile += kWarp) {
+    sum += partial[tile].x;
+    top = fmaxf(top, partial[tile].y);
+  }
+  sum = warp_sum(sum);
+  top = warp_max(top);
+  if (lane != 0) return;
+  const float reference = k.reference[i];
+  const bool finite_top = top > -INFINITY && top < INFINITY;
+  if (!k.again && finite_top && !(sum >= kLeastSum && sum <= kMostSum) && reference == reference) {
+    k.reference[i] = top;
+    *k.redo = 1;
+    return;
+  }
+  RowState<float> state;
+  state.max = top;
+  // e^(z - reference) to e^(z - maximum). An infinite logit makes NaN, as in every engine.
+  state.sum = top == -INFINITY ? sum : sum * expf(reference - top);
+  state.target_logit = k.target_logit[i];
+  const int entry = k.list.first + i;
+  write_outputs(k.out, k.list.row[entry], finish(state, k.list.target[entry], k.V));
+}
+
+struct Known {
+  float nll, row_max, log_sum, d_nll, d_lse;
+};
+
+__device__ Known known_of(const Coefficients& k, int n) {
+  Known row;
+  row.nll = read(k.rows.nll, n);
+  row.row_max = read(k.rows.row_max, n);
+  row.log_sum = read(k.rows.log_sum, n);
+  row.d_nll = read(k.upstream.d_nll, n);
+  row.d_lse = read(k.upstream.d_lse, n);
+  if (k.upstream.d_lse_squared != nullptr) {
+    row.d_lse += 2.f * read(k.upstream.d_lse_squared, n) * (row.row_max + row.log_sum);
+  }
+  return row;
+}
+
+__device__ RowCoefficients<float> coefficients_of(const Coefficients& k, const Known& row, int n,
+                                                  int i) {
+  RowCoefficients<float> c{};
+  c.row_max = row.row_max;
+  c.log_sum = row.log_sum;
+  // A row without a softmax has no gradient: NaN throughout.
+  c.a = row.nll == row.nll ? row.d_nll + row.d_lse : row.nll;
+  c.d_entropy = read(k.upstream.d_entropy, n);
+  c.entropy = c.d_entropy != 0.f ? read(k.rows.entropy, n) : 0.f;
+  c.zbar = read(k.upstream.d_zbar, n) / static_cast<float>(k.V);
+  c.softcap = k.softcap;
+  c.inv_temperature = k.inv_temperature[i];
+  return c;
+}
+
+__global__ void row_gradients(Coefficients k, RowGradient* out) {
+  const int i = blockIdx.x * kBlock + threadIdx.x;
+  if (i >= listed_rows(k.list)) return;
+  const int entry = k.list.first + i, n = k.list.row[entry], target = k.list.target[entry];
+  const Known row = known_of(k, n);
+  const RowCoefficients<float> c = coefficients_of(k, row, n, i);
+  const float weight = k.class_weight == nullptr || target < 0 ? 1.f : k.class_weight[target];
+  const float g = target_gradient(c, row.nll, row.d_nll, row.d_lse, weight);
+  out[i].first = make_float4(c.row_max, c.log_sum, c.a, g);
+  out[i].second = make_float4(c.d_entropy, c.entropy, c.zbar, 0.f);
+}
+
+__global__ void row_factors(Coefficients k, RowFactors out) {
+  const int i = blockIdx.x * kBlock + threadIdx.x;
+  if (i >= listed_rows(k.list)) return;
+  const int n = k.list.row[k.list.first + i];
+  const Known row = known_of(k, n);
+  const RowCoefficients<float> c = coefficients_of(k, row, n, i);
+  const float alone = c.a == 0.f ? 0.f : expf((out.reference[i] - row.row_max) - row.log_sum);
+  out.factor[i] = c.a * alone * (c.inv_temperature * k.scale);
+  const float g = target_gradient(c, row.nll, row.d_nll, row.d_lse, 1.f);
+  const float slope = transform_slope(out.target_logit[i], k.softcap, c.inv_temperature);
+  out.target_g[i] = g * slope * k.scale;
+}
+
+// A block copies a row, 8 elements a thread at a time.
+__global__ void scaled_rows(Listed list, Matrix e, const float* factor, int depth, void* scaled,
+                            std::int64_t stride) {
+  const int i = blockIdx.x;
+  const bool counts = i < listed_rows(list);
+  const float k = counts ? factor[i] : 0.f;
+  const auto* from = static_cast<const __nv_bfloat16*>(e.data) + i * e.stride;
+  auto* to = static_cast<__nv_bfloat16*>(scaled) + i * stride;
+  for (int d = threadIdx.x * 8; d < depth; d += blockDim.x * 8) {
+    uint4 out = {};
+    if (counts) {
+      const uint4 in = *reinterpret_cast<const uint4*>(from + d);
+      const auto* a = reinterpret_cast<const __nv_bfloat16*>(&in);
+      auto* b = reinterpret_cast<__nv_bfloat16*>(&out);
+      for (int j = 0; j < 8; ++j) b[j] = __float2bfloat16(__bfloat162float(a[j]) * k);
+    }
+    *reinterpret_cast<uint4*>(to + d) = out;
+  }
+}
+
+template <class Out>
+__global__ void store_de(StoreDe s) {
+  const int i = blockIdx.x;
+  if (i >= listed_rows(s.list)) return;
+  const int entry = s.list.first + i;
+  const int target = s.list.target[entry];
+  const float factor = s.factor[i], g = s.target_g[i];
+  const float* sums = s.sums + std::int64_t{i} * s.depth;
+  const auto* c = static_cast<const __nv_bfloat16*>(s.c.data) + (target < 0 ? 0 : target) * s.c.stride;
+  Out* to = static_cast<Out*>(s.de) + std::int64_t{s.list.position[entry]} * s.depth;
+  for (int d = threadIdx.x * 4; d < s.depth; d += blockDim.x * 4) {
+    const float4 sum = *reinterpret_cast<const float4*>(sums + d);
+    const float all[4] = {sum.x, sum.y, sum.z, sum.w};
+    Out four[4];
+    for (int j = 0; j < 4; ++j) store(four + j, fmaf(g, to_float(c[d + j]), factor * all[j]));
+    for (int j = 0; j < 4; ++j) to[d + j] = four[j];
+  }
+}
+
+// The first row of a target adds all rows of that target, in order: no two blocks write one row.
+template <class Out>
+__global__ void add_targets(AddTargets a) {
+  const int rows = listed_rows(a.list);
+  const int i = blockIdx.x;
+  if (i >= rows) return;
+  const int* targets = a.list.target + a.list.first;
+  const int target = targets[i];
+  if (target < 0) return;
+  int earlier = 0;
+  for (int k = threadIdx.x; k < i; k += blockDim.x) earlier |= targets[k] == target;
+  if (__syncthreads_or(earlier) != 0) return;
+
+  // Later rows of this target, a batch at a time.
+  constexpr int kBatch = 256;
+  __shared__ int found[kBatch];
+  __shared__ int found_count, next;
+  if (threadIdx.x == 0) next = i;
+  __syncthreads();
+  while (next < rows) {
+    if (threadIdx.x < kWarp) {
+      int count = 0, at = next;
+      for (; at < rows && count <= kBatch - kWarp; at += kWarp) {
+        const int k = at + static_cast<int>(threadIdx.x);
+        const bool same = k < rows && targets[k] == target;
+        const unsigned mask = __ballot_sync(~0u, same);
+        if (same) found[count + __popc(mask & ((1u << threadIdx.x) - 1))] = k;
+        count += __popc(mask);
+      }
+      __syncwarp();
+      if (threadIdx.x == 0) {
+        found_count = count;
+        next = at;
+      }
+    }
+    __syncthreads();
+    if (a.dc != nullptr) {
+      Out* to = static_cast<Out*>(a.dc) + std::int64_t{target} * a.depth;
+      for (int d = threadIdx.x; d < a.depth; d += blockDim.x) {
+        float sum = load(to + d);
+        for (int k = 0; k < found_count; ++k) {
+          const auto* e =
+              static_cast<const __nv_bfloat16*>(a.e.data) + found[k] * a.e.stride;
+          sum = fmaf(a.target_g[found[k]], to_float(e[d]), sum);
+        }
+        store(to + d, sum);
+      }
+    }
+    if (a.dbias != nullptr && threadIdx.x == 0) {
+      double sum = 0;
+      for (int k = 0; k < found_count; ++k) sum += a.target_g[found[k]];
+      a.dbias[target] += sum * a.inverse_scale;
+    }
+    __syncthreads();
+  }
+}
+
+// A thread takes two columns; 32 rows are summed in fp32, those sums in fp64.
+__global__ void add_dbias(Listed list, const __nv_bfloat16* x, std::int64_t stride,
+                          const float* factor, double inverse_scale, int V, double* dbias,
+                          bool first) {
+  const int v = (blockIdx.x * kBlock + threadIdx.x) * 2;
+  if (v >= V) return;
+  const int rows = listed_rows(list);
+  double sum[2] = {0, 0};
+  for (int i = 0; i < rows; i += 32) {
+    float few[2] = {0.f, 0.f};
+    const int end = min(i + 32, rows);
+#pragma unroll 8
+    for (int k = i; k < end; ++k) {
+      const __nv_bfloat162 pair =
+          *reinterpret_cast<const __nv_bfloat162*>(x + k * stride + v);  // rows are padded
+      const float f = factor[k];
+      few[0] = fmaf(f, __low2float(pair), few[0]);
+      few[1] = fmaf(f, __high2float(pair), few[1]);
+    }
+    sum[0] += few[0];
+    sum[1] += few[1];
+  }
+  for (int j = 0; j < 2 && v + j < V; ++j) {
+    dbias[v + j] = (first ? 0.0 : dbias[v + j]) + sum[j] * inverse_scale;
+  }
+}
+
+__global__ void clear_rest(Listed list, unsigned short* matrix, std::int64_t stride, int columns,
+                           int block_rows) {
+  const int rows = listed_rows(list);
+  const int covered = (rows + block_rows - 1) / block_rows * block_rows;
+  for (std::int64_t i = covered + blockIdx.x; i < list.rows; i += gridDim.x) {
+    for (int v = threadIdx.x; v < columns; v += blockDim.x) matrix[i * stride + v] = 0;
+  }
+}
+
+}  // namespace
+
+void launch_inverse_temperatures(const Listed& list, const float* temperature, double common,
+                                 double least, double most, float* inverse, cudaStream_t stream) {
+  inverse_temperatures<<<blocks_for(list.rows, kBlock), kBlock, 0, stream>>>(
+      list, temperature, common, least, most, inverse);
+  check_launch();
+}
+
+void launch_clear_statistics(const Partials& partials, std::int64_t entries, float* target_logit,
+                             int rows, cudaStream_t stream) {
+  const std::int64_t items = entries > rows ? entries : rows;
+  clear_statistics<<<blocks_for(items, kBlock), kBlock, 0, stream>>>(partials, entries,
+                                                                     target_logit, rows);
+  check_launch();
+}
+
+void launch_merge(const Merge& merge, cudaStream_t stream) {
+  Merge tiles = merge;
+  tiles.columns = column_tiles(merge.columns);
+  merge_rows<<<blocks_for(merge.list.rows, kBlock), kBlock, 0, stream>>>(tiles);
+  check_launch();
+}
+
+void launch_references(const References& references, cudaStream_t stream) {
+  const int blocks = blocks_for(references.list.rows, kWarps);
+  if (references.type == DType::f16) {
+    references_of_rows<__half><<<blocks, kBlock, 0, stream>>>(references);
+  } else {
+    references_of_rows<__nv_bfloat16><<<blocks, kBlock, 0, stream>>>(references);
+  }
+  check_launch();
+}
+
+void launch_close(const Close& close, cudaStream_t stream) {
+  close_rows<<<blocks_for(close.list.rows, kWarps), kBlock, 0, stream>>>(close);
+  check_launch();
+}
+
+void launch_row_gradients(const Coefficients& k, RowGradient* out, cudaStream_t stream) {
+  row_gradients<<<blocks_for(k.list.rows, kBlock), kBlock, 0, stream>>>(k, out);
+  check_launch();
+}
+
+void launch_row_factors(const Coefficients& k, const RowFactors& out, cudaStream_t stream) {
+  row_factors<<<blocks_for(k.list.rows, kBlock), kBlock, 0, stream>>>(k, out);
+  check_launch();
+}
+
+void launch_scaled_rows(const Listed& list, const Matrix& e, const float* factor, int depth,
+                        void* scaled, std::int64_t stride, cudaStream_t stream) {
+  scaled_rows<<<list.rows, kBlock, 0, stream>>>(list, e, factor, depth, scaled, stride);
+  check_launch();
+}
+
+void launch_store_de(const StoreDe& s, cudaStream_t stream) {
+  if (s.de_type == DType::f32) {
+    store_de<float><<<s.list.rows, kBlock, 0, stream>>>(s);
+  } else if (s.de_type == DType::f16) {
+    store_de<__half><<<s.list.rows, kBlock, 0, stream>>>(s);
+  } else {
+    store_de<__nv_bfloat16><<<s.list.rows, kBlock, 0, stream>>>(s);
+  }
+  check_launch();
+}
+
+void launch_add_targets(const AddTargets& a, cudaStream_t stream) {
+  if (a.dc_type == DType::f32) {
+    add_targets<float><<<a.list.rows, kBlock, 0, stream>>>(a);
+  } else {
+    add_targets<__nv_bfloat16><<<a.list.rows, kBlock, 0, stream>>>(a);
+  }
+  check_launch();
+}
+
+void launch_add_dbias(const Listed& list, const void* x, std::int64_t x_stride,
+                      const float* factor, double inverse_scale, int V, double* dbias, bool first,
+                      cudaStream_t stream) {
+  add_dbias<<<blocks_for((V + 1) / 2, kBlock), kBlock, 0, stream>>>(
+      list, static_cast<const __nv_bfloat16*>(x), x_stride, factor, inverse_scale, V, dbias,
+      first);
+  check_launch();
+}
+
+void launch_clear_rest(const Listed& list, void* matrix, std::int64_t stride, int columns,
+                       int block_rows, cudaStream_t stream) {
+  clear_rest<<<256, kBlock, 0, stream>>>(list, static_cast<unsigned short*>(matrix), stride,
+                                         columns, block_rows);
+  check_launch();
+}
+
+}  // namespace cutloss::sm90

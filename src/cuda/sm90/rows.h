@@ -1,0 +1,139 @@
+// What the fused engine does to single rows, between and after its products. Entry i of an array
+// of rows belongs to entry `first + i` of the list of rows that count.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/logit_math.h"
+#include "cuda/sm90/sm90.h"
+#include "cutloss/cutloss.h"
+
+namespace cutloss::sm90 {
+
+// The entries [first, first + rows) of the list, in device memory.
+struct Listed {
+  const int* count = nullptr;     // entries that count, of the whole list
+  const int* row = nullptr;       // index into the per-row arrays of the call
+  const int* position = nullptr;  // row of E and of dE
+  const int* target = nullptr;    // in [0, V), or -1 where it is out of range
+  int first = 0;
+  int rows = 0;
+};
+
+// 1 / (temperature[row] * common) of each entry; NaN outside [least, most].
+void launch_inverse_temperatures(const Listed& list, const float* temperature, double common,
+                                 double least, double most, float* inverse, cudaStream_t stream);
+
+// Empty partial statistics, and NaN for target logits nobody has found.
+void launch_clear_statistics(const Partials& partials, std::int64_t entries, float* target_logit,
+                             int rows, cudaStream_t stream);
+
+// Merges the partial statistics of a slab into the rows' states, and closes the rows after the
+// last slab. states may be null where one slab is all.
+struct Merge {
+  Listed list;
+  Partials partials;
+  Grid grid;
+  int columns = 0;  // of the slab
+  bool all = false;
+  bool first_slab = true, last_slab = true;
+  RowState<float>* states = nullptr;
+  const float* target_logit = nullptr;
+  int V = 0;
+  RowOutputs out;
+};
+void launch_merge(const Merge& merge, cudaStream_t stream);
+
+// Reference exponents: the target's logit, an exact fp32 dot product, and 50 more. Clears *redo.
+struct References {
+  Listed list;
+  DType type = DType::bf16;
+  Matrix e;  // rows of this list
+  Matrix c;
+  int depth = 0;
+  LogitTransform transform;  // bias: of the whole vocabulary
+  float* target_logit = nullptr;
+  float* reference = nullptr;
+  int* redo = nullptr;
+};
+void launch_references(const References& references, cudaStream_t stream);
+
+// Closes the rows of a chunk whose exponentials are made. A row whose sum left the range in which
+// fp32 keeps its digits gets its maximum as reference, and *redo becomes 1.
+struct Close {
+  Listed list;
+  const float2* sum_and_max = nullptr;  // (rows, column tiles)
+  int column_tiles = 0;
+  const float* target_logit = nullptr;
+  float* reference = nullptr;
+  int V = 0;
+  RowOutputs out;
+  int* redo = nullptr;
+  bool again = false;  // the second time: nothing is done where *redo is 0
+};
+void launch_close(const Close& close, cudaStream_t stream);
+
+// d(loss)/d(row outputs) as backward needs them.
+struct Coefficients {
+  Listed list;
+  RowOutputs rows;
+  RowGradients upstream;
+  const float* inv_temperature = nullptr;
+  const float* class_weight = nullptr;
+  float softcap = 0;
+  float scale = 1;  // logit_scale
+  int V = 0;
+};
+// By vocabulary.
+void launch_row_gradients(const Coefficients& k, RowGradient* out, cudaStream_t stream);
+// By rows: g = factor * x for all columns but the target's, where it is target_g.
+struct RowFactors {
+  const float* reference = nullptr;
+  const float* target_logit = nullptr;
+  float* factor = nullptr;
+  float* target_g = nullptr;
+};
+void launch_row_factors(const Coefficients& k, const RowFactors& out, cudaStream_t stream);
+
+// E' = factor * E, bf16, zeros beyond the rows that count.
+void launch_scaled_rows(const Listed& list, const Matrix& e, const float* factor, int depth,
+                        void* scaled, std::int64_t stride, cudaStream_t stream);
+
+// dE[position] = factor * sums + target_g * C[target].
+struct StoreDe {
+  Listed list;
+  const float* sums = nullptr;  // (rows, depth)
+  const float* factor = nullptr;
+  const float* target_g = nullptr;
+  Matrix c;  // bf16
+  int depth = 0;
+  void* de = nullptr;
+  DType de_type = DType::bf16;
+};
+void launch_store_de(const StoreDe& store, cudaStream_t stream);
+
+// dC[target] += target_g * E, rows with one target in their order; dbias likewise.
+struct AddTargets {
+  Listed list;
+  const float* target_g = nullptr;
+  Matrix e;  // bf16
+  int depth = 0;
+  void* dc = nullptr;  // f32 or bf16, or null
+  DType dc_type = DType::f32;
+  double* dbias = nullptr;  // (V) sums, or null
+  double inverse_scale = 1;  // dbias: target_g is d(loss)/d(product), and logit_scale is out again
+};
+void launch_add_targets(const AddTargets& add, cudaStream_t stream);
+
+// Column sums of factor * x, added to dbias in fp64 in the order of the rows.
+void launch_add_dbias(const Listed& list, const void* x, std::int64_t x_stride,
+                      const float* factor, double inverse_scale, int V, double* dbias, bool first,
+                      cudaStream_t stream);
+
+// Zeros in the rows of a 16-bit matrix that no tile of a logits kernel covered.
+void launch_clear_rest(const Listed& list, void* matrix, std::int64_t stride, int columns,
+                       int block_rows, cudaStream_t stream);
+
+}  // namespace cutloss::sm90

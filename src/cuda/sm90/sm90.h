@@ -1,0 +1,132 @@
+// What the Hopper kernels do, for the engine that calls them. All are launched on a stream, never
+// synchronise, and are defined in the .cu files of this folder. "Rows" are entries of the list of
+// rows that count; matrices of rows lie in the order of that list.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/sm90/tile_walk.h"
+#include "cutloss/cutloss.h"
+
+namespace cutloss::sm90 {
+
+// A matrix in row-major order; its stride in elements, its start and its rows aligned to 16 bytes.
+struct Matrix {
+  const void* data = nullptr;
+  std::int64_t stride = 0;
+};
+
+// z = capped(scale * sum + bias) * inv_temperature[row]
+struct LogitTransform {
+  const float* bias = nullptr;             // (columns), or null
+  const float* inv_temperature = nullptr;  // (rows)
+  float scale = 1;
+  float softcap = 0;  // 0: none
+};
+
+// A block of logits: rows of E times a slab of columns.
+struct Logits {
+  DType type = DType::bf16;  // of E and C: bf16 or f16
+  Matrix e;
+  const int* positions = nullptr;  // row i is row positions[i] of e; null: row i
+  Matrix c;                        // the slab's
+  int rows = 0;                    // at most
+  int columns = 0;
+  int depth = 0;
+  const int* count = nullptr;  // in device memory: the rows that count ...
+  int first = 0;               // ... of which this block's first is number `first`
+  LogitTransform transform;    // bias: the slab's
+  const int* target = nullptr;  // (rows): a column of the vocabulary, or -1
+  int origin = 0;               // the slab's first column
+  const int* only_if = nullptr;  // null, or in device memory: 0 means do nothing
+};
+
+// Partial statistics: for each row, two slots for each cluster that works on the row's block.
+struct Partials {
+  float2* max_and_sum = nullptr;
+  float2* weighted_and_zbar = nullptr;  // these two where all statistics are wanted
+  int* argmax = nullptr;
+
+#ifdef __CUDACC__
+  __device__ std::int64_t index(const TileWalk& walk, int block_rows, int run, std::int64_t slot,
+                                int row) const {
+    std::int64_t offset = 0;
+    for (int r = 0; r < run; ++r) {
+      offset += std::int64_t{walk.run[r + 1].first_block - walk.run[r].first_block} * block_rows *
+                2 * walk.sharers(r);
+    }
+    const int end = run + 1 < walk.runs ? walk.run[run + 1].first_block : walk.row_blocks;
+    const std::int64_t rows_of_run = std::int64_t{end - walk.run[run].first_block} * block_rows;
+    return offset + slot * rows_of_run + (row - walk.run[run].first_block * block_rows);
+  }
+#endif
+};
+
+// What backward by vocabulary needs of a row: logit_math.h, RowCoefficients.
+struct RowGradient {
+  float4 first;   // row_max, log_sum, a, g_target
+  float4 second;  // d_entropy, entropy, zbar, 0
+};
+
+// How a persistent kernel spreads over the device. Forward's statistics follow it: their merge
+// walks the same order.
+struct Grid {
+  int blocks = 0;
+  int cluster = 2;        // blocks in a cluster: 1 where there are at most 128 rows
+  int largest_group = 1;  // row blocks whose rows of E stay in L2 together
+  CUTLOSS_WALK int clusters() const { return blocks / cluster; }
+  CUTLOSS_WALK int block_rows() const { return 128 * cluster; }
+};
+Grid grid_for(int multiprocessors, std::int64_t l2_bytes, int rows, int depth);
+
+// Entries of each array of Partials for `rows` rows, however many of them count.
+std::int64_t partial_entries(const Grid& grid, int rows);
+
+struct Statistics {
+  Partials partials;
+  float* target_logit = nullptr;        // (rows): written where the target is in the slab
+  const float* class_weight = nullptr;  // the slab's, or null: all ones
+  bool all = false;                     // entropy, zbar and argmax too
+};
+void launch_statistics(const Logits& logits, const Statistics& statistics, const Grid& grid,
+                       cudaStream_t stream);
+
+struct GradientOfLogits {
+  void* g = nullptr;  // (rows, columns) in the logits' type
+  std::int64_t g_stride = 0;
+  const RowGradient* row = nullptr;
+  const float* class_weight = nullptr;
+  bool per_element = false;  // softcap, entropy or zbar: g is more than a multiple of p
+};
+void launch_gradient(const Logits& logits, const GradientOfLogits& gradient, const Grid& grid,
+                     cudaStream_t stream);
+
+struct Exponentials {
+  void* x = nullptr;  // (rows, columns) bf16: e^(z - reference) times the softcap's slope
+  std::int64_t x_stride = 0;
+  const float* reference = nullptr;  // (rows)
+  float2* sum_and_max = nullptr;     // (rows, column tiles)
+};
+int column_tiles(std::int64_t columns);
+void launch_exponentials(const Logits& logits, const Exponentials& exponentials, const Grid& grid,
+                         cudaStream_t stream);
+
+// dC (+)= x^T * E', fp32: x is (rows, V), E' is (rows, D), both bf16.
+struct Accumulation {
+  Matrix x;
+  Matrix e;
+  float* dc = nullptr;
+  std::int64_t dc_stride = 0;
+  int rows = 0;  // at most
+  int V = 0;
+  int D = 0;
+  const int* count = nullptr;  // as in Logits
+  int first = 0;
+  bool add = false;
+};
+void launch_accumulation(const Accumulation& accumulation, int multiprocessors,
+                         cudaStream_t stream);
+
+}  // namespace cutloss::sm90
