@@ -2,7 +2,7 @@
 # (CUDA: ON or OFF), and what CMake is told about it (cuda_flags).
 #
 #   CUTLOSS_CUDA                ON, OFF (unset: ON where nvcc is found)
-#   CUTLOSS_CUDA_ARCHITECTURES  what to compile for, as "80;90a" (unset: CMakeLists.txt's list)
+#   CUTLOSS_CUDA_ARCHITECTURES  what to compile for, as "80;90" (unset: the list in cmake/CutlossCuda.cmake)
 #   CUDACXX                     nvcc, where it is neither in PATH nor in /usr/local/cuda/bin
 
 CUDA_HEADERS=.venv/cuda
@@ -70,5 +70,5 @@ settle_cuda() {
   if [[ -n ${CUTLOSS_CUDA_ARCHITECTURES:-} ]]; then
     cuda_flags+=(-DCUTLOSS_CUDA_ARCHITECTURES="$CUTLOSS_CUDA_ARCHITECTURES")
   fi
-  say "CUDA engines with $nvcc, for ${CUTLOSS_CUDA_ARCHITECTURES:-all architectures}"
+  say "CUDA engines with $nvcc, for ${CUTLOSS_CUDA_ARCHITECTURES:-every architecture}"
 }

@@ -116,7 +116,7 @@ def rows_fit(sizes: Sizes, options: Options) -> bool:
     rows = sizes.sequences * (sizes.length - options["shift"])
     logits = _BOUND_ROWS * (sizes.V * stats.itemsize + sizes.V)
     operands = 4 * _BOUND_ROWS * sizes.D * 8 + 3 * _BOUND_ROWS * _BOUND_ROWS * 8
-    per_row_and_column = 16 * (rows + sizes.V) + 64 * 1024
+    per_row_and_column = 32 * (rows + sizes.V) + 64 * 1024
     total = logits + operands + per_row_and_column
     if options["needs_dc"] and sizes.c_dtype != stats:
         total = total + sizes.V * sizes.D * stats.itemsize

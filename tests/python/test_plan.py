@@ -2,17 +2,21 @@
 
 import itertools
 
+import problems
 import pytest
 import torch
 from problems import BF16, F16, F32, F64
 
 from cutloss import _ops, _plan
 
+pytestmark = pytest.mark.usefixtures("device")
+
 ROWS, VOCABULARY = _ops.SCHEDULES["rows"], _ops.SCHEDULES["vocabulary"]
 
 
 def sizes(N, V, D, c_dtype=F32, e_dtype=None):
-    return _plan.Sizes(1, N, V, D, e_dtype or c_dtype, c_dtype, None, torch.int64)
+    on_cuda = problems.device == "cuda"
+    return _plan.Sizes(1, N, V, D, e_dtype or c_dtype, c_dtype, None, torch.int64, on_cuda=on_cuda)
 
 
 def options(compute, **changes):
