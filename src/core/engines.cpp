@@ -4,11 +4,19 @@
 #include "core/engine.h"
 #include "core/text.h"
 #include "cpu/cpu_engine.h"
+#ifdef CUTLOSS_CUDA
+#include "cuda/library_engine.h"
+#endif
 
 namespace cutloss {
 
 std::span<const Engine* const> engines() {
-  static const std::array<const Engine*, 1> list = {&cpu_engine()};
+  static const std::array list = {
+#ifdef CUTLOSS_CUDA
+      &cuda_library_engine(),
+#endif
+      &cpu_engine(),
+  };
   return list;
 }
 

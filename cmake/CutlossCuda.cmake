@@ -1,0 +1,110 @@
+# The CUDA engines: nvcc, the header files that it needs, and what it compiles for.
+#
+#   CUTLOSS_CUDA_ARCHITECTURES  what to compile for, as "80-real;90-real" (the list below)
+#   CUBLASLT_INCLUDE_DIR        where cublasLt.h lies (the library itself is opened at run time)
+#   CUTLASS_INCLUDE_DIR         where cutlass/cutlass.h and cute/tensor.hpp lie (for sm_90 kernels)
+#
+# Turns CUTLOSS_CUDA off where there is no nvcc, or no cublasLt.h.
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  message(STATUS "No CUDA engines: nvcc was not found (set CUDACXX, or CMAKE_CUDA_COMPILER)")
+  set(CUTLOSS_CUDA OFF)
+  return()
+endif()
+
+# Code for each generation that runs there, and for later ones what a driver compiles.
+set(CUTLOSS_CUDA_ARCHITECTURES "75-real;80-real;86-real;89-real;90-real;100-real;120"
+    CACHE STRING "What the CUDA kernels are compiled for")
+# Sources differ in what they are compiled for: the flags are theirs (cutloss_add_cuda).
+set(CMAKE_CUDA_ARCHITECTURES OFF)
+enable_language(CUDA)
+if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake before 3.26 does not know it
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+  set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+endif()
+find_package(CUDAToolkit REQUIRED)
+
+# nvidia-cublas and nvidia-cutlass are Python packages too: theirs are found where Python3 is known.
+set(python_hints)
+if(Python3_EXECUTABLE)
+  execute_process(COMMAND ${Python3_EXECUTABLE} -c "import sysconfig as s; print(s.get_path('purelib'))"
+                  OUTPUT_VARIABLE python_hints OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+endif()
+find_path(CUBLASLT_INCLUDE_DIR cublasLt.h
+          HINTS $ENV{CUBLASLT_ROOT}/include ${CUDAToolkit_INCLUDE_DIRS}
+                ${python_hints}/nvidia/cu13/include ${python_hints}/nvidia/cublas/include)
+find_path(CUTLASS_INCLUDE_DIR cutlass/cutlass.h
+          HINTS $ENV{CUTLASS_ROOT}/include ${python_hints}/cutlass_library/source/include)
+mark_as_advanced(CUBLASLT_INCLUDE_DIR CUTLASS_INCLUDE_DIR)
+if(NOT CUBLASLT_INCLUDE_DIR)
+  message(WARNING "No CUDA engines: cublasLt.h was not found. Set CUBLASLT_INCLUDE_DIR or the "
+                  "environment's CUBLASLT_ROOT; CUDA's libcublas-dev and the Python package "
+                  "nvidia-cublas have it. -DCUTLOSS_CUDA=OFF silences this.")
+  set(CUTLOSS_CUDA OFF)
+  return()
+endif()
+
+# nvcc's flags for a list like CMAKE_CUDA_ARCHITECTURES.
+function(cutloss_code_flags result)
+  set(flags)
+  foreach(architecture ${ARGN})
+    string(REGEX REPLACE "-(real|virtual)$" "" number ${architecture})
+    if(architecture MATCHES "-virtual$")
+      list(APPEND flags --generate-code=arch=compute_${number},code=compute_${number})
+    elseif(architecture MATCHES "-real$")
+      list(APPEND flags --generate-code=arch=compute_${number},code=sm_${number})
+    else()
+      list(APPEND flags
+           --generate-code=arch=compute_${number},code=[compute_${number},sm_${number}])
+    endif()
+  endforeach()
+  set(${result} "${flags}" PARENT_SCOPE)
+endfunction()
+
+# Adds the sources of the CUDA engines to a target. The kernels in sm90/ are for Hopper alone, and
+# are there where their header files are and Hopper is in the list.
+function(cutloss_add_cuda target)
+  set(folder ${PROJECT_SOURCE_DIR}/src/cuda)
+  file(GLOB sources CONFIGURE_DEPENDS ${folder}/*.cpp)
+  file(GLOB kernels CONFIGURE_DEPENDS ${folder}/common/*.cu)
+  file(GLOB hopper_kernels CONFIGURE_DEPENDS ${folder}/sm90/*.cu)
+  file(GLOB hopper_sources CONFIGURE_DEPENDS ${folder}/sm90/*.cpp)
+  set(fused ${folder}/fused_sm90_engine.cpp)
+  list(REMOVE_ITEM sources ${fused})
+
+  cutloss_code_flags(flags ${CUTLOSS_CUDA_ARCHITECTURES})
+  set_source_files_properties(${kernels} PROPERTIES COMPILE_OPTIONS "${flags}")
+  target_compile_definitions(${target} PUBLIC CUTLOSS_CUDA)
+
+  set(for_hopper ${CUTLOSS_CUDA_ARCHITECTURES})
+  list(FILTER for_hopper INCLUDE REGEX "^90")
+  if(for_hopper AND EXISTS ${fused} AND hopper_kernels)
+    if(CUTLASS_INCLUDE_DIR)
+      cutloss_code_flags(flags 90a-real)
+      set_source_files_properties(${hopper_kernels} PROPERTIES COMPILE_OPTIONS "${flags}")
+      list(APPEND sources ${fused} ${hopper_sources})
+      list(APPEND kernels ${hopper_kernels})
+      target_compile_definitions(${target} PUBLIC CUTLOSS_CUDA_SM90)
+      target_include_directories(${target} SYSTEM PRIVATE ${CUTLASS_INCLUDE_DIR})
+    else()
+      message(WARNING "No fused kernels for Hopper: CUTLASS's header files were not found. Set "
+                      "CUTLASS_INCLUDE_DIR or the environment's CUTLASS_ROOT; the Python package "
+                      "nvidia-cutlass has them.")
+    endif()
+  endif()
+
+  target_sources(${target} PRIVATE ${sources} ${kernels})
+  set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 20
+                                             CUDA_STANDARD_REQUIRED ON)
+  target_compile_options(
+    ${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra>")
+  if(CUTLOSS_WERROR)
+    target_compile_options(${target} PRIVATE
+                           "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xcompiler=-Werror>")
+  endif()
+  target_include_directories(${target} SYSTEM PRIVATE ${CUBLASLT_INCLUDE_DIR}
+                                                      ${CUDAToolkit_INCLUDE_DIRS})
+  # The runtime comes along, so that any driver's machine, and one without, can load the library.
+  target_link_libraries(${target} PUBLIC CUDA::cudart_static)
+endfunction()

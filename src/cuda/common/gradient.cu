@@ -1,0 +1,242 @@
+// Backward's row pass: g of a block, from logits or from what forward kept; and column sums of g.
+#include "cuda/common/logits.cuh"
+
+namespace cutloss::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+
+// The row and piece of a warp. Pieces of a row lie beside each other.
+struct Place {
+  std::int64_t row;
+  int piece;
+};
+__device__ __forceinline__ Place place_of(int pieces) {
+  const std::int64_t warp = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  return {warp / pieces, static_cast<int>(warp % pieces)};
+}
+
+template <class T, class G>
+__global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int pieces) {
+  using P = Piece<T>;
+  const auto [row, piece] = place_of(pieces);
+  if (row >= s.block.rows) return;
+  const int first = piece * kPieceColumns<T>;
+  const int columns = s.block.columns - first;
+  const std::int64_t entry = s.block.first_entry + row;
+  G* to = static_cast<G*>(s.g) + row * s.g_stride + first;
+  T z[P::kValues];
+  if (s.block.table.row[entry] < 0) {
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) z[i] = T(0);
+    store_piece(z, to, columns);
+    return;
+  }
+  const RowGradient<T> k = s.gradients[row];
+  load_piece(s.block.z + row * s.block.stride + first, columns, z);
+  if (!s.transformed) {
+    transform_piece(z, s.block.bias == nullptr ? nullptr : s.block.bias + first, s.block.softcap,
+                    k.inv_temperature, columns);
+  }
+  int target = s.block.table.target[entry] - s.block.first_column - first;
+  if (target >= kPieceColumns<T> || target >= columns) target = -1;
+
+  const T cap = s.block.softcap;
+  const T slope_scale = cap == T(0) ? T(0) : T(1) / (k.inv_temperature * cap);
+  const bool plain = k.d_entropy == T(0) && k.zbar == T(0) && cap == T(0);
+  const T factor = k.a * k.inv_temperature;
+#pragma unroll
+  for (int i = 0; i < P::kValues; ++i) {
+    const T v = z[i];
+    const T t = (v - k.row_max) - k.log_sum;
+    const T p = std::exp(t);
+    T g;
+    if (plain) {
+      g = p * factor;
+    } else {
+      g = p * k.a;
+      if (k.d_entropy != T(0) && p != T(0)) g -= p * k.d_entropy * (t + k.entropy);
+      if (k.zbar != T(0)) {
+        const int column = P::column(i);
+        g += s.class_weight == nullptr ? k.zbar
+             : column < columns        ? k.zbar * s.class_weight[first + column]
+                                       : T(0);
+      }
+      const T u = v * slope_scale;
+      if (cap != T(0)) g *= T(1) - u * u;
+      g *= k.inv_temperature;
+    }
+    if (P::column(i) == target) {
+      g = k.target_g * transform_slope(v, cap, k.inv_temperature);
+    }
+    z[i] = g;
+  }
+  store_piece(z, to, columns);
+}
+
+// K: of what is kept, and of g.
+template <class T, class K>
+__global__ void __launch_bounds__(kThreads)
+    from_exponentials_kernel(GradientOf<T> s, Kept<T> kept, std::int64_t slab,
+                             int pieces_per_slab, int pieces) {
+  constexpr int kVector = 16 / sizeof(K);
+  constexpr int kVectors = kPieceColumns<T> / (32 * kVector);
+  using Vector = Pack<K, kVector>;
+  const auto [row, piece] = place_of(pieces);
+  if (row >= s.block.rows) return;
+  // Columns from the block's first on: a slab's last piece may be a part of one.
+  const std::int64_t slab_begin = piece / pieces_per_slab * slab;
+  const std::int64_t first = slab_begin + piece % pieces_per_slab * kPieceColumns<T>;
+  const std::int64_t slab_end =
+      slab_begin + slab < s.block.columns ? slab_begin + slab : s.block.columns;
+  const int columns = static_cast<int>(slab_end - first);
+  if (columns <= 0) return;
+  const std::int64_t entry = s.block.first_entry + row;
+  const K* from = static_cast<const K*>(kept.data) + row * kept.stride + first;
+  K* to = static_cast<K*>(s.g) + row * s.g_stride + first;
+  const bool empty = s.block.table.row[entry] < 0;
+  RowGradient<T> k{};
+  T factor = 0;
+  int target = -1;
+  if (!empty) {
+    constexpr T kScale = std::is_same_v<K, __half> ? T(kept_scale(DType::f16)) : T(1);
+    k = s.gradients[row];
+    const T top = kept.maxima[row * kept.maxima_stride + piece];
+    const T p_scale = top == -infinity<T>() ? T(0) : std::exp((top - k.row_max) - k.log_sum);
+    factor = p_scale * k.a * k.inv_temperature / kScale;
+    target = s.block.table.target[entry] - s.block.first_column - static_cast<int>(first);
+  }
+  const T zbar = k.zbar * k.inv_temperature;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const int column = (j * 32 + lane) * kVector;
+    if (column >= columns) continue;
+    Vector vector{};
+    if (!empty) {
+      vector = *reinterpret_cast<const Vector*>(from + column);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const T x = widen<T>(vector.value[i]);
+        T g = x * factor;
+        if (zbar != T(0) && column + i < columns) {
+          g += s.class_weight == nullptr ? zbar : zbar * s.class_weight[first + column + i];
+        }
+        // Without a softcap the slope is known exactly, whatever it was rounded to.
+        if (column + i == target) {
+          g = k.target_g * k.inv_temperature * (s.block.softcap == T(0) ? T(1) : x);
+        }
+        vector.value[i] = narrow<K>(g);
+      }
+    }
+    *reinterpret_cast<Vector*>(to + column) = vector;
+  }
+}
+
+// A warp sums 32 lanes' columns over every eighth row; the block's warps are joined in order. A
+// few rows at a time are summed in fp32, those sums in fp64: where all rows are alike, a long sum
+// in fp32 would lose digits that no product loses.
+template <class G>
+__global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums s) {
+  constexpr int kVector = 16 / sizeof(G);
+  constexpr int kFewRows = 32;
+  using Sum = std::conditional_t<std::is_same_v<G, double>, double, float>;
+  using Vector = Pack<G, kVector>;
+  __shared__ double sums[kWarps][32 * kVector];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const std::int64_t first = std::int64_t{blockIdx.x} * 32 * kVector;
+  const std::int64_t column = first + lane * kVector;
+  double total[kVector] = {};
+  if (column < s.columns) {
+    const G* g = static_cast<const G*>(s.g) + column;
+    for (std::int64_t begin = warp; begin < s.rows; begin += kWarps * kFewRows) {
+      Sum few[kVector] = {};
+      const std::int64_t end = begin + kWarps * kFewRows < s.rows ? begin + kWarps * kFewRows
+                                                                  : s.rows;
+#pragma unroll 4
+      for (std::int64_t r = begin; r < end; r += kWarps) {
+        const Vector vector = *reinterpret_cast<const Vector*>(g + r * s.stride);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) few[i] += widen<Sum>(vector.value[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) total[i] += static_cast<double>(few[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) sums[warp][lane * kVector + i] = total[i];
+  __syncthreads();
+  const double unscale = s.scalars != nullptr ? static_cast<double>(s.scalars->inv_scale) : 1.0;
+  for (int i = threadIdx.x; i < 32 * kVector; i += kThreads) {
+    if (first + i >= s.columns) continue;
+    double sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += sums[w][i];
+    sum *= unscale;
+    s.sums[first + i] = s.accumulate ? s.sums[first + i] + sum : sum;
+  }
+}
+
+template <class T, class G>
+void run(const GradientOf<T>& s, cudaStream_t stream) {
+  const std::int64_t pieces = divide_up(s.block.columns, kPieceColumns<T>);
+  launch(gradient_kernel<T, G>, "row_gradient", divide_up(s.block.rows * pieces, kWarps), kThreads,
+         stream, s, static_cast<int>(pieces));
+}
+
+template <class T, class K>
+void run(const GradientOf<T>& s, const Kept<T>& kept, std::int64_t slab, cudaStream_t stream) {
+  const std::int64_t per_slab = divide_up(slab, kPieceColumns<T>);
+  const std::int64_t pieces = divide_up(s.block.columns, slab) * per_slab;
+  launch(from_exponentials_kernel<T, K>, "row_gradient_from_exponentials",
+         divide_up(s.block.rows * pieces, kWarps), kThreads, stream, s, kept, slab,
+         static_cast<int>(per_slab), static_cast<int>(pieces));
+}
+
+}  // namespace
+
+template <>
+void row_gradient<float>(const GradientOf<float>& s, cudaStream_t stream) {
+  switch (s.g_type) {
+    case DType::bf16:
+      return run<float, __nv_bfloat16>(s, stream);
+    case DType::f16:
+      return run<float, __half>(s, stream);
+    default:
+      return run<float, float>(s, stream);
+  }
+}
+
+template <>
+void row_gradient<double>(const GradientOf<double>& s, cudaStream_t stream) {
+  run<double, double>(s, stream);
+}
+
+template <>
+void row_gradient_from_exponentials<float>(const GradientOf<float>& s, const Kept<float>& kept,
+                                           std::int64_t slab, cudaStream_t stream) {
+  switch (s.g_type) {
+    case DType::bf16:
+      return run<float, __nv_bfloat16>(s, kept, slab, stream);
+    case DType::f16:
+      return run<float, __half>(s, kept, slab, stream);
+    default:
+      return run<float, float>(s, kept, slab, stream);
+  }
+}
+
+template <>
+void row_gradient_from_exponentials<double>(const GradientOf<double>& s,
+                                            const Kept<double>& kept, std::int64_t slab,
+                                            cudaStream_t stream) {
+  run<double, double>(s, kept, slab, stream);
+}
+
+void column_sums(const ColumnSums& what, cudaStream_t stream) {
+  for_type(what.type, [&]<class G>(G*) {
+    launch(column_sums_kernel<G>, "column_sums",
+           divide_up(what.columns, 32 * 16 / static_cast<std::int64_t>(sizeof(G))), kThreads,
+           stream, what);
+  });
+}
+
+}  // namespace cutloss::cuda

@@ -1,0 +1,183 @@
+// The row kernels of the CUDA engines: each function launches on a stream and returns. T is the
+// stat dtype, float or double. "Entries" are those of the row table; matrices of rows lie in its
+// order. No kernel uses atomics: every sum has a fixed order.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "core/logit_math.h"
+#include "cuda/common/row_table.h"
+#include "cuda/cublaslt.h"
+#include "cutloss/cutloss.h"
+
+namespace cutloss::cuda {
+
+// --- rows.cu ----------------------------------------------------------------------------------
+
+// Where the rows lie among the targets and positions.
+struct RowFacts {
+  const void* targets = nullptr;
+  IndexType target_type = IndexType::i64;
+  std::int64_t ignore_index = 0;
+  int rows = 0;
+  int predicted = 0;  // rows of a sequence
+  int length = 0;
+  int shift = 0;
+  int V = 0;
+  std::int64_t num_valid = -1;        // -1: not given
+  bool compact = true;                // else entry n is row n or nothing
+  const void* temperature = nullptr;  // (rows), stat dtype, or null
+  double temperature_scale = 1;
+  double least = 0, most = 0;  // usable temperatures
+};
+
+template <class T>
+void list_rows(const RowFacts& facts, const RowTable& table, cudaStream_t stream);
+
+// Per-row outputs of ignored rows: zeros. Of all rows, where num_valid is wrong: NaN.
+template <class T>
+void clear_ignored(const RowFacts& facts, const RowTable& table, const RowOutputs& out,
+                   cudaStream_t stream);
+
+// Entries [first, first + count), the states of which begin at `states`.
+template <class T>
+void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
+                 const RowState<T>* states, const RowOutputs& out, std::int64_t V,
+                 cudaStream_t stream);
+
+struct Coefficients {
+  RowTable table;
+  std::int64_t first = 0, count = 0;  // entries
+  RowOutputs rows;
+  RowGradients upstream;
+  const void* class_weight = nullptr;
+  std::int64_t V = 0;
+};
+
+// A power of two that brings the largest |g| possible to at most 2^13, and logit_scale over it.
+void make_scalars(const Coefficients& coefficients, double logit_scale, DeviceScalars* scalars,
+                  cudaStream_t stream);
+template <class T>
+void make_coefficients(const Coefficients& coefficients, const DeviceScalars* scalars,
+                       RowGradient<T>* rows, cudaStream_t stream);
+
+template <class T>
+void sum_loss(const RowFacts& facts, const RowOutputs& out, const RowGradients& upstream,
+              void* loss, cudaStream_t stream);
+
+// --- statistics.cu ----------------------------------------------------------------------------
+
+// Columns that one warp takes at a time; what is kept has a maximum for each such piece.
+template <class T>
+inline constexpr int kPieceColumns = 4096 / sizeof(T);
+
+// A block of logits in memory: before bias, softcap and temperature.
+template <class T>
+struct LogitBlock {
+  T* z = nullptr;
+  std::int64_t stride = 0;  // a multiple of 16 bytes
+  int rows = 0;
+  int columns = 0;
+  RowTable table;
+  std::int64_t first_entry = 0;
+  int first_column = 0;     // of the vocabulary
+  const T* bias = nullptr;  // of these columns, or null
+  T softcap = 0;            // 0: none
+};
+
+// What forward keeps for backward: a row-major matrix of the chunk's rows.
+template <class T>
+struct Kept {
+  void* data = nullptr;  // the block's first row and column, or null
+  std::int64_t stride = 0;
+  DType type = DType::f32;
+  bool exponentials = false;
+  T* maxima = nullptr;  // of the block's first row and piece
+  std::int64_t maxima_stride = 0;
+};
+
+// What e^(z - maximum) is multiplied with before it is kept: fp16 then holds 2^-38 of a maximum.
+constexpr float kept_scale(DType type) { return type == DType::f16 ? 0x1p14f : 1.0f; }
+
+template <class T>
+struct StatisticsOf {
+  LogitBlock<T> block;
+  RowState<T>* states = nullptr;  // of the block's first row
+  bool entropy = false, argmax = false, zbar = false;
+  const T* class_weight = nullptr;  // of these columns, or null: ones
+  Kept<T> kept;
+};
+template <class T>
+void row_statistics(const StatisticsOf<T>& what, cudaStream_t stream);
+
+// --- gradient.cu ------------------------------------------------------------------------------
+
+template <class T>
+struct GradientOf {
+  LogitBlock<T> block;                     // z: logits, or what is kept (as T)
+  const RowGradient<T>* gradients = nullptr;  // of the block's first row
+  const T* class_weight = nullptr;
+  bool transformed = false;  // z is final: kept
+  void* g = nullptr;
+  std::int64_t g_stride = 0;
+  DType g_type = DType::f32;
+};
+// g from logits.
+template <class T>
+void row_gradient(const GradientOf<T>& what, cudaStream_t stream);
+
+// g from kept exponentials; columns begin at a slab, `slab` columns to a slab. May be in place.
+template <class T>
+void row_gradient_from_exponentials(const GradientOf<T>& what, const Kept<T>& kept,
+                                    std::int64_t slab, cudaStream_t stream);
+
+struct ColumnSums {
+  const void* g = nullptr;
+  std::int64_t stride = 0;
+  DType type = DType::f32;
+  std::int64_t rows = 0, columns = 0;
+  double* sums = nullptr;
+  bool accumulate = false;
+  const DeviceScalars* scalars = nullptr;  // where not null: times inv_scale
+};
+void column_sums(const ColumnSums& what, cudaStream_t stream);
+
+// --- matrix.cu --------------------------------------------------------------------------------
+
+// Copies rows, converting. Rows of the table may be gathered or scattered.
+struct RowCopy {
+  const void* from = nullptr;
+  DType from_type = DType::f32;
+  std::int64_t from_stride = 0;
+  void* to = nullptr;
+  DType to_type = DType::f32;
+  std::int64_t to_stride = 0;
+  std::int64_t rows = 0, columns = 0;
+};
+// Where row i of the table lies in E.
+struct Places {
+  RowTable table;
+  std::int64_t first = 0;  // entry
+  std::int64_t length = 0, sequence_stride = 0, row_stride = 0;
+};
+void copy_rows(const RowCopy& copy, cudaStream_t stream);
+// from: E; entries without a row become zeros.
+void gather_rows(const RowCopy& copy, const Places& places, cudaStream_t stream);
+// to: packed positions; entries without a row are skipped.
+void scatter_rows(const RowCopy& copy, const Places& places, cudaStream_t stream);
+
+// Zeros in the rows of dE that predict nothing, or an ignored target.
+void clear_unpredicted(const RowFacts& facts, std::int64_t positions, void* de, DType type,
+                       std::int64_t D, cudaStream_t stream);
+
+// NaN throughout, where the table says that num_valid is wrong.
+void poison_where_wrong(const RowTable& table, void* values, DType type, std::int64_t count,
+                        cudaStream_t stream);
+
+// values *= *factor, unless that is 1.
+void scale(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
+           cudaStream_t stream);
+
+}  // namespace cutloss::cuda

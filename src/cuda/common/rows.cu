@@ -1,0 +1,341 @@
+// Kernels with a thread for each row: the list of rows, their results and coefficients.
+#include <algorithm>
+#include <climits>
+
+#include "cuda/common/device_math.cuh"
+#include "cuda/common/kernels.h"
+
+namespace cutloss::cuda {
+namespace {
+
+constexpr int kScanThreads = 1024;
+constexpr int kScanRows = 4;  // a thread takes at a time
+
+__device__ std::int64_t position_of(const RowFacts& f, int n) {
+  return std::int64_t{n / f.predicted} * f.length + n % f.predicted;
+}
+
+__device__ std::int64_t target_at(const RowFacts& f, std::int64_t position) {
+  return f.target_type == IndexType::i64
+             ? static_cast<const std::int64_t*>(f.targets)[position + f.shift]
+             : static_cast<const std::int32_t*>(f.targets)[position + f.shift];
+}
+
+__device__ bool counts(const RowFacts& f, int n) {
+  return target_at(f, position_of(f, n)) != f.ignore_index;
+}
+
+template <class T>
+__device__ T inv_temperature(const RowFacts& f, int n) {
+  const double own =
+      f.temperature != nullptr ? static_cast<double>(static_cast<const T*>(f.temperature)[n]) : 1.0;
+  const double in_all = own * f.temperature_scale;
+  return in_all >= f.least && in_all <= f.most ? static_cast<T>(1.0 / in_all) : not_a_number<T>();
+}
+
+template <class T>
+__device__ void write_entry(const RowFacts& f, const RowTable& table, int entry, int n) {
+  const std::int64_t position = position_of(f, n);
+  const std::int64_t target = target_at(f, position);
+  table.row[entry] = n;
+  table.position[entry] = static_cast<int>(position);
+  table.target[entry] = target >= 0 && target < f.V ? static_cast<int>(target) : -1;
+  static_cast<T*>(table.inv_temperature)[entry] = inv_temperature<T>(f, n);
+}
+
+template <class T>
+__device__ void write_nothing(const RowTable& table, int entry) {
+  table.row[entry] = -1;
+  table.position[entry] = -1;
+  table.target[entry] = -1;
+  static_cast<T*>(table.inv_temperature)[entry] = T(1);
+}
+
+// The number of `mine` in threads before this one; *all: in all threads.
+__device__ int scan(int mine, int* all) {
+  __shared__ int sums[kScanThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int inclusive = mine;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, inclusive, distance);
+    if (lane >= distance) inclusive += before;
+  }
+  if (lane == 31) sums[warp] = inclusive;
+  __syncthreads();
+  if (warp == 0) {
+    int sum = sums[lane];
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, sum, distance);
+      if (lane >= distance) sum += before;
+    }
+    sums[lane] = sum;
+  }
+  __syncthreads();
+  const int before = inclusive - mine + (warp == 0 ? 0 : sums[warp - 1]);
+  *all = sums[kScanThreads / 32 - 1];
+  __syncthreads();  // sums is written again in the next round
+  return before;
+}
+
+// One block: the list is short beside the logits, and its order is that of the rows.
+template <class T>
+__global__ void __launch_bounds__(kScanThreads) list_rows_kernel(RowFacts f, RowTable table) {
+  int found = 0;
+  for (int base = 0; base < f.rows; base += kScanThreads * kScanRows) {
+    const int first = base + static_cast<int>(threadIdx.x) * kScanRows;
+    bool there[kScanRows];
+    int mine = 0;
+#pragma unroll
+    for (int i = 0; i < kScanRows; ++i) {
+      there[i] = first + i < f.rows && counts(f, first + i);
+      mine += there[i] ? 1 : 0;
+    }
+    int all;
+    int entry = found + scan(mine, &all);
+#pragma unroll
+    for (int i = 0; i < kScanRows; ++i) {
+      if (there[i]) {
+        write_entry<T>(f, table, f.compact ? entry++ : first + i, first + i);
+      } else if (!f.compact && first + i < f.rows) {
+        write_nothing<T>(table, first + i);
+      }
+    }
+    found += all;
+  }
+  if (f.compact) {
+    for (int entry = found + static_cast<int>(threadIdx.x); entry < f.rows; entry += kScanThreads) {
+      write_nothing<T>(table, entry);
+    }
+  }
+  if (threadIdx.x == 0) {
+    *table.count = found;
+    *table.mismatch = f.num_valid >= 0 && f.num_valid != found ? 1 : 0;
+  }
+}
+
+template <class T>
+__device__ void write(void* array, std::int64_t n, T value) {
+  if (array != nullptr) static_cast<T*>(array)[n] = value;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    clear_ignored_kernel(RowFacts f, RowTable table, RowOutputs out) {
+  const int n = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (n >= f.rows) return;
+  const bool wrong = *table.mismatch != 0;
+  if (!wrong && counts(f, n)) return;
+  const T value = wrong ? not_a_number<T>() : T(0);
+  write(out.nll, n, value);
+  write(out.lse, n, value);
+  write(out.row_max, n, value);
+  write(out.log_sum, n, value);
+  write(out.entropy, n, value);
+  write(out.zbar, n, value);
+  if (out.argmax != nullptr) out.argmax[n] = -1;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    finish_rows_kernel(RowTable table, std::int64_t first, int count, const RowState<T>* states,
+                       RowOutputs out, std::int64_t V) {
+  const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (i >= count) return;
+  const std::int64_t n = table.row[first + i];
+  if (n < 0) return;
+  const int target = table.target[first + i];
+  RowState<T> state = states[i];
+  // A target outside of the vocabulary: what does not depend on it stays right.
+  if (target < 0) state.target_logit = -infinity<T>();
+  RowResult<T> result = finish(state, target, V);
+  if (target < 0) result.nll = not_a_number<T>();
+  if (*table.mismatch != 0) {
+    const T nan = not_a_number<T>();
+    result = {nan, nan, nan, nan, nan, nan, -1};
+  }
+  write(out.nll, n, result.nll);
+  write(out.lse, n, result.lse);
+  write(out.row_max, n, result.row_max);
+  write(out.log_sum, n, result.log_sum);
+  write(out.entropy, n, result.entropy);
+  write(out.zbar, n, result.zbar);
+  if (out.argmax != nullptr) out.argmax[n] = result.argmax;
+}
+
+template <class T>
+__device__ T read(const void* array, std::int64_t n) {
+  return array == nullptr ? T(0) : static_cast<const T*>(array)[n];
+}
+
+// The upstream gradient of lse, that of its square included.
+template <class T>
+__device__ T lse_gradient(const Coefficients& c, std::int64_t n) {
+  T d_lse = read<T>(c.upstream.d_lse, n);
+  if (c.upstream.d_lse_squared != nullptr) {
+    d_lse += T(2) * read<T>(c.upstream.d_lse_squared, n) *
+             (read<T>(c.rows.row_max, n) + read<T>(c.rows.log_sum, n));
+  }
+  return d_lse;
+}
+
+template <class T>
+__device__ T block_max(T value) {
+  __shared__ T most[32];
+  value = warp_max(value);
+  if (threadIdx.x % 32 == 0) most[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = warp_max(threadIdx.x % 32 < blockDim.x / 32 ? most[threadIdx.x % 32] : T(0));
+  __syncthreads();
+  return value;
+}
+
+// fp16 products only, so the rows are in fp32. A NaN is left out of the maximum: it stays a NaN.
+__global__ void __launch_bounds__(kScanThreads)
+    make_scalars_kernel(Coefficients c, float logit_scale, DeviceScalars* scalars) {
+  float weight = 1;
+  if (c.class_weight != nullptr && c.upstream.d_zbar != nullptr) {
+    weight = 0;
+    for (std::int64_t v = threadIdx.x; v < c.V; v += kScanThreads) {
+      weight = fmaxf(weight, fabsf(static_cast<const float*>(c.class_weight)[v]));
+    }
+    weight = block_max(weight);
+  }
+  float most = 0;
+  for (std::int64_t i = threadIdx.x; i < c.count; i += kScanThreads) {
+    const std::int64_t n = c.table.row[c.first + i];
+    if (n < 0) continue;
+    // p |log p + H| <= 1 + H
+    float g = fabsf(read<float>(c.upstream.d_nll, n)) + fabsf(lse_gradient<float>(c, n)) +
+              fabsf(read<float>(c.upstream.d_zbar, n)) / static_cast<float>(c.V) * weight;
+    if (c.upstream.d_entropy != nullptr) {
+      g += fabsf(read<float>(c.upstream.d_entropy, n)) * (1 + read<float>(c.rows.entropy, n));
+    }
+    most = fmaxf(most, g * static_cast<const float*>(c.table.inv_temperature)[c.first + i]);
+  }
+  most = block_max(most);
+  if (threadIdx.x != 0) return;
+  int exponent = 0;
+  if (most > 0 && most < infinity<float>()) frexpf(most, &exponent);
+  exponent = min(max(13 - exponent, -100), 100);
+  const float scale = ldexpf(1.0f, exponent), inverse = ldexpf(1.0f, -exponent);
+  *scalars = {logit_scale * inverse, 0.0f, 1.0f, scale, inverse};
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    make_coefficients_kernel(Coefficients c, const DeviceScalars* scalars, RowGradient<T>* rows) {
+  const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= c.count) return;
+  const std::int64_t n = c.table.row[c.first + i];
+  if (n < 0) return;
+  const T scale = scalars != nullptr ? static_cast<T>(scalars->scale) : T(1);
+  const T nll = read<T>(c.rows.nll, n);
+  const T d_nll = read<T>(c.upstream.d_nll, n) * scale;
+  const T d_lse = lse_gradient<T>(c, n) * scale;
+  RowCoefficients<T> k{};
+  k.row_max = read<T>(c.rows.row_max, n);
+  k.log_sum = read<T>(c.rows.log_sum, n);
+  // A row without a softmax (NaN or inf among its logits) has no gradient: NaN throughout.
+  k.a = nll == nll ? d_nll + d_lse : nll;
+  k.d_entropy = read<T>(c.upstream.d_entropy, n) * scale;
+  k.entropy = k.d_entropy != T(0) ? read<T>(c.rows.entropy, n) : T(0);
+  k.zbar = read<T>(c.upstream.d_zbar, n) / static_cast<T>(c.V) * scale;
+  k.inv_temperature = static_cast<const T*>(c.table.inv_temperature)[c.first + i];
+  const int target = c.table.target[c.first + i];
+  const T weight = c.class_weight == nullptr || target < 0
+                       ? T(1)
+                       : static_cast<const T*>(c.class_weight)[target];
+  const T target_g = target_gradient(k, nll, d_nll, d_lse, weight);
+  rows[i] = {k.row_max, k.log_sum, k.a, target_g, k.d_entropy, k.entropy, k.zbar,
+             k.inv_temperature};
+}
+
+// One block, in fp64: each thread every 1024th row in order, then the threads in order.
+template <class T>
+__global__ void __launch_bounds__(kScanThreads)
+    sum_loss_kernel(RowFacts f, RowOutputs out, RowGradients up, T* loss) {
+  __shared__ double sums[kScanThreads / 32];
+  __shared__ int found[kScanThreads / 32];
+  double sum = 0;
+  int valid = 0;
+  for (int n = static_cast<int>(threadIdx.x); n < f.rows; n += kScanThreads) {
+    if (!counts(f, n)) continue;
+    ++valid;
+    const double lse = read<T>(out.lse, n);
+    if (up.d_nll) sum += double(read<T>(up.d_nll, n)) * read<T>(out.nll, n);
+    if (up.d_lse) sum += double(read<T>(up.d_lse, n)) * lse;
+    if (up.d_lse_squared) sum += double(read<T>(up.d_lse_squared, n)) * lse * lse;
+    if (up.d_zbar) sum += double(read<T>(up.d_zbar, n)) * read<T>(out.zbar, n);
+  }
+  sum = warp_sum(sum);
+  valid = warp_sum(valid);
+  if (threadIdx.x % 32 == 0) {
+    sums[threadIdx.x / 32] = sum;
+    found[threadIdx.x / 32] = valid;
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  sum = warp_sum(sums[threadIdx.x]);
+  valid = warp_sum(found[threadIdx.x]);
+  const bool wrong = f.num_valid >= 0 && f.num_valid != valid;
+  if (threadIdx.x == 0) *loss = wrong ? not_a_number<T>() : static_cast<T>(sum);
+}
+
+}  // namespace
+
+template <class T>
+void list_rows(const RowFacts& facts, const RowTable& table, cudaStream_t stream) {
+  launch(list_rows_kernel<T>, "list_rows", 1, kScanThreads, stream, facts, table);
+}
+
+template <class T>
+void clear_ignored(const RowFacts& facts, const RowTable& table, const RowOutputs& out,
+                   cudaStream_t stream) {
+  launch(clear_ignored_kernel<T>, "clear_ignored", divide_up(facts.rows, kThreads), kThreads,
+         stream, facts, table, out);
+}
+
+template <class T>
+void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
+                 const RowState<T>* states, const RowOutputs& out, std::int64_t V,
+                 cudaStream_t stream) {
+  launch(finish_rows_kernel<T>, "finish_rows", divide_up(count, kThreads), kThreads, stream, table,
+         first, static_cast<int>(count), states, out, V);
+}
+
+void make_scalars(const Coefficients& coefficients, double logit_scale, DeviceScalars* scalars,
+                  cudaStream_t stream) {
+  launch(make_scalars_kernel, "make_scalars", 1, kScanThreads, stream, coefficients,
+         static_cast<float>(logit_scale), scalars);
+}
+
+template <class T>
+void make_coefficients(const Coefficients& coefficients, const DeviceScalars* scalars,
+                       RowGradient<T>* rows, cudaStream_t stream) {
+  launch(make_coefficients_kernel<T>, "make_coefficients", divide_up(coefficients.count, kThreads),
+         kThreads, stream, coefficients, scalars, rows);
+}
+
+template <class T>
+void sum_loss(const RowFacts& facts, const RowOutputs& out, const RowGradients& upstream,
+              void* loss, cudaStream_t stream) {
+  launch(sum_loss_kernel<T>, "sum_loss", 1, kScanThreads, stream, facts, out, upstream,
+         static_cast<T*>(loss));
+}
+
+#define CUTLOSS_INSTANCES(T)                                                                      \
+  template void list_rows<T>(const RowFacts&, const RowTable&, cudaStream_t);                     \
+  template void clear_ignored<T>(const RowFacts&, const RowTable&, const RowOutputs&,             \
+                                 cudaStream_t);                                                   \
+  template void finish_rows<T>(const RowTable&, std::int64_t, std::int64_t, const RowState<T>*,   \
+                               const RowOutputs&, std::int64_t, cudaStream_t);                    \
+  template void make_coefficients<T>(const Coefficients&, const DeviceScalars*, RowGradient<T>*,  \
+                                     cudaStream_t);                                               \
+  template void sum_loss<T>(const RowFacts&, const RowOutputs&, const RowGradients&, void*,       \
+                            cudaStream_t);
+CUTLOSS_INSTANCES(float)
+CUTLOSS_INSTANCES(double)
+
+}  // namespace cutloss::cuda

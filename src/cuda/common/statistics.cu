@@ -1,0 +1,200 @@
+// Forward's row pass: one read of a block of logits. A warp takes a piece of a row at a time and
+// joins it to the row's state, as logit_math.h says; where rows are few, several warps share one,
+// each a run of pieces, joined in order.
+#include <algorithm>
+
+#include "cuda/common/logits.cuh"
+
+namespace cutloss::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+
+// Keeps e^(z - top) of the piece, the target's place holding the softcap's slope there.
+template <class K, class T>
+__device__ __forceinline__ void keep_exponentials(const T (&exponential)[Piece<T>::kValues],
+                                                  const T (&z)[Piece<T>::kValues], T slope_scale,
+                                                  int target, T target_logit, K* to, int columns) {
+  using P = Piece<T>;
+  constexpr T kScale = std::is_same_v<K, __half> ? T(kept_scale(DType::f16)) : T(1);
+  T kept[P::kValues];
+#pragma unroll
+  for (int i = 0; i < P::kValues; ++i) {
+    const T e = exponential[i];
+    const T u = e == T(0) ? T(0) : z[i] * slope_scale;
+    kept[i] = (e - e * u * u) * kScale;
+  }
+  if (target >= 0) {
+    const T t = target_logit * slope_scale;
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      if (P::column(i) == target) kept[i] = T(1) - t * t;
+    }
+  }
+  store_piece(kept, to, columns);
+}
+
+template <class T, class K>
+__device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t row, int piece,
+                                          int vocabulary_target, T inv_temperature,
+                                          RowState<T>& state) {
+  using P = Piece<T>;
+  const int first = piece * kPieceColumns<T>;
+  const int columns = s.block.columns - first;  // or more than a piece
+  T z[P::kValues];
+  load_piece(s.block.z + row * s.block.stride + first, columns, z);
+  transform_piece(z, s.block.bias == nullptr ? nullptr : s.block.bias + first, s.block.softcap,
+                  inv_temperature, columns);
+  if (s.zbar) {
+    T total = 0;
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      const int column = P::column(i);
+      if (column >= columns) continue;
+      total += s.class_weight == nullptr ? z[i] : z[i] * s.class_weight[first + column];
+    }
+    state.zbar_sum += warp_sum(total);
+  }
+  K* kept = s.kept.data == nullptr
+                ? nullptr
+                : static_cast<K*>(s.kept.data) + row * s.kept.stride + first;
+  if (kept != nullptr && !s.kept.exponentials) {
+    if constexpr (std::is_same_v<K, T>) store_piece(z, kept, columns);
+  }
+
+  if (columns < kPieceColumns<T>) {
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      if (P::column(i) >= columns) z[i] = -infinity<T>();
+    }
+  }
+  int target = vocabulary_target - s.block.first_column - first;
+  if (target >= kPieceColumns<T> || target >= columns) target = -1;
+  if (target >= 0) {
+    T found = 0;
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      if (P::column(i) == target) {
+        found = z[i];
+        z[i] = -infinity<T>();
+      }
+    }
+    state.target_logit = __shfl_sync(kAllLanes, found, target / P::kVector % 32);
+  }
+
+  T top = -infinity<T>();
+#pragma unroll
+  for (int i = 0; i < P::kValues; ++i) top = larger(top, z[i]);
+  top = warp_max(top);
+  int argmax = 0;
+  if (s.argmax && top > state.max) {
+    int column = kPieceColumns<T>;
+#pragma unroll
+    for (int i = P::kValues - 1; i >= 0; --i) {
+      if (z[i] == top) column = P::column(i);
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      column = min(column, __shfl_xor_sync(kAllLanes, column, distance));
+    }
+    argmax = s.block.first_column + first + column;
+  }
+
+  // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
+  const T shift = top == -infinity<T>() ? T(0) : top;
+  T exponential[P::kValues];
+  T sum = 0, weighted = 0;
+#pragma unroll
+  for (int i = 0; i < P::kValues; ++i) {
+    exponential[i] = std::exp(z[i] - shift);
+    sum += exponential[i];
+  }
+  if (s.entropy) {
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      if (exponential[i] != T(0)) weighted += exponential[i] * (z[i] - shift);
+    }
+    weighted = warp_sum(weighted);
+  }
+  if (kept != nullptr && s.kept.exponentials) {
+    const T slope_scale =
+        s.block.softcap == T(0) ? T(0) : T(1) / (inv_temperature * s.block.softcap);
+    keep_exponentials(exponential, z, slope_scale, target, state.target_logit, kept, columns);
+    if (threadIdx.x % 32 == 0) s.kept.maxima[row * s.kept.maxima_stride + piece] = top;
+  }
+  merge(state, top, warp_sum(sum), weighted, static_cast<std::int64_t>(argmax));
+}
+
+template <class T, class K>
+__global__ void __launch_bounds__(kThreads)
+    statistics_kernel(StatisticsOf<T> s, int warps_per_row) {
+  // Bytes, because a RowState has initialisers, which shared memory may not have.
+  __shared__ alignas(16) unsigned char bytes[kWarps * sizeof(RowState<T>)];
+  auto* shared = reinterpret_cast<RowState<T>*>(bytes);
+  const int warp = threadIdx.x / 32;
+  const int part = warp % warps_per_row;
+  const std::int64_t row =
+      std::int64_t{blockIdx.x} * (kWarps / warps_per_row) + warp / warps_per_row;
+  const std::int64_t entry = s.block.first_entry + row;
+  const bool live = row < s.block.rows && s.block.table.row[entry] >= 0;
+  RowState<T> state;
+  if (live) {
+    if (part == 0 && s.block.first_column > 0) state = s.states[row];
+    const int target = s.block.table.target[entry];
+    const T inv_temperature = static_cast<const T*>(s.block.table.inv_temperature)[entry];
+    const int pieces = (s.block.columns + kPieceColumns<T> - 1) / kPieceColumns<T>;
+    const int end = pieces * (part + 1) / warps_per_row;
+    for (int piece = pieces * part / warps_per_row; piece < end; ++piece) {
+      add_piece<T, K>(s, row, piece, target, inv_temperature, state);
+    }
+  }
+  if (warps_per_row > 1) {
+    if (threadIdx.x % 32 == 0) shared[warp] = state;
+    __syncthreads();
+    if (part == 0) {
+      for (int i = 1; i < warps_per_row; ++i) {
+        const RowState<T> later = shared[warp + i];
+        state.zbar_sum += later.zbar_sum;
+        if (later.target_logit == later.target_logit) state.target_logit = later.target_logit;
+        merge(state, later.max, later.sum, later.weighted_sum, later.argmax);
+      }
+    }
+  }
+  if (live && part == 0 && threadIdx.x % 32 == 0) s.states[row] = state;
+}
+
+// Enough warps to fill a large GPU; the same on every GPU, so that all make the same bits.
+int warps_for(std::int64_t rows, std::int64_t pieces) {
+  constexpr std::int64_t kEnough = 4096;
+  int warps = 1;
+  while (warps < kWarps && rows * warps < kEnough && warps * 2 <= pieces) warps *= 2;
+  return warps;
+}
+
+template <class T, class K>
+void run(const StatisticsOf<T>& s, cudaStream_t stream) {
+  const int warps = warps_for(s.block.rows, divide_up(s.block.columns, kPieceColumns<T>));
+  launch(statistics_kernel<T, K>, "row_statistics", divide_up(s.block.rows, kWarps / warps),
+         kThreads, stream, s, warps);
+}
+
+}  // namespace
+
+template <>
+void row_statistics<float>(const StatisticsOf<float>& s, cudaStream_t stream) {
+  switch (s.kept.data == nullptr ? DType::f32 : s.kept.type) {
+    case DType::bf16:
+      return run<float, __nv_bfloat16>(s, stream);
+    case DType::f16:
+      return run<float, __half>(s, stream);
+    default:
+      return run<float, float>(s, stream);
+  }
+}
+
+template <>
+void row_statistics<double>(const StatisticsOf<double>& s, cudaStream_t stream) {
+  run<double, double>(s, stream);
+}
+
+}  // namespace cutloss::cuda

@@ -1,0 +1,281 @@
+#include "cuda/cublaslt.h"
+
+#include <cublasLt.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+
+#include "core/text.h"
+#include "cuda/device.h"
+
+namespace cutloss::cuda {
+namespace {
+
+// The functions that are used, found by name. Their types are the header's.
+struct Library {
+  decltype(&cublasLtCreate) create = nullptr;
+  decltype(&cublasLtGetVersion) version = nullptr;
+  decltype(&cublasLtMatmul) matmul = nullptr;
+  decltype(&cublasLtMatmulAlgoGetHeuristic) heuristic = nullptr;
+  decltype(&cublasLtMatmulDescCreate) desc_create = nullptr;
+  decltype(&cublasLtMatmulDescDestroy) desc_destroy = nullptr;
+  decltype(&cublasLtMatmulDescSetAttribute) desc_set = nullptr;
+  decltype(&cublasLtMatrixLayoutCreate) layout_create = nullptr;
+  decltype(&cublasLtMatrixLayoutDestroy) layout_destroy = nullptr;
+  decltype(&cublasLtMatmulPreferenceCreate) preference_create = nullptr;
+  decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy = nullptr;
+  decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set = nullptr;
+  std::string refusal;  // why it is not there
+};
+
+void* open_library() {
+  constexpr const char* kNames[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
+  for (const int only_if_loaded : {RTLD_NOLOAD, 0}) {
+    for (const char* name : kNames) {
+      if (void* handle = dlopen(name, RTLD_NOW | RTLD_LOCAL | only_if_loaded)) return handle;
+    }
+  }
+  return nullptr;
+}
+
+Library load() {
+  Library library;
+  void* handle = open_library();
+  if (handle == nullptr) {
+    library.refusal =
+        "cuBLASLt was not found: neither libcublasLt.so.13 nor libcublasLt.so.12 could be opened; "
+        "put the directory of one into LD_LIBRARY_PATH";
+    return library;
+  }
+  const auto find = [&](auto& function, const char* name) {
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(handle, name));
+    if (function == nullptr) library.refusal = text("cuBLASLt has no function ", name);
+  };
+  find(library.create, "cublasLtCreate");
+  find(library.version, "cublasLtGetVersion");
+  find(library.matmul, "cublasLtMatmul");
+  find(library.heuristic, "cublasLtMatmulAlgoGetHeuristic");
+  find(library.desc_create, "cublasLtMatmulDescCreate");
+  find(library.desc_destroy, "cublasLtMatmulDescDestroy");
+  find(library.desc_set, "cublasLtMatmulDescSetAttribute");
+  find(library.layout_create, "cublasLtMatrixLayoutCreate");
+  find(library.layout_destroy, "cublasLtMatrixLayoutDestroy");
+  find(library.preference_create, "cublasLtMatmulPreferenceCreate");
+  find(library.preference_destroy, "cublasLtMatmulPreferenceDestroy");
+  find(library.preference_set, "cublasLtMatmulPreferenceSetAttribute");
+  return library;
+}
+
+const Library& library() {
+  static const Library loaded = load();
+  return loaded;
+}
+
+const char* status_name(cublasStatus_t status) {
+  switch (status) {
+    case CUBLAS_STATUS_SUCCESS:
+      return "success";
+    case CUBLAS_STATUS_NOT_INITIALIZED:
+      return "not initialised";
+    case CUBLAS_STATUS_ALLOC_FAILED:
+      return "allocation failed";
+    case CUBLAS_STATUS_INVALID_VALUE:
+      return "invalid value";
+    case CUBLAS_STATUS_ARCH_MISMATCH:
+      return "architecture mismatch";
+    case CUBLAS_STATUS_EXECUTION_FAILED:
+      return "execution failed";
+    case CUBLAS_STATUS_NOT_SUPPORTED:
+      return "not supported";
+    default:
+      return "internal error";
+  }
+}
+
+void check(cublasStatus_t status, const std::string& what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  const ErrorCode code = status == CUBLAS_STATUS_ALLOC_FAILED    ? ErrorCode::out_of_memory
+                         : status == CUBLAS_STATUS_NOT_SUPPORTED ? ErrorCode::unsupported
+                                                                 : ErrorCode::internal;
+  throw Error(code, text("cuBLASLt failed at ", what, ": ", status_name(status), " (status ",
+                         static_cast<int>(status), ")"));
+}
+
+std::string describe(const Product& p) {
+  return text("a product of ", p.M, " x ", p.N, " x ", p.K, " (", name(p.type), " to ",
+              name(p.c_type), ")");
+}
+
+// A handle for each device; they live as long as the process.
+cublasLtHandle_t handle_of(int device) {
+  static std::mutex mutex;
+  static std::map<int, cublasLtHandle_t> handles;
+  const std::lock_guard lock(mutex);
+  cublasLtHandle_t& handle = handles[device];
+  if (handle == nullptr) check(library().create(&handle), "its start");
+  return handle;
+}
+
+cudaDataType_t library_type(DType type) {
+  switch (type) {
+    case DType::f64:
+      return CUDA_R_64F;
+    case DType::bf16:
+      return CUDA_R_16BF;
+    case DType::f16:
+      return CUDA_R_16F;
+    case DType::f32:
+      break;
+  }
+  return CUDA_R_32F;
+}
+
+// The library's own objects, released with the plan that holds them.
+template <class Object, class Destroy>
+auto owned(Object object, Destroy destroy) {
+  return std::unique_ptr<std::remove_pointer_t<Object>, Destroy>(object, destroy);
+}
+using OwnedDesc = std::unique_ptr<std::remove_pointer_t<cublasLtMatmulDesc_t>,
+                                  decltype(&cublasLtMatmulDescDestroy)>;
+using OwnedLayout = std::unique_ptr<std::remove_pointer_t<cublasLtMatrixLayout_t>,
+                                    decltype(&cublasLtMatrixLayoutDestroy)>;
+
+// A product described to the library, with the algorithm it chose.
+struct Prepared {
+  OwnedDesc desc;
+  OwnedLayout a, b, c;
+  cublasLtMatmulAlgo_t algorithm;
+};
+
+// The library counts in columns: a row-major matrix is to it the transposed one. So it computes
+// c^T = b^T a^T, and its first operand is ours second.
+OwnedLayout layout_of(std::int64_t rows, std::int64_t columns, std::int64_t stride, DType type) {
+  cublasLtMatrixLayout_t made = nullptr;
+  check(library().layout_create(&made, library_type(type), static_cast<std::uint64_t>(columns),
+                                static_cast<std::uint64_t>(rows), stride),
+        "the description of a matrix");
+  return owned(made, library().layout_destroy);
+}
+
+// The largest power of two, up to 256, that divides an address.
+std::uint32_t alignment(const void* address) {
+  const auto bits = reinterpret_cast<std::uintptr_t>(address) | 256;
+  return static_cast<std::uint32_t>(bits & (~bits + 1));
+}
+
+std::shared_ptr<const Prepared> prepare(const Product& p, cublasLtHandle_t handle) {
+  const bool wide = p.type == DType::f64;
+  const cublasComputeType_t compute = wide                             ? CUBLAS_COMPUTE_64F
+                                      : p.type == DType::f32 && p.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                                       : CUBLAS_COMPUTE_32F;
+  cublasLtMatmulDesc_t made = nullptr;
+  check(library().desc_create(&made, compute, wide ? CUDA_R_64F : CUDA_R_32F), "a description");
+  OwnedDesc desc = owned(made, library().desc_destroy);
+  const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
+    check(library().desc_set(desc.get(), attribute, &value, sizeof(value)), "an attribute");
+  };
+  set(CUBLASLT_MATMUL_DESC_TRANSA, p.b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+  set(CUBLASLT_MATMUL_DESC_TRANSB, p.a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+  if (p.device_alpha != nullptr) {
+    set(CUBLASLT_MATMUL_DESC_POINTER_MODE,
+        static_cast<std::int32_t>(CUBLASLT_POINTER_MODE_DEVICE));
+  }
+  OwnedLayout b = p.b.transposed ? layout_of(p.N, p.K, p.b.stride, p.type)
+                                 : layout_of(p.K, p.N, p.b.stride, p.type);
+  OwnedLayout a = p.a.transposed ? layout_of(p.K, p.M, p.a.stride, p.type)
+                                 : layout_of(p.M, p.K, p.a.stride, p.type);
+  OwnedLayout c = layout_of(p.M, p.N, p.c_stride, p.c_type);
+
+  cublasLtMatmulPreference_t made_preference = nullptr;
+  check(library().preference_create(&made_preference), "a preference");
+  const auto preference = owned(made_preference, library().preference_destroy);
+  const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+    check(library().preference_set(preference.get(), attribute, &value, sizeof(value)),
+          "a preference");
+  };
+  prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<std::uint64_t>(p.workspace_bytes));
+  // Partial sums over a split K are joined in fp32 and in a fixed order.
+  prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+         static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(p.b.data));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(p.a.data));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(p.c));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(p.c));
+
+  cublasLtMatmulHeuristicResult_t best{};
+  int found = 0;
+  check(library().heuristic(handle, desc.get(), b.get(), a.get(), c.get(), c.get(),
+                            preference.get(), 1, &best, &found),
+        "the choice of an algorithm for " + describe(p));
+  if (found == 0) check(CUBLAS_STATUS_NOT_SUPPORTED, describe(p));
+  return std::make_shared<Prepared>(
+      Prepared{std::move(desc), std::move(a), std::move(b), std::move(c), best.algo});
+}
+
+// All that an algorithm is chosen for.
+auto key_of(const Product& p, int device) {
+  return std::tuple(device, p.M, p.N, p.K, p.a.stride, p.a.transposed, p.b.stride, p.b.transposed,
+                    p.c_stride, p.type, p.c_type, p.tf32, p.device_alpha != nullptr,
+                    p.workspace_bytes, alignment(p.a.data), alignment(p.b.data), alignment(p.c));
+}
+
+std::shared_ptr<const Prepared> prepared(const Product& p, int device) {
+  // A training step needs about ten shapes; rows that come and go bring new ones.
+  constexpr std::size_t kMost = 1024;
+  static std::mutex mutex;
+  static std::map<decltype(key_of(p, 0)), std::shared_ptr<const Prepared>> known;
+  const auto key = key_of(p, device);
+  {
+    const std::lock_guard lock(mutex);
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
+  }
+  auto made = prepare(p, handle_of(device));
+  const std::lock_guard lock(mutex);
+  if (known.size() >= kMost) known.clear();
+  return known.emplace(key, std::move(made)).first->second;
+}
+
+}  // namespace
+
+void multiply(const Product& p, cudaStream_t stream) {
+  const int device = current_device().index;
+  const auto ready = prepared(p, device);
+  const bool wide = p.type == DType::f64;
+  const double wide_scalars[2] = {p.alpha, p.accumulate ? 1.0 : 0.0};
+  const float scalars[2] = {static_cast<float>(p.alpha), p.accumulate ? 1.0f : 0.0f};
+  const void* alpha = wide ? static_cast<const void*>(&wide_scalars[0]) : &scalars[0];
+  const void* beta = wide ? static_cast<const void*>(&wide_scalars[1]) : &scalars[1];
+  if (p.device_alpha != nullptr) {
+    const auto* there = static_cast<const DeviceScalars*>(p.device_alpha);
+    alpha = &there->alpha;
+    beta = p.accumulate ? &there->one : &there->zero;
+  }
+  check(library().matmul(handle_of(device), ready->desc.get(), alpha, p.b.data, ready->b.get(),
+                         p.a.data, ready->a.get(), beta, p.c, ready->c.get(), p.c, ready->c.get(),
+                         &ready->algorithm, p.workspace,
+                         static_cast<std::size_t>(p.workspace_bytes), stream),
+        describe(p));
+}
+
+std::string cublaslt_refusal() {
+  if (!library().refusal.empty()) return library().refusal;
+  try {
+    handle_of(current_device().index);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+std::string describe_cublaslt() {
+  if (!library().refusal.empty()) return library().refusal;
+  const std::size_t version = library().version();  // 130101: 13.1.1
+  return text("cuBLASLt ", version / 10000, ".", version / 100 % 100, ".", version % 100);
+}
+
+}  // namespace cutloss::cuda

@@ -1,0 +1,214 @@
+#include "cuda/layout.h"
+
+#include <algorithm>
+
+#include "core/dtype.h"
+#include "core/logit_math.h"
+#include "core/text.h"
+#include "cuda/common/kernels.h"
+#include "cuda/device.h"
+
+namespace cutloss::cuda {
+namespace {
+
+constexpr std::int64_t kAlign = 256;  // a cache line and more; what cuBLASLt likes best
+
+std::int64_t round_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b * b; }
+
+std::int64_t state_bytes(DType stat) {
+  return stat == DType::f64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
+}
+
+std::int64_t piece_columns(DType stat) {
+  return stat == DType::f64 ? kPieceColumns<double> : kPieceColumns<float>;
+}
+
+}  // namespace
+
+Layout::Layout(const std::vector<Need>& needs) {
+  placed_.reserve(needs.size());
+  for (const Need& need : needs) {
+    placed_.push_back({need.name, bytes_, need.bytes});
+    bytes_ += round_up(need.bytes, kAlign);
+  }
+}
+
+const Layout::Placed* Layout::find(std::string_view name) const {
+  const auto found =
+      std::find_if(placed_.begin(), placed_.end(), [&](const Placed& p) { return p.name == name; });
+  return found == placed_.end() ? nullptr : &*found;
+}
+
+std::int64_t Layout::offset(std::string_view name) const {
+  const Placed* placed = find(name);
+  if (placed == nullptr) {
+    throw Error(ErrorCode::internal, text("the workspace has no buffer '", name, "'"));
+  }
+  return placed->offset;
+}
+
+std::int64_t Layout::bytes_of(std::string_view name) const {
+  const Placed* placed = find(name);
+  return placed == nullptr ? 0 : placed->bytes;
+}
+
+DType product_type(const Problem& p) {
+  switch (p.compute_type) {
+    case DType::f64:
+      return DType::f64;
+    case DType::bf16:  // tensor cores of sm_75 know fp16 only
+      return current_device().sm >= 80 ? DType::bf16 : DType::f32;
+    case DType::f16:  // f32 holds every f16; the reverse would lose range
+      return p.e_type == DType::f16 && p.c_type == DType::f16 ? DType::f16 : DType::f32;
+    case DType::f32:
+      break;
+  }
+  return DType::f32;
+}
+
+Traits traits_of(const Problem& p) {
+  Traits t{};
+  t.operand = product_type(p);
+  t.stat = stat_type(p.compute_type);
+  t.keeps_exponentials = !p.entropy_gradient && !(p.softcap && p.zbar_gradient);
+  t.kept = t.keeps_exponentials ? t.operand : t.stat;
+  const bool one_run = p.shift == 0 || p.sequences == 1;
+  t.identity = one_run && p.num_valid == row_count(p);
+  const bool even = p.sequences == 1 ||
+                    (p.shift == 0 && p.e_sequence_stride == p.length * p.e_row_stride);
+  t.evenly = even && p.e_type == t.operand;
+  return t;
+}
+
+bool reads_e_in_place(const Plan& plan, const Traits& t, Passes passes) {
+  if (!t.evenly) return false;
+  const Problem& p = plan.problem;
+  if (p.num_valid == row_count(p)) return true;
+  // Logits of rows that do not count are computed and left alone. Where backward multiplies by E
+  // such rows must be zeros, and what is kept must lie where backward expects it.
+  return !p.num_valid && !passes.backward && plan.schedule != Schedule::rows;
+}
+
+bool packs_e_in_de(const Plan& plan, const Traits& t, Passes passes) {
+  const Problem& p = plan.problem;
+  return p.needs_de && !passes.forward && !reads_e_in_place(plan, t, passes) &&
+         !accumulates_de_in_place(plan, t) && size_of(p.e_type) == size_of(t.operand);
+}
+
+bool makes_g_in_place(const Plan& plan, const Traits& t) {
+  return plan.schedule == Schedule::rows && !plan.keeps_logits && t.kept == t.operand;
+}
+
+bool accumulates_de_in_place(const Plan& plan, const Traits& t) {
+  return t.identity && plan.problem.e_type == t.stat;
+}
+
+bool one_product_makes_dc(const Plan& plan, const Traits& t) {
+  return plan.problem.c_type == t.operand && plan.gradient_rows >= row_count(plan.problem);
+}
+
+std::int64_t padded(std::int64_t columns, DType type) {
+  return round_up(columns, 16 / size_of(type));
+}
+
+std::int64_t e_stride(const Problem& p, DType operand) { return padded(p.D, operand); }
+
+std::int64_t pieces_per_slab(const Plan& plan) {
+  const std::int64_t columns = piece_columns(stat_type(plan.problem.compute_type));
+  return (plan.slab + columns - 1) / columns;
+}
+
+std::int64_t pieces(const Plan& plan) {
+  return (plan.problem.V + plan.slab - 1) / plan.slab * pieces_per_slab(plan);
+}
+
+std::vector<Room> rooms(const Plan& plan, const Traits& t) {
+  const Problem& p = plan.problem;
+  const std::int64_t least = std::min(plan.slab, p.V);
+  std::vector<Room> list;
+  const std::int64_t several = std::min<std::int64_t>(8192, p.V);
+  if (p.c_type != t.operand) {
+    list.push_back({true, p.V});
+    if (several > least && several < p.V) list.push_back({true, several});
+  }
+  list.push_back({true, least});
+  list.push_back({false, least});
+  return list;
+}
+
+std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes passes, Room room) {
+  const auto [forward, backward] = passes;
+  const Problem& p = plan.problem;
+  const std::int64_t N = row_count(p);
+  const std::int64_t operand = size_of(t.operand);
+  const std::int64_t stat = size_of(t.stat);
+  const bool from_kept = plan.schedule == Schedule::rows;
+  std::vector<Need> needs;
+  needs.reserve(20);
+  needs.push_back({use::kCounts, 2 * 4});
+  needs.push_back({use::kRows, N * 8});
+  needs.push_back({use::kPositions, N * 4});
+  needs.push_back({use::kTargets, N * 4});
+  needs.push_back({use::kInvTemperature, N * stat});
+  if (forward) needs.push_back({use::kStates, plan.chunk_rows * state_bytes(t.stat)});
+  if (p.has_bias && p.bias_type != t.stat) needs.push_back({use::kBias, p.V * stat});
+  if (!reads_e_in_place(plan, t, passes) && !packs_e_in_de(plan, t, passes)) {
+    const std::int64_t block = std::max(plan.block_rows, backward ? plan.gradient_rows : 0);
+    const std::int64_t rows = room.whole_e ? plan.chunk_rows : std::min(block, plan.chunk_rows);
+    needs.push_back({use::kE, rows * e_stride(p, t.operand) * operand});
+  }
+  if (p.c_type != t.operand) {
+    needs.push_back({use::kC, room.c_columns * e_stride(p, t.operand) * operand});
+  }
+  if (forward || !from_kept) {
+    needs.push_back({use::kZ, plan.block_rows * padded(plan.slab, t.stat) * stat});
+  }
+  if (!backward) return needs;
+  if (t.operand == DType::f16) needs.push_back({use::kScalars, sizeof(DeviceScalars)});
+  needs.push_back({use::kCoefficients, plan.chunk_rows * 8 * stat});
+  if (!makes_g_in_place(plan, t)) {
+    needs.push_back({use::kG, plan.gradient_rows * padded(plan.gradient_slab, t.operand) * operand});
+  }
+  if (p.needs_de && !accumulates_de_in_place(plan, t)) {
+    needs.push_back({use::kDeSums, plan.chunk_rows * p.D * stat});
+  }
+  if (p.needs_dc && p.c_type != t.stat && !one_product_makes_dc(plan, t)) {
+    const bool one_chunk = plan.chunk_rows >= N;
+    needs.push_back({use::kDcSums, (one_chunk ? plan.gradient_slab : p.V) * p.D * stat});
+  }
+  if (p.needs_dbias) needs.push_back({use::kDbiasSums, p.V * 8});
+  return needs;
+}
+
+std::vector<Need> kept_needs(const Plan& plan, const Traits& t) {
+  if (plan.schedule != Schedule::rows) return {};
+  std::vector<Need> needs;
+  needs.push_back(
+      {use::kKept, plan.chunk_rows * padded(plan.problem.V, t.kept) * size_of(t.kept)});
+  if (t.keeps_exponentials) {
+    needs.push_back({use::kMaxima, plan.chunk_rows * pieces(plan) * size_of(t.stat)});
+  }
+  return needs;
+}
+
+std::int64_t workspace_bytes(const Plan& plan, Passes passes) {
+  return passes.forward ? plan.forward_workspace_bytes : plan.backward_workspace_bytes;
+}
+
+Passes laid_out(const Plan& plan, Passes passes) {
+  return plan.schedule == Schedule::rows && !plan.keeps_logits ? Passes{true, true} : passes;
+}
+
+Layout workspace_layout(const Plan& plan, const Traits& t, Passes passes, Room* room) {
+  for (const Room& r : rooms(plan, t)) {
+    Layout layout(workspace_needs(plan, t, passes, r));
+    if (layout.bytes() > workspace_bytes(plan, passes)) continue;
+    *room = r;
+    return layout;
+  }
+  throw Error(ErrorCode::internal,
+              text("the plan's workspace of ", workspace_bytes(plan, passes),
+                   " bytes is too small for its own sizes: was it made on another device?"));
+}
+
+}  // namespace cutloss::cuda

@@ -1,0 +1,224 @@
+#include "cuda/library_engine.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/text.h"
+#include "cuda/cublaslt.h"
+#include "cuda/device.h"
+#include "cuda/layout.h"
+#include "cuda/parts.h"
+
+namespace cutloss {
+namespace {
+
+using namespace cuda;
+
+constexpr std::int64_t kMiB = std::int64_t{1} << 20;
+
+// What a plan is tried with, the quickest first. A later step gives up a little speed for memory.
+struct Step {
+  std::int64_t logit_bytes;    // of a block of logits in the stat dtype; they pass through L2
+  std::int64_t library_bytes;  // cuBLASLt's workspace
+  std::int64_t block_rows;     // at most
+  std::int64_t least_chunk;    // rows that a chunk must have, unless it has all
+  std::int64_t least_slab;     // columns that a slab of gradients must have, unless it has all
+  std::int64_t gradient_rows;  // of gradients by vocabulary, at most; 0: all
+};
+constexpr Step kSteps[] = {
+    {32 * kMiB, 32 * kMiB, 4096, 1024, 2048, 0}, {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 0},
+    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 0},     {kMiB, 0, 512, 128, 256, 0},
+    {kMiB, 0, 512, 128, 256, 2048},              {kMiB / 16, 0, 128, 128, 128, 128},
+};
+
+// Beyond this a slab of gradients gains nothing: dE's sums are read and written once for each.
+constexpr std::int64_t kMostSlab = 65536;
+// The most rows of a chunk, unless one chunk has all: dC's sums are read and written once for each.
+constexpr std::int64_t kMostChunk = 4096;
+constexpr std::int64_t kGoodChunk = 2048;
+// Columns of g that are made at a time where g has a place of its own, in chunks.
+constexpr std::int64_t kChunkSlab = 8192;
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
+
+// The largest equal pieces of at most `most`, a multiple of `unit` each (the last may be less).
+std::int64_t even_piece(std::int64_t total, std::int64_t most, std::int64_t unit) {
+  if (total <= most) return std::max<std::int64_t>(total, 1);
+  return std::max(unit, std::min(most, round_up(divide_up(total, divide_up(total, most)), unit)));
+}
+
+// Sizes of a block of logits.
+void set_block(Plan& plan, const Step& step, DType stat) {
+  const std::int64_t numbers = step.logit_bytes / size_of(stat);
+  plan.block_rows = even_piece(plan.chunk_rows, step.block_rows, 128);
+  const std::int64_t beside = numbers / round_up(plan.block_rows, 128);
+  const std::int64_t unit = beside >= 1024 ? 1024 : 128;
+  plan.slab = even_piece(plan.problem.V, std::max<std::int64_t>(beside / unit * unit, 128), unit);
+}
+
+std::int64_t peak_bytes(const Plan& plan) {
+  return plan.kept_bytes + std::max(plan.forward_workspace_bytes, plan.backward_workspace_bytes);
+}
+
+void set_bytes(Plan& plan, const Traits& traits, Room room, std::int64_t library_bytes) {
+  const auto bytes = [&](Passes passes) {
+    return Layout(workspace_needs(plan, traits, passes, room)).bytes() + library_bytes;
+  };
+  plan.kept_bytes = Layout(kept_needs(plan, traits)).bytes();
+  plan.forward_workspace_bytes = bytes(laid_out(plan, {true, false}));
+  const bool in_one_call = plan.schedule == Schedule::rows && !plan.keeps_logits;
+  plan.backward_workspace_bytes =
+      plan.schedule == Schedule::none || in_one_call ? 0 : bytes({false, true});
+}
+
+// Chunks of rows, the most first.
+std::vector<std::int64_t> chunks(std::int64_t rows, const Step& step) {
+  std::vector<std::int64_t> sizes = {std::max<std::int64_t>(rows, 1)};
+  const std::int64_t most = std::min(kMostChunk, round_up(rows, 128) - 128);
+  std::int64_t last = rows;
+  for (std::int64_t size = most; size >= step.least_chunk; size -= 128) {
+    const std::int64_t even = even_piece(rows, size, 128);
+    if (even < last) sizes.push_back(even);
+    last = even;
+  }
+  return sizes;
+}
+
+// Slabs of gradients, the widest first. Each is made of whole slabs of logits.
+std::vector<std::int64_t> slabs(const Plan& plan, const Step& step) {
+  const std::int64_t V = plan.problem.V;
+  std::vector<std::int64_t> sizes;
+  for (std::int64_t count = std::max<std::int64_t>(1, std::min(V, kMostSlab) / plan.slab);;
+       count = std::max<std::int64_t>(1, count * 7 / 8)) {
+    const std::int64_t even = even_piece(V, count * plan.slab, plan.slab);
+    if (even >= std::min(step.least_slab, V) && (sizes.empty() || even < sizes.back())) {
+      sizes.push_back(even);
+    }
+    if (count == 1) return sizes;
+  }
+}
+
+// The sizes within `budget` of one step, if there are any. Notes the least that was tried.
+bool fit_step(Plan& plan, const Traits& traits, const Step& step, std::int64_t budget,
+              std::int64_t& smallest) {
+  const std::int64_t rows = row_count(plan.problem);
+  const auto accept = [&](Plan& trial, Room room) {
+    set_bytes(trial, traits, room, step.library_bytes);
+    smallest = std::min(smallest, peak_bytes(trial));
+    return peak_bytes(trial) <= budget;
+  };
+  const bool in_chunks = plan.schedule == Schedule::rows && !plan.keeps_logits;
+  const std::vector<std::int64_t> sizes =
+      in_chunks ? chunks(rows, step) : std::vector<std::int64_t>{std::max<std::int64_t>(rows, 1)};
+  Plan trial = plan;
+  trial.chunk_rows = sizes[0];
+  set_block(trial, step, traits.stat);
+  for (const Room& room : rooms(trial, traits)) {
+    Plan best;
+    bool found = false;
+    for (const std::int64_t chunk : sizes) {
+      trial.chunk_rows = chunk;
+      set_block(trial, step, traits.stat);
+      trial.gradient_rows =
+          step.gradient_rows == 0 || makes_g_in_place(trial, traits)
+              ? chunk
+              : even_piece(chunk, step.gradient_rows, 128);
+      if (in_chunks) {
+        trial.gradient_slab =
+            makes_g_in_place(trial, traits)
+                ? trial.problem.V
+                : even_piece(trial.problem.V,
+                             std::max<std::int64_t>(1, std::min(kChunkSlab, step.logit_bytes /
+                                                                                size_of(traits.stat) /
+                                                                                chunk) /
+                                                           trial.slab) *
+                                 trial.slab,
+                             trial.slab);
+        if (!accept(trial, room)) continue;
+        // The whole in one chunk, or chunks of enough rows: the smaller of the two.
+        if (!found || (chunk >= kGoodChunk && peak_bytes(trial) < peak_bytes(best))) best = trial;
+        found = true;
+        if (chunk != sizes[0]) break;
+        continue;
+      }
+      for (const std::int64_t slab : slabs(trial, step)) {
+        trial.gradient_slab = slab;
+        if (!accept(trial, room)) continue;
+        best = trial;
+        found = true;
+        break;
+      }
+    }
+    if (found) {
+      plan = best;
+      return true;
+    }
+  }
+  return false;
+}
+
+class LibraryEngine final : public Engine {
+ public:
+  std::string_view name() const override { return "cuda/library"; }
+
+  std::string description() const override {
+    if (const std::string refusal = cuda_refusal(); !refusal.empty()) return "not here: " + refusal;
+    const DeviceFacts& device = current_device();
+    return text(device.name, ", sm_", device.sm, ", ", device.multiprocessors,
+                " multiprocessors, ", device.l2_bytes / kMiB, " MiB of L2; ", describe_cublaslt());
+  }
+
+  std::string refusal(const Problem& p) const override { return common_refusal(p); }
+
+  bool fit(Plan& plan, std::int64_t budget, std::int64_t& smallest) const override {
+    smallest = std::numeric_limits<std::int64_t>::max();
+    const Traits traits = traits_of(plan.problem);
+    for (const Step& step : kSteps) {
+      if (fit_step(plan, traits, step, budget, smallest)) return true;
+    }
+    return false;
+  }
+
+  std::unique_ptr<Parts> bind(const Plan& plan, const Args& args, Passes passes) const override {
+    const Passes all = laid_out(plan, passes);
+    return plan.problem.compute_type == DType::f64 ? bind_as<double>(plan, args, all)
+                                                   : bind_as<float>(plan, args, all);
+  }
+
+ private:
+  template <class T>
+  static std::unique_ptr<Parts> bind_as(const Plan& plan, const Args& args, Passes passes) {
+    const Traits traits = traits_of(plan.problem);
+    typename CudaParts<T>::Memory memory;
+    memory.workspace = workspace_layout(plan, traits, passes, &memory.room);
+    memory.kept = Layout(kept_needs(plan, traits));
+    return std::make_unique<CudaParts<T>>(plan, args, passes, std::move(memory));
+  }
+};
+
+}  // namespace
+
+std::string cuda::common_refusal(const Problem& p) {
+  if (p.device != Device::cuda) return "the tensors are not in a CUDA device's memory";
+  if (std::string refusal = cuda_refusal(); !refusal.empty()) return refusal;
+  const DeviceFacts& device = current_device();
+  if (device.sm < 75) {
+    return text(device.name, " is sm_", device.sm, ", but sm_75 (Turing) or later is needed");
+  }
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  if (p.sequences * p.length > kMost || p.V > kMost) {
+    return text("sequences x length = ", p.sequences * p.length, " and V = ", p.V,
+                " must be under 2^31");
+  }
+  return cublaslt_refusal();
+}
+
+const Engine& cuda_library_engine() {
+  static const LibraryEngine engine;
+  return engine;
+}
+
+}  // namespace cutloss
