@@ -1,205 +1,22 @@
 """cutloss bench: time, memory and errors of the loss against plain PyTorch and other projects."""
 
-import argparse
+import dataclasses
 import json
 import pathlib
-import re
 import shlex
 
 import torch
 
 from cutloss._bench import record, rivals
-from cutloss._bench.cases import ALL_DATA, DTYPES, OPTIONS, PASSES, Case
+from cutloss._bench.arguments import DEFAULT_WORKSPACE_MIB, add_arguments
+from cutloss._bench.cases import Case
 from cutloss._bench.measure import Settings, measure
-from cutloss._bench.methods import (
-    DEFAULT_METHODS,
-    ENGINE_VARIABLE,
-    LOSSES,
-    METHODS,
-    Method,
-    missing,
-    takes_num_valid,
-)
-from cutloss._bench.plan import WORKSPACES
-from cutloss._cli import UserError, check_device, count, needed, seconds, shape
+from cutloss._bench.methods import DEFAULT_METHODS, METHODS, Method, missing, takes_num_valid
+from cutloss._cli import UserError, check_device, needed
 
-SCHEDULES = ("auto", "rows", "vocabulary")
-DEFAULT_WORKSPACE_MIB = 512  # cutloss::kDefaultWorkspace
+__all__ = ["add_arguments", "named_models", "run"]
 PICTURES = (".png", ".svg", ".pdf")
 DEFAULT_SHAPE = (512, 768, 50257)  # GPT-2's, with few rows
-UNITS = {"": 1, "mib": 1, "gib": 1024, "m": 1, "g": 1024}
-
-
-class _Lists(argparse.Action):
-    """Values that are lists themselves, one after the other."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        flat = [value for part in values for value in part]
-        setattr(namespace, self.dest, flat)
-
-
-class _MoreLists(_Lists):
-    """The same for an option that may be given several times."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        before = getattr(namespace, self.dest)
-        super().__call__(parser, namespace, values)
-        setattr(namespace, self.dest, [*before, *getattr(namespace, self.dest)])
-
-
-def add_arguments(parser):
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "methods:\n" + "\n".join(
-        f"  {name:18} {loss.about}" for name, loss in LOSSES.items()
-    )
-    add = parser.add_argument
-    add("--model", action="append", default=[], metavar="NAME", help="the shape of a named model")
-    add("--rows", type=count, metavar="N", help="rows of the named models, instead of their own")
-    add(
-        "--shape",
-        "--shapes",
-        type=_shapes_in,
-        nargs="+",
-        action=_MoreLists,
-        default=[],
-        metavar="N,D,V",
-        help="one or more, separated by spaces or semicolons",
-    )
-    add("--list-models", action="store_true", help="list the named models and stop")
-    _add_list(add, "--dtype", DTYPES, ["fp32"], "Of E and C; autocast: C is fp32")
-    _add_list(add, "--data", ALL_DATA, ["randn"], "softmax: generated, like a trained model's")
-    _add_list(add, "--passes", PASSES, ["fw", "fwbw"], "frozen: C gets no gradient")
-    _add_list(
-        add,
-        "--methods",
-        (*METHODS, "all"),
-        None,
-        f"see below (CPU: {', '.join(DEFAULT_METHODS['cpu'])}; CUDA: all)",
-        metavar="NAME",
-    )
-    _add_list(add, "--schedule", SCHEDULES, ["auto"], "For cutloss", "--schedules")
-    add(
-        "--max-workspace",
-        "--memory",
-        nargs="+",
-        action=_Lists,
-        type=_workspaces,
-        default=[None],
-        metavar="MIB",
-        help=f"cutloss: granted workspaces, as 64, 64MiB, 1GiB; smallest: the least there is a "
-        f"plan for; logits: enough for all of them (not given: {DEFAULT_WORKSPACE_MIB})",
-    )
-    add(
-        "--engines",
-        nargs="+",
-        action=_Lists,
-        type=_words,
-        default=[None],
-        metavar="NAME",
-        help=f"cutloss: only these, through {ENGINE_VARIABLE}; auto: as planned",
-    )
-    add(
-        "--ignored",
-        nargs="+",
-        action=_Lists,
-        type=_fractions,
-        default=[0.0],
-        metavar="PART",
-        help="the part of the targets that is ignored, such as 0,0.5; cutloss is measured with "
-        "and without num_valid",
-    )
-    _add_list(
-        add,
-        "--options",
-        ("none", *_option_sets()),
-        ["none"],
-        f"what the loss has besides: none, or of {', '.join(OPTIONS)} some joined by +; methods "
-        "that lack it are left out",
-        metavar="NAME",
-    )
-    add("--rounds", type=count, default=5, help="rounds after the warm-up (default 5)")
-    add("--pause", type=seconds, default=0.0, metavar="S", help="wait before each timed call")
-    add(
-        "--first-call-limit",
-        type=seconds,
-        metavar="S",
-        help="leave out what takes longer to compile and tune",
-    )
-    add("--threads", type=count, help="CPU threads (default: PyTorch's)")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--seed", type=int, default=0)
-    add("--no-memory", action="store_true", help="leave the peak memory out")
-    add("--no-errors", action="store_true", help="leave the errors against fp64 out")
-    add("--json", metavar="FILE", help="append one line for each measurement")
-    add("--plot", metavar="FILE", help="write a picture (PNG, SVG or PDF by its name)")
-
-
-def _add_list(add, name, choices, default, help, *aliases, metavar=None):
-    """An option of one or more names, separated by spaces or commas."""
-    if metavar is None:
-        metavar, help = "NAME", f"{', '.join(choices)} (default {','.join(default)}). {help}"
-
-    def names(text):
-        found = [part for part in text.split(",") if part]
-        for part in found:
-            if part not in choices:
-                raise argparse.ArgumentTypeError(
-                    f"invalid choice: {part!r} (choose from {', '.join(choices)})"
-                )
-        return found
-
-    add(
-        name,
-        *aliases,
-        nargs="+",
-        action=_Lists,
-        type=names,
-        default=default,
-        metavar=metavar,
-        help=help,
-    )
-
-
-def _option_sets():
-    names = tuple(OPTIONS)
-    sets = [()]
-    for name in names:
-        sets += [(*part, name) for part in sets]
-    return tuple("+".join(part) for part in sets if part)
-
-
-def _shapes_in(text):
-    return [shape(part) for part in text.split(";") if part.strip()]
-
-
-def _words(text):
-    return [None if part == "auto" else part for part in text.split(",") if part]
-
-
-def _fractions(text):
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = [-1.0]
-    if not all(0 <= part < 1 for part in found):
-        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text!r}")
-    return found
-
-
-def _workspaces(text):
-    found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w*)", part)
-        if part in WORKSPACES:
-            found.append(part)
-        elif match and match[2].lower() in UNITS and float(match[1]) > 0:
-            mib = float(match[1]) * UNITS[match[2].lower()]
-            found.append(int(mib) if mib == int(mib) else mib)
-        else:
-            raise argparse.ArgumentTypeError(
-                f"must be MiB (64, 64MiB, 1GiB) or one of {', '.join(WORKSPACES)}, got {part!r}"
-            )
-    return found
 
 
 def named_models():
@@ -236,22 +53,34 @@ def run(args):
         first_call_limit=args.first_call_limit,
     )
     records = []
-    for case in _cases(args, shapes):
-        measured = measure(case, _for_case(case, methods, report), settings, report)
-        if measured is None:
-            raise UserError(f"no method is left to measure for {case.label}")
-        lines = _lines(case, measured, shared)
-        report.table(case, lines)
-        if args.json:
-            record.append(args.json, [line for _, line in lines])
-        records += lines
-        if args.plot:  # after each case: a later one may end the run
+    try:
+        for case in _cases(args, shapes):
+            records += _case(case, methods, settings, shared, args.json)
+    finally:  # what ends the run does not take what was measured along
+        if args.plot and records:
             report.plot(args.plot, records)
+    if not records:
+        raise UserError("no method was left to measure")
     if args.plot:
         print(f"plot: {args.plot}")
     if args.json:
         print(f"{len(records)} lines appended to {args.json}")
     return 0
+
+
+def _case(case, methods, settings, shared, path):
+    """[(method, record)] of a case, shown and written."""
+    from cutloss._bench import report
+
+    measured = measure(case, _for_case(case, methods, report), settings, report)
+    if measured is None:
+        report.note(f"no method is left to measure for {case.label}")
+        return []
+    lines = _lines(case, measured, shared)
+    report.table(case, lines)
+    if path:
+        record.append(path, [line for _, line in lines])
+    return lines
 
 
 def _cases(args, shapes):
@@ -273,12 +102,10 @@ def _for_case(case, methods, report):
         report.note("cutloss with num_valid is left out: this version has no such argument")
         return methods
     found = []
-    for m in methods:
-        found.append(m)
-        if m.name == "cutloss":
-            found.append(
-                Method(m.name, m.schedule, m.max_workspace_mib, m.engine, num_valid=True)
-            )
+    for method in methods:
+        found.append(method)
+        if method.name == "cutloss":
+            found.append(dataclasses.replace(method, num_valid=True))
     return found
 
 

@@ -1,18 +1,34 @@
 """cutloss bench: its lines, its measurements, its refusals."""
 
+import dataclasses
 import json
+import os
 import pathlib
 import runpy
 import sys
+import time
+import types
 
 import pytest
 import torch
 from cli_helpers import assert_refused, run_cli
 
-from cutloss._bench import cases, errors, memory, record, timing
+from cutloss import _ops
+from cutloss._bench import (
+    cases,
+    device_memory,
+    errors,
+    memory,
+    methods,
+    plan,
+    record,
+    rivals,
+    softmax,
+    timing,
+)
 from cutloss._bench.cases import Case
 from cutloss._bench.methods import DEFAULT_METHODS, Method
-from cutloss._bench.products import products
+from cutloss._bench.products import _chunked, products
 from cutloss.bench import named_models
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
@@ -63,13 +79,122 @@ def test_schedules_and_workspaces_are_measured_each(capsys, tmp_path):
     assert found == {("rows", 8), ("rows", 64), ("vocabulary", 8), ("vocabulary", 64)}
 
 
+def test_lists_are_read_with_commas_spaces_and_semicolons(capsys, tmp_path):
+    path = tmp_path / "out.json"
+    arguments = ["--shapes", "9,8,50;7,8,40", "--shape", "5,8,30", "--dtype", "fp32,bf16", "fp64"]
+    arguments += ["--methods", "plain,torch_lce", "--passes", "fw", "--rounds", 1, "--no-memory"]
+    assert run_cli(capsys, "bench", *arguments, "--json", path).code == 0
+    found = [(line["N"], line["dtype"], line["method"]) for line in lines(path)]
+    assert len(set(found)) == len(found) == 3 * 3 * 2
+    assert {N for N, *_ in found} == {9, 7, 5}
+
+
+def test_workspaces_by_name_and_unit(capsys, tmp_path):
+    path = tmp_path / "out.json"
+    arguments = ["--shape", "600,32,4000", "--rounds", 1, "--methods", "cutloss", "--no-memory"]
+    arguments += ["--passes", "fwbw", "--memory", "smallest,1GiB,64MiB", "logits", "--json", path]
+    assert run_cli(capsys, "bench", *arguments).code == 0
+    smallest, gib, mib, logits = (line["workspace_mib"] for line in lines(path))
+    assert 0 < smallest < 8 and gib == 1024 and mib == 64
+    assert 600 * 4000 * 4 / 2**20 < logits < 80
+
+
+def test_the_smallest_workspace_is_the_smallest():
+    case = Case(600, 32, 4000)
+    method = plan.with_workspace(case, Method("cutloss", max_workspace_mib="smallest"), "fwbw")
+    plan.decide(case, method, "fwbw")
+    less = dataclasses.replace(method, max_workspace_mib=(method.max_workspace - 1) / 2**20)
+    with pytest.raises(ValueError, match="smallest plan needs"):
+        plan.decide(case, less, "fwbw")
+
+
+def test_engines_are_restricted(capsys, tmp_path):
+    path = tmp_path / "out.json"
+    arguments = [*SHAPE, "--methods", "cutloss", "--passes", "fw", "--no-memory", "--json", path]
+    done = run_cli(capsys, "bench", *arguments, "--engines", "auto,cpu", "steam")
+    assert done.code == 0, done.err
+    assert "cutloss steam is left out, fw: " in done.out
+    assert [line["variant"] for line in lines(path)] == ["cutloss", "cutloss cpu"]
+    assert methods.ENGINE_VARIABLE not in os.environ
+
+
+def test_ignored_rows_and_options(capsys, tmp_path):
+    path = tmp_path / "out.json"
+    arguments = [*SHAPE, "--methods", "cutloss,plain,torch_lce", "--no-memory", "--json", path]
+    arguments += ["--ignored", "0.5", "--options", "softcap+temperature+bias,none"]
+    done = run_cli(capsys, "bench", *arguments)
+    assert done.code == 0, done.err
+    assert "torch_lce is left out, fw, fwbw: it has no softcap and no temperature" in done.out
+    found = lines(path)
+    assert [p for line in found for p in record.problems(line)] == []
+    ours = {"cutloss", "cutloss num_valid"}
+    for options, names in (
+        ("softcap+temperature+bias", {"plain", *ours}),
+        ("", {"plain", "torch_lce", *ours}),
+    ):
+        of_case = [line for line in found if line["options"] == options]
+        assert {line["variant"] for line in of_case} == names
+    for line in found:
+        assert line["num_valid"] == (line["variant"] == "cutloss num_valid")
+        assert line["ignored"] == 0.5
+        errors = [line[key] for key in ("loss_err", "nll_err", "de_err", "dc_err") if line[key]]
+        assert errors and max(errors) < 1e-5, line
+
+
+def test_rivals_that_are_asked_for_and_missing_are_named(capsys, tmp_path):
+    arguments = [*SHAPE, "--methods", "plain", *rivals.LOSSES, "--passes", "fw", "--no-memory"]
+    done = run_cli(capsys, "bench", *arguments)
+    assert done.code == 0, done.err
+    for name in rivals.LOSSES:
+        assert f"{name} is left out: {rivals.LOSSES[name].package}" in done.out
+
+
+def failing(monkeypatch, name, function):
+    loss = dataclasses.replace(methods.LOSSES["plain"], function=function)
+    monkeypatch.setitem(methods.LOSSES, name, loss)
+
+
+def test_a_method_that_fails_is_named_and_the_run_goes_on(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "out.json"
+    calls = []
+
+    def always(e, c, targets, asked):
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    def later(e, c, targets, asked):
+        calls.append(1)
+        if len(calls) > 3:
+            raise MemoryError("now it is full")
+        return (e @ c.t()).mean()
+
+    failing(monkeypatch, "torch_lce", always)
+    failing(monkeypatch, "torch_lce_chunked", later)
+    arguments = [*SHAPE, "--methods", "torch_lce,torch_lce_chunked,plain", "--passes", "fw"]
+    done = run_cli(capsys, "bench", *arguments, "--rounds", 3, "--no-memory", "--json", path)
+    assert done.code == 0, done.err
+    assert "torch_lce failed, fw: RuntimeError: no such kernel\n" in done.out
+    assert "torch_lce_chunked failed, fw: MemoryError: now it is full\n" in done.out
+    assert [line["method"] for line in lines(path)] == ["plain"]
+    done = run_cli(capsys, "bench", *SHAPE, "--methods", "torch_lce", "--passes", "fw")
+    assert_refused(done, "no method was left")
+
+
+def test_a_first_call_has_a_limit(capsys, monkeypatch):
+    failing(monkeypatch, "torch_lce", lambda *_: time.sleep(60))
+    arguments = [*SHAPE, "--methods", "torch_lce,plain", "--passes", "fw", "--no-memory"]
+    start = time.monotonic()
+    done = run_cli(capsys, "bench", *arguments, "--first-call-limit", 0.2)
+    assert time.monotonic() - start < 30
+    assert "torch_lce failed, fw: TimeoutError: its first call took more than 0.2 s" in done.out
+
+
 def test_a_refused_method_is_named_and_left_out(capsys, tmp_path):
     path = tmp_path / "out.json"
     arguments = ["--shape", "600,300,4000", "--rounds", 1, "--dtype", "bf16", "--passes", "fwbw"]
     arguments += ["--methods", "cutloss", "plain", "--schedule", "rows", "--max-workspace", 1]
     done = run_cli(capsys, "bench", *arguments, "--no-memory", "--json", path)
     assert done.code == 0, done.err
-    assert "cutloss rows 1 MiB is left out" in done.out
+    assert "cutloss rows 1 MiB is left out, fwbw: max_workspace is 1048576" in done.out
     assert [line["method"] for line in lines(path)] == ["plain"]
 
 
@@ -92,12 +217,37 @@ def test_peak_memory_that_fails_says_so():
 @pytest.mark.parametrize("data", cases.DATA)
 def test_the_reference_is_autograd(data, monkeypatch):
     case = Case(7, 5, 1011, "fp64", data)
-    monkeypatch.setattr(errors, "_LOGITS", 3 * 8 * case.V)  # rows at a time: 3, 3, 1
+    monkeypatch.setitem(errors._LOGITS, "cpu", 3 * 8 * case.V)  # rows at a time: 3, 3, 1
     e, c, targets = cases.leaves(cases.inputs(case), "fwbw")
     torch.nn.functional.cross_entropy(e @ c.t(), targets).backward()
     de, dc = errors.reference_gradients(case)
     torch.testing.assert_close(de, e.grad, rtol=1e-9, atol=1e-13)
     torch.testing.assert_close(dc, c.grad, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("options", ["", "softcap+temperature+bias"])
+def test_the_reference_knows_options_and_ignored_rows(options):
+    case = Case(11, 5, 40, "fp64", ignored=0.4, options=options)
+    tensors = (*cases.inputs(case), cases.bias_of(case))
+    e, c, targets, bias = cases.leaves(tensors, "fwbw")
+    assert (targets == -100).sum() == 4
+    loss = methods.run_pass(Method("plain"), case, "fwbw", e, c, targets, bias)
+    expected = errors.reference(case, tensors)
+    assert expected.loss == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(expected.de, e.grad, rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(expected.dc, c.grad, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("D", [64, 192])
+def test_the_generated_softmax_has_its_curve(D):
+    e, c, targets = softmax.generate(384, D, 131072, seed=D)
+    nll, found = softmax.look(e, c, targets)
+    assert found.keys() == softmax.CURVE.keys()
+    for rank, p in softmax.CURVE.items():
+        assert p / 1.6 < found[rank] < p * 1.6, (rank, found[rank], p)
+    assert abs(nll - softmax.NLL) < 0.8
+    nll_of_bf16, _ = softmax.look(e.bfloat16(), c.bfloat16(), targets)
+    assert abs(nll - nll_of_bf16) < 0.05
 
 
 def test_data_are_what_they_are_called():
@@ -127,6 +277,176 @@ def test_every_unit_is_the_product(dtype):
         out = product.keywords["out"]
         out = out if out.shape == expected.shape else out.t()
         torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_product_by_chunks_is_the_product():
+    e, c, _ = cases.inputs(Case(7, 20, 31))
+    expected = e @ c.t()
+    out = torch.empty(3, 31)
+    _chunked(e, c, out=out)
+    torch.testing.assert_close(out[:1], expected[6:])
+    torch.testing.assert_close(out[1:], expected[4:6])
+
+
+def test_memory_outside_of_pytorch_is_seen(monkeypatch):
+    """A device of 1000 bytes, without one."""
+    state = {"allocated": 100, "reserved": 200, "free": 700, "peak": 0}
+    pool = {"peak": 0}
+    cuda = {
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: state.update(peak=state["allocated"]),
+        "memory_allocated": lambda: state["allocated"],
+        "max_memory_allocated": lambda: state["peak"],
+        "memory_reserved": lambda: state["reserved"],
+        "mem_get_info": lambda: (state["free"], 1000),
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+
+    class Pool:
+        def reset_peak(self):
+            pool["peak"] = 0
+
+        def peak(self):
+            return pool["peak"]
+
+        def now(self):
+            return 0
+
+    monkeypatch.setattr(device_memory._Pool, "of_current_device", Pool)
+    meter = device_memory.Meter()
+    meter.start()
+    # PyTorch takes 150 more and frees 100; a library takes 30 and a pool had 40 for a while.
+    state.update(allocated=150, peak=250, reserved=360, free=1000 - 360 - 100 - 30)
+    pool["peak"] = 40
+    added = meter.added()
+    assert (added.torch_peak, added.torch_kept, added.outside) == (150, 50, 70)
+    assert (added.peak, added.kept) == (220, 120)
+
+
+def fake_module(monkeypatch, name, **contents):
+    module = types.ModuleType(name)
+    module.__dict__.update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, last = name.rpartition(".")
+    if parent:
+        if parent not in sys.modules:
+            fake_module(monkeypatch, parent)
+        setattr(sys.modules[parent], last, module)
+
+
+class _Function:
+    """Something with a function apply, as an autograd function has."""
+
+    def __init__(self, apply):
+        self.apply = apply
+
+
+def _fake_rivals(monkeypatch):
+    """The signatures of the pinned versions; plain PyTorch inside."""
+
+    def loss(e, c, t, bias=None, ignore_index=-100, softcap=None, reduction="mean", T=1.0):
+        z = torch.nn.functional.linear(e, c, bias)
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        return torch.nn.functional.cross_entropy(
+            z / T, t, ignore_index=ignore_index, reduction=reduction
+        )
+
+    def linear_cross_entropy(
+        e, c, targets, bias=None, ignore_index=-100, softcap=None, reduction="mean", shift=0,
+        return_lse=False, filter_eps="auto", accum_e_fp32=False, accum_c_fp32=False,
+        filter_e_grad=True, filter_c_grad=True, impl="cce", vocab_parallel_options=None,
+    ):  # fmt: skip
+        assert impl in ("cce", "cce_exact", "cce_kahan_full_c", "torch_compile")
+        return loss(e, c, targets, bias, ignore_index, softcap, reduction)
+
+    def triton(
+        _input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
+        label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
+        use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False,
+        ce_impl=None, ce_mode=None, chunk_mem_const=1,
+    ):  # fmt: skip
+        assert not (lse_square_scale or label_smoothing or return_z_loss) and ce_weight is None
+        assert accum_dtype in (None, torch.float32)
+        result = loss(_input, weight, target, bias, ignore_index, softcap, reduction)
+        return result, None, None, None
+
+    def scaled(
+        _input, weight, target, temperature=1.0, ignore_index=-100, m_tiles_per_cluster=1,
+        return_entropy=False, selected_token_ids=None,
+    ):  # fmt: skip
+        return loss(_input, weight, target, None, ignore_index, None, "none", temperature)
+
+    def stored(_input, weight, target, ignore_index=-100, reduction="mean"):
+        return loss(_input, weight, target, None, ignore_index, None, reduction)
+
+    def chunked(
+        x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True,
+        use_scaled_exp=None,
+    ):  # fmt: skip
+        assert chunk_size in (1024, 4096) and use_scaled_exp in (True, False)
+        return loss(x, weight, target, None, ignore_index, None, reduction)
+
+    ops, sm90 = "liger_kernel.ops", "liger_kernel.ops.cutedsl.ops"
+    fake_module(monkeypatch, "cut_cross_entropy", linear_cross_entropy=linear_cross_entropy)
+    fake_module(
+        monkeypatch,
+        f"{ops}.fused_linear_cross_entropy",
+        LigerFusedLinearCrossEntropyFunction=_Function(triton),
+    )
+    fake_module(
+        monkeypatch,
+        f"{sm90}.fused_scaled_cross_entropy_sm90",
+        LigerFusedScaledCrossEntropySM90Function=_Function(scaled),
+    )
+    fake_module(
+        monkeypatch,
+        f"{sm90}.fused_linear_cross_entropy_sm90",
+        liger_fused_linear_cross_entropy_sm90=stored,
+    )
+    fake_module(monkeypatch, "quack.linear_cross_entropy", chunked_linear_cross_entropy=chunked)
+
+
+@pytest.mark.parametrize("name", rivals.LOSSES)
+def test_rivals_are_called_as_they_want(name, monkeypatch):
+    _fake_rivals(monkeypatch)
+    options = "+".join(o for o in cases.OPTIONS if o in rivals.LOSSES[name].options)
+    case = Case(12, 8, 60, "fp32", ignored=0.25, options=options)
+    tensors = (*cases.inputs(case), cases.bias_of(case))
+    expected = errors.reference(case, tensors)
+    method = Method(name)
+    e, c, targets, bias = cases.leaves(tensors, "fwbw")
+    loss = methods.run_pass(method, case, "fwbw", e, c, targets, bias)
+    assert errors.loss_error(loss.item(), expected) < 1e-5
+    assert max(errors.errors_of((e.grad, c.grad), (expected.de, expected.dc))) < 1e-5
+    row_error = errors.row_error(method, case, tensors, expected)
+    assert row_error is None or row_error < 1e-5
+    assert (row_error is None) == (not rivals.LOSSES[name].per_row)
+
+
+def test_rivals_are_pinned_as_the_adapters_expect():
+    text = (BENCHMARKS / "rivals.txt").read_text()
+    for package, pinned in rivals.PINNED.items():
+        line = next(line for line in text.splitlines() if line.startswith(package))
+        assert pinned in line, (package, line)
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and _ops.HAS_CUDA), reason="no CUDA here")
+def test_cuda_lines(capsys, tmp_path):
+    path = tmp_path / "out.json"
+    arguments = ["--device", "cuda", "--shape", "512,256,8192", "--dtype", "bf16", "--json", path]
+    arguments += ["--methods", "cutloss,plain", "--passes", *cases.PASSES, "--data", "softmax"]
+    done = run_cli(capsys, "bench", *arguments, "--rounds", 2, "--plot", tmp_path / "out.png")
+    assert done.code == 0, done.err
+    found = {(line["method"], line["pass"]): line for line in lines(path)}
+    assert len(found) == 6
+    logits = 512 * 8192 * 2 / 2**20
+    assert found["plain", "fwbw"]["peak_mib"] > 2 * logits
+    for line in found.values():
+        assert record.problems(line) == []
+        assert line["loss_err"] < 1e-3
+        assert (line["de_err"] or 0) < 1e-2 and (line["dc_err"] or 0) < 1e-2
 
 
 def test_rounds_are_paired_and_the_first_is_left_out(monkeypatch):
@@ -197,7 +517,10 @@ def test_bench_refuses(capsys, tmp_path):
     assert_refused(refused("--rows", 5), "--rows", "--model")
     assert_refused(refused("--shape", "1,2,x"), "'x'")
     assert_refused(refused("--methods", "magic"), "magic")
-    assert_refused(refused("--max-workspace", "-5"), "--max-workspace")
+    assert_refused(refused("--max-workspace", "-5"), "--max-workspace", "-5")
+    assert_refused(refused("--memory", "5 apples"), "--memory", "5 apples")
+    assert_refused(refused("--ignored", "1.5"), "--ignored", "1.5")
+    assert_refused(refused("--options", "softcap+magic"), "softcap+magic")
     if not torch.cuda.is_available():
         assert_refused(refused("--device", "cuda"), "no CUDA device")
     nowhere = tmp_path / "missing" / "out"

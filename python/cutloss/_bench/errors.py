@@ -8,7 +8,7 @@ import torch
 from cutloss._bench.cases import IGNORED_TARGET, bias_of, inputs, leaves
 from cutloss._bench.methods import row_losses, run_pass
 
-_LOGITS = 1 << 28  # bytes of logits at a time
+_LOGITS = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes of logits at a time
 # Compute capabilities whose fp64 products are not many times slower than those in fp32.
 _FP64_DEVICES = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
@@ -25,7 +25,7 @@ class Reference:
 def reference_bytes(case, dtype=torch.float64):
     """C, dC and the logits of the reference, and copies on the way."""
     elements = 3 * case.V * case.D + 3 * case.N * case.D
-    return dtype.itemsize * elements + 4 * max(_LOGITS, dtype.itemsize * case.V)
+    return dtype.itemsize * elements + 4 * max(_LOGITS[case.device], dtype.itemsize * case.V)
 
 
 def reference_dtype(case):
@@ -63,7 +63,7 @@ def reference(case, tensors, dtype=torch.float64):
     count = valid.sum()
     nll = torch.zeros(case.N, dtype=dtype, device=e.device)
     de, dc = torch.zeros_like(e), torch.zeros_like(c)
-    rows = max(1, _LOGITS // (dtype.itemsize * case.V))
+    rows = max(1, _LOGITS[case.device] // (dtype.itemsize * case.V))
     for start in range(0, case.N, rows):
         chosen = torch.arange(start, min(start + rows, case.N), device=e.device)
         chosen = chosen[valid[chosen]]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import signal
 
@@ -70,6 +71,8 @@ def measure(case, methods, settings, report):
         try:
             with _time_limit(settings.first_call_limit):
                 _first_call(case, which, result, leaves_of[which], expected)
+            if expected and which == "fw":
+                _row_losses(case, result, leaves_of[which], expected, report)
             if settings.measures_memory:
                 _memory(case, which, result, leaves_of[which])
             continue
@@ -83,32 +86,28 @@ def measure(case, methods, settings, report):
     if not results:
         return None
     gemm_ms = _times(case, results, units, leaves_of, settings, report)
-    return Measured(gemm_ms, reference, results)
+    return Measured(gemm_ms, reference, results) if results else None
 
 
 def _planned(case, methods, passes, report):
     """{(method, pass): Result} of what can be measured; a line for all else."""
-    results, refused = {}, set()
+    results, left_out = {}, {}
     for which in passes:
         for method in methods:
-            if method in refused:
-                continue
-            reason = cannot(method, case)
-            if reason:
-                refused.add(method)
-                report.note(f"{method.label} is left out: {reason}")
-                continue
-            result = Result(method)
+            result, reason = Result(method), cannot(method, case)
             if method.name == "cutloss":
                 try:
                     result.method = with_workspace(case, method, which)
                     result.decision = decide(case, result.method, which)
                 except Refusal as error:
-                    refused.add(method)
-                    report.note(f"{method.label} is left out, {which}: {error}")
-                    continue
-            results[method, which] = result
-    return {key: result for key, result in results.items() if key[0] not in refused}
+                    reason = str(error)
+            if reason:
+                left_out.setdefault((method, reason), []).append(which)
+            else:
+                results[method, which] = result
+    for (method, reason), among in left_out.items():
+        report.note(f"{method.label} is left out, {', '.join(among)}: {reason}")
+    return results
 
 
 def _reference(case, tensors, settings, report):
@@ -138,8 +137,13 @@ def _first_call(case, which, result, tensors, expected):
     forget_gradients(*tensors)
     if meter:
         result.kept = max(0, meter.added().kept)
-    if expected and which == "fw":
+
+
+def _row_losses(case, result, tensors, expected, report):
+    try:
         result.nll_err = errors.row_error(result.method, case, tensors, expected)
+    except Exception as error:  # the mean is measured all the same
+        report.note(f"{result.method.label} gives no losses by row: {first_line(error)}")
 
 
 def _memory(case, which, result, tensors):
@@ -160,17 +164,39 @@ def _memory(case, which, result, tensors):
 
 
 def _times(case, results, units, leaves_of, settings, report):
-    """Fills in the times; returns that of the unit."""
+    """Fills in the times, drops what fails; returns that of the unit."""
+    failures = {}
 
-    def once(method, which):
-        run_pass(method, case, which, *leaves_of[which])
-        forget_gradients(*leaves_of[which])
+    def once(key, method, tensors):
+        if key in failures:
+            return
+        try:
+            run_pass(method, case, key[1], *tensors)
+        except Exception as error:  # out of memory, between the others
+            failures[key] = first_line(error)
+        forget_gradients(*tensors)
 
-    calls = {key: lambda r=r, which=key[1]: once(r.method, which) for key, r in results.items()}
-    with report.progress(case, len(calls) + len(units), settings.rounds) as advance:
+    calls = {
+        key: functools.partial(once, key, result.method, leaves_of[key[1]])
+        for key, result in results.items()
+    }
+    # Everything is divided by the unit's time.
+    twice = tuple(units) if case.device == "cuda" else ()
+    count = len(calls) + len(units) + len(twice)
+    with report.progress(case, count, settings.rounds) as advance:
         ms = timing.time_rounds(
-            {**calls, **units}, settings.rounds, case.device, case.seed, advance, settings.pause
+            {**calls, **units},
+            settings.rounds,
+            case.device,
+            case.seed,
+            advance,
+            settings.pause,
+            twice,
         )
+    for (method, which), reason in failures.items():
+        del results[method, which]
+        report.note(f"{method.label} failed, {which}: {reason}")
+        _clean_up(case, method, leaves_of[which])
     for key, result in results.items():
         result.ms = ms[key]
     flops = 2 * case.N * case.D * case.V

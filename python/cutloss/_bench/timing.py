@@ -18,10 +18,11 @@ from cutloss._bench.methods import synchronise
 FLUSH_BYTES = 256 << 20
 
 
-def time_rounds(calls, rounds, device, seed=0, progress=lambda: None, pause=0.0):
-    """Median milliseconds by key of calls, which maps keys to functions without arguments."""
+def time_rounds(calls, rounds, device, seed=0, progress=lambda: None, pause=0.0, twice=()):
+    """Median milliseconds by key of calls, which maps keys to functions without arguments; the
+    keys in twice are called twice a round."""
     times = {key: [] for key in calls}
-    order = list(calls)
+    order = [*calls, *twice]
     shuffle = random.Random(seed).shuffle
     stopwatch = _events() if device == "cuda" else _clock
     for round_ in range(rounds + 1):
