@@ -89,3 +89,14 @@ def test_a_plan_says_why():
 def test_what_was_found_on_this_machine():
     text = _ops.describe_machine()
     assert "engine cpu" in text and "threads" in text
+
+
+def test_one_engine_only(device, monkeypatch):
+    """CUTLOSS_ENGINE in the environment, for tests and measurements."""
+    engine = {"cpu": "cpu", "cuda": "cuda/library"}[device]
+    arguments = sizes(64, 300, 32).arguments(at_forward=True)
+    monkeypatch.setenv("CUTLOSS_ENGINE", engine)
+    assert f"engine {engine} " in _ops.describe_plan(arguments, options(F32))
+    monkeypatch.setenv("CUTLOSS_ENGINE", "none")
+    with pytest.raises(ValueError, match="there is no engine 'none' in this build; it has .*cpu"):
+        _ops.describe_plan(arguments, options(F32))
