@@ -99,7 +99,7 @@ void CudaParts<T>::clear_ignored_outputs() {
 
 template <class T>
 Places CudaParts<T>::places(std::int64_t first) const {
-  return {table_, first, p_.length, p_.e_sequence_stride, p_.e_row_stride};
+  return {table_, first, static_cast<int>(p_.length), p_.e_sequence_stride, p_.e_row_stride};
 }
 
 template <class T>

@@ -12,8 +12,9 @@ struct Place {
   int piece;
 };
 __device__ __forceinline__ Place place_of(int pieces) {
-  const std::int64_t warp = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  return {warp / pieces, static_cast<int>(warp % pieces)};
+  const unsigned warp = blockIdx.x * kWarps + threadIdx.x / 32;
+  const auto each = static_cast<unsigned>(pieces);
+  return {static_cast<std::int64_t>(warp / each), static_cast<int>(warp % each)};
 }
 
 template <class T, class G>
@@ -176,10 +177,19 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums s) {
   }
 }
 
+// A warp to a piece, counted in 32 bits: 2^41 logits.
+std::int64_t blocks_for(std::int64_t rows, std::int64_t pieces) {
+  if (rows * pieces > 0x7fffffff) {
+    throw Error(ErrorCode::unsupported,
+                text("a block of ", rows, " rows in ", pieces, " pieces is too large"));
+  }
+  return divide_up(rows * pieces, kWarps);
+}
+
 template <class T, class G>
 void run(const GradientOf<T>& s, cudaStream_t stream) {
   const std::int64_t pieces = divide_up(s.block.columns, kPieceColumns<T>);
-  launch(gradient_kernel<T, G>, "row_gradient", divide_up(s.block.rows * pieces, kWarps), kThreads,
+  launch(gradient_kernel<T, G>, "row_gradient", blocks_for(s.block.rows, pieces), kThreads,
          stream, s, static_cast<int>(pieces));
 }
 
@@ -188,7 +198,7 @@ void run(const GradientOf<T>& s, const Kept<T>& kept, std::int64_t slab, cudaStr
   const std::int64_t per_slab = divide_up(slab, kPieceColumns<T>);
   const std::int64_t pieces = divide_up(s.block.columns, slab) * per_slab;
   launch(from_exponentials_kernel<T, K>, "row_gradient_from_exponentials",
-         divide_up(s.block.rows * pieces, kWarps), kThreads, stream, s, kept, slab,
+         blocks_for(s.block.rows, pieces), kThreads, stream, s, kept, slab,
          static_cast<int>(per_slab), static_cast<int>(pieces));
 }
 

@@ -160,7 +160,8 @@ struct RowCopy {
 struct Places {
   RowTable table;
   std::int64_t first = 0;  // entry
-  std::int64_t length = 0, sequence_stride = 0, row_stride = 0;
+  int length = 0;
+  std::int64_t sequence_stride = 0, row_stride = 0;
 };
 void copy_rows(const RowCopy& copy, cudaStream_t stream);
 // from: E; entries without a row become zeros.

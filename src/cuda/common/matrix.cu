@@ -22,19 +22,19 @@ __device__ __forceinline__ To convert(From value) {
 
 // A block to a row.
 template <class From, class To, bool kVectors>
-__global__ void __launch_bounds__(kCopyThreads) copy_kernel(RowCopy c, Places places, Way way) {
+__global__ void __launch_bounds__(kCopyThreads, 4) copy_kernel(RowCopy c, Places places, Way way) {
   const std::int64_t i = blockIdx.x;
   std::int64_t from_offset = i * c.from_stride, to_offset = i * c.to_stride;
   bool empty = false;
   if (way != Way::straight) {
     empty = places.table.row[places.first + i] < 0;
-    const std::int64_t position = places.table.position[places.first + i];
+    const int position = places.table.position[places.first + i];
     if (way == Way::scatter) {
       if (empty) return;
       to_offset = position * c.to_stride;
     } else if (!empty) {
-      from_offset = position / places.length * places.sequence_stride +
-                    position % places.length * places.row_stride;
+      from_offset = (position / places.length) * places.sequence_stride +
+                    (position % places.length) * places.row_stride;
     }
   }
   const From* from = static_cast<const From*>(c.from) + from_offset;

@@ -10,29 +10,43 @@ namespace {
 
 constexpr int kWarps = kThreads / 32;
 
-// Keeps e^(z - top) of the piece, the target's place holding the softcap's slope there.
-template <class K, class T>
-__device__ __forceinline__ void keep_exponentials(const T (&exponential)[Piece<T>::kValues],
-                                                  const T (&z)[Piece<T>::kValues], T slope_scale,
-                                                  int target, T target_logit, K* to, int columns) {
-  using P = Piece<T>;
-  constexpr T kScale = std::is_same_v<K, __half> ? T(kept_scale(DType::f16)) : T(1);
-  T kept[P::kValues];
+// Sums of a piece's e^(z - top), and where `kept` is not null these, times the softcap's slope, to
+// memory; the target's place then holds its own slope.
+template <class T, class K>
+struct Exponentials {
+  T sum = 0, weighted = 0;
+
+  __device__ __forceinline__ void make(const T (&z)[Piece<T>::kValues], T top, bool entropy,
+                                       T slope_scale, int target, T target_logit, K* kept,
+                                       int columns) {
+    using P = Piece<T>;
+    constexpr T kScale = std::is_same_v<K, __half> ? T(kept_scale(DType::f16)) : T(1);
+    // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
+    const T shift = top == -infinity<T>() ? T(0) : top;
+    const T at_target = target_logit * slope_scale;
 #pragma unroll
-  for (int i = 0; i < P::kValues; ++i) {
-    const T e = exponential[i];
-    const T u = e == T(0) ? T(0) : z[i] * slope_scale;
-    kept[i] = (e - e * u * u) * kScale;
-  }
-  if (target >= 0) {
-    const T t = target_logit * slope_scale;
+    for (int j = 0; j < P::kVectors; ++j) {
+      Pack<K, P::kVector> pack;
 #pragma unroll
-    for (int i = 0; i < P::kValues; ++i) {
-      if (P::column(i) == target) kept[i] = T(1) - t * t;
+      for (int k = 0; k < P::kVector; ++k) {
+        const T value = z[j * P::kVector + k];
+        const T e = std::exp(value - shift);
+        sum += e;
+        if (entropy && e != T(0)) weighted += e * (value - shift);
+        const T u = e == T(0) ? T(0) : value * slope_scale;
+        const bool is_target = P::column(j * P::kVector + k) == target;
+        pack.value[k] = narrow<K>(is_target ? T(1) - at_target * at_target
+                                            : (e - e * u * u) * kScale);
+      }
+      const int column = P::column(j * P::kVector);
+      if (kept != nullptr && column < columns) {
+        *reinterpret_cast<Pack<K, P::kVector>*>(kept + column) = pack;
+      }
     }
+    sum = warp_sum(sum);
+    if (entropy) weighted = warp_sum(weighted);
   }
-  store_piece(kept, to, columns);
-}
+};
 
 template <class T, class K>
 __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t row, int piece,
@@ -100,33 +114,17 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
     argmax = s.block.first_column + first + column;
   }
 
-  // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
-  const T shift = top == -infinity<T>() ? T(0) : top;
-  T exponential[P::kValues];
-  T sum = 0, weighted = 0;
-#pragma unroll
-  for (int i = 0; i < P::kValues; ++i) {
-    exponential[i] = std::exp(z[i] - shift);
-    sum += exponential[i];
-  }
-  if (s.entropy) {
-#pragma unroll
-    for (int i = 0; i < P::kValues; ++i) {
-      if (exponential[i] != T(0)) weighted += exponential[i] * (z[i] - shift);
-    }
-    weighted = warp_sum(weighted);
-  }
-  if (kept != nullptr && s.kept.exponentials) {
-    const T slope_scale =
-        s.block.softcap == T(0) ? T(0) : T(1) / (inv_temperature * s.block.softcap);
-    keep_exponentials(exponential, z, slope_scale, target, state.target_logit, kept, columns);
-    if (threadIdx.x % 32 == 0) s.kept.maxima[row * s.kept.maxima_stride + piece] = top;
-  }
-  merge(state, top, warp_sum(sum), weighted, static_cast<std::int64_t>(argmax));
+  const bool keeps = kept != nullptr && s.kept.exponentials;
+  const T slope_scale = s.block.softcap == T(0) ? T(0) : T(1) / (inv_temperature * s.block.softcap);
+  Exponentials<T, K> of;
+  of.make(z, top, s.entropy, slope_scale, target, state.target_logit, keeps ? kept : nullptr,
+          columns);
+  if (keeps && threadIdx.x % 32 == 0) s.kept.maxima[row * s.kept.maxima_stride + piece] = top;
+  merge(state, top, of.sum, of.weighted, static_cast<std::int64_t>(argmax));
 }
 
 template <class T, class K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     statistics_kernel(StatisticsOf<T> s, int warps_per_row) {
   // Bytes, because a RowState has initialisers, which shared memory may not have.
   __shared__ alignas(16) unsigned char bytes[kWarps * sizeof(RowState<T>)];
