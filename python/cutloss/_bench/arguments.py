@@ -43,7 +43,14 @@ def add_arguments(parser):
         f"see below (CPU: {', '.join(DEFAULT_METHODS['cpu'])}; CUDA: all)",
         metavar="NAME",
     )
-    _add_list(add, "--schedule", SCHEDULES, ["auto"], "For cutloss", "--schedules")
+    _add_list(
+        add,
+        "--schedule",
+        SCHEDULES,
+        ["auto"],
+        "For cutloss; a forward alone has none",
+        "--schedules",
+    )
     add(
         "--max-workspace",
         "--memory",

@@ -94,6 +94,8 @@ def _planned(case, methods, passes, report):
     results, left_out = {}, {}
     for which in passes:
         for method in methods:
+            if which == "fw":  # has no schedule: once for all of them
+                method = dataclasses.replace(method, schedule="auto")
             result, reason = Result(method), cannot(method, case)
             if method.name == "cutloss":
                 try:
@@ -102,7 +104,8 @@ def _planned(case, methods, passes, report):
                 except Refusal as error:
                     reason = str(error)
             if reason:
-                left_out.setdefault((method, reason), []).append(which)
+                among = left_out.setdefault((method, reason), [])
+                among += [] if which in among else [which]
             else:
                 results[method, which] = result
     for (method, reason), among in left_out.items():

@@ -20,6 +20,7 @@ COLUMNS = (
     ("first ms", "first_ms", "{:.0f}"),
     ("peak MiB", "peak_mib", "{:.1f}"),
     ("with gradients", "total_mib", "{:.1f}"),
+    ("outside", "outside_mib", "{:.1f}"),
     ("kept", "kept_mib", "{:.1f}"),
     ("dE error", "de_err", "{:.1e}"),
     ("dC error", "dc_err", "{:.1e}"),
@@ -59,7 +60,7 @@ def table(case, lines):
     shown = Table(title=title, title_justify="left")
     for name in ("pass", "method", "engine", "schedule"):
         shown.add_column(name)
-    columns = [c for c in COLUMNS if any(line[c[1]] is not None for _, line in lines)]
+    columns = [c for c in COLUMNS if any(line[c[1]] for _, line in lines)]
     for name, *_ in columns:
         shown.add_column(name, justify="right")
     for method, r in lines:

@@ -58,8 +58,13 @@ def _lacks(package, module, device):
     return None
 
 
+def _lacks_dsl(package, module, device):
+    """The same of a package whose kernels are compiled by nvidia-cutlass-dsl."""
+    return _lacks(package, module, device) or _lacks("nvidia-cutlass-dsl", "cutlass", device)
+
+
 def _lacks_hopper(package, module, device):
-    reason = _lacks(package, module, device) or _lacks("nvidia-cutlass-dsl", "cutlass", device)
+    reason = _lacks_dsl(package, module, device)
     if reason is None and torch.cuda.get_device_capability() != (9, 0):
         major, minor = torch.cuda.get_device_capability()
         return f"its kernels are for sm_90, this is sm_{major}{minor}"
@@ -183,7 +188,7 @@ def _quack_loss(about, chunk, scaled):
     return Loss(
         functools.partial(_quack, chunk=chunk, scaled=scaled),
         about,
-        functools.partial(_lacks_hopper, "quack-kernels", "quack"),
+        functools.partial(_lacks_hopper if scaled else _lacks_dsl, "quack-kernels", "quack"),
         per_row=False,
         package="quack-kernels",
     )
