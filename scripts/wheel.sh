@@ -13,7 +13,7 @@ source scripts/cuda.sh
 settle_cuda
 
 BUILT=build/wheel
-rm -rf $BUILT dist
+rm -rf $BUILT dist/cutloss-*.whl
 mkdir -p $BUILT
 
 say "building the wheel"
