@@ -73,9 +73,9 @@ def linear_cross_entropy(
         may differ: products are made in autocast's dtype, gradients come back in each tensor's
         own, accumulated in fp32. A transposed ``c`` is copied for the call.
     :param targets: Class indices, int64 or int32, shape (...): each in [0, V), or ignore_index. On
-        the CPU anything else is an error. On CUDA, where looking would wait for the device, it makes
-        the token's loss NaN, and with it the token's row of e's gradient and all of c's; with
-        CUTLOSS_CHECK=1 in the environment calls do wait, and raise the CPU's error.
+        the CPU anything else is an error. On CUDA, where looking would wait for the device, it
+        makes the token's loss NaN, and with it the token's row of e's gradient, and c's gradient;
+        with CUTLOSS_CHECK=1 in the environment calls do wait, and raise the CPU's error.
     :param bias: Added to the logits, shape (V).
     :param ignore_index: Tokens with this target are left out: they cost nothing, their gradient
         is zero and their entry in every per-token result is 0 (in predictions -1). The mean over

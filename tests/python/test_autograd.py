@@ -102,7 +102,8 @@ def test_upstream_factor(factor, dtype):
     ones = torch.autograd.grad(loss_of(p), p.parameters)
     scaled = torch.autograd.grad(loss_of(p) * factor, p.parameters)
     for a, b in zip(ones, scaled):
-        expected = a.double() * torch.tensor(factor, dtype=F64 if dtype == F64 else F32).to(a.device)
+        rounded = torch.tensor(factor, dtype=F64 if dtype == F64 else F32)
+        expected = a.double() * rounded.to(a.device)
         assert torch.equal(b, expected.to(dtype))
 
 
