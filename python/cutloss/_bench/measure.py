@@ -57,7 +57,8 @@ def measure(case, methods, settings, report):
     results = _planned(case, methods, settings.passes, report)
     if not results:
         return None
-    torch.compiler.reset()  # PyTorch compiles a function for a few shapes, and then no longer
+    if any(method.name.endswith("compile") for method, _ in results):
+        torch.compiler.reset()  # PyTorch compiles a function for a few shapes, and then no longer
     tensors = (*inputs(case), bias_of(case))
     if case.data == "softmax":
         report.note(softmax.describe(*tensors[:3]))
