@@ -116,7 +116,8 @@ struct Problem {
 
   Device device = Device::cpu;
   // Bytes of memory, kept and workspace together, that a plan may ask for. Unset: 512 MiB, or
-  // what the smallest plan needs where that is more.
+  // what the smallest plan needs where that is more; on CUDA at least 4 N D bytes and 128 MiB, and
+  // a copy of C in the products' dtype beside that where C has another one.
   std::optional<std::int64_t> max_workspace;
   Schedule schedule = Schedule::automatic;
   std::string engine;  // empty: the first that supports the problem

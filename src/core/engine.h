@@ -78,6 +78,8 @@ class Engine {
   virtual std::string description() const = 0;  // libraries, versions, what it found
   // Why the engine cannot do this problem; empty where it can.
   virtual std::string refusal(const Problem& problem) const = 0;
+  // Why it cannot go by a schedule that others can; empty where it can.
+  virtual std::string schedule_refusal(const Problem&, Schedule) const { return ""; }
   // Fills in sizes and bytes of a plan whose schedule and keeps_logits are set, within `budget`
   // bytes (kept and workspace of the larger pass). False: it does not fit, and `smallest` says
   // how many bytes would do.

@@ -4,6 +4,9 @@
 #include "core/engine.h"
 #include "core/text.h"
 #include "cpu/cpu_engine.h"
+#ifdef CUTLOSS_CUDA_SM90
+#include "cuda/fused_sm90_engine.h"
+#endif
 #ifdef CUTLOSS_CUDA
 #include "cuda/library_engine.h"
 #endif
@@ -12,6 +15,9 @@ namespace cutloss {
 
 std::span<const Engine* const> engines() {
   static const std::array list = {
+#ifdef CUTLOSS_CUDA_SM90
+      &cuda_fused_sm90_engine(),
+#endif
 #ifdef CUTLOSS_CUDA
       &cuda_library_engine(),
 #endif

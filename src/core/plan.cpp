@@ -45,6 +45,16 @@ std::vector<Candidate> candidates(const Problem& p, std::vector<std::string>& re
   return list;
 }
 
+// The limit where nobody named one. On CUDA gradients by vocabulary need fp32 sums of dE, and where
+// C is not in the products' dtype a copy of it, as PyTorch's own autocast has: what is left beside
+// them must be enough to work quickly.
+std::int64_t default_workspace(const Problem& p) {
+  if (p.device != Device::cuda) return kDefaultWorkspace;
+  const std::int64_t sums = row_count(p) * p.D * 4 + (std::int64_t{128} << 20);
+  const std::int64_t copy = p.c_type == p.compute_type ? 0 : p.V * p.D * size_of(p.compute_type);
+  return std::max(kDefaultWorkspace, sums) + copy;
+}
+
 std::string label(const Candidate& c) {
   return text(name(c.schedule), c.keeps_logits ? " (logits kept)" : "", ", ", c.products,
               c.products == 1 ? " product" : " products");
@@ -53,8 +63,16 @@ std::string label(const Candidate& c) {
 // The plan of one engine, or nothing where the memory is too small for all its schedules.
 std::optional<Plan> plan_with(const Engine& engine, const Problem& p,
                               std::vector<std::string>& reasons, std::int64_t& smallest) {
-  const std::int64_t budget = p.max_workspace.value_or(kDefaultWorkspace);
-  const std::vector<Candidate> list = candidates(p, reasons);
+  const std::int64_t budget = p.max_workspace.value_or(default_workspace(p));
+  std::vector<Candidate> list;
+  for (const Candidate& c : candidates(p, reasons)) {
+    const std::string refusal = engine.schedule_refusal(p, c.schedule);
+    if (refusal.empty()) {
+      list.push_back(c);
+    } else {
+      reasons.push_back(text(label(c), ": not by ", engine.name(), ": ", refusal));
+    }
+  }
   const auto attempt = [&](const Candidate& c, std::int64_t bytes) -> std::optional<Plan> {
     Plan plan;
     plan.problem = p;
@@ -117,7 +135,7 @@ Plan make_plan(const Problem& problem) {
     throw Error(ErrorCode::unsupported, "no engine supports this problem:" + all);
   }
   throw Error(ErrorCode::workspace,
-              text("max_workspace is ", p.max_workspace.value_or(kDefaultWorkspace),
+              text("max_workspace is ", p.max_workspace.value_or(default_workspace(p)),
                    " bytes, but the smallest plan needs ", smallest,
                    " bytes; grant at least that, or leave max_workspace unset:", all));
 }

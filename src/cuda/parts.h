@@ -111,12 +111,13 @@ class CudaParts : public Parts {
   void copy_flat(const void* from, DType from_type, void* to, DType to_type,
                  std::int64_t count) const;
 
- private:
-  LogitBlock<T> logit_block(T* z, std::int64_t stride, Rows rows, Columns columns) const;
   void load_bias();
   void convert_columns(Columns columns);
+  Rows loaded_rows_{-1, 0};  // of E, packed
 
-  Rows loaded_rows_{-1, 0};
+ private:
+  LogitBlock<T> logit_block(T* z, std::int64_t stride, Rows rows, Columns columns) const;
+
   Columns loaded_columns_{-1, 0};
   Rows coefficients_of_{-1, 0};
 };

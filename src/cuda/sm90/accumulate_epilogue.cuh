@@ -9,13 +9,17 @@ class AccumulateEpilogue {
  public:
   static constexpr int kWarpBytes = kStripBytes;
 
+  struct Facts {};
+
   struct Params {
     bool add = false;  // else the sums are overwritten
   };
 
-  __device__ AccumulateEpilogue(const Params& params, const CUtensorMap* out, char* buffer,
-                                const TileWalk&, int, int)
+  __device__ AccumulateEpilogue(const Params& params, const CUtensorMap* out, char* buffer, Facts&,
+                                const TileWalk&, int, int, int)
       : p_(params), out_(out), buffer_(buffer) {}
+
+  __device__ void prepare(int, int, int, int) {}
 
   template <class Sums>
   __device__ __forceinline__ void tile(Sums& sums, TilePosition, int first_row, int first_column,

@@ -6,10 +6,11 @@ namespace cutloss::sm90 {
 void launch_accumulation(const Accumulation& s, int multiprocessors, cudaStream_t stream) {
   // The rows of the list are the product's depth; columns (D) come fastest, since going down the
   // vocabulary first would read x again for each tile of D.
-  using Transposed = Config<cute::bfloat16_t, Major::MN, Major::MN, 2>;
+  using Transposed = Config<cute::bfloat16_t, Major::MN, Major::MN, Share::columns>;
   ProductParams params{};
   params.rows = s.V;
   params.columns = s.D;
+  params.width = kTileColumns;
   params.depth = s.rows;
   params.count = s.count;
   params.first = s.first;

@@ -6,10 +6,16 @@ namespace cutloss::sm90 {
 void launch_exponentials(const Logits& l, const Exponentials& x, const Grid& grid,
                          cudaStream_t stream) {
   const CUtensorMap out = tensor_map(x.x, DType::bf16, l.rows, l.columns, x.x_stride, 16, 64);
-  const ExponentialsEpilogue::Params params{l.transform, l.target, x.reference, x.sum_and_max,
-                                            column_tiles(l.columns)};
-  launch_logits<LogitsConfig<cute::bfloat16_t, 2>, ExponentialsEpilogue>(l, &out, params, grid,
-                                                                         stream);
+  const auto launch = [&]<class Epilogue>(Epilogue*) {
+    const typename Epilogue::Params params{l.transform, l.target, x.reference, x.sum_and_max,
+                                           column_tiles(l.columns)};
+    launch_logits<LogitsConfig<cute::bfloat16_t>, Epilogue>(l, &out, params, grid, stream);
+  };
+  if (l.transform.softcap == 0.f) {
+    launch(static_cast<ExponentialsEpilogue<false>*>(nullptr));
+  } else {
+    launch(static_cast<ExponentialsEpilogue<true>*>(nullptr));
+  }
 }
 
 }  // namespace cutloss::sm90

@@ -8,9 +8,14 @@
 
 namespace cutloss::sm90 {
 
+template <bool kCapped>
 class ExponentialsEpilogue {
  public:
   static constexpr int kWarpBytes = kStripBytes;
+
+  struct Facts : TileFacts {
+    float reference[kTileRows];
+  };
 
   struct Params {
     LogitTransform transform;
@@ -21,43 +26,53 @@ class ExponentialsEpilogue {
   };
 
   __device__ ExponentialsEpilogue(const Params& params, const CUtensorMap* out, char* buffer,
-                                  const TileWalk&, int, int)
-      : p_(params), out_(out), buffer_(buffer) {}
+                                  Facts& facts, const TileWalk&, int, int, int)
+      : p_(params), out_(out), buffer_(buffer), facts_(facts) {}
+
+  __device__ __forceinline__ void prepare(int first_row, int first_column, int rows,
+                                          int last_column) {
+    read_facts(facts_, p_.transform, nullptr, p_.target, 0, first_row, first_column, rows,
+               last_column);
+    const int thread = threadIdx.x % 128;
+    const int row = first_row + thread;
+    facts_.reference[thread] = row < rows ? __ldg(p_.reference + row) : 0.f;
+  }
 
   template <class Sums>
   __device__ __forceinline__ void tile(Sums& sums, TilePosition position, int first_row,
-                                       int first_column, int rows, int columns) {
+                                       int first_column, int rows, int last_column) {
     const Lane at;
-    const float softcap = p_.transform.softcap;
     CUTE_UNROLL
     for (int m = 0; m < kTileRows / 64; ++m) {
       CUTE_UNROLL
       for (int i = 2 * m; i < 2 * m + 2; ++i) {
         const int row = first_row + at.row(i);
         const bool valid = row < rows;
-        const float inv_temperature = valid ? __ldg(p_.transform.inv_temperature + row) : 1.f;
+        const float inv_temperature = facts_.inv_temperature[at.row(i)];
         const auto z = row_of(sums, i);
-        to_logits(z, p_.transform, inv_temperature, first_column, columns);
-        take_target(z, valid ? __ldg(p_.target + row) - first_column : -1, -kInfinity,
-                    [](float) {});
+        // x in z; with a softcap z holds logits in units of it.
+        const float unit = kCapped ? p_.transform.softcap * inv_temperature : 1.f;
+        if constexpr (kCapped) {
+          to_capped(z, p_.transform, facts_);
+        } else {
+          scale_and_shift(z, p_.transform, facts_, inv_temperature);
+        }
+        cut_off(z, first_column, last_column);
+        take_target(z, facts_.target[at.row(i)], -kInfinity, [](float) {});
         float top = z[0];
         CUTE_UNROLL
         for (int k = 1; k < kRowSums; ++k) top = fmaxf(top, z[k]);
-        const float reference = valid ? __ldg(p_.reference + row) : 0.f;
+        top *= unit;
+        const float reference = facts_.reference[at.row(i)];
         float sum = 0.f;
-        if (softcap == 0.f) {
-          CUTE_UNROLL
-          for (int k = 0; k < kRowSums; ++k) {
-            z[k] = exp_approx(z[k] - reference);
-            sum += z[k];
-          }
-        } else {
-          const float inverse = 1.f / (softcap * inv_temperature);
-          CUTE_UNROLL
-          for (int k = 0; k < kRowSums; ++k) {
-            const float e = exp_approx(z[k] - reference);
-            sum += e;
-            z[k] = e == 0.f ? 0.f : e * slope_of(z[k], inverse, 1.f);
+        CUTE_UNROLL
+        for (int k = 0; k < kRowSums; ++k) {
+          const float e = exp_approx(fmaf(z[k], unit, -reference));
+          sum += e;
+          if constexpr (kCapped) {
+            z[k] = e == 0.f ? 0.f : e * capped_slope(z[k]);
+          } else {
+            z[k] = e;
           }
         }
         // Rows beyond the list are zero whatever C holds.
@@ -89,6 +104,7 @@ class ExponentialsEpilogue {
   const Params& p_;
   const CUtensorMap* out_;
   char* buffer_;
+  Facts& facts_;
 };
 
 }  // namespace cutloss::sm90

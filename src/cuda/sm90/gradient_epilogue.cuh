@@ -1,32 +1,45 @@
 // Backward by vocabulary: the logits of a slab are made again and leave as g, rounded once.
 #pragma once
 
-#include "cuda/sm90/sm90.h"
+#include <type_traits>
+
+#include "cuda/sm90/instances.h"
 #include "cuda/sm90/transform.cuh"
 
 namespace cutloss::sm90 {
 
-template <class Element>
+template <class Element, GradientKind kKind>
 class GradientEpilogue {
  public:
   static constexpr int kWarpBytes = kStripBytes;
+
+  struct Facts : TileFacts {
+    float4 row[kTileRows];  // row_max, log_sum, a, target_g
+  };
 
   struct Params {
     LogitTransform transform;
     const int* target;
     int origin;  // as in StatisticsEpilogue
-    const RowGradient* row;
+    const cuda::RowGradient<float>* row;
     const float* class_weight;  // (columns), or null
-    bool per_element;  // softcap, entropy or zbar: g is more than a multiple of p
   };
 
   __device__ GradientEpilogue(const Params& params, const CUtensorMap* out, char* buffer,
-                              const TileWalk&, int, int)
-      : p_(params), out_(out), buffer_(buffer) {}
+                              Facts& facts, const TileWalk&, int, int, int)
+      : p_(params), out_(out), buffer_(buffer), facts_(facts) {}
+
+  __device__ __forceinline__ void prepare(int first_row, int first_column, int rows,
+                                          int last_column) {
+    read_facts(facts_, p_.transform, p_.class_weight, p_.target, p_.origin, first_row, first_column,
+               rows, last_column);
+    const int thread = threadIdx.x % 128;
+    facts_.row[thread] = first_row + thread < rows ? first_half(first_row + thread) : float4{};
+  }
 
   template <class Sums>
   __device__ __forceinline__ void tile(Sums& sums, TilePosition, int first_row, int first_column,
-                                       int rows, int columns) {
+                                       int rows, int last_column) {
     const Lane at;
     CUTE_UNROLL
     for (int m = 0; m < kTileRows / 64; ++m) {
@@ -34,19 +47,34 @@ class GradientEpilogue {
       for (int i = 2 * m; i < 2 * m + 2; ++i) {
         const int row = first_row + at.row(i);
         const bool valid = row < rows;
-        const float inv_temperature = valid ? __ldg(p_.transform.inv_temperature + row) : 1.f;
+        const float inv_temperature = facts_.inv_temperature[at.row(i)];
         const auto z = row_of(sums, i);
-        to_logits(z, p_.transform, inv_temperature, first_column, columns);
-        const int target = valid ? __ldg(p_.target + row) - p_.origin - first_column : -1;
-        const float4 own = valid ? __ldg(&p_.row[row].first) : float4{};
-        if (p_.per_element) {
-          const float4 more = valid ? __ldg(&p_.row[row].second) : float4{};
-          to_g(z, own, more, target, inv_temperature, first_column, columns);
-        } else {
+        const int target = facts_.target[at.row(i)];
+        const float4 own = facts_.row[at.row(i)];
+        // Columns beyond the vocabulary hold anything: they are not stored.
+        if constexpr (kKind == GradientKind::plain) {
+          scale_and_shift(z, p_.transform, facts_, inv_temperature);
           const float a = own.z * inv_temperature;
           CUTE_UNROLL
           for (int k = 0; k < kRowSums; ++k) z[k] = exp_approx((z[k] - own.x) - own.y) * a;
           take_target(z, target, own.w * inv_temperature, [](float) {});
+        } else if constexpr (kKind == GradientKind::capped) {
+          to_capped(z, p_.transform, facts_);
+          const float cap = p_.transform.softcap * inv_temperature;
+          const float a = own.z * inv_temperature;
+          float at_target = 0.f;
+          take_target(z, target, 0.f, [&](float tanh) {
+            at_target = own.w * inv_temperature * capped_slope(tanh);
+          });
+          CUTE_UNROLL
+          for (int k = 0; k < kRowSums; ++k) {
+            const float p = exp_approx(fmaf(z[k], cap, -own.x) - own.y);
+            z[k] = p * a * capped_slope(z[k]);
+          }
+          take_target(z, target, at_target, [](float) {});
+        } else {
+          to_logits(z, p_.transform, facts_, inv_temperature, first_column, last_column);
+          to_g(z, own, valid ? second_half(row) : float4{}, target, inv_temperature);
         }
         // Rows beyond the list are zero whatever C holds.
         if (!valid) {
@@ -73,33 +101,43 @@ class GradientEpilogue {
     }
   }
 
+  __device__ float4 first_half(int row) const {
+    return __ldg(reinterpret_cast<const float4*>(p_.row + row));
+  }
+  __device__ float4 second_half(int row) const {
+    return __ldg(reinterpret_cast<const float4*>(p_.row + row) + 1);
+  }
+
   // Logits to g = [p (a - d_entropy (t + H)) + zbar weight] slope, t = log p, in place.
-  // own: row_max, log_sum, a, g_target; more: d_entropy, entropy, zbar.
+  // own: row_max, log_sum, a, target_g; more: d_entropy, entropy, zbar.
   template <class Z>
   __device__ __forceinline__ void to_g(Z z, const float4& own, const float4& more, int target,
-                                       float inv_temperature, int first_column,
-                                       int columns) const {
+                                       float inv_temperature) const {
     const Lane at;
-    const float softcap = p_.transform.softcap;
-    const float inverse = softcap == 0.f ? 0.f : 1.f / (softcap * inv_temperature);
+    // 0 without a softcap.
+    const float inverse = p_.transform.inv_softcap * ptx::reciprocal_approx(inv_temperature);
+    // The least finite logit stands for -inf, which times an inverse of 0 would be NaN.
+    const auto slope = [&](float logit) {
+      return capped_slope(fmaxf(logit, -1e30f) * inverse) * inv_temperature;
+    };
+    float at_target = 0.f;
+    take_target(z, target, -kInfinity, [&](float logit) { at_target = own.w * slope(logit); });
     CUTE_UNROLL
     for (int k = 0; k < kRowSums; ++k) {
-      const int column = first_column + at.column(k);
-      float weight = 1.f;
-      if (p_.class_weight != nullptr && column < columns) weight = __ldg(p_.class_weight + column);
       const float t = (z[k] - own.x) - own.y;
       const float p = exp_approx(t);
-      float g = p * own.z;
-      if (more.x != 0.f && p != 0.f) g -= more.x * p * (t + more.y);
-      if (more.z != 0.f) g = fmaf(more.z, weight, g);
-      if (at.column(k) == target) g = own.w;
-      z[k] = g * (column < columns ? slope_of(z[k], inverse, inv_temperature) : 0.f);
+      const float weight = facts_.weight[at.column(k)];
+      // Where p is 0, t may be infinite.
+      const float g = p * fmaf(-more.x, p == 0.f ? 0.f : t + more.y, own.z);
+      z[k] = fmaf(more.z, weight, g) * slope(z[k]);
     }
+    take_target(z, target, at_target, [](float) {});
   }
 
   const Params& p_;
   const CUtensorMap* out_;
   char* buffer_;
+  Facts& facts_;
 };
 
 }  // namespace cutloss::sm90

@@ -14,11 +14,13 @@ using cutlass::half_t;
 
 namespace cutloss::sm90 {
 
-// Element type, blocks in a cluster, entropy, zbar and argmax too.
-template <class Element, int kCluster, bool kAll>
+// Element type; clusters share rows, not columns; entropy, zbar and argmax too.
+template <class Element, bool kSharesRows, bool kAll>
 void launch_statistics_instance(const Logits& logits, const Statistics& statistics,
                                 const Grid& grid, cudaStream_t stream);
-template <class Element>
+// g is a multiple of p; of p and the softcap's slope; or has terms of entropy and zbar.
+enum class GradientKind { plain, capped, general };
+template <class Element, GradientKind kKind>
 void launch_gradient_instance(const Logits& logits, const GradientOfLogits& gradient,
                               const Grid& grid, cudaStream_t stream);
 

@@ -31,7 +31,7 @@ void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMa
   config.stream = stream;
   cudaLaunchAttribute attribute[1];
   attribute[0].id = cudaLaunchAttributeClusterDimension;
-  attribute[0].val.clusterDim.x = Config::kCluster;
+  attribute[0].val.clusterDim.x = kCluster;
   attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
   config.attrs = attribute;
   config.numAttrs = 1;
@@ -44,26 +44,31 @@ template <class Config, class Epilogue>
 void launch_logits(const Logits& l, const CUtensorMap* out,
                    const typename Epilogue::Params& epilogue, const Grid& grid,
                    cudaStream_t stream) {
+  constexpr bool kSharesColumns = Config::kShare == Share::columns;
   ProductParams params{};
   params.rows = l.rows;
   params.columns = l.columns;
   params.depth = l.depth;
+  params.width = grid.width;
   params.count = l.count;
   params.first = l.first;
   params.largest_group = grid.largest_group;
   params.only_if = l.only_if;
-  params.gather = {l.e.data, l.positions, l.e.stride, l.depth};
-  const CUtensorMap c =
-      tensor_map(l.c.data, l.type, l.columns, l.depth, l.c.stride, kTileColumns / Config::kCluster,
-                 kTileDepth);
-  const CUtensorMap e = Config::kGather ? c
-                                        : tensor_map(l.e.data, l.type, l.rows, l.depth, l.e.stride,
-                                                     kTileRows, kTileDepth);
+  params.positions = l.positions;
+  params.a = l.e.data;
+  params.a_stride = l.e.stride;
+  const CUtensorMap c = tensor_map(l.c.data, l.type, l.columns, l.depth, l.c.stride,
+                                   kSharesColumns ? kTileColumns / 2 : grid.width, kTileDepth);
+  const CUtensorMap e =
+      Config::kGather
+          ? c
+          : tensor_map(l.e.data, l.type, l.positions == nullptr ? l.rows : l.e_rows, l.depth,
+                       l.e.stride, kSharesColumns ? kTileRows : kTileRows / 2, kTileDepth);
   launch_product<Config, Epilogue>(e, c, out == nullptr ? c : *out, params, epilogue, grid.blocks,
                                    stream);
 }
 
-template <class Element, int kCluster, bool kGather = false>
-using LogitsConfig = Config<Element, Major::K, Major::K, kCluster, kGather>;
+template <class Element, Share kShare = Share::columns, bool kGather = false>
+using LogitsConfig = Config<Element, Major::K, Major::K, kShare, kGather>;
 
 }  // namespace cutloss::sm90

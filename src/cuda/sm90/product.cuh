@@ -2,8 +2,9 @@
 // and 192 columns, with what happens to a finished tile left to an epilogue.
 //
 // Three warp groups: one brings tiles of A and B into shared memory (TMA), two multiply, in turn:
-// while one runs its epilogue the other has the tensor cores. Blocks come in clusters of two, with
-// row blocks of their own and the same columns, so that a tile of B is read once for both.
+// while one runs its epilogue the other has the tensor cores. Blocks come in clusters of two that
+// share one operand, read once for both: the columns (B), each block with rows of its own, or,
+// where rows are few, the rows (A), each with columns of its own.
 // docs/kernels.md has the budget of shared memory and registers, and what was measured.
 #pragma once
 
@@ -11,8 +12,8 @@
 
 #include <cstdint>
 
-#include <cute/tensor.hpp>
 #include <cutlass/arch/reg_reconfig.h>
+#include <cute/tensor.hpp>
 
 #include "cuda/sm90/ptx.h"
 #include "cuda/sm90/tile_walk.h"
@@ -38,14 +39,19 @@ struct Multiply<cute::half_t, a, b> {
   using Op = cute::SM90::GMMA::MMA_64x192x16_F32F16F16_SS<a, b>;
 };
 
+inline constexpr int kCluster = 2;
+enum class Share { columns, rows };
+
 // What a kernel is compiled for.
-template <class Element_, Major kMajorA_, Major kMajorB_, int kCluster_, bool kGather_ = false>
+template <class Element_, Major kMajorA_, Major kMajorB_, Share kShare_, bool kGather_ = false>
 struct Config {
   using Element = Element_;
   static constexpr Major kMajorA = kMajorA_, kMajorB = kMajorB_;
-  static constexpr int kCluster = kCluster_;    // blocks that share their columns
-  static constexpr bool kGather = kGather_;     // rows of A lie anywhere
+  static constexpr Share kShare = kShare_;   // what the blocks of a cluster have in common
+  static constexpr bool kGather = kGather_;  // rows of A lie anywhere
   static constexpr int kStages = 5;
+  // Of a cluster's tile.
+  static constexpr int kBlockRows = kShare == Share::columns ? kCluster * kTileRows : kTileRows;
   // Registers a thread: of the warp group that loads, of those that multiply.
   static constexpr int kLoaderRegisters = kGather ? 40 : 24;
   static constexpr int kMultiplierRegisters = kGather ? 232 : 240;
@@ -70,33 +76,31 @@ struct Shared {
   alignas(1024) Element a[Config::kStages * kTileRows * kTileDepth];
   alignas(1024) Element b[Config::kStages * kTileColumns * kTileDepth];
   alignas(1024) char epilogue[8 * Epilogue::kWarpBytes];  // of each warp that multiplies
+  typename Epilogue::Facts facts[2];                      // of each group that multiplies
   alignas(8) std::uint64_t full[Config::kStages];
   alignas(8) std::uint64_t empty[Config::kStages];
   TileWalk walk;
-  std::int64_t row_offset[Config::kGather ? kTileRows : 1];
 };
 template <class Config, class Epilogue>
-inline constexpr int kSharedBytes = sizeof(Shared<Config, Epilogue>) + 1024;  // to align to 1024
-
-// Rows of A that lie anywhere: row r of the product is at base + offset_of[r] * stride.
-struct Gather {
-  const void* base;
-  const int* row;  // which row of `base`
-  std::int64_t stride;
-  int depth;
-};
+inline constexpr int kSharedBytes = sizeof(Shared<Config, Epilogue>);
 
 struct ProductParams {
-  int rows;     // of the product, at most
+  int rows;  // of the product, at most
   int columns;
-  int depth;    // at most
-  const int* count;   // null, or in device memory: the entries of the list of rows that count ...
-  int first;          // ... of which this product's first row (or depth) is number `first`
+  int depth;            // at most
+  int width;            // columns of a tile: 192, or fewer where that balances the blocks' work
+  const int* count;     // null, or in device memory: the entries of the list of rows that count ...
+  int first;            // ... of which this product's first row (or depth) is number `first`
   bool count_is_depth;  // the list runs along the product's depth, not along its rows
   int largest_group;
   const int* only_if;  // null, or in device memory: nothing is done where it is 0
                        // (nor where there is no row, or no depth: the output stays as it is)
-  Gather gather;
+  // Null: row r of A is row r of the product. Else row r of the product is row
+  // positions[first + r] of `a`. Of the two kernels, the one that gathers works where these rows
+  // do not lie one after the other, the other one where they do.
+  const int* positions;
+  const void* a;
+  std::int64_t a_stride;
 };
 
 __device__ inline int clamp_count(const ProductParams& p, int most) {
@@ -115,15 +119,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   using namespace cute;
   using Element = typename Config::Element;
   constexpr int kStages = Config::kStages;
-  constexpr int kCluster = Config::kCluster;
+  constexpr bool kSharesColumns = Config::kShare == Share::columns;
   constexpr int kABytes = kTileRows * kTileDepth * 2;
-  constexpr int kBBytes = kTileColumns * kTileDepth * 2;
-  constexpr int kOwnColumns = kTileColumns / kCluster;  // of a tile of B, loaded by this block
-  constexpr int kOwnDepth = kTileDepth / kCluster;
+  constexpr std::uint16_t kBoth = 3;  // blocks of the cluster
 
-  extern __shared__ char raw_shared[];
-  auto& shared = *reinterpret_cast<Shared<Config, Epilogue>*>(
-      (reinterpret_cast<std::uintptr_t>(raw_shared) + 1023) & ~std::uintptr_t{1023});
+  // Aligned by hand it would no longer be known as shared memory, and every access be a slow one.
+  extern __shared__ __align__(1024) char raw_shared[];
+  auto& shared = *reinterpret_cast<Shared<Config, Epilogue>*>(raw_shared);
   const int thread = threadIdx.x;
   const int warp_group = thread / 128;
   const int rank = blockIdx.x % kCluster;
@@ -132,14 +134,28 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int depth = p.count_is_depth ? clamp_count(p, p.depth) : p.depth;
   const bool wanted = depth > 0 && (p.only_if == nullptr || *p.only_if != 0);
-  const int rows = !wanted ? 0 : p.count_is_depth ? p.rows : clamp_count(p, p.rows);
+  int rows = !wanted ? 0 : p.count_is_depth ? p.rows : clamp_count(p, p.rows);
   const int steps = (depth + kTileDepth - 1) / kTileDepth;
-  constexpr int kBlockRows = kTileRows * kCluster;
+  int first_position = 0;
+  if (p.positions != nullptr && rows > 0) {
+    first_position = p.positions[p.first];
+    const bool dense = p.positions[p.first + rows - 1] - first_position == rows - 1;
+    if (dense == Config::kGather) rows = 0;
+  }
+  const auto first_row = [&](const TilePosition& tile) {
+    return kSharesColumns ? (tile.row_block * kCluster + rank) * kTileRows
+                          : tile.row_block * kTileRows;
+  };
+  const auto first_column = [&](const TilePosition& tile) {
+    return kSharesColumns ? tile.column_tile * p.width
+                          : (tile.column_tile * kCluster + rank) * p.width;
+  };
   const TileWalk& walk = shared.walk;
   if (thread == 0) {
-    shared.walk = TileWalk::make((rows + kBlockRows - 1) / kBlockRows,
-                                 (p.columns + kTileColumns - 1) / kTileColumns, clusters,
-                                 p.largest_group);
+    if (ptx::shared_address(raw_shared) % 1024 != 0) __trap();
+    const int width = kSharesColumns ? p.width : kCluster * p.width;
+    shared.walk = TileWalk::make((rows + Config::kBlockRows - 1) / Config::kBlockRows,
+                                 (p.columns + width - 1) / width, clusters, p.largest_group);
     for (int i = 0; i < kStages; ++i) {
       ptx::barrier_init(&shared.full[i], Config::kGather ? 129 : 1);
       ptx::barrier_init(&shared.empty[i], kCluster);
@@ -153,19 +169,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<Config::kLoaderRegisters>();
     if (Config::kGather || thread == 0) {
       int stage = 0, parity = 1;
-      int loaded_block = -1;
+      // Where this thread's 16 bytes of a row of the tile come from: eight threads copy a row.
+      [[maybe_unused]] const char* from[kTileRows / 16];
+      [[maybe_unused]] int found_block = -1;
       for (int t = cluster; t < walk.tiles; t += clusters) {
         const TilePosition tile = walk.at(t);
-        const int row = (tile.row_block * kCluster + rank) * kTileRows;
-        const int column = tile.column_tile * kTileColumns;
+        const int row = first_row(tile), column = first_column(tile);
         if constexpr (Config::kGather) {
-          if (loaded_block != tile.row_block) {
-            ptx::named_sync(5, 128);  // nobody reads the old offsets any more
-            const int r = row + thread < rows ? row + thread : 0;
-            shared.row_offset[thread] =
-                static_cast<std::int64_t>(p.gather.row[p.first + r]) * p.gather.stride;
-            ptx::named_sync(5, 128);
-            loaded_block = tile.row_block;
+          if (found_block != tile.row_block) {
+            CUTE_UNROLL
+            for (int j = 0; j < kTileRows / 16; ++j) {
+              const int r = row + thread / 8 + 16 * j;
+              from[j] = static_cast<const char*>(p.a) + thread % 8 * 16 +
+                        p.positions[p.first + (r < rows ? r : 0)] * p.a_stride * 2;
+            }
+            found_block = tile.row_block;
           }
         }
         for (int k = 0; k < steps; ++k) {
@@ -173,48 +191,43 @@ __global__ void __launch_bounds__(kThreads, 1)
           std::uint64_t* full = &shared.full[stage];
           Element* a = shared.a + stage * kTileRows * kTileDepth;
           Element* b = shared.b + stage * kTileColumns * kTileDepth;
+          const int d = k * kTileDepth;
           if (thread == 0) {
-            ptx::barrier_expect(full, (Config::kGather ? 0 : kABytes) + kBBytes);
-            if constexpr (Config::kMajorB == Major::K) {
-              Element* own = b + rank * kOwnColumns * kTileDepth;
-              const int own_column = column + rank * kOwnColumns;
-              if constexpr (kCluster == 1) {
-                ptx::load_tile(&map_b, full, own, k * kTileDepth, own_column);
-              } else {
-                ptx::load_tile_multicast(&map_b, full, own, k * kTileDepth, own_column, 3);
-              }
+            ptx::barrier_expect(full, (Config::kGather ? 0 : kABytes) + p.width * kTileDepth * 2);
+            if constexpr (!kSharesColumns) {
+              ptx::load_tile(&map_b, full, b, d, column);
+            } else if constexpr (Config::kMajorB == Major::K) {
+              // Each block brings half of the columns, for both.
+              const int half = kTileColumns / 2 * rank;
+              ptx::load_tile_multicast(&map_b, full, b + half * kTileDepth, d, column + half,
+                                       kBoth);
             } else {
-              for (int i = 0; i < kTileColumns / 64; ++i) {
-                Element* own = b + i * 64 * kTileDepth + rank * 64 * kOwnDepth;
-                const int own_depth = k * kTileDepth + rank * kOwnDepth;
-                if constexpr (kCluster == 1) {
-                  ptx::load_tile(&map_b, full, own, column + i * 64, own_depth);
-                } else {
-                  ptx::load_tile_multicast(&map_b, full, own, column + i * 64, own_depth, 3);
-                }
+              const int half = kTileDepth / 2 * rank;
+              for (int i = 0; i < kTileColumns; i += 64) {
+                ptx::load_tile_multicast(&map_b, full, b + i * kTileDepth + half * 64, column + i,
+                                         d + half, kBoth);
               }
             }
           }
           if constexpr (Config::kGather) {
-            // A row of the tile is 128 bytes: eight threads copy it, 16 bytes each.
             const int chunk = thread % 8, first = thread / 8;
-            const int d = k * kTileDepth + chunk * 8;
             const std::uint32_t to =
                 ptx::shared_address(a) + first * 128 + ((chunk ^ (first % 8)) * 16);
-            const char* from = static_cast<const char*>(p.gather.base) + std::int64_t{d} * 2;
-            const int bytes = d < p.gather.depth ? 16 : 0;
-            if (bytes == 0) from = static_cast<const char*>(p.gather.base);
+            const int bytes = d + chunk * 8 < depth ? 16 : 0;
             CUTE_UNROLL
             for (int j = 0; j < kTileRows / 16; ++j) {
-              const std::int64_t offset = bytes == 0 ? 0 : shared.row_offset[first + 16 * j];
-              ptx::copy_16_bytes(to + j * 16 * 128, from + offset * 2, bytes);
+              ptx::copy_16_bytes(to + j * 16 * 128, from[j] + (bytes == 0 ? 0 : d * 2), bytes);
             }
             ptx::arrive_after_copies(full);
+          } else if constexpr (!kSharesColumns) {
+            const int half = kTileRows / 2 * rank;
+            ptx::load_tile_multicast(&map_a, full, a + half * kTileDepth, d,
+                                     first_position + row + half, kBoth);
           } else if constexpr (Config::kMajorA == Major::K) {
-            ptx::load_tile(&map_a, full, a, k * kTileDepth, row);
+            ptx::load_tile(&map_a, full, a, d, first_position + row);
           } else {
-            for (int i = 0; i < kTileRows / 64; ++i) {
-              ptx::load_tile(&map_a, full, a + i * 64 * kTileDepth, row + i * 64, k * kTileDepth);
+            for (int i = 0; i < kTileRows; i += 64) {
+              ptx::load_tile(&map_a, full, a + i * kTileDepth, row + i, d);
             }
           }
           if (++stage == kStages) stage = 0, parity ^= 1;
@@ -233,12 +246,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto slice = mma.get_thread_slice(in_group);
     const Tensor tCrA = slice.make_fragment_A(slice.partition_A(sA));  // (MMA,MMA_M,MMA_K,PIPE)
     const Tensor tCrB = slice.make_fragment_B(slice.partition_B(sB));  // (MMA,MMA_N,MMA_K,PIPE)
-    Tensor sums = partition_fragment_C(
-        mma, Shape<Int<kTileRows>, Int<kTileColumns>>{});  // ((2,2,24),2,1)
+    Tensor sums =
+        partition_fragment_C(mma, Shape<Int<kTileRows>, Int<kTileColumns>>{});  // ((2,2,24),2,1)
 
     Epilogue epilogue(epilogue_params, &map_out,
-                      shared.epilogue + (thread / 32 - 4) * Epilogue::kWarpBytes, walk, cluster,
-                      turn);
+                      shared.epilogue + (thread / 32 - 4) * Epilogue::kWarpBytes,
+                      shared.facts[turn], walk, cluster, rank, turn);
     // Products are issued in the order of the tiles: a barrier for each of the two groups. Without
     // it one group could wait for a stage two rounds ahead, whose parity reads as done.
     if (turn == 1) ptx::named_arrive(1, 256);
@@ -251,6 +264,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       int parity = static_cast<int>(before / kStages) & 1;
       int previous = 0;
       mma.accumulate_ = GMMA::ScaleOut::Zero;
+      const int row = first_row(tile), column = first_column(tile);
+      const int last_column = column + p.width < p.columns ? column + p.width : p.columns;
+      ptx::named_sync(3 + turn, 128);  // the whole group is done with the last tile's facts
+      epilogue.prepare(row, column, rows, last_column);
       ptx::named_sync(1 + turn, 256);
       warpgroup_fence_operand(sums);
       for (int k = 0; k < steps; ++k) {
@@ -273,8 +290,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       warpgroup_fence_operand(sums);
       if (in_group < kCluster) ptx::barrier_arrive(&shared.empty[previous], in_group);
 
-      epilogue.tile(sums, tile, (tile.row_block * kCluster + rank) * kTileRows,
-                    tile.column_tile * kTileColumns, rows, p.columns);
+      ptx::named_sync(3 + turn, 128);
+      epilogue.tile(sums, tile, row, column, rows, last_column);
     }
     epilogue.finish();
     ptx::wait_stores_done();

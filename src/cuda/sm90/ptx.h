@@ -38,10 +38,10 @@ __device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, int parity)
 
 // Arrives, and adds to the bytes that must come before the phase ends.
 __device__ __forceinline__ void barrier_expect(std::uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Arrives at the barrier at the same place in another block of the cluster.
@@ -80,10 +80,10 @@ __device__ __forceinline__ void load_tile_multicast(const CUtensorMap* map, std:
 
 __device__ __forceinline__ void store_tile(const CUtensorMap* map, const void* shared, int x,
                                            int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
-                   map),
-               "r"(shared_address(shared)), "r"(x), "r"(y)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(shared_address(shared)), "r"(x), "r"(y)
+      : "memory");
 }
 
 // global += shared, in fp32. Each element is added to by one thread block of a launch, so the
@@ -117,8 +117,7 @@ __device__ __forceinline__ void fence_async_proxy() {
 }
 
 // 16 bytes from global to shared memory, the first `bytes` of them read and the others 0.
-__device__ __forceinline__ void copy_16_bytes(std::uint32_t shared, const void* global,
-                                              int bytes) {
+__device__ __forceinline__ void copy_16_bytes(std::uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(bytes)
                : "memory");
@@ -126,8 +125,7 @@ __device__ __forceinline__ void copy_16_bytes(std::uint32_t shared, const void* 
 
 // The barrier is arrived at when this thread's copies so far have landed.
 __device__ __forceinline__ void arrive_after_copies(std::uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
-                   shared_address(barrier))
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
@@ -146,6 +144,13 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x, relative error about 2^-23, for x of ordinary size.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -51,20 +51,11 @@ __device__ void store(__half* to, float value) { *to = __float2half(value); }
 __device__ float load(const float* from) { return *from; }
 __device__ float load(const __nv_bfloat16* from) { return __bfloat162float(*from); }
 
-__device__ float read(const void* array, int n) {
+__device__ float read(const void* array, std::int64_t n) {
   return array == nullptr ? 0.f : static_cast<const float*>(array)[n];
 }
-__device__ void write(void* array, int n, float value) {
+__device__ void write(void* array, std::int64_t n, float value) {
   if (array != nullptr) static_cast<float*>(array)[n] = value;
-}
-
-__global__ void inverse_temperatures(Listed list, const float* temperature, double common,
-                                     double least, double most, float* inverse) {
-  const int i = blockIdx.x * kBlock + threadIdx.x;
-  if (i >= listed_rows(list)) return;
-  const double own = temperature == nullptr ? 1.0 : temperature[list.row[list.first + i]];
-  const double all = own * common;
-  inverse[i] = all >= least && all <= most ? static_cast<float>(1.0 / all) : nanf("");
 }
 
 __global__ void clear_statistics(Partials partials, std::int64_t entries, float* target_logit,
@@ -79,7 +70,15 @@ __global__ void clear_statistics(Partials partials, std::int64_t entries, float*
   }
 }
 
-__device__ void write_outputs(const RowOutputs& out, int n, const RowResult<float>& row) {
+__device__ void write_outputs(const RowOutputs& out, const Listed& list, int i,
+                              const RowState<float>& state, int V) {
+  const int entry = list.first + i;
+  const std::int64_t n = list.row[entry];
+  RowResult<float> row = finish(state, list.target[entry], V);
+  if (*list.mismatch != 0) {
+    const float nan = nanf("");
+    row = {nan, nan, nan, nan, nan, nan, -1};
+  }
   write(out.nll, n, row.nll);
   write(out.lse, n, row.lse);
   write(out.row_max, n, row.row_max);
@@ -89,38 +88,68 @@ __device__ void write_outputs(const RowOutputs& out, int n, const RowResult<floa
   if (out.argmax != nullptr) out.argmax[n] = row.argmax;
 }
 
+// The state of a row from another lane.
+__device__ RowState<float> shuffled(const RowState<float>& state, int lanes) {
+  RowState<float> other;
+  other.max = __shfl_down_sync(~0u, state.max, lanes);
+  other.sum = __shfl_down_sync(~0u, state.sum, lanes);
+  other.weighted_sum = __shfl_down_sync(~0u, state.weighted_sum, lanes);
+  other.zbar_sum = __shfl_down_sync(~0u, state.zbar_sum, lanes);
+  other.argmax = __shfl_down_sync(~0u, state.argmax, lanes);
+  return other;
+}
+
+// Slots hold tiles in turn: of equal maxima the first column is wanted, not the first slot.
+__device__ void join(RowState<float>& state, const RowState<float>& other) {
+  const bool earlier = other.sum != 0.f && other.max == state.max && other.argmax < state.argmax;
+  merge(state, other.max, other.sum, other.weighted_sum, other.argmax);
+  state.zbar_sum += other.zbar_sum;
+  if (earlier) state.argmax = other.argmax;
+}
+
+// A warp merges a row: each lane a few slots in order, then the lanes in order.
 __global__ void merge_rows(Merge m) {
-  const int i = blockIdx.x * kBlock + threadIdx.x;
   const int rows = listed_rows(m.list);
+  __shared__ TileWalk walk;
+  if (threadIdx.x == 0) {
+    const int block_rows = m.partials.block_rows;
+    walk = TileWalk::make((rows + block_rows - 1) / block_rows, 1, m.clusters, m.largest_group);
+  }
+  __syncthreads();
+  const int i = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
   if (i >= rows) return;
-  const int block_rows = m.grid.block_rows();
-  const TileWalk walk = TileWalk::make((rows + block_rows - 1) / block_rows, m.columns,
-                                       m.grid.clusters(), m.grid.largest_group);
-  const int run = walk.run_of_block(i / block_rows);
-  RowState<float> state = m.first_slab ? RowState<float>{} : m.states[i];
-  const int slots = 2 * walk.sharers(run);
-  for (int slot = 0; slot < slots; ++slot) {
-    const std::int64_t at = m.partials.index(walk, block_rows, run, slot, i);
+  const int run = walk.run_of_block(i / m.partials.block_rows);
+  const int slots = m.partials.slots * walk.sharers(run);
+  RowState<float> state;
+  for (int slot = lane; slot < slots; slot += kWarp) {
+    const std::int64_t at = m.partials.index(walk, run, slot, i);
     const float2 ms = m.partials.max_and_sum[at];
+    RowState<float> other;
+    other.max = ms.x;
+    other.sum = ms.y;
+    other.argmax = 0;
     if (m.all) {
       const float2 wz = m.partials.weighted_and_zbar[at];
-      state.zbar_sum += wz.y;
-      // Slots hold tiles in turn: of equal maxima the first column is wanted, not the first slot.
-      const std::int64_t argmax = m.partials.argmax[at];
-      const bool earlier = ms.y != 0.f && ms.x == state.max && argmax < state.argmax;
-      merge(state, ms.x, ms.y, wz.x, argmax);
-      if (earlier) state.argmax = argmax;
-    } else {
-      merge(state, ms.x, ms.y, 0.f, std::int64_t{0});
+      other.weighted_sum = wz.x;
+      other.zbar_sum = wz.y;
+      other.argmax = m.partials.argmax[at];
     }
+    join(state, other);
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) join(state, shuffled(state, lanes));
+  if (lane != 0) return;
+  if (!m.first_slab) {
+    RowState<float> earlier = m.states[i];
+    join(earlier, state);
+    state = earlier;
   }
   if (!m.last_slab) {
     m.states[i] = state;
     return;
   }
   state.target_logit = m.target_logit[i];
-  const int entry = m.list.first + i;
-  write_outputs(m.out, m.list.row[entry], finish(state, m.list.target[entry], m.V));
+  write_outputs(m.out, m.list, i, state, m.V);
 }
 
 template <class Element>
@@ -182,15 +211,14 @@ __global__ void close_rows(Close k) {
   // e^(z - reference) to e^(z - maximum). An infinite logit makes NaN, as in every engine.
   state.sum = top == -INFINITY ? sum : sum * expf(reference - top);
   state.target_logit = k.target_logit[i];
-  const int entry = k.list.first + i;
-  write_outputs(k.out, k.list.row[entry], finish(state, k.list.target[entry], k.V));
+  write_outputs(k.out, k.list, i, state, k.V);
 }
 
 struct Known {
   float nll, row_max, log_sum, d_nll, d_lse;
 };
 
-__device__ Known known_of(const Coefficients& k, int n) {
+__device__ Known known_of(const Coefficients& k, std::int64_t n) {
   Known row;
   row.nll = read(k.rows.nll, n);
   row.row_max = read(k.rows.row_max, n);
@@ -203,43 +231,18 @@ __device__ Known known_of(const Coefficients& k, int n) {
   return row;
 }
 
-__device__ RowCoefficients<float> coefficients_of(const Coefficients& k, const Known& row, int n,
-                                                  int i) {
-  RowCoefficients<float> c{};
-  c.row_max = row.row_max;
-  c.log_sum = row.log_sum;
-  // A row without a softmax has no gradient: NaN throughout.
-  c.a = row.nll == row.nll ? row.d_nll + row.d_lse : row.nll;
-  c.d_entropy = read(k.upstream.d_entropy, n);
-  c.entropy = c.d_entropy != 0.f ? read(k.rows.entropy, n) : 0.f;
-  c.zbar = read(k.upstream.d_zbar, n) / static_cast<float>(k.V);
-  c.softcap = k.softcap;
-  c.inv_temperature = k.inv_temperature[i];
-  return c;
-}
-
-__global__ void row_gradients(Coefficients k, RowGradient* out) {
-  const int i = blockIdx.x * kBlock + threadIdx.x;
-  if (i >= listed_rows(k.list)) return;
-  const int entry = k.list.first + i, n = k.list.row[entry], target = k.list.target[entry];
-  const Known row = known_of(k, n);
-  const RowCoefficients<float> c = coefficients_of(k, row, n, i);
-  const float weight = k.class_weight == nullptr || target < 0 ? 1.f : k.class_weight[target];
-  const float g = target_gradient(c, row.nll, row.d_nll, row.d_lse, weight);
-  out[i].first = make_float4(c.row_max, c.log_sum, c.a, g);
-  out[i].second = make_float4(c.d_entropy, c.entropy, c.zbar, 0.f);
-}
-
 __global__ void row_factors(Coefficients k, RowFactors out) {
   const int i = blockIdx.x * kBlock + threadIdx.x;
   if (i >= listed_rows(k.list)) return;
-  const int n = k.list.row[k.list.first + i];
+  const std::int64_t n = k.list.row[k.list.first + i];
   const Known row = known_of(k, n);
-  const RowCoefficients<float> c = coefficients_of(k, row, n, i);
-  const float alone = c.a == 0.f ? 0.f : expf((out.reference[i] - row.row_max) - row.log_sum);
-  out.factor[i] = c.a * alone * (c.inv_temperature * k.scale);
-  const float g = target_gradient(c, row.nll, row.d_nll, row.d_lse, 1.f);
-  const float slope = transform_slope(out.target_logit[i], k.softcap, c.inv_temperature);
+  const float inv_temperature = k.inv_temperature[i];
+  // A row without a softmax has no gradient: NaN throughout.
+  const float a = row.nll == row.nll ? row.d_nll + row.d_lse : row.nll;
+  const float alone = a == 0.f ? 0.f : expf((out.reference[i] - row.row_max) - row.log_sum);
+  out.factor[i] = a * alone * (inv_temperature * k.scale);
+  const float g = target_gradient(RowCoefficients<float>{}, row.nll, row.d_nll, row.d_lse, 1.f);
+  const float slope = transform_slope(out.target_logit[i], k.softcap, inv_temperature);
   out.target_g[i] = g * slope * k.scale;
 }
 
@@ -271,7 +274,8 @@ __global__ void store_de(StoreDe s) {
   const int target = s.list.target[entry];
   const float factor = s.factor[i], g = s.target_g[i];
   const float* sums = s.sums + std::int64_t{i} * s.depth;
-  const auto* c = static_cast<const __nv_bfloat16*>(s.c.data) + (target < 0 ? 0 : target) * s.c.stride;
+  const auto* c =
+      static_cast<const __nv_bfloat16*>(s.c.data) + (target < 0 ? 0 : target) * s.c.stride;
   Out* to = static_cast<Out*>(s.de) + std::int64_t{s.list.position[entry]} * s.depth;
   for (int d = threadIdx.x * 4; d < s.depth; d += blockDim.x * 4) {
     const float4 sum = *reinterpret_cast<const float4*>(sums + d);
@@ -323,8 +327,7 @@ __global__ void add_targets(AddTargets a) {
       for (int d = threadIdx.x; d < a.depth; d += blockDim.x) {
         float sum = load(to + d);
         for (int k = 0; k < found_count; ++k) {
-          const auto* e =
-              static_cast<const __nv_bfloat16*>(a.e.data) + found[k] * a.e.stride;
+          const auto* e = static_cast<const __nv_bfloat16*>(a.e.data) + found[k] * a.e.stride;
           sum = fmaf(a.target_g[found[k]], to_float(e[d]), sum);
         }
         store(to + d, sum);
@@ -366,6 +369,14 @@ __global__ void add_dbias(Listed list, const __nv_bfloat16* x, std::int64_t stri
   }
 }
 
+__global__ void clear_if_none(const int* count, uint4* values, std::int64_t pieces) {
+  if (*count != 0) return;
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kBlock + threadIdx.x; i < pieces;
+       i += std::int64_t{gridDim.x} * kBlock) {
+    values[i] = {};
+  }
+}
+
 __global__ void clear_rest(Listed list, unsigned short* matrix, std::int64_t stride, int columns,
                            int block_rows) {
   const int rows = listed_rows(list);
@@ -377,13 +388,6 @@ __global__ void clear_rest(Listed list, unsigned short* matrix, std::int64_t str
 
 }  // namespace
 
-void launch_inverse_temperatures(const Listed& list, const float* temperature, double common,
-                                 double least, double most, float* inverse, cudaStream_t stream) {
-  inverse_temperatures<<<blocks_for(list.rows, kBlock), kBlock, 0, stream>>>(
-      list, temperature, common, least, most, inverse);
-  check_launch();
-}
-
 void launch_clear_statistics(const Partials& partials, std::int64_t entries, float* target_logit,
                              int rows, cudaStream_t stream) {
   const std::int64_t items = entries > rows ? entries : rows;
@@ -393,9 +397,7 @@ void launch_clear_statistics(const Partials& partials, std::int64_t entries, flo
 }
 
 void launch_merge(const Merge& merge, cudaStream_t stream) {
-  Merge tiles = merge;
-  tiles.columns = column_tiles(merge.columns);
-  merge_rows<<<blocks_for(merge.list.rows, kBlock), kBlock, 0, stream>>>(tiles);
+  merge_rows<<<blocks_for(merge.list.rows, kWarps), kBlock, 0, stream>>>(merge);
   check_launch();
 }
 
@@ -411,11 +413,6 @@ void launch_references(const References& references, cudaStream_t stream) {
 
 void launch_close(const Close& close, cudaStream_t stream) {
   close_rows<<<blocks_for(close.list.rows, kWarps), kBlock, 0, stream>>>(close);
-  check_launch();
-}
-
-void launch_row_gradients(const Coefficients& k, RowGradient* out, cudaStream_t stream) {
-  row_gradients<<<blocks_for(k.list.rows, kBlock), kBlock, 0, stream>>>(k, out);
   check_launch();
 }
 
@@ -450,12 +447,15 @@ void launch_add_targets(const AddTargets& a, cudaStream_t stream) {
   check_launch();
 }
 
-void launch_add_dbias(const Listed& list, const void* x, std::int64_t x_stride,
-                      const float* factor, double inverse_scale, int V, double* dbias, bool first,
-                      cudaStream_t stream) {
+void launch_add_dbias(const Listed& list, const void* x, std::int64_t x_stride, const float* factor,
+                      double inverse_scale, int V, double* dbias, bool first, cudaStream_t stream) {
   add_dbias<<<blocks_for((V + 1) / 2, kBlock), kBlock, 0, stream>>>(
-      list, static_cast<const __nv_bfloat16*>(x), x_stride, factor, inverse_scale, V, dbias,
-      first);
+      list, static_cast<const __nv_bfloat16*>(x), x_stride, factor, inverse_scale, V, dbias, first);
+  check_launch();
+}
+
+void launch_clear_if_none(const int* count, void* values, std::int64_t bytes, cudaStream_t stream) {
+  clear_if_none<<<1024, kBlock, 0, stream>>>(count, static_cast<uint4*>(values), bytes / 16);
   check_launch();
 }
 

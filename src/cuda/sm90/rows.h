@@ -14,17 +14,14 @@ namespace cutloss::sm90 {
 
 // The entries [first, first + rows) of the list, in device memory.
 struct Listed {
-  const int* count = nullptr;     // entries that count, of the whole list
-  const int* row = nullptr;       // index into the per-row arrays of the call
-  const int* position = nullptr;  // row of E and of dE
-  const int* target = nullptr;    // in [0, V), or -1 where it is out of range
+  const int* count = nullptr;         // entries that count, of the whole list
+  const int* mismatch = nullptr;      // 1: num_valid is wrong, every output is NaN
+  const std::int64_t* row = nullptr;  // index into the per-row arrays of the call
+  const int* position = nullptr;      // row of E and of dE
+  const int* target = nullptr;        // in [0, V), or -1 where it is out of range
   int first = 0;
   int rows = 0;
 };
-
-// 1 / (temperature[row] * common) of each entry; NaN outside [least, most].
-void launch_inverse_temperatures(const Listed& list, const float* temperature, double common,
-                                 double least, double most, float* inverse, cudaStream_t stream);
 
 // Empty partial statistics, and NaN for target logits nobody has found.
 void launch_clear_statistics(const Partials& partials, std::int64_t entries, float* target_logit,
@@ -35,8 +32,8 @@ void launch_clear_statistics(const Partials& partials, std::int64_t entries, flo
 struct Merge {
   Listed list;
   Partials partials;
-  Grid grid;
-  int columns = 0;  // of the slab
+  int clusters = 0;  // these two: Grid
+  int largest_group = 0;
   bool all = false;
   bool first_slab = true, last_slab = true;
   RowState<float>* states = nullptr;
@@ -81,13 +78,9 @@ struct Coefficients {
   RowOutputs rows;
   RowGradients upstream;
   const float* inv_temperature = nullptr;
-  const float* class_weight = nullptr;
   float softcap = 0;
   float scale = 1;  // logit_scale
-  int V = 0;
 };
-// By vocabulary.
-void launch_row_gradients(const Coefficients& k, RowGradient* out, cudaStream_t stream);
 // By rows: g = factor * x for all columns but the target's, where it is target_g.
 struct RowFactors {
   const float* reference = nullptr;
@@ -122,15 +115,17 @@ struct AddTargets {
   int depth = 0;
   void* dc = nullptr;  // f32 or bf16, or null
   DType dc_type = DType::f32;
-  double* dbias = nullptr;  // (V) sums, or null
+  double* dbias = nullptr;   // (V) sums, or null
   double inverse_scale = 1;  // dbias: target_g is d(loss)/d(product), and logit_scale is out again
 };
 void launch_add_targets(const AddTargets& add, cudaStream_t stream);
 
 // Column sums of factor * x, added to dbias in fp64 in the order of the rows.
-void launch_add_dbias(const Listed& list, const void* x, std::int64_t x_stride,
-                      const float* factor, double inverse_scale, int V, double* dbias, bool first,
-                      cudaStream_t stream);
+void launch_add_dbias(const Listed& list, const void* x, std::int64_t x_stride, const float* factor,
+                      double inverse_scale, int V, double* dbias, bool first, cudaStream_t stream);
+
+// Zeros in a matrix (the first chunk's dC) where no row counts at all.
+void launch_clear_if_none(const int* count, void* values, std::int64_t bytes, cudaStream_t stream);
 
 // Zeros in the rows of a 16-bit matrix that no tile of a logits kernel covered.
 void launch_clear_rest(const Listed& list, void* matrix, std::int64_t stride, int columns,

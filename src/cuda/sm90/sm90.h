@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/row_table.h"
 #include "cuda/sm90/tile_walk.h"
 #include "cutloss/cutloss.h"
 
@@ -24,38 +25,43 @@ struct LogitTransform {
   const float* inv_temperature = nullptr;  // (rows)
   float scale = 1;
   float softcap = 0;  // 0: none
+  float inv_softcap = 0;
 };
 
 // A block of logits: rows of E times a slab of columns.
 struct Logits {
   DType type = DType::bf16;  // of E and C: bf16 or f16
   Matrix e;
-  const int* positions = nullptr;  // row i is row positions[i] of e; null: row i
-  Matrix c;                        // the slab's
-  int rows = 0;                    // at most
+  // Null: row i of the block is row i of e. Else it is row positions[first + i] of the matrix of
+  // `e_rows` rows that e is.
+  const int* positions = nullptr;
+  std::int64_t e_rows = 0;
+  Matrix c;      // the slab's
+  int rows = 0;  // at most
   int columns = 0;
   int depth = 0;
-  const int* count = nullptr;  // in device memory: the rows that count ...
-  int first = 0;               // ... of which this block's first is number `first`
-  LogitTransform transform;    // bias: the slab's
-  const int* target = nullptr;  // (rows): a column of the vocabulary, or -1
-  int origin = 0;               // the slab's first column
+  const int* count = nullptr;    // in device memory: the rows that count ...
+  int first = 0;                 // ... of which this block's first is number `first`
+  LogitTransform transform;      // bias: the slab's
+  const int* target = nullptr;   // (rows): a column of the vocabulary, or -1
+  int origin = 0;                // the slab's first column
   const int* only_if = nullptr;  // null, or in device memory: 0 means do nothing
 };
 
-// Partial statistics: for each row, two slots for each cluster that works on the row's block.
+// Partial statistics: for each row, `slots` sets for each cluster that works on the row's block.
 struct Partials {
   float2* max_and_sum = nullptr;
   float2* weighted_and_zbar = nullptr;  // these two where all statistics are wanted
   int* argmax = nullptr;
+  int block_rows = 0;  // these two: Grid
+  int slots = 0;
 
 #ifdef __CUDACC__
-  __device__ std::int64_t index(const TileWalk& walk, int block_rows, int run, std::int64_t slot,
-                                int row) const {
+  __device__ std::int64_t index(const TileWalk& walk, int run, std::int64_t slot, int row) const {
     std::int64_t offset = 0;
     for (int r = 0; r < run; ++r) {
       offset += std::int64_t{walk.run[r + 1].first_block - walk.run[r].first_block} * block_rows *
-                2 * walk.sharers(r);
+                slots * walk.sharers(r);
     }
     const int end = run + 1 < walk.runs ? walk.run[run + 1].first_block : walk.row_blocks;
     const std::int64_t rows_of_run = std::int64_t{end - walk.run[run].first_block} * block_rows;
@@ -64,22 +70,19 @@ struct Partials {
 #endif
 };
 
-// What backward by vocabulary needs of a row: logit_math.h, RowCoefficients.
-struct RowGradient {
-  float4 first;   // row_max, log_sum, a, g_target
-  float4 second;  // d_entropy, entropy, zbar, 0
-};
-
 // How a persistent kernel spreads over the device. Forward's statistics follow it: their merge
 // walks the same order.
 struct Grid {
   int blocks = 0;
-  int cluster = 2;        // blocks in a cluster: 1 where there are at most 128 rows
-  int largest_group = 1;  // row blocks whose rows of E stay in L2 together
-  CUTLOSS_WALK int clusters() const { return blocks / cluster; }
-  CUTLOSS_WALK int block_rows() const { return 128 * cluster; }
+  bool shares_rows = false;  // few rows: the blocks of a cluster have columns of their own
+  int width = 192;           // columns of a tile
+  int largest_group = 1;     // row blocks whose rows of E stay in L2 together
+  int clusters() const { return blocks / 2; }
+  int block_rows() const { return shares_rows ? 128 : 256; }
+  int slots() const { return shares_rows ? 4 : 2; }
 };
-Grid grid_for(int multiprocessors, std::int64_t l2_bytes, int rows, int depth);
+// At most `rows` rows of `depth`, `columns` columns. Only forward's statistics may share rows.
+Grid grid_for(int multiprocessors, int rows, int columns, bool may_share_rows);
 
 // Entries of each array of Partials for `rows` rows, however many of them count.
 std::int64_t partial_entries(const Grid& grid, int rows);
@@ -96,9 +99,9 @@ void launch_statistics(const Logits& logits, const Statistics& statistics, const
 struct GradientOfLogits {
   void* g = nullptr;  // (rows, columns) in the logits' type
   std::int64_t g_stride = 0;
-  const RowGradient* row = nullptr;
+  const cuda::RowGradient<float>* row = nullptr;
   const float* class_weight = nullptr;
-  bool per_element = false;  // softcap, entropy or zbar: g is more than a multiple of p
+  bool general = false;  // entropy or zbar: g is more than p times a function of the row
 };
 void launch_gradient(const Logits& logits, const GradientOfLogits& gradient, const Grid& grid,
                      cudaStream_t stream);

@@ -9,7 +9,7 @@
 namespace cutloss::sm90 {
 
 // kAll: entropy, zbar and argmax too.
-template <int kCluster, bool kAll>
+template <bool kAll>
 class StatisticsEpilogue {
   static constexpr int kNumbers = kAll ? 5 : 2;  // of a row
 
@@ -18,26 +18,35 @@ class StatisticsEpilogue {
   // full of sums while a tile is multiplied.
   static constexpr int kWarpBytes = kRowsOfThread * kNumbers * 32 * 4;
 
+  using Facts = TileFacts;
+
   struct Params {
     LogitTransform transform;
-    const int* target;     // (rows): a column of the vocabulary, or -1
-    int origin;            // the column of the vocabulary that is this product's first
-    float* target_logit;   // (rows): written where the target is among the columns
+    const int* target;    // (rows): a column of the vocabulary, or -1
+    int origin;           // the column of the vocabulary that is this product's first
+    float* target_logit;  // (rows): written where the target is among the columns
     Partials partials;
     const float* class_weight;  // (columns), or null: all ones
   };
 
   __device__ StatisticsEpilogue(const Params& params, const CUtensorMap*, char* buffer,
-                                const TileWalk& walk, int cluster, int turn)
+                                Facts& facts, const TileWalk& walk, int cluster, int rank, int turn)
       : p_(params),
+        facts_(facts),
         walk_(walk),
         own_(reinterpret_cast<float*>(buffer) + threadIdx.x % 32),
         cluster_(cluster),
-        turn_(turn) {}
+        slot_(params.partials.slots == 2 ? turn : 2 * rank + turn) {}
+
+  __device__ __forceinline__ void prepare(int first_row, int first_column, int rows,
+                                          int last_column) {
+    read_facts(facts_, p_.transform, p_.class_weight, p_.target, p_.origin, first_row, first_column,
+               rows, last_column);
+  }
 
   template <class Sums>
   __device__ __forceinline__ void tile(Sums& sums, TilePosition position, int first_row,
-                                       int first_column, int rows, int columns) {
+                                       int first_column, int rows, int last_column) {
     if (position.row_block != block_) {
       finish();
       for (int i = 0; i < kRowsOfThread; ++i) put(i, Row{});
@@ -49,15 +58,13 @@ class StatisticsEpilogue {
     const Lane at;
     CUTE_UNROLL
     for (int i = 0; i < kRowsOfThread; ++i) {
-      const int row = first_row + at.row(i);
-      const bool valid = row < rows;
-      const float inv_temperature = valid ? __ldg(p_.transform.inv_temperature + row) : 1.f;
-      const int target = valid ? __ldg(p_.target + row) - p_.origin - first_column : -1;
       const auto z = row_of(sums, i);
-      to_logits(z, p_.transform, inv_temperature, first_column, columns);
+      to_logits(z, p_.transform, facts_, facts_.inv_temperature[at.row(i)], first_column,
+                last_column);
       Row state = get(i);
-      if constexpr (kAll) add_zbar(z, state, first_column, columns);
-      take_target(z, target, -kInfinity, [&](float logit) { p_.target_logit[row] = logit; });
+      if constexpr (kAll) add_zbar(z, state);
+      take_target(z, facts_.target[at.row(i)], -kInfinity,
+                  [&](float logit) { p_.target_logit[first_row + at.row(i)] = logit; });
       add(z, state, first_column);
       put(i, state);
     }
@@ -67,13 +74,13 @@ class StatisticsEpilogue {
   __device__ __forceinline__ void finish() {
     if (block_ < 0) return;
     const Lane at;
-    const std::int64_t slot = 2 * walk_.sharer(run_, cluster_) + turn_;
+    const std::int64_t slot = p_.partials.slots * walk_.sharer(run_, cluster_) + slot_;
     for (int i = 0; i < kRowsOfThread; ++i) {
       Row state = get(i);
       for (int lanes = 1; lanes < 4; lanes *= 2) join(state, lanes);
       const int row = first_row_ + at.row(i);
       if (at.lane % 4 != 0 || row >= rows_) continue;
-      const std::int64_t to = p_.partials.index(walk_, kTileRows * kCluster, run_, slot, row);
+      const std::int64_t to = p_.partials.index(walk_, run_, slot, row);
       p_.partials.max_and_sum[to] = make_float2(state.max, state.sum);
       if constexpr (kAll) {
         p_.partials.weighted_and_zbar[to] = make_float2(state.weighted, state.zbar);
@@ -115,16 +122,14 @@ class StatisticsEpilogue {
   }
 
   template <class Z>
-  __device__ __forceinline__ void add_zbar(Z z, Row& row,
-                                           int first_column, int columns) {
+  __device__ __forceinline__ void add_zbar(Z z, Row& row) {
     const Lane at;
     CUTE_UNROLL
-    for (int i = 0; i < kRowSums; ++i) {
-      const int column = first_column + at.column(i);
-      if (column >= columns) continue;
-      const float weight = p_.class_weight == nullptr ? 1.f : __ldg(p_.class_weight + column);
+    for (int i = 0; i < kRowSums; i += 2) {
       // A weight of 0 leaves an infinite logit out.
-      if (weight != 0.f) row.zbar = fmaf(weight, z[i], row.zbar);
+      const float2 weight = *reinterpret_cast<const float2*>(facts_.weight + at.column(i));
+      if (weight.x != 0.f) row.zbar = fmaf(weight.x, z[i], row.zbar);
+      if (weight.y != 0.f) row.zbar = fmaf(weight.y, z[i + 1], row.zbar);
     }
   }
 
@@ -185,9 +190,10 @@ class StatisticsEpilogue {
   }
 
   const Params& p_;
+  Facts& facts_;
   const TileWalk& walk_;
   float* own_;
-  const int cluster_, turn_;
+  const int cluster_, slot_;
   int block_ = -1;
   int run_ = 0, first_row_ = 0, rows_ = 0;
 };

@@ -2,7 +2,5 @@
 #include "cuda/sm90/statistics_launch.cuh"
 
 namespace cutloss::sm90 {
-
-CUTLOSS_STATISTICS_INSTANCE(cute::half_t, 2, false)
-
+CUTLOSS_STATISTICS_INSTANCE(cute::half_t, Share::columns, false)
 }  // namespace cutloss::sm90

@@ -2,7 +2,5 @@
 #include "cuda/sm90/statistics_launch.cuh"
 
 namespace cutloss::sm90 {
-
-CUTLOSS_STATISTICS_INSTANCE(cute::half_t, 1, true)
-
+CUTLOSS_STATISTICS_INSTANCE(cute::half_t, Share::rows, true)
 }  // namespace cutloss::sm90

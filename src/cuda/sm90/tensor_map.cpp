@@ -1,7 +1,7 @@
 #include "cuda/sm90/tensor_map.h"
 
-#include <cuda_runtime.h>
 #include <cudaTypedefs.h>
+#include <cuda_runtime.h>
 
 #include "core/dtype.h"
 #include "core/text.h"
@@ -48,10 +48,10 @@ CUtensorMap tensor_map(const void* data, DType type, std::int64_t rows, std::int
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns),
                              static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t step[2] = {1, 1};
-  const CUresult result = encoder()(
-      &map, data_type(type), 2, const_cast<void*>(data), extent, pitch, box, step,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encoder()(&map, data_type(type), 2, const_cast<void*>(data), extent, pitch, box, step,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error(ErrorCode::internal,
                 text("the driver refused to describe a matrix of ", rows, " x ", columns,

@@ -14,43 +14,89 @@ __device__ __forceinline__ float exp_approx(float x) { return ptx::exp2_approx(x
 // tanh through e^(-2|x|); the absolute error is about 2^-22.
 __device__ __forceinline__ float tanh_approx(float x) {
   const float e = ptx::exp2_approx(-2 * kLog2e * fabsf(x));
-  return copysignf(__fdividef(1.f - e, 1.f + e), x);
+  return copysignf((1.f - e) * ptx::reciprocal_approx(1.f + e), x);
 }
 
-// d(z)/d(sum) without the scale, from z.
-__device__ __forceinline__ float slope_of(float z, float inv_cap_temperature,
-                                          float inv_temperature) {
-  const float t = z * inv_cap_temperature;
-  return (1.f - t * t) * inv_temperature;
+// What the epilogue of a tile needs of its columns and rows, in shared memory: read while the other
+// group multiplies, since in the epilogue nothing would hide the way to device memory.
+struct TileFacts {
+  float bias[kTileColumns];
+  float weight[kTileColumns];  // 0 beyond the vocabulary
+  float inv_temperature[kTileRows];
+  int target[kTileRows];  // the column in the tile, or anything outside of it
+};
+
+// Called by the 128 threads of a group. origin: the product's first column.
+__device__ __forceinline__ void read_facts(TileFacts& facts, const LogitTransform& transform,
+                                           const float* class_weight, const int* target, int origin,
+                                           int first_row, int first_column, int rows,
+                                           int last_column) {
+  const int thread = threadIdx.x % 128;
+  for (int i = thread; i < kTileColumns; i += 128) {
+    const int column = first_column + i;
+    const bool valid = column < last_column;
+    facts.bias[i] = valid && transform.bias != nullptr ? __ldg(transform.bias + column) : 0.f;
+    facts.weight[i] = !valid ? 0.f : class_weight == nullptr ? 1.f : __ldg(class_weight + column);
+  }
+  const int row = first_row + thread;
+  const bool valid = row < rows;
+  facts.inv_temperature[thread] = valid ? __ldg(transform.inv_temperature + row) : 1.f;
+  const int column = valid ? __ldg(target + row) - origin : -1;
+  facts.target[thread] = column < last_column ? column - first_column : -1;
 }
 
-// A row's sums to logits, in place. Columns beyond the vocabulary become -inf.
+// A row's sums times a factor, plus its share of the bias, in place.
 template <class Row>
-__device__ __forceinline__ void to_logits(Row z, const LogitTransform& f, float inv_temperature,
-                                          int first_column, int columns) {
+__device__ __forceinline__ void scale_and_shift(Row z, const LogitTransform& f,
+                                                const TileFacts& facts, float after) {
   const Lane at;
-  const float factor = f.scale * inv_temperature;
+  const float factor = f.scale * after;
   CUTE_UNROLL
   for (int i = 0; i < kRowSums; ++i) z[i] *= factor;
-  if (f.bias != nullptr) {
-    CUTE_UNROLL
-    for (int i = 0; i < kRowSums; ++i) {
-      const int column = first_column + at.column(i);
-      if (column < columns) z[i] = fmaf(__ldg(f.bias + column), inv_temperature, z[i]);
-    }
-  }
-  if (f.softcap != 0.f) {
-    const float cap = f.softcap * inv_temperature, inverse = 1.f / cap;
-    CUTE_UNROLL
-    for (int i = 0; i < kRowSums; ++i) z[i] = tanh_approx(z[i] * inverse) * cap;
-  }
-  if (first_column + kTileColumns > columns) {
-    CUTE_UNROLL
-    for (int i = 0; i < kRowSums; ++i) {
-      if (first_column + at.column(i) >= columns) z[i] = -kInfinity;
-    }
+  if (f.bias == nullptr) return;
+  CUTE_UNROLL
+  for (int i = 0; i < kRowSums; i += 2) {
+    const float2 bias = *reinterpret_cast<const float2*>(facts.bias + at.column(i));
+    z[i] = fmaf(bias.x, after, z[i]);
+    z[i + 1] = fmaf(bias.y, after, z[i + 1]);
   }
 }
+
+// Columns beyond the tile's last become -inf.
+template <class Row>
+__device__ __forceinline__ void cut_off(Row z, int first_column, int last_column) {
+  if (first_column + kTileColumns <= last_column) return;
+  const Lane at;
+  CUTE_UNROLL
+  for (int i = 0; i < kRowSums; ++i) {
+    if (first_column + at.column(i) >= last_column) z[i] = -kInfinity;
+  }
+}
+
+// A row's sums to logits, in place; -inf beyond the tile's last column.
+template <class Row>
+__device__ __forceinline__ void to_logits(Row z, const LogitTransform& f, const TileFacts& facts,
+                                          float inv_temperature, int first_column,
+                                          int last_column) {
+  if (f.softcap == 0.f) {
+    scale_and_shift(z, f, facts, inv_temperature);
+  } else {
+    scale_and_shift(z, f, facts, f.inv_softcap);
+    const float cap = f.softcap * inv_temperature;
+    CUTE_UNROLL
+    for (int i = 0; i < kRowSums; ++i) z[i] = tanh_approx(z[i]) * cap;
+  }
+  cut_off(z, first_column, last_column);
+}
+
+// With a softcap: to logits / (softcap * inv_temperature), of which the slope is a simple function.
+template <class Row>
+__device__ __forceinline__ void to_capped(Row z, const LogitTransform& f, const TileFacts& facts) {
+  scale_and_shift(z, f, facts, f.inv_softcap);
+  CUTE_UNROLL
+  for (int i = 0; i < kRowSums; ++i) z[i] = tanh_approx(z[i]);
+}
+__device__ __forceinline__ float capped_slope(float tanh) { return fmaf(-tanh, tanh, 1.f); }
 
 // Calls found(z) where the thread holds the target's logit, which then becomes `replacement`.
 // target: the column in the tile, or anything outside of it.
