@@ -103,7 +103,7 @@ def dtypes(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor) -> torch.
                 f"{name} must be float32, float64, bfloat16 or float16, got {dtype}"
             )
     device = e.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     if autocast and torch.float64 not in named.values():  # which autocast leaves alone
         return torch.get_autocast_dtype(device)
     for name, dtype in named.items():
