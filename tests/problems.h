@@ -153,19 +153,19 @@ struct Data {
   Buffer targets;
   Array d_nll, d_lse, d_lse_squared, d_entropy, d_zbar;  // count 0 where not given
 
-  Inputs inputs() const {
+  Inputs inputs(Device device = Device::cpu) const {
     Inputs in;
-    in.e = e.pointer();
-    in.c = c.pointer();
-    in.targets = targets.data();
-    if (problem.has_bias) in.bias = bias.pointer();
-    if (problem.has_row_temperature) in.temperature = temperature.pointer();
-    if (problem.has_class_weight) in.class_weight = class_weight.pointer();
+    in.e = e.on(device);
+    in.c = c.on(device);
+    in.targets = targets.on(device);
+    if (problem.has_bias) in.bias = bias.on(device);
+    if (problem.has_row_temperature) in.temperature = temperature.on(device);
+    if (problem.has_class_weight) in.class_weight = class_weight.on(device);
     return in;
   }
 
-  RowGradients upstream() const {
-    const auto given = [](const Array& a) { return a.count != 0 ? a.pointer() : nullptr; };
+  RowGradients upstream(Device device = Device::cpu) const {
+    const auto given = [&](const Array& a) { return a.count != 0 ? a.on(device) : nullptr; };
     return {given(d_nll), given(d_lse), given(d_lse_squared), given(d_entropy), given(d_zbar)};
   }
 
@@ -273,14 +273,20 @@ inline Array random_array(DType type, std::int64_t count, double low, double hig
 
 }  // namespace detail
 
+// The case's problem, with its strides.
+inline Problem problem_of(const Case& c) {
+  Problem p = c.problem;
+  p.e_row_stride = p.D + c.extra_e_stride;
+  p.e_sequence_stride = p.length * p.e_row_stride + c.extra_sequence_stride;
+  p.c_row_stride = p.D + c.extra_c_stride;
+  return p;
+}
+
 inline Data make_data(const Case& c) {
   std::mt19937_64 random(c.seed);
   Data data;
   Problem& p = data.problem;
-  p = c.problem;
-  p.e_row_stride = p.D + c.extra_e_stride;
-  p.e_sequence_stride = p.length * p.e_row_stride + c.extra_sequence_stride;
-  p.c_row_stride = p.D + c.extra_c_stride;
+  p = problem_of(c);
 
   detail::fill_targets(c, data, random);
   detail::fill_classifier(c, data, random);

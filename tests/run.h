@@ -1,7 +1,8 @@
 // Runs a plan on a problem's data, the way a caller would, with every output and every byte of
-// workspace poisoned beforehand.
+// workspace poisoned beforehand, in the memory of the plan's device.
 #pragma once
 
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -53,8 +54,15 @@ inline std::int64_t smallest_workspace(Problem problem) {
   return high;
 }
 
-inline Plan plan_for(Problem problem, const std::string& engine, const Mode& mode) {
+inline bool runs_on_gpu(const std::string& engine) { return engine.starts_with("cuda/"); }
+
+inline void set_engine(Problem& problem, const std::string& engine) {
   problem.engine = engine;
+  problem.device = runs_on_gpu(engine) ? Device::cuda : Device::cpu;
+}
+
+inline Plan plan_for(Problem problem, const std::string& engine, const Mode& mode) {
+  set_engine(problem, engine);
   problem.schedule = mode.schedule;
   problem.upstream = mode.upstream;
   problem.max_workspace =
@@ -64,28 +72,41 @@ inline Plan plan_for(Problem problem, const std::string& engine, const Mode& mod
 
 struct Outputs {
   Array nll, lse, row_max, log_sum, entropy, zbar;
-  std::vector<std::int64_t> argmax;
+  std::vector<std::int64_t> argmax;  // after fetch
+  Buffer argmax_memory;
   Array de, dc, dbias;
 
-  RowOutputs rows() {
+  RowOutputs rows(Device device) {
     RowOutputs out;
-    out.nll = nll.pointer();
-    out.lse = lse.pointer();
-    out.row_max = row_max.pointer();
-    out.log_sum = log_sum.pointer();
-    out.entropy = entropy.pointer();
-    out.zbar = zbar.pointer();
-    out.argmax = argmax.empty() ? nullptr : argmax.data();
+    out.nll = nll.on(device);
+    out.lse = lse.on(device);
+    out.row_max = row_max.on(device);
+    out.log_sum = log_sum.on(device);
+    out.entropy = entropy.on(device);
+    out.zbar = zbar.on(device);
+    out.argmax = reinterpret_cast<std::int64_t*>(argmax_memory.on(device));
     return out;
   }
 
-  Gradients gradients() { return {de.pointer(), dc.pointer(), dbias.pointer()}; }
+  Gradients gradients(Device device) { return {de.on(device), dc.on(device), dbias.on(device)}; }
+
+  // What a call wrote, from wherever it was written to. Waits for a GPU.
+  void fetch() {
+    for (Array* array : {&nll, &lse, &row_max, &log_sum, &entropy, &zbar, &de, &dc, &dbias}) {
+      array->buffer.fetch();
+    }
+    argmax_memory.fetch();
+    argmax.resize(static_cast<std::size_t>(argmax_memory.bytes()) / sizeof(std::int64_t));
+    if (!argmax.empty()) {
+      std::memcpy(argmax.data(), argmax_memory.data(), argmax.size() * sizeof(std::int64_t));
+    }
+  }
 
   bool guards_intact() const {
     for (const Array* array : {&nll, &lse, &row_max, &log_sum, &entropy, &zbar, &de, &dc, &dbias}) {
       if (!array->buffer.guards_intact()) return false;
     }
-    return true;
+    return argmax_memory.guards_intact();
   }
 
   // The name of the first output whose bytes differ; empty where none does.
@@ -115,7 +136,11 @@ inline Outputs outputs_for(const Problem& p) {
   for (Array* array : {&out.nll, &out.lse, &out.row_max, &out.log_sum}) *array = Array(stat, N);
   if (p.wants_entropy) out.entropy = Array(stat, N);
   if (p.wants_zbar) out.zbar = Array(stat, N);
-  if (p.wants_argmax) out.argmax.assign(N, -7);
+  if (p.wants_argmax) {
+    out.argmax_memory = Buffer(N * 8);
+    out.argmax.assign(N, -7);  // no value that an engine writes
+    if (N > 0) std::memcpy(out.argmax_memory.data(), out.argmax.data(), N * 8);
+  }
   if (p.needs_de) out.de = Array(p.e_type, p.sequences * p.length * p.D);
   if (p.needs_dc) out.dc = Array(p.c_type, p.V * p.D);
   if (p.needs_dbias) out.dbias = Array(p.bias_type, p.V);
@@ -124,9 +149,11 @@ inline Outputs outputs_for(const Problem& p) {
 
 // Memory of a call, poisoned.
 struct Scratch {
+  Device device;
   Buffer kept, forward, backward;
   explicit Scratch(const Plan& plan)
-      : kept(plan.kept_bytes),
+      : device(plan.problem.device),
+        kept(plan.kept_bytes),
         forward(plan.forward_workspace_bytes),
         backward(plan.backward_workspace_bytes) {}
   bool intact() const {
@@ -134,31 +161,38 @@ struct Scratch {
   }
 };
 
+// Where the call is one to a GPU: Outputs::fetch before its results are looked at.
 inline Args args_for(const Data& data, Outputs& out, Scratch& scratch, bool forward) {
+  const Device device = scratch.device;
   Args args;
-  args.in = data.inputs();
-  args.rows = out.rows();
-  args.upstream = data.upstream();
-  args.gradients = out.gradients();
-  args.kept = scratch.kept.data();
-  args.workspace = (forward ? scratch.forward : scratch.backward).data();
+  args.in = data.inputs(device);
+  args.rows = out.rows(device);
+  args.upstream = data.upstream(device);
+  args.gradients = out.gradients(device);
+  args.kept = scratch.kept.on(device);
+  args.workspace = (forward ? scratch.forward : scratch.backward).on(device);
   return args;
 }
 
-// Forward, and backward where the plan makes gradients.
+// Forward, and backward where the plan makes gradients, on a CUDA stream or the default one.
 // Sets *intact to whether everything outside the promised memory was left alone.
-inline Outputs run(const Plan& plan, const Data& data, bool* intact = nullptr) {
+inline Outputs run(const Plan& plan, const Data& data, bool* intact = nullptr,
+                   void* stream = nullptr) {
   Outputs out = outputs_for(plan.problem);
   Scratch scratch(plan);
-  const Args args = args_for(data, out, scratch, /*forward=*/true);
+  Args args = args_for(data, out, scratch, /*forward=*/true);
+  args.stream = stream;
   if (plan.schedule == Schedule::rows && !plan.keeps_logits) {
     forward_backward(plan, args);
   } else {
     forward(plan, args);
     if (plan.schedule != Schedule::none) {
-      backward(plan, args_for(data, out, scratch, /*forward=*/false));
+      args = args_for(data, out, scratch, /*forward=*/false);
+      args.stream = stream;
+      backward(plan, args);
     }
   }
+  out.fetch();
   if (intact != nullptr) *intact = scratch.intact() && out.guards_intact();
   return out;
 }

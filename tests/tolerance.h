@@ -56,15 +56,23 @@ namespace detail {
 struct RoundingUnits {
   double accumulator;  // of fp32, or of fp64
   double operand;      // of g as it enters the products
+  double inputs;       // of E and C, beyond what the reference rounds too
 };
 
-inline RoundingUnits rounding_units(DType compute_type) {
+// An engine that multiplies f16 rounds g to it, as others do to bf16. tf32 has f16's 11 bits, and
+// processors may cut the others off instead of rounding.
+inline RoundingUnits rounding_units(const Problem& p, DType compute_type) {
   const bool wide = compute_type == DType::f64;
   const double accumulator = reference::unit_roundoff(wide ? DType::f64 : DType::f32);
-  const double operand =
-      compute_type == DType::bf16 ? reference::unit_roundoff(DType::bf16) : 2 * accumulator;
-  return {accumulator, operand};
+  if (compute_type == DType::f32 && p.allow_tf32) return {accumulator, 0x1p-10, 0x1p-10};
+  const bool narrow = compute_type == DType::bf16 || compute_type == DType::f16;
+  return {accumulator, narrow ? reference::unit_roundoff(compute_type) : 2 * accumulator, 0};
 }
+
+// What an element of g loses beside the largest possible one of the same problem, where g is f16:
+// it is scaled so that the largest is within a factor of 8 of f16's, and the smallest step of f16
+// is 2^-40 of that.
+inline constexpr double kF16Underflow = 0x1p-36;
 
 inline double norm(const std::vector<double>& matrix, std::int64_t row, std::int64_t D) {
   double squares = 0;
@@ -79,7 +87,7 @@ inline double stat_or(const Array& array, std::int64_t index, double otherwise) 
 // The largest error of a logit before softcap and temperature.
 inline std::vector<double> product_bounds(const Data& data, const reference::Result& r) {
   const Problem& p = data.problem;
-  const double u = rounding_units(r.compute_type).accumulator;
+  const auto [u, _, u_inputs] = rounding_units(p, r.compute_type);
   double largest_c = 0;
   for (std::int64_t v = 0; v < r.V; ++v) largest_c = std::max(largest_c, norm(r.c, v, r.D));
   double largest_bias = 0;
@@ -89,8 +97,8 @@ inline std::vector<double> product_bounds(const Data& data, const reference::Res
   }
   std::vector<double> bounds(r.N, 0);
   for (std::int64_t n = 0; n < r.N; ++n) {
-    bounds[n] =
-        gamma(u, r.D) * (std::fabs(p.logit_scale) * norm(r.e, n, r.D) * largest_c + largest_bias);
+    const double product = std::fabs(p.logit_scale) * norm(r.e, n, r.D) * largest_c;
+    bounds[n] = gamma(u, r.D) * (product + largest_bias) + 2 * u_inputs * product;
   }
   return bounds;
 }
@@ -102,7 +110,7 @@ inline double row_temperature(const Data& data, std::int64_t n) {
 inline void row_bounds(const Data& data, const reference::Result& r,
                        const std::vector<double>& product, Bounds& b) {
   const Problem& p = data.problem;
-  const double u = rounding_units(r.compute_type).accumulator;
+  const double u = rounding_units(p, r.compute_type).accumulator;
   const double sum = gamma(u, r.V);
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0 || !std::isfinite(r.lse[n])) continue;
@@ -132,10 +140,28 @@ inline void row_bounds(const Data& data, const reference::Result& r,
   }
 }
 
+// The largest |g| that the rows' coefficients allow.
+inline double largest_g(const Data& data, const reference::Result& r) {
+  double largest_weight = data.class_weight.count == 0 ? 1 : 0;
+  for (const double weight : data.class_weight.values()) {
+    largest_weight = std::max(largest_weight, std::fabs(weight));
+  }
+  double largest = 0;
+  for (std::int64_t n = 0; n < r.N; ++n) {
+    if (r.target[n] < 0 || !std::isfinite(r.lse[n])) continue;
+    const double g = std::fabs(stat_or(data.d_nll, n, 0)) + std::fabs(stat_or(data.d_lse, n, 0)) +
+                     2 * std::fabs(stat_or(data.d_lse_squared, n, 0) * r.lse[n]) +
+                     std::fabs(stat_or(data.d_entropy, n, 0)) * (1 + r.entropy[n]) +
+                     std::fabs(stat_or(data.d_zbar, n, 0)) * largest_weight;
+    largest = std::max(largest, g / row_temperature(data, n));
+  }
+  return largest;
+}
+
 // The error of g[n, v].
 inline double g_bound(const Data& data, const reference::Result& r, const Bounds& b, std::int64_t n,
                       std::int64_t v) {
-  const double u = rounding_units(r.compute_type).accumulator;
+  const double u = rounding_units(data.problem, r.compute_type).accumulator;
   const double log_p = (r.z[n * r.V + v] - r.row_max[n]) - r.log_sum[n];
   const double p = std::exp(log_p);
   if (p == 0) return kUnderflow;
@@ -167,7 +193,8 @@ inline double g_bound(const Data& data, const reference::Result& r, const Bounds
 inline Bounds bounds(const Data& data, const reference::Result& r) {
   using namespace detail;
   const Problem& p = data.problem;
-  const auto [u, u_g] = rounding_units(r.compute_type);
+  const auto [u, u_g, u_inputs] = rounding_units(p, r.compute_type);
+  const double lost = r.compute_type == DType::f16 ? kF16Underflow * largest_g(data, r) : 0;
   Bounds b;
   for (auto* row : {&b.logit, &b.nll, &b.lse, &b.entropy, &b.zbar}) row->assign(r.N, 0);
   b.de.assign(r.de.size(), 0);
@@ -188,7 +215,8 @@ inline Bounds bounds(const Data& data, const reference::Result& r) {
       const std::int64_t i = n * r.V + v;
       const double da = std::fabs(r.g[i] * r.slope[i]);
       const double exact_g = g_bound(data, r, b, n, v) * r.slope[i] +
-                             std::fabs(r.g[i]) * (cap_error + 4 * u * r.slope[i]);
+                             std::fabs(r.g[i]) * (cap_error + 4 * u * r.slope[i]) + lost +
+                             u_inputs * da;
       const double rounding = u_g * da;
       const double de_error = exact_g + kRoundingsOfG * rounding + gamma(u, r.V) * da;
       const double dc_error = exact_g + kRoundingsOfG * rounding + gamma(u, r.N) * da;

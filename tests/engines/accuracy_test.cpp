@@ -11,7 +11,7 @@ TEST_P(Accuracy, WithinBoundsInEveryMode) {
   const Case& c = GetParam().problem;
   const Data data = make_data(c);
   const Truth truth(GetParam().engine, c, data);
-  for (const Mode& mode : kModes) {
+  for (const Mode& mode : modes_of(GetParam().engine, data.problem)) {
     SCOPED_TRACE(mode.name);
     expect_accurate(plan_for(data.problem, GetParam().engine, mode), data, truth);
   }
@@ -26,7 +26,7 @@ std::vector<Case> sizes_with_every_option() {
 std::vector<Case> options() {
   std::vector<Case> cases;
   for (const Option& option : kOptions) {
-    Case c = with_size(2, 39, 1043, 20, 1);
+    Case c = with_size(2, 39, 1043, 24, 1);
     option.apply(c);
     c.name = option.name;
     cases.push_back(c);
@@ -40,7 +40,7 @@ std::vector<Case> kinds_of_logits() {
       {"peaked", Logits::peaked}, {"flat", Logits::flat}, {"offset", Logits::offset}};
   for (const auto& [name, kind] : kinds) {
     for (const bool everything : {false, true}) {
-      Case c = with_size(1, 67, 1043, 20);
+      Case c = with_size(1, 67, 1043, 24);
       c.logits = kind;
       if (everything) add_everything(c);
       c.name = std::string(name) + (everything ? "_everything" : "");

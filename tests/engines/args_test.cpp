@@ -48,19 +48,27 @@ struct Call {
             << "no '" << part << "' in: " << error.what();
       }
     }
+    out.fetch();
     EXPECT_EQ(out.first_difference(untouched), "") << "was written";
   }
 };
 
-// The modes that differ in the calls they make.
-constexpr const Mode* kCallModes[] = {&kModes[0], &kModes[4]};
+// The modes that differ in the calls they make, of those that the engine has.
+std::vector<const Mode*> call_modes(const Subject& subject) {
+  std::vector<const Mode*> modes = {&kModes[0], &kModes[4]};
+  std::erase_if(modes, [&](const Mode* mode) {
+    return !takes(subject.engine, subject.problem.problem, *mode);
+  });
+  return modes;
+}
 
 using BadArgs = EverySubject;
+using BadData = EverySubject;
 
-TEST_P(BadArgs, ATargetOutsideTheVocabulary) {
+TEST_P(BadData, ATargetOutsideTheVocabulary) {
   for (const std::int64_t bad : {std::int64_t{200}, std::int64_t{-1}, std::int64_t{-101},
                                  std::int64_t{std::numeric_limits<std::int32_t>::max()}}) {
-    for (const Mode* mode : kCallModes) {
+    for (const Mode* mode : call_modes(GetParam())) {
       for (const IndexType type : {IndexType::i32, IndexType::i64}) {
         Subject subject = GetParam();
         subject.problem.problem.target_type = type;
@@ -74,7 +82,7 @@ TEST_P(BadArgs, ATargetOutsideTheVocabulary) {
 
 // The first positions of a sequence are nobody's target under a shift.
 TEST_P(BadArgs, ATargetThatIsNotPredictedIsNotRead) {
-  for (const Mode* mode : kCallModes) {
+  for (const Mode* mode : call_modes(GetParam())) {
     Call call(GetParam(), *mode);
     call.data.set_target(20, 12345);
     call.data.set_target(21, -7);
@@ -82,11 +90,11 @@ TEST_P(BadArgs, ATargetThatIsNotPredictedIsNotRead) {
   }
 }
 
-TEST_P(BadArgs, ATemperatureThatIsNotPositiveAndFinite) {
+TEST_P(BadData, ATemperatureThatIsNotPositiveAndFinite) {
   const double inf = std::numeric_limits<double>::infinity();
   for (const auto& [bad, text] : {std::pair{0.0, "0"}, std::pair{-0.5, "-0.5"},
                                   std::pair{inf, "inf"}, std::pair{std::nan(""), "nan"}}) {
-    for (const Mode* mode : kCallModes) {
+    for (const Mode* mode : call_modes(GetParam())) {
       Call call(GetParam(), *mode);
       const std::int64_t row = 18 + 4;  // of the second sequence
       call.data.set_target(20 + 4 + 2, 3);
@@ -112,7 +120,7 @@ TEST_P(BadArgs, AMissingPointer) {
       {"rows.argmax", [](Args& a) { a.rows.argmax = nullptr; }},
       {"workspace", [](Args& a) { a.workspace = nullptr; }}};
   for (const auto& [name, spoil] : cases) {
-    for (const Mode* mode : kCallModes) {
+    for (const Mode* mode : call_modes(GetParam())) {
       SCOPED_TRACE(std::string(name) + " " + mode->name);
       Call call(GetParam(), *mode);
       Args args = call.args();
@@ -139,15 +147,16 @@ TEST_P(BadArgs, AMissingGradient) {
     } catch (const Error& error) {
       EXPECT_NE(std::string(error.what()).find(name), std::string::npos) << error.what();
     }
+    call.out.fetch();
     EXPECT_TRUE(call.out.de.buffer.same_bytes(outputs_for(call.plan.problem).de.buffer));
     EXPECT_TRUE(call.out.dc.buffer.same_bytes(outputs_for(call.plan.problem).dc.buffer));
   }
 }
 
 TEST_P(BadArgs, MisalignedMemory) {
-  for (const Mode* mode : {&kModes[0], &kModes[2], &kModes[4]}) {
-    SCOPED_TRACE(mode->name);
-    Call call(GetParam(), *mode);
+  for (const Mode& mode : modes_of(GetParam().engine, GetParam().problem.problem)) {
+    SCOPED_TRACE(mode.name);
+    Call call(GetParam(), mode);
     Args args = call.args();
     args.workspace = static_cast<std::byte*>(args.workspace) + 16;
     call.expect_refusal(args, {"workspace", "64 bytes"});
@@ -184,26 +193,28 @@ TEST_P(BadArgs, OutputsThatAreNotWantedAreNotWritten) {
   Subject subject = GetParam();
   Problem& p = subject.problem.problem;
   p.wants_entropy = p.wants_zbar = p.wants_argmax = p.entropy_gradient = p.zbar_gradient = false;
-  for (const Mode* mode : kCallModes) {
+  for (const Mode* mode : call_modes(GetParam())) {
     SCOPED_TRACE(mode->name);
     Call call(subject, *mode);
     const DType stat = reference::stat_type(call.plan.problem);
     Array entropy(stat, row_count(call.plan.problem)), zbar(stat, row_count(call.plan.problem));
-    std::vector<std::int64_t> argmax(row_count(call.plan.problem), -7);
+    Buffer argmax(row_count(call.plan.problem) * 8);
+    const Device device = call.plan.problem.device;
     Args args = call.args();
-    args.rows.entropy = entropy.pointer();
-    args.rows.zbar = zbar.pointer();
-    args.rows.argmax = argmax.data();
+    args.rows.entropy = entropy.on(device);
+    args.rows.zbar = zbar.on(device);
+    args.rows.argmax = reinterpret_cast<std::int64_t*>(argmax.on(device));
     call.make(args);
+    for (Buffer* buffer : {&entropy.buffer, &zbar.buffer, &argmax}) buffer->fetch();
     EXPECT_TRUE(entropy.buffer.same_bytes(Array(stat, entropy.count).buffer));
     EXPECT_TRUE(zbar.buffer.same_bytes(Array(stat, zbar.count).buffer));
-    EXPECT_EQ(argmax, std::vector<std::int64_t>(argmax.size(), -7));
+    EXPECT_TRUE(argmax.same_bytes(Buffer(argmax.bytes())));
   }
 }
 
 // lse is a convenience: row_max and log_sum are what backward needs.
 TEST_P(BadArgs, LseIsOptional) {
-  for (const Mode* mode : kCallModes) {
+  for (const Mode* mode : call_modes(GetParam())) {
     Call call(GetParam(), *mode);
     Args args = call.args();
     args.rows.lse = nullptr;
@@ -212,6 +223,8 @@ TEST_P(BadArgs, LseIsOptional) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Engines, BadArgs, testing::ValuesIn(subjects({every_option()})),
+                         subject_name);
+INSTANTIATE_TEST_SUITE_P(Engines, BadData, testing::ValuesIn(subjects_on_host({every_option()})),
                          subject_name);
 
 }  // namespace

@@ -22,7 +22,7 @@ bool all_zero(const Array& array) {
 // Calls check(mode, outputs) for every mode.
 template <class Check>
 void for_each_mode(const Data& data, const std::string& engine, Check check) {
-  for (const Mode& mode : kModes) {
+  for (const Mode& mode : modes_of(engine, data.problem)) {
     SCOPED_TRACE(mode.name);
     bool intact = false;
     const Outputs out = run(plan_for(data.problem, engine, mode), data, &intact);
@@ -33,7 +33,7 @@ void for_each_mode(const Data& data, const std::string& engine, Check check) {
 
 // 40 rows, each of which counts; the bias of some columns is theirs to set.
 Case with_bias() {
-  Case c = with_size(1, 40, 333, 12);
+  Case c = with_size(1, 40, 333, 16);
   c.problem.has_bias = c.problem.needs_dbias = true;
   c.problem.wants_entropy = c.problem.entropy_gradient = true;
   c.problem.wants_argmax = true;
@@ -127,7 +127,7 @@ TEST_P(Edge, ANaNInOneRowOfEStaysInThatRow) {
     Data without = make_data(c);
     const std::int64_t row = 5;
     data.e.set(row * data.problem.e_row_stride + 1, bad);
-    for (const Mode& mode : kModes) {
+    for (const Mode& mode : modes_of(GetParam().engine, data.problem)) {
       SCOPED_TRACE(mode.name);
       const Plan plan = plan_for(data.problem, GetParam().engine, mode);
       const Outputs got = run(plan, data);
@@ -257,7 +257,7 @@ INSTANTIATE_TEST_SUITE_P(Engines, Edge, testing::ValuesIn(subjects({with_bias()}
 // 17,000 rows of 131,072 columns are 2.2e9 logits, which 32-bit offsets cannot count. A few rows
 // are compared with the reference; they lie at both ends.
 TEST(LargeProblem, MoreLogitsThanThirtyTwoBitsCount) {
-  Case c = with_size(1, 17000, 131072, 4);
+  Case c = with_size(1, 17000, 131072, 8);
   c.problem.needs_dc = false;
   c.ignored = 0;
   for (const std::string& engine : engine_names()) {
@@ -268,14 +268,15 @@ TEST(LargeProblem, MoreLogitsThanThirtyTwoBitsCount) {
       SCOPED_TRACE(row);
       Data alone = make_data(with_size(1, 1, c.problem.V, c.problem.D));
       std::memcpy(alone.c.pointer(), data.c.pointer(), data.c.buffer.bytes());
-      for (std::int64_t d = 0; d < c.problem.D; ++d) alone.e.set(d, data.e.get(row * 4 + d));
+      for (std::int64_t d = 0; d < c.problem.D; ++d)
+        alone.e.set(d, data.e.get(row * c.problem.D + d));
       alone.set_target(0, data.target(row));
       alone.d_nll.set(0, data.d_nll.get(row));
       const reference::Result want = truth_for(engine, alone);
       const Bounds bound = bounds(alone, want);
       EXPECT_NEAR(got.nll.get(row), want.nll[0], bound.nll[0]);
       for (std::int64_t d = 0; d < c.problem.D; ++d) {
-        EXPECT_NEAR(got.de.get(row * 4 + d), want.de[d], bound.de[d]);
+        EXPECT_NEAR(got.de.get(row * c.problem.D + d), want.de[d], bound.de[d]);
       }
     }
   }

@@ -4,19 +4,30 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "core/engine.h"
 #include "cpu/layout.h"
+#ifdef CUTLOSS_CUDA
+#include "cuda/layout.h"
+#endif
 #include "problems.h"
 #include "run.h"
 
 namespace cutloss::test {
 
+// The engines that work here: those for GPUs are in the build, but need one.
 inline std::vector<std::string> engine_names() {
   std::vector<std::string> names;
-  for (const Engine* engine : engines()) names.emplace_back(engine->name());
+  for (const Engine* engine : engines()) {
+    Problem problem;
+    problem.length = problem.V = problem.D = 128;
+    problem.compute_type = problem.e_type = problem.c_type = DType::bf16;
+    set_engine(problem, std::string(engine->name()));
+    if (engine->refusal(problem).empty()) names.emplace_back(engine->name());
+  }
   return names;
 }
 
@@ -25,7 +36,27 @@ inline std::vector<std::string> engine_names() {
 inline reference::Result truth_for(const std::string& engine, const Data& data) {
   Problem problem = data.problem;
   if (engine == "cpu") problem.compute_type = cpu::product_type(problem);
+#ifdef CUTLOSS_CUDA
+  if (runs_on_gpu(engine)) problem.compute_type = cuda::product_type(problem);
+#endif
   return reference::evaluate(problem, data.inputs(), data.upstream64());
+}
+
+// An engine may leave some problems, and some schedules of those it takes, to others.
+inline bool takes(const std::string& engine, Problem problem) {
+  set_engine(problem, engine);
+  return engine_named(engine).refusal(problem).empty();
+}
+inline bool takes(const std::string& engine, const Problem& problem, const Mode& mode) {
+  return engine_named(engine).schedule_refusal(problem, mode.schedule).empty();
+}
+
+inline std::vector<Mode> modes_of(const std::string& engine, const Problem& problem) {
+  std::vector<Mode> modes;
+  for (const Mode& mode : kModes) {
+    if (takes(engine, problem, mode)) modes.push_back(mode);
+  }
+  return modes;
 }
 
 // The modes are looped over inside a test, so that the reference is computed once for all.
@@ -46,17 +77,26 @@ inline std::vector<Subject> subjects(const std::vector<Case>& cases) {
     for (const Types& types : kTypes) {
       for (Case c : cases) {
         set_types(c.problem, types);
-        all.push_back({engine, types, c});
+        if (takes(engine, problem_of(c))) all.push_back({engine, types, c});
       }
     }
   }
   return all;
 }
 
+// Those whose data lies in host memory, which a call reads before it writes anything.
+inline std::vector<Subject> subjects_on_host(const std::vector<Case>& cases) {
+  std::vector<Subject> all = subjects(cases);
+  std::erase_if(all, [](const Subject& subject) { return runs_on_gpu(subject.engine); });
+  return all;
+}
+
 class EverySubject : public testing::TestWithParam<Subject> {};
 
 inline std::string subject_name(const testing::TestParamInfo<Subject>& info) {
-  return info.param.engine + "_" + info.param.types.name + "_" + info.param.problem.name;
+  std::string engine = info.param.engine;
+  std::replace(engine.begin(), engine.end(), '/', '_');
+  return engine + "_" + info.param.types.name + "_" + info.param.problem.name;
 }
 
 }  // namespace cutloss::test
