@@ -169,9 +169,10 @@ std::uint32_t alignment(const void* address) {
 
 std::shared_ptr<const Prepared> prepare(const Product& p, cublasLtHandle_t handle) {
   const bool wide = p.type == DType::f64;
-  const cublasComputeType_t compute = wide                             ? CUBLAS_COMPUTE_64F
-                                      : p.type == DType::f32 && p.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
-                                                                       : CUBLAS_COMPUTE_32F;
+  const cublasComputeType_t compute = wide ? CUBLAS_COMPUTE_64F
+                                      : p.type == DType::f32 && p.tf32
+                                          ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                          : CUBLAS_COMPUTE_32F;
   cublasLtMatmulDesc_t made = nullptr;
   check(library().desc_create(&made, compute, wide ? CUDA_R_64F : CUDA_R_32F), "a description");
   OwnedDesc desc = owned(made, library().desc_destroy);
@@ -181,8 +182,7 @@ std::shared_ptr<const Prepared> prepare(const Product& p, cublasLtHandle_t handl
   set(CUBLASLT_MATMUL_DESC_TRANSA, p.b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(CUBLASLT_MATMUL_DESC_TRANSB, p.a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
   if (p.device_alpha != nullptr) {
-    set(CUBLASLT_MATMUL_DESC_POINTER_MODE,
-        static_cast<std::int32_t>(CUBLASLT_POINTER_MODE_DEVICE));
+    set(CUBLASLT_MATMUL_DESC_POINTER_MODE, static_cast<std::int32_t>(CUBLASLT_POINTER_MODE_DEVICE));
   }
   OwnedLayout b = p.b.transposed ? layout_of(p.N, p.K, p.b.stride, p.type)
                                  : layout_of(p.K, p.N, p.b.stride, p.type);

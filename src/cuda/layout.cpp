@@ -74,8 +74,8 @@ Traits traits_of(const Problem& p) {
   t.kept = t.keeps_exponentials ? t.operand : t.stat;
   const bool one_run = p.shift == 0 || p.sequences == 1;
   t.identity = one_run && p.num_valid == row_count(p);
-  const bool even = p.sequences == 1 ||
-                    (p.shift == 0 && p.e_sequence_stride == p.length * p.e_row_stride);
+  const bool even =
+      p.sequences == 1 || (p.shift == 0 && p.e_sequence_stride == p.length * p.e_row_stride);
   t.evenly = even && p.e_type == t.operand;
   return t;
 }
@@ -167,7 +167,8 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
   if (t.operand == DType::f16) needs.push_back({use::kScalars, sizeof(DeviceScalars)});
   needs.push_back({use::kCoefficients, plan.chunk_rows * 8 * stat});
   if (!makes_g_in_place(plan, t)) {
-    needs.push_back({use::kG, plan.gradient_rows * padded(plan.gradient_slab, t.operand) * operand});
+    needs.push_back(
+        {use::kG, plan.gradient_rows * padded(plan.gradient_slab, t.operand) * operand});
   }
   if (p.needs_de && !accumulates_de_in_place(plan, t)) {
     needs.push_back({use::kDeSums, plan.chunk_rows * p.D * stat});
@@ -183,8 +184,7 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
 std::vector<Need> kept_needs(const Plan& plan, const Traits& t) {
   if (plan.schedule != Schedule::rows) return {};
   std::vector<Need> needs;
-  needs.push_back(
-      {use::kKept, plan.chunk_rows * padded(plan.problem.V, t.kept) * size_of(t.kept)});
+  needs.push_back({use::kKept, plan.chunk_rows * padded(plan.problem.V, t.kept) * size_of(t.kept)});
   if (t.keeps_exponentials) {
     needs.push_back({use::kMaxima, plan.chunk_rows * pieces(plan) * size_of(t.stat)});
   }

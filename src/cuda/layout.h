@@ -38,8 +38,8 @@ class Layout {
 
 // The names. Matrices are row-major.
 namespace use {
-inline constexpr std::string_view kRows = "rows";          // int64: RowTable, an array each
-inline constexpr std::string_view kCounts = "counts";      // int[2]: count, mismatch
+inline constexpr std::string_view kRows = "rows";      // int64: RowTable, an array each
+inline constexpr std::string_view kCounts = "counts";  // int[2]: count, mismatch
 inline constexpr std::string_view kPositions = "positions";
 inline constexpr std::string_view kTargets = "targets";
 inline constexpr std::string_view kInvTemperature = "inv_temperature";
@@ -51,8 +51,8 @@ inline constexpr std::string_view kC = "c";              // C converted
 inline constexpr std::string_view kZ = "z";              // logits of a block
 inline constexpr std::string_view kCoefficients = "coefficients";  // RowGradient of the chunk
 inline constexpr std::string_view kG = "g";
-inline constexpr std::string_view kDeSums = "de_sums";  // dE of the chunk
-inline constexpr std::string_view kDcSums = "dc_sums";  // dC of a slab, or of the vocabulary
+inline constexpr std::string_view kDeSums = "de_sums";        // dE of the chunk
+inline constexpr std::string_view kDcSums = "dc_sums";        // dC of a slab, or of the vocabulary
 inline constexpr std::string_view kDbiasSums = "dbias_sums";  // fp64
 // Kept.
 inline constexpr std::string_view kKept = "kept";      // (chunk rows, kept_stride)
@@ -65,8 +65,8 @@ struct Traits {
   DType stat;               // of statistics and accumulators
   bool keeps_exponentials;  // else z in the stat dtype
   DType kept;
-  bool identity;    // entry i of the list is row i of E and of dE
-  bool evenly;      // E may be read where it lies, for rows that follow each other
+  bool identity;  // entry i of the list is row i of E and of dE
+  bool evenly;    // E may be read where it lies, for rows that follow each other
 };
 // Takes the current device's products into account. Throws Error where there is no device.
 Traits traits_of(const Problem& problem);
@@ -74,8 +74,8 @@ DType product_type(const Problem& problem);  // Traits::operand
 
 // How much of E and C is converted at a time: less where memory is short.
 struct Room {
-  bool whole_e;               // E of a chunk, else of a block
-  std::int64_t c_columns;     // V: all of C, once for the call
+  bool whole_e;            // E of a chunk, else of a block
+  std::int64_t c_columns;  // V: all of C, once for the call
 };
 
 // E is read where it lies.

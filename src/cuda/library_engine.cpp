@@ -28,9 +28,12 @@ struct Step {
   std::int64_t gradient_rows;  // of gradients by vocabulary, at most; 0: all
 };
 constexpr Step kSteps[] = {
-    {32 * kMiB, 32 * kMiB, 4096, 1024, 2048, 0}, {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 0},
-    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 0},     {kMiB, 0, 512, 128, 256, 0},
-    {kMiB, 0, 512, 128, 256, 2048},              {kMiB / 16, 0, 128, 128, 128, 128},
+    {32 * kMiB, 32 * kMiB, 4096, 1024, 2048, 0},
+    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 0},
+    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 0},
+    {kMiB, 0, 512, 128, 256, 0},
+    {kMiB, 0, 512, 128, 256, 2048},
+    {kMiB / 16, 0, 128, 128, 128, 128},
 };
 
 // Beyond this a slab of gradients gains nothing: dE's sums are read and written once for each.
@@ -122,21 +125,20 @@ bool fit_step(Plan& plan, const Traits& traits, const Step& step, std::int64_t b
     for (const std::int64_t chunk : sizes) {
       trial.chunk_rows = chunk;
       set_block(trial, step, traits.stat);
-      trial.gradient_rows =
-          step.gradient_rows == 0 || makes_g_in_place(trial, traits)
-              ? chunk
-              : even_piece(chunk, step.gradient_rows, 128);
+      trial.gradient_rows = step.gradient_rows == 0 || makes_g_in_place(trial, traits)
+                                ? chunk
+                                : even_piece(chunk, step.gradient_rows, 128);
       if (in_chunks) {
         trial.gradient_slab =
             makes_g_in_place(trial, traits)
                 ? trial.problem.V
-                : even_piece(trial.problem.V,
-                             std::max<std::int64_t>(1, std::min(kChunkSlab, step.logit_bytes /
-                                                                                size_of(traits.stat) /
-                                                                                chunk) /
-                                                           trial.slab) *
-                                 trial.slab,
-                             trial.slab);
+                : even_piece(
+                      trial.problem.V,
+                      std::max<std::int64_t>(
+                          1, std::min(kChunkSlab, step.logit_bytes / size_of(traits.stat) / chunk) /
+                                 trial.slab) *
+                          trial.slab,
+                      trial.slab);
         if (!accept(trial, room)) continue;
         // The whole in one chunk, or chunks of enough rows: the smaller of the two.
         if (!found || (chunk >= kGoodChunk && peak_bytes(trial) < peak_bytes(best))) best = trial;
@@ -167,8 +169,8 @@ class LibraryEngine final : public Engine {
   std::string description() const override {
     if (const std::string refusal = cuda_refusal(); !refusal.empty()) return "not here: " + refusal;
     const DeviceFacts& device = current_device();
-    return text(device.name, ", sm_", device.sm, ", ", device.multiprocessors,
-                " multiprocessors, ", device.l2_bytes / kMiB, " MiB of L2; ", describe_cublaslt());
+    return text(device.name, ", sm_", device.sm, ", ", device.multiprocessors, " multiprocessors, ",
+                device.l2_bytes / kMiB, " MiB of L2; ", describe_cublaslt());
   }
 
   std::string refusal(const Problem& p) const override { return common_refusal(p); }

@@ -13,9 +13,7 @@ namespace {
 constexpr std::int64_t kMostLibraryBytes = std::int64_t{32} << 20;
 
 // Forward and backward in one call: what `statistics` of a chunk loaded, `gradients` finds.
-bool in_one_call(const Plan& plan) {
-  return plan.schedule == Schedule::rows && !plan.keeps_logits;
-}
+bool in_one_call(const Plan& plan) { return plan.schedule == Schedule::rows && !plan.keeps_logits; }
 
 }  // namespace
 
@@ -262,8 +260,8 @@ void CudaParts<T>::begin_statistics(Rows) {
 template <class T>
 void CudaParts<T>::accumulate_statistics(const Block& block, bool keep) {
   T* z = buffer<T>(use::kZ);
-  multiply_logits(load_rows(block.rows, block.chunk), load_columns(block.columns),
-                  block.rows.count, block.columns.count, z);
+  multiply_logits(load_rows(block.rows, block.chunk), load_columns(block.columns), block.rows.count,
+                  block.columns.count, z);
   const std::int64_t in_chunk = block.rows.begin - block.chunk.begin;
   StatisticsOf<T> what;
   what.block = logit_block(z, padded(plan_.slab, traits_.stat), block.rows, block.columns);
@@ -416,9 +414,8 @@ void CudaParts<T>::accumulate_dc(const Block& block) {
 template <class T>
 void CudaParts<T>::store_dc(Columns columns) {
   if (buffer<T>(use::kDcSums) == nullptr) return;  // they are in the output
-  copy_flat(dc_sums(columns), traits_.stat,
-            at(args_.gradients.dc, p_.c_type, columns.begin * p_.D), p_.c_type,
-            columns.count * p_.D);
+  copy_flat(dc_sums(columns), traits_.stat, at(args_.gradients.dc, p_.c_type, columns.begin * p_.D),
+            p_.c_type, columns.count * p_.D);
 }
 
 template <class T>

@@ -1,6 +1,6 @@
 // cuda_scale of the public interface.
-#include "cuda/common/kernels.h"
 #include "core/text.h"
+#include "cuda/common/kernels.h"
 
 namespace cutloss {
 

@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int
 // K: of what is kept, and of g.
 template <class T, class K>
 __global__ void __launch_bounds__(kThreads)
-    from_exponentials_kernel(GradientOf<T> s, Kept<T> kept, std::int64_t slab,
-                             int pieces_per_slab, int pieces) {
+    from_exponentials_kernel(GradientOf<T> s, Kept<T> kept, std::int64_t slab, int pieces_per_slab,
+                             int pieces) {
   constexpr int kVector = 16 / sizeof(K);
   constexpr int kVectors = kPieceColumns<T> / (32 * kVector);
   using Vector = Pack<K, kVector>;
@@ -152,8 +152,8 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums s) {
     const G* g = static_cast<const G*>(s.g) + column;
     for (std::int64_t begin = warp; begin < s.rows; begin += kWarps * kFewRows) {
       Sum few[kVector] = {};
-      const std::int64_t end = begin + kWarps * kFewRows < s.rows ? begin + kWarps * kFewRows
-                                                                  : s.rows;
+      const std::int64_t end =
+          begin + kWarps * kFewRows < s.rows ? begin + kWarps * kFewRows : s.rows;
 #pragma unroll 4
       for (std::int64_t r = begin; r < end; r += kWarps) {
         const Vector vector = *reinterpret_cast<const Vector*>(g + r * s.stride);
@@ -189,8 +189,8 @@ std::int64_t blocks_for(std::int64_t rows, std::int64_t pieces) {
 template <class T, class G>
 void run(const GradientOf<T>& s, cudaStream_t stream) {
   const std::int64_t pieces = divide_up(s.block.columns, kPieceColumns<T>);
-  launch(gradient_kernel<T, G>, "row_gradient", blocks_for(s.block.rows, pieces), kThreads,
-         stream, s, static_cast<int>(pieces));
+  launch(gradient_kernel<T, G>, "row_gradient", blocks_for(s.block.rows, pieces), kThreads, stream,
+         s, static_cast<int>(pieces));
 }
 
 template <class T, class K>
@@ -235,9 +235,8 @@ void row_gradient_from_exponentials<float>(const GradientOf<float>& s, const Kep
 }
 
 template <>
-void row_gradient_from_exponentials<double>(const GradientOf<double>& s,
-                                            const Kept<double>& kept, std::int64_t slab,
-                                            cudaStream_t stream) {
+void row_gradient_from_exponentials<double>(const GradientOf<double>& s, const Kept<double>& kept,
+                                            std::int64_t slab, cudaStream_t stream) {
   run<double, double>(s, kept, slab, stream);
 }
 

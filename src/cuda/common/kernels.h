@@ -116,7 +116,7 @@ void row_statistics(const StatisticsOf<T>& what, cudaStream_t stream);
 
 template <class T>
 struct GradientOf {
-  LogitBlock<T> block;                     // z: logits, or what is kept (as T)
+  LogitBlock<T> block;                        // z: logits, or what is kept (as T)
   const RowGradient<T>* gradients = nullptr;  // of the block's first row
   const T* class_weight = nullptr;
   bool transformed = false;  // z is final: kept

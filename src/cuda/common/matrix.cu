@@ -1,7 +1,7 @@
 // Kernels on whole matrices: rows copied, converted, gathered, scattered; zeros, NaNs, scaling.
+#include "core/dtype.h"
 #include "cuda/common/device_math.cuh"
 #include "cuda/common/kernels.h"
-#include "core/dtype.h"
 
 namespace cutloss::cuda {
 namespace {
@@ -88,9 +88,10 @@ __global__ void __launch_bounds__(kCopyThreads)
   const std::int64_t position = blockIdx.x;
   const int column = static_cast<int>(position % f.length);
   if (column < f.predicted) {
-    const std::int64_t target = f.target_type == IndexType::i64
-                                    ? static_cast<const std::int64_t*>(f.targets)[position + f.shift]
-                                    : static_cast<const std::int32_t*>(f.targets)[position + f.shift];
+    const std::int64_t target =
+        f.target_type == IndexType::i64
+            ? static_cast<const std::int64_t*>(f.targets)[position + f.shift]
+            : static_cast<const std::int32_t*>(f.targets)[position + f.shift];
     if (target != f.ignore_index) return;
   }
   for (std::int64_t d = threadIdx.x; d < D; d += kCopyThreads) {
@@ -111,8 +112,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class E, class F>
 __global__ void __launch_bounds__(kThreads)
     scale_kernel(E* values, std::int64_t count, const F* factor) {
-  using T = std::conditional_t<std::is_same_v<E, double> || std::is_same_v<F, double>, double,
-                               float>;
+  using T =
+      std::conditional_t<std::is_same_v<E, double> || std::is_same_v<F, double>, double, float>;
   constexpr int kVector = 16 / sizeof(E);
   using Vector = Pack<E, kVector>;
   const T by = widen<T>(*factor);
@@ -160,8 +161,8 @@ void scatter_rows(const RowCopy& c, const Places& places, cudaStream_t stream) {
 void clear_unpredicted(const RowFacts& facts, std::int64_t positions, void* de, DType type,
                        std::int64_t D, cudaStream_t stream) {
   for_type(type, [&]<class E>(E*) {
-    launch(clear_unpredicted_kernel<E>, "clear_unpredicted", positions, kCopyThreads, stream,
-           facts, static_cast<E*>(de), D);
+    launch(clear_unpredicted_kernel<E>, "clear_unpredicted", positions, kCopyThreads, stream, facts,
+           static_cast<E*>(de), D);
   });
 }
 

@@ -9,12 +9,12 @@ namespace cutloss::cuda {
 // Entry i is the i-th row that counts. Entries that stand for no row have row = -1: those from
 // *count on, as many as there are rows that do not count.
 struct RowTable {
-  int* count = nullptr;               // rows that count
-  int* mismatch = nullptr;            // 1 where Problem::num_valid is given and is not *count
-  std::int64_t* row = nullptr;        // n, into the per-row arrays
-  int* position = nullptr;            // the row of E, counting every position of every sequence
-  int* target = nullptr;              // -1: outside [0, V)
-  void* inv_temperature = nullptr;    // stat dtype; NaN where the temperature is not usable
+  int* count = nullptr;             // rows that count
+  int* mismatch = nullptr;          // 1 where Problem::num_valid is given and is not *count
+  std::int64_t* row = nullptr;      // n, into the per-row arrays
+  int* position = nullptr;          // the row of E, counting every position of every sequence
+  int* target = nullptr;            // -1: outside [0, V)
+  void* inv_temperature = nullptr;  // stat dtype; NaN where the temperature is not usable
 };
 
 // What backward needs of a row; a table entry each (logit_math.h, RowCoefficients). All but

@@ -248,8 +248,8 @@ __global__ void __launch_bounds__(kThreads)
                        ? T(1)
                        : static_cast<const T*>(c.class_weight)[target];
   const T target_g = target_gradient(k, nll, d_nll, d_lse, weight);
-  rows[i] = {k.row_max, k.log_sum, k.a, target_g, k.d_entropy, k.entropy, k.zbar,
-             k.inv_temperature};
+  rows[i] = {k.row_max,   k.log_sum, k.a,    target_g,
+             k.d_entropy, k.entropy, k.zbar, k.inv_temperature};
 }
 
 // One block, in fp64: each thread every 1024th row in order, then the threads in order.
@@ -325,15 +325,15 @@ void sum_loss(const RowFacts& facts, const RowOutputs& out, const RowGradients& 
          static_cast<T*>(loss));
 }
 
-#define CUTLOSS_INSTANCES(T)                                                                      \
-  template void list_rows<T>(const RowFacts&, const RowTable&, cudaStream_t);                     \
-  template void clear_ignored<T>(const RowFacts&, const RowTable&, const RowOutputs&,             \
-                                 cudaStream_t);                                                   \
-  template void finish_rows<T>(const RowTable&, std::int64_t, std::int64_t, const RowState<T>*,   \
-                               const RowOutputs&, std::int64_t, cudaStream_t);                    \
-  template void make_coefficients<T>(const Coefficients&, const DeviceScalars*, RowGradient<T>*,  \
-                                     cudaStream_t);                                               \
-  template void sum_loss<T>(const RowFacts&, const RowOutputs&, const RowGradients&, void*,       \
+#define CUTLOSS_INSTANCES(T)                                                                     \
+  template void list_rows<T>(const RowFacts&, const RowTable&, cudaStream_t);                    \
+  template void clear_ignored<T>(const RowFacts&, const RowTable&, const RowOutputs&,            \
+                                 cudaStream_t);                                                  \
+  template void finish_rows<T>(const RowTable&, std::int64_t, std::int64_t, const RowState<T>*,  \
+                               const RowOutputs&, std::int64_t, cudaStream_t);                   \
+  template void make_coefficients<T>(const Coefficients&, const DeviceScalars*, RowGradient<T>*, \
+                                     cudaStream_t);                                              \
+  template void sum_loss<T>(const RowFacts&, const RowOutputs&, const RowGradients&, void*,      \
                             cudaStream_t);
 CUTLOSS_INSTANCES(float)
 CUTLOSS_INSTANCES(double)

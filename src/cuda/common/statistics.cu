@@ -35,8 +35,8 @@ struct Exponentials {
         if (entropy && e != T(0)) weighted += e * (value - shift);
         const T u = e == T(0) ? T(0) : value * slope_scale;
         const bool is_target = P::column(j * P::kVector + k) == target;
-        pack.value[k] = narrow<K>(is_target ? T(1) - at_target * at_target
-                                            : (e - e * u * u) * kScale);
+        pack.value[k] =
+            narrow<K>(is_target ? T(1) - at_target * at_target : (e - e * u * u) * kScale);
       }
       const int column = P::column(j * P::kVector);
       if (kept != nullptr && column < columns) {
@@ -69,9 +69,8 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
     }
     state.zbar_sum += warp_sum(total);
   }
-  K* kept = s.kept.data == nullptr
-                ? nullptr
-                : static_cast<K*>(s.kept.data) + row * s.kept.stride + first;
+  K* kept =
+      s.kept.data == nullptr ? nullptr : static_cast<K*>(s.kept.data) + row * s.kept.stride + first;
   if (kept != nullptr && !s.kept.exponentials) {
     if constexpr (std::is_same_v<K, T>) store_piece(z, kept, columns);
   }
@@ -127,7 +126,7 @@ template <class T, class K>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     statistics_kernel(StatisticsOf<T> s, int warps_per_row) {
   // Bytes, because a RowState has initialisers, which shared memory may not have.
-  __shared__ alignas(16) unsigned char bytes[kWarps * sizeof(RowState<T>)];
+  alignas(16) __shared__ unsigned char bytes[kWarps * sizeof(RowState<T>)];
   auto* shared = reinterpret_cast<RowState<T>*>(bytes);
   const int warp = threadIdx.x / 32;
   const int part = warp % warps_per_row;
