@@ -1,5 +1,7 @@
 #include "call.h"
 
+#include "plans.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
@@ -35,6 +37,13 @@ Tensor with_apart_rows(const Tensor& t) {
     extent += (size - 1) * t.stride(dim);
   }
   return t;
+}
+
+// Hopper's copy engine reads in units of 16 bytes. Parameters that lie in one flat buffer (FSDP)
+// may begin anywhere.
+Tensor aligned(const Tensor& t) {
+  if (reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % 16 == 0) return t;
+  return torch::stable::clone(t);
 }
 
 // 0, "packed", where there is one entry: PyTorch leaves such strides arbitrary.
@@ -161,6 +170,10 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   if (o.bias) device_.require_here(*o.bias, "bias");
   o.e = with_apart_rows(o.e);
   o.c = with_apart_rows(o.c);
+  if (device_.is_cuda()) {
+    o.e = aligned(o.e);
+    o.c = aligned(o.c);
+  }
   o.targets = packed(o.targets);
   if (o.bias) o.bias = packed(*o.bias);
 
@@ -180,7 +193,7 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   p.has_row_temperature = o.row_temperature.has_value();
   p.has_class_weight = o.class_weight.has_value();
   p.device = device_.device();
-  plan_ = make_plan(p);
+  plan_ = plan_for(p, device_.index());
   require(kept_bytes() == options.kept_bytes, "kept_bytes must be what the plan says, " +
                                                   std::to_string(kept_bytes()) + ", got " +
                                                   std::to_string(options.kept_bytes));

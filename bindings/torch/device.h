@@ -18,6 +18,7 @@ class OnDevice {
 
   Device device() const { return device_; }
   bool is_cuda() const { return device_ == Device::cuda; }
+  std::int32_t index() const { return index_; }  // -1 on the CPU
   // The stream that PyTorch orders its own work on at this moment; null on the CPU.
   void* stream() const;
   // Throws where a tensor is elsewhere.

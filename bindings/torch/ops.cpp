@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "call.h"
+#include "plans.h"
 
 namespace cutloss::binding {
 namespace {
@@ -221,7 +222,7 @@ Plan read_plan(Stack& s) {
   } catch (const std::runtime_error&) {
     // A device of fake tensors only. What is missing, the engines say.
   }
-  return make_plan(p);
+  return plan_for(p, on_cuda ? device_index : -1);
 }
 
 // plan(sizes, *, options) -> [schedule, bytes kept from forward to backward, bytes of scratch of

@@ -64,7 +64,7 @@ class Error : public std::runtime_error {
   ErrorCode code_;
 };
 
-// Plain facts about one loss. Copyable; compared by nobody. Sizes and strides in elements.
+// Plain facts about one loss. Sizes and strides in elements.
 struct Problem {
   // E is (sequences, length, D); targets are (sequences, length), contiguous. With shift = k the
   // row at position p of a sequence predicts the target at position p + k, and the last k
@@ -121,6 +121,8 @@ struct Problem {
   std::optional<std::int64_t> max_workspace;
   Schedule schedule = Schedule::automatic;
   std::string engine;  // empty: the first that supports the problem
+
+  bool operator==(const Problem&) const = default;
 };
 
 inline constexpr std::int64_t kDefaultWorkspace = std::int64_t{512} << 20;

@@ -24,6 +24,8 @@ constexpr std::int64_t kMostSlab = 65536;
 // By rows: chunks of more rows gain little, dC's sums pass by once for each.
 constexpr std::int64_t kGoodChunk = 2048;
 constexpr std::int64_t kMostChunk = 4096;
+// Under so many rows dC's sums take longer than a fourth product.
+constexpr std::int64_t kLeastChunk = 1024;
 // cuBLASLt's workspace, as memory allows.
 constexpr std::int64_t kLibraryBytes[] = {32 * kMiB, 4 * kMiB, 0};
 
@@ -173,7 +175,9 @@ class FusedSm90Engine final : public Engine {
   static std::vector<std::int64_t> chunks(const Plan& plan, std::int64_t rows) {
     std::vector<std::int64_t> sizes = {rows};
     if (plan.keeps_logits) return sizes;
-    for (std::int64_t most = kMostChunk; most >= kBlockRows; most -= kBlockRows) {
+    const bool asked_for = plan.problem.schedule == Schedule::rows || !plan.problem.needs_dc;
+    const std::int64_t least = asked_for ? kBlockRows : kLeastChunk;
+    for (std::int64_t most = kMostChunk; most >= least; most -= kBlockRows) {
       const std::int64_t even = even_piece(rows, most, kBlockRows);
       if (even < sizes.back()) sizes.push_back(even);
     }

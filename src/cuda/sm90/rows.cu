@@ -289,37 +289,37 @@ __global__ void store_de(StoreDe s) {
 // The first row of a target adds all rows of that target, in order: no two blocks write one row.
 template <class Out>
 __global__ void add_targets(AddTargets a) {
+  constexpr int kBatch = 2048;
+  __shared__ int targets[kBatch];
+  __shared__ int found[kBatch];  // the batch's rows of this block's target
+  __shared__ int found_count;
   const int rows = listed_rows(a.list);
   const int i = blockIdx.x;
   if (i >= rows) return;
-  const int* targets = a.list.target + a.list.first;
-  const int target = targets[i];
+  const int* all = a.list.target + a.list.first;
+  const int target = all[i];
   if (target < 0) return;
   int earlier = 0;
-  for (int k = threadIdx.x; k < i; k += blockDim.x) earlier |= targets[k] == target;
+  for (int k = threadIdx.x; k < i; k += blockDim.x) earlier |= all[k] == target;
   if (__syncthreads_or(earlier) != 0) return;
 
-  // Later rows of this target, a batch at a time.
-  constexpr int kBatch = 256;
-  __shared__ int found[kBatch];
-  __shared__ int found_count, next;
-  if (threadIdx.x == 0) next = i;
-  __syncthreads();
-  while (next < rows) {
+  for (int first = i; first < rows; first += kBatch) {
+    const int count = min(kBatch, rows - first);
+    int same = 0;
+    for (int k = threadIdx.x; k < count; k += blockDim.x) {
+      targets[k] = all[first + k];
+      same += targets[k] == target;
+    }
+    if (__syncthreads_or(same) == 0) continue;
     if (threadIdx.x < kWarp) {
-      int count = 0, at = next;
-      for (; at < rows && count <= kBatch - kWarp; at += kWarp) {
-        const int k = at + static_cast<int>(threadIdx.x);
-        const bool same = k < rows && targets[k] == target;
-        const unsigned mask = __ballot_sync(~0u, same);
-        if (same) found[count + __popc(mask & ((1u << threadIdx.x) - 1))] = k;
-        count += __popc(mask);
+      int listed = 0;
+      for (int k = threadIdx.x; k - static_cast<int>(threadIdx.x) < count; k += kWarp) {
+        const bool mine = k < count && targets[k] == target;
+        const unsigned mask = __ballot_sync(~0u, mine);
+        if (mine) found[listed + __popc(mask & ((1u << threadIdx.x) - 1))] = first + k;
+        listed += __popc(mask);
       }
-      __syncwarp();
-      if (threadIdx.x == 0) {
-        found_count = count;
-        next = at;
-      }
+      if (threadIdx.x == 0) found_count = listed;
     }
     __syncthreads();
     if (a.dc != nullptr) {

@@ -34,6 +34,16 @@ Grid grid_for(int multiprocessors, int rows, int columns, bool may_share_rows) {
 
 std::int64_t partial_entries(const Grid& grid, int rows) {
   const int blocks = (rows + grid.block_rows() - 1) / grid.block_rows();
+  // Plans ask again and again.
+  struct Answer {
+    int blocks, clusters, largest_group, slots;
+    std::int64_t entries;
+  };
+  thread_local Answer last{};
+  if (last.blocks == blocks && last.clusters == grid.clusters() &&
+      last.largest_group == grid.largest_group && last.slots == grid.slots()) {
+    return last.entries;
+  }
   std::int64_t most = 0;
   // The fewer rows count, the smaller the groups may be: every number of blocks is tried.
   for (int b = 1; b <= blocks; ++b) {
@@ -46,6 +56,7 @@ std::int64_t partial_entries(const Grid& grid, int rows) {
     }
     most = std::max(most, entries);
   }
+  last = {blocks, grid.clusters(), grid.largest_group, grid.slots(), most};
   return most;
 }
 
