@@ -92,7 +92,9 @@ def test_loss_scale_of_fp16():
     q = p.to(F64)
     truth = torch.autograd.grad(reference.evaluate(q)["loss"], q.parameters)
     for got, want in zip(scaled, truth):
-        torch.testing.assert_close(got.double() / scale, want, rtol=5e-3, atol=1e-7)
+        # g itself may be fp16: what cancels in a sum leaves that much of the largest terms.
+        atol = 1e-3 * want.abs().max().item()
+        torch.testing.assert_close(got.double() / scale, want, rtol=5e-3, atol=atol)
 
 
 def test_disabled_autocast_is_no_autocast():
