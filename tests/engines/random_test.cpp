@@ -53,8 +53,8 @@ class Random : public testing::TestWithParam<unsigned> {};
 
 TEST_P(Random, ProblemsWithinBounds) {
   for (unsigned seed = GetParam(); seed < GetParam() + kSeedsPerTest; ++seed) {
-    std::mt19937_64 random(seed);
     for (const std::string& engine : engine_names()) {
+      std::mt19937_64 random(seed);
       const Case c = random_case(random, seed);
       if (!takes(engine, problem_of(c))) continue;
       Data data = make_data(c);
