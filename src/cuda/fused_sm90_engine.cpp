@@ -21,6 +21,8 @@ constexpr std::int64_t kBlockRows = 256;
 
 // Beyond this a slab of gradients gains nothing: dE's sums are read and written once for each.
 constexpr std::int64_t kMostSlab = 65536;
+// Under this most of the device would wait.
+constexpr std::int64_t kLeastSlab = 4 * kTileColumns;
 // By rows: chunks of more rows gain little, dC's sums pass by once for each.
 constexpr std::int64_t kGoodChunk = 2048;
 constexpr std::int64_t kMostChunk = 4096;
@@ -161,12 +163,12 @@ class FusedSm90Engine final : public Engine {
       for (std::int64_t most = std::min(V, kMostSlab);; most = most * 7 / 8) {
         trial.gradient_slab = plan.schedule == Schedule::none
                                   ? trial.slab
-                                  : even_piece(V, std::max(most, kTileColumns), kTileColumns);
+                                  : even_piece(V, std::max(most, kLeastSlab), kTileColumns);
         if (accept(trial)) {
           plan = trial;
           return true;
         }
-        if (most <= kTileColumns || plan.schedule == Schedule::none) break;
+        if (most <= kLeastSlab || plan.schedule == Schedule::none) break;
       }
     }
     return false;
