@@ -1,8 +1,8 @@
 # cmake -DPROJECT=... -DWORK=... -DGENERATOR=... -DCONFIG=... (-DBUILD=... | -DSHARED=ON|OFF)
-#       -P install_test.cmake
+#       [-DSETTINGS=...] -P install_test.cmake
 #
 # What a C++ user does: installs cutloss under a prefix of their own, from the build at hand
-# (BUILD) or from one made for it (SHARED: of which kind), copies the example out of the tree,
+# (BUILD) or from one made for it (SHARED: of which kind; SETTINGS: more of CMake's), copies the example out of the tree,
 # configures it with find_package alone, builds it and runs it.
 cmake_minimum_required(VERSION 3.22)
 
@@ -20,7 +20,7 @@ file(REMOVE_RECURSE ${WORK})
 if(NOT BUILD)
   set(BUILD ${WORK}/library)
   run(${CMAKE_COMMAND} -S ${PROJECT} -B ${BUILD} -G ${GENERATOR} -DBUILD_SHARED_LIBS=${SHARED}
-      -DCUTLOSS_TESTS=OFF -DCMAKE_BUILD_TYPE=${CONFIG})
+      -DCUTLOSS_TESTS=OFF -DCMAKE_BUILD_TYPE=${CONFIG} ${SETTINGS})
   run(${CMAKE_COMMAND} --build ${BUILD} --parallel)
 endif()
 run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${WORK}/prefix --component cpp)
