@@ -103,8 +103,8 @@ def test_workspace_bounds_the_plan_not_the_result(dtype, upstream):
     """A small workspace means many chunks and slabs, and the same numbers."""
     options = {} if upstream == "known" else {"return_lse": True}
     p = problems.make((300,), 5003, 40, dtype, bias=True, **options)
-    # On CUDA 3 MiB would mean slabs of 128 columns: forty sums in fp32, one after the other.
-    compare(p, max_workspace=(8 if problems.device == "cuda" else 3) << 20)
+    # On CUDA 3 MiB would mean slabs of few columns: many sums in fp32, one after the other.
+    compare(p, max_workspace=(16 if problems.device == "cuda" else 3) << 20)
     compare(p, max_workspace=256 << 20)
 
 

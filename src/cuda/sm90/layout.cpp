@@ -98,7 +98,9 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
     needs.push_back(
         {all::kG, plan.gradient_rows * cuda::padded(plan.gradient_slab, t.operand) * operand});
   }
-  if (p.needs_de) needs.push_back({all::kDeSums, de_bytes});
+  if (p.needs_de && (by_rows || !cuda::accumulates_de_in_place(plan, t))) {
+    needs.push_back({all::kDeSums, de_bytes});
+  }
   const bool whole = plan.chunk_rows >= N;
   if (p.needs_dc && p.c_type != DType::f32 && !(whole && p.c_type == t.operand)) {
     needs.push_back({all::kDcSums, (whole ? plan.gradient_slab : p.V) * p.D * 4});

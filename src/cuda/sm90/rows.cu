@@ -74,7 +74,11 @@ __device__ void write_outputs(const RowOutputs& out, const Listed& list, int i,
                               const RowState<float>& state, int V) {
   const int entry = list.first + i;
   const std::int64_t n = list.row[entry];
-  RowResult<float> row = finish(state, list.target[entry], V);
+  const int target = list.target[entry];
+  RowState<float> closed = state;
+  if (target < 0) closed.target_logit = -INFINITY;  // the row has a softmax, but no target
+  RowResult<float> row = finish(closed, target, V);
+  if (target < 0) row.nll = nanf("");
   if (*list.mismatch != 0) {
     const float nan = nanf("");
     row = {nan, nan, nan, nan, nan, nan, -1};
@@ -159,7 +163,7 @@ __global__ void references_of_rows(References r) {
   const int lane = threadIdx.x % kWarp;
   if (i >= listed_rows(r.list)) return;
   const int target = r.list.target[r.list.first + i];
-  float z = nanf("");
+  float z = -INFINITY;  // of a target out of range; write_outputs says the rest
   if (target >= 0) {
     const Element* e = static_cast<const Element*>(r.e.data) + i * r.e.stride;
     const Element* c = static_cast<const Element*>(r.c.data) + target * r.c.stride;
