@@ -125,8 +125,8 @@ std::vector<Shape> shapes(const Plan& plan, const Traits& t, Passes passes) {
   const Problem& p = plan.problem;
   const bool by_rows = plan.schedule == Schedule::rows;
   const bool statistics = passes.forward && !by_rows;
-  // Gathering costs the kernel a fifth where rows are ignored, packing a thousandth anywhere. With
-  // no gradient wanted, memory counts more.
+  // Packed rows are read a little quicker than gathered ones. With no gradient wanted, memory
+  // counts more.
   std::vector<bool> packing = {false};
   if (statistics && !finds_e_by_position(p, t)) {
     packing = {true};

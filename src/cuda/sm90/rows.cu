@@ -11,7 +11,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kBlock = 256;
 constexpr int kWarps = kBlock / kWarp;
-constexpr float kReferenceAbove = 50.f;  // bf16 keeps its digits from e^-87 to e^88
+constexpr float kReferenceAbove = 40.f;
 // Beyond these a product of x with scaled rows of E could leave the range of bf16.
 constexpr float kLeastSum = 1e-30f, kMostSum = 1e20f;
 

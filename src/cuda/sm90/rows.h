@@ -43,7 +43,7 @@ struct Merge {
 };
 void launch_merge(const Merge& merge, cudaStream_t stream);
 
-// Reference exponents: the target's logit, an exact fp32 dot product, and 50 more. Clears *redo.
+// Reference exponents: the target's logit, an exact fp32 dot product, and 40 more. Clears *redo.
 struct References {
   Listed list;
   DType type = DType::bf16;
