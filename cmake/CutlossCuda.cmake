@@ -6,6 +6,13 @@
 #
 # Turns CUTLOSS_CUDA off where there is no nvcc, or no cublasLt.h.
 include(CheckLanguage)
+if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(nvcc nvcc HINTS ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
+  mark_as_advanced(nvcc)
+  if(nvcc)
+    set(CMAKE_CUDA_COMPILER ${nvcc} CACHE FILEPATH "nvcc")
+  endif()
+endif()
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   message(STATUS "No CUDA engines: nvcc was not found (set CUDACXX, or CMAKE_CUDA_COMPILER)")

@@ -125,15 +125,9 @@ std::int64_t pieces(const Plan& plan) {
 std::vector<Room> rooms(const Plan& plan, const Traits& t) {
   const Problem& p = plan.problem;
   const std::int64_t least = std::min(plan.slab, p.V);
-  std::vector<Room> list;
-  const std::int64_t several = std::min<std::int64_t>(8192, p.V);
-  if (p.c_type != t.operand) {
-    list.push_back({true, p.V});
-    if (several > least && several < p.V) list.push_back({true, several});
-  }
-  list.push_back({true, least});
-  list.push_back({false, least});
-  return list;
+  if (p.c_type == t.operand) return {{true, least}, {false, least}};
+  const std::int64_t several = std::clamp<std::int64_t>(8192, least, p.V);
+  return {{true, p.V}, {true, several}, {true, least}, {false, least}};
 }
 
 std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes passes, Room room) {

@@ -97,7 +97,7 @@ std::int64_t pieces(const Plan& plan);
 std::vector<Need> workspace_needs(const Plan& plan, const Traits& traits, Passes passes, Room room);
 std::vector<Need> kept_needs(const Plan& plan, const Traits& traits);
 
-// The roomiest choice first; the last is the least.
+// The roomiest choice first; the last is the least. As many for every plan of a problem.
 std::vector<Room> rooms(const Plan& plan, const Traits& traits);
 // The roomiest layout that fits the pass's bytes in the plan. What is left is cuBLASLt's.
 Layout workspace_layout(const Plan& plan, const Traits& traits, Passes passes, Room* room);

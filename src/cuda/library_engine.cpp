@@ -104,63 +104,88 @@ std::vector<std::int64_t> slabs(const Plan& plan, const Step& step) {
   }
 }
 
-// The sizes within `budget` of one step, if there are any. Notes the least that was tried.
-bool fit_step(Plan& plan, const Traits& traits, const Step& step, std::int64_t budget,
-              std::int64_t& smallest) {
-  const std::int64_t rows = row_count(plan.problem);
-  const auto accept = [&](Plan& trial, Room room) {
-    set_bytes(trial, traits, room, step.library_bytes);
-    smallest = std::min(smallest, peak_bytes(trial));
-    return peak_bytes(trial) <= budget;
-  };
-  const bool in_chunks = plan.schedule == Schedule::rows && !plan.keeps_logits;
-  const std::vector<std::int64_t> sizes =
-      in_chunks ? chunks(rows, step) : std::vector<std::int64_t>{std::max<std::int64_t>(rows, 1)};
-  Plan trial = plan;
-  trial.chunk_rows = sizes[0];
-  set_block(trial, step, traits.stat);
-  for (const Room& room : rooms(trial, traits)) {
+// One step's search for sizes within a budget. Notes the least that was tried.
+class Search {
+ public:
+  Search(const Traits& traits, const Step& step, std::int64_t budget, std::int64_t& smallest)
+      : traits_(traits), step_(step), budget_(budget), smallest_(smallest) {}
+
+  // Sets the plan's sizes; false where none fit.
+  bool find(Plan& plan) const {
+    plan.chunk_rows = std::max<std::int64_t>(row_count(plan.problem), 1);
+    set_block(plan, step_, traits_.stat);
+    const bool in_chunks = plan.schedule == Schedule::rows && !plan.keeps_logits;
+    const std::size_t choices = rooms(plan, traits_).size();
+    for (std::size_t room = 0; room < choices; ++room) {
+      if (in_chunks ? find_chunk(plan, room) : find_slab(plan, room)) return true;
+    }
+    return false;
+  }
+
+ private:
+  // Gradients are made with the forward, a chunk at a time.
+  bool find_chunk(Plan& plan, std::size_t room) const {
+    const std::int64_t rows = row_count(plan.problem);
     Plan best;
     bool found = false;
-    for (const std::int64_t chunk : sizes) {
-      trial.chunk_rows = chunk;
-      set_block(trial, step, traits.stat);
-      trial.gradient_rows = step.gradient_rows == 0 || makes_g_in_place(trial, traits)
-                                ? chunk
-                                : even_piece(chunk, step.gradient_rows, 128);
-      if (in_chunks) {
-        trial.gradient_slab =
-            makes_g_in_place(trial, traits)
-                ? trial.problem.V
-                : even_piece(
-                      trial.problem.V,
-                      std::max<std::int64_t>(
-                          1, std::min(kChunkSlab, step.logit_bytes / size_of(traits.stat) / chunk) /
-                                 trial.slab) *
-                          trial.slab,
-                      trial.slab);
-        if (!accept(trial, room)) continue;
-        // The whole in one chunk, or chunks of enough rows: the smaller of the two.
-        if (!found || (chunk >= kGoodChunk && peak_bytes(trial) < peak_bytes(best))) best = trial;
-        found = true;
-        if (chunk != sizes[0]) break;
-        continue;
-      }
-      for (const std::int64_t slab : slabs(trial, step)) {
-        trial.gradient_slab = slab;
-        if (!accept(trial, room)) continue;
-        best = trial;
-        found = true;
-        break;
-      }
+    for (const std::int64_t chunk : chunks(rows, step_)) {
+      Plan trial = plan;
+      trial.chunk_rows = trial.gradient_rows = chunk;
+      set_block(trial, step_, traits_.stat);
+      trial.gradient_slab = trial.problem.V;
+      if (!makes_g_in_place(trial, traits_)) set_chunk_slab(trial);
+      if (!fits(trial, room)) continue;
+      // The whole in one chunk, or chunks of enough rows: the smaller of the two.
+      if (!found || (chunk >= kGoodChunk && peak_bytes(trial) < peak_bytes(best))) best = trial;
+      found = true;
+      if (chunk < rows) break;
     }
-    if (found) {
-      plan = best;
+    if (found) plan = best;
+    return found;
+  }
+
+  // g of a chunk has a place of its own: a few slabs of logits.
+  void set_chunk_slab(Plan& plan) const {
+    const std::int64_t numbers = step_.logit_bytes / size_of(traits_.stat) / plan.chunk_rows;
+    const std::int64_t count = std::min(kChunkSlab, numbers) / plan.slab;
+    plan.gradient_slab =
+        even_piece(plan.problem.V, std::max<std::int64_t>(count, 1) * plan.slab, plan.slab);
+  }
+
+  // Gradients of all rows, a slab of columns at a time, or none.
+  bool find_slab(Plan& plan, std::size_t room) const {
+    Plan trial = plan;
+    if (plan.schedule == Schedule::none) {
+      trial.gradient_rows = trial.block_rows;
+      trial.gradient_slab = trial.slab;
+      if (!fits(trial, room)) return false;
+      plan = trial;
       return true;
     }
+    trial.gradient_rows = step_.gradient_rows == 0
+                              ? plan.chunk_rows
+                              : even_piece(plan.chunk_rows, step_.gradient_rows, 128);
+    for (const std::int64_t slab : slabs(trial, step_)) {
+      trial.gradient_slab = slab;
+      if (!fits(trial, room)) continue;
+      plan = trial;
+      return true;
+    }
+    return false;
   }
-  return false;
-}
+
+  // room: which of the plan's rooms.
+  bool fits(Plan& trial, std::size_t room) const {
+    set_bytes(trial, traits_, rooms(trial, traits_)[room], step_.library_bytes);
+    smallest_ = std::min(smallest_, peak_bytes(trial));
+    return peak_bytes(trial) <= budget_;
+  }
+
+  const Traits& traits_;
+  const Step& step_;
+  const std::int64_t budget_;
+  std::int64_t& smallest_;
+};
 
 class LibraryEngine final : public Engine {
  public:
@@ -179,7 +204,7 @@ class LibraryEngine final : public Engine {
     smallest = std::numeric_limits<std::int64_t>::max();
     const Traits traits = traits_of(plan.problem);
     for (const Step& step : kSteps) {
-      if (fit_step(plan, traits, step, budget, smallest)) return true;
+      if (Search(traits, step, budget, smallest).find(plan)) return true;
     }
     return false;
   }

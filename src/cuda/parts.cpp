@@ -192,12 +192,13 @@ template <class T>
 void CudaParts<T>::multiply(Product product) const {
   product.type = operand_;
   product.tf32 = p_.allow_tf32;
-  // cuBLASLt has what the buffers leave.
-  const std::int64_t used = memory_.workspace.bytes();
+  // cuBLASLt has what the buffers leave, from a multiple of its 256 bytes on.
+  auto* begin = static_cast<std::byte*>(args_.workspace);
+  std::int64_t used = memory_.workspace.bytes();
+  used += (256 - reinterpret_cast<std::uintptr_t>(begin + used) % 256) % 256;
   const std::int64_t left = workspace_bytes(plan_, passes_) - used;
-  product.workspace_bytes = std::clamp<std::int64_t>(left, 0, kMostLibraryBytes);
-  product.workspace =
-      product.workspace_bytes == 0 ? nullptr : static_cast<std::byte*>(args_.workspace) + used;
+  product.workspace_bytes = std::clamp<std::int64_t>(left / 256 * 256, 0, kMostLibraryBytes);
+  product.workspace = product.workspace_bytes == 0 ? nullptr : begin + used;
   cuda::multiply(product, stream_);
 }
 
