@@ -31,7 +31,9 @@ struct Step {
 constexpr Step kSteps[] = {
     {32 * kMiB, 32 * kMiB, 4096, 1024, 2048, 0},
     {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 0},
+    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 8192},
     {4 * kMiB, 4 * kMiB, 1024, 256, 512, 0},
+    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 4096},
     {kMiB, 0, 512, 128, 256, 0},
     {kMiB, 0, 512, 128, 256, 2048},
 };
@@ -115,6 +117,7 @@ class Search {
     plan.chunk_rows = std::max<std::int64_t>(row_count(plan.problem), 1);
     set_block(plan, step_, traits_.stat);
     const bool in_chunks = plan.schedule == Schedule::rows && !plan.keeps_logits;
+    if (in_chunks && step_.gradient_rows != 0) return false;  // as the step before
     const std::size_t choices = rooms(plan, traits_).size();
     for (std::size_t room = 0; room < choices; ++room) {
       if (in_chunks ? find_chunk(plan, room) : find_slab(plan, room)) return true;
