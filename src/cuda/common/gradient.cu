@@ -134,6 +134,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The threads of a row of column_sums: narrow strips, so that a slab has work for a whole device.
+constexpr int kStripLanes = 8;
+
 // A warp sums 32 lanes' columns over every eighth row; the block's warps are joined in order. A
 // few rows at a time are summed in fp32, those sums in fp64: where all rows are alike, a long sum
 // in fp32 would lose digits that no product loses.
@@ -143,19 +146,21 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums s) {
   constexpr int kFewRows = 32;
   using Sum = std::conditional_t<std::is_same_v<G, double>, double, float>;
   using Vector = Pack<G, kVector>;
-  __shared__ double sums[kWarps][32 * kVector];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const std::int64_t first = std::int64_t{blockIdx.x} * 32 * kVector;
+  constexpr int kRowsAtOnce = kThreads / kStripLanes;
+  constexpr int kColumns = kStripLanes * kVector;
+  __shared__ double sums[kRowsAtOnce][kColumns];
+  const int lane = threadIdx.x % kStripLanes, own = threadIdx.x / kStripLanes;
+  const std::int64_t first = std::int64_t{blockIdx.x} * kColumns;
   const std::int64_t column = first + lane * kVector;
   double total[kVector] = {};
   if (column < s.columns) {
     const G* g = static_cast<const G*>(s.g) + column;
-    for (std::int64_t begin = warp; begin < s.rows; begin += kWarps * kFewRows) {
+    for (std::int64_t begin = own; begin < s.rows; begin += kRowsAtOnce * kFewRows) {
       Sum few[kVector] = {};
       const std::int64_t end =
-          begin + kWarps * kFewRows < s.rows ? begin + kWarps * kFewRows : s.rows;
-#pragma unroll 4
-      for (std::int64_t r = begin; r < end; r += kWarps) {
+          begin + kRowsAtOnce * kFewRows < s.rows ? begin + kRowsAtOnce * kFewRows : s.rows;
+#pragma unroll 8
+      for (std::int64_t r = begin; r < end; r += kRowsAtOnce) {
         const Vector vector = *reinterpret_cast<const Vector*>(g + r * s.stride);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) few[i] += widen<Sum>(vector.value[i]);
@@ -165,13 +170,13 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums s) {
     }
   }
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) sums[warp][lane * kVector + i] = total[i];
+  for (int i = 0; i < kVector; ++i) sums[own][lane * kVector + i] = total[i];
   __syncthreads();
   const double unscale = s.scalars != nullptr ? static_cast<double>(s.scalars->inv_scale) : 1.0;
-  for (int i = threadIdx.x; i < 32 * kVector; i += kThreads) {
+  for (int i = threadIdx.x; i < kColumns; i += kThreads) {
     if (first + i >= s.columns) continue;
     double sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += sums[w][i];
+    for (int w = 0; w < kRowsAtOnce; ++w) sum += sums[w][i];
     sum *= unscale;
     s.sums[first + i] = s.accumulate ? s.sums[first + i] + sum : sum;
   }
@@ -243,8 +248,8 @@ void row_gradient_from_exponentials<double>(const GradientOf<double>& s, const K
 void column_sums(const ColumnSums& what, cudaStream_t stream) {
   for_type(what.type, [&]<class G>(G*) {
     launch(column_sums_kernel<G>, "column_sums",
-           divide_up(what.columns, 32 * 16 / static_cast<std::int64_t>(sizeof(G))), kThreads,
-           stream, what);
+           divide_up(what.columns, kStripLanes * 16 / static_cast<std::int64_t>(sizeof(G))),
+           kThreads, stream, what);
   });
 }
 

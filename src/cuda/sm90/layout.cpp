@@ -90,6 +90,7 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
   if (by_rows) {
     needs.push_back({use::kFactor, plan.chunk_rows * 4});
     needs.push_back({use::kTargetG, plan.chunk_rows * 4});
+    needs.push_back({use::kSameTarget, plan.chunk_rows * 4});
     if (p.needs_dc) needs.push_back({use::kScaledE, plan.chunk_rows * e_bytes});
   } else {
     if (t.operand == DType::f16) needs.push_back({all::kScalars, sizeof(cuda::DeviceScalars)});

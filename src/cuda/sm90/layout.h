@@ -43,6 +43,7 @@ inline constexpr std::string_view kRedo = "redo";
 inline constexpr std::string_view kSums = "sums";  // of exponentials
 inline constexpr std::string_view kFactor = "factor";
 inline constexpr std::string_view kTargetG = "target_g";
+inline constexpr std::string_view kSameTarget = "same_target";
 inline constexpr std::string_view kScaledE = "scaled_e";
 inline constexpr std::string_view kX = "x";
 }  // namespace use

@@ -274,6 +274,7 @@ void FusedParts::accumulate_dbias(const Block& block) {
   AddTargets add;
   add.list = listed(block.chunk);
   add.target_g = buffer<float>(use::kTargetG);
+  add.same = buffer<int>(use::kSameTarget);
   add.dbias = sums;
   add.inverse_scale = inverse_scale;
   launch_add_targets(add, stream_);
@@ -339,6 +340,7 @@ void FusedParts::accumulate_dc(const Block& block) {
   AddTargets add;
   add.list = listed(chunk);
   add.target_g = buffer<float>(use::kTargetG);
+  add.same = buffer<int>(use::kSameTarget);
   add.e = kernel_matrix(load_rows(chunk, chunk));
   add.depth = static_cast<int>(p_.D);
   add.dc = dc;

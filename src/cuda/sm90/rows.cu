@@ -11,9 +11,9 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kBlock = 256;
 constexpr int kWarps = kBlock / kWarp;
-constexpr float kReferenceAbove = 40.f;
+constexpr float kReferenceAbove = 15.f;
 // Beyond these a product of x with scaled rows of E could leave the range of bf16.
-constexpr float kLeastSum = 1e-30f, kMostSum = 1e20f;
+constexpr float kLeastSum = 1e-30f, kMostSum = 1e28f;
 
 void check_launch() {
   const cudaError_t error = cudaGetLastError();
@@ -290,59 +290,102 @@ __global__ void store_de(StoreDe s) {
   }
 }
 
-// The first row of a target adds all rows of that target, in order: no two blocks write one row.
-template <class Out>
-__global__ void add_targets(AddTargets a) {
-  constexpr int kBatch = 2048;
-  __shared__ int targets[kBatch];
-  __shared__ int found[kBatch];  // the batch's rows of this block's target
-  __shared__ int found_count;
-  const int rows = listed_rows(a.list);
+// How many rows have row i's target, where i is the first of them; else 0.
+__global__ void count_targets(Listed list, int* same) {
+  const int rows = listed_rows(list);
   const int i = blockIdx.x;
   if (i >= rows) return;
-  const int* all = a.list.target + a.list.first;
-  const int target = all[i];
-  if (target < 0) return;
-  int earlier = 0;
-  for (int k = threadIdx.x; k < i; k += blockDim.x) earlier |= all[k] == target;
-  if (__syncthreads_or(earlier) != 0) return;
+  const int* targets = list.target + list.first;
+  const int target = targets[i];
+  int earlier = 0, from_here = 0;
+  for (int k = threadIdx.x; k < rows; k += blockDim.x) {
+    const bool mine = targets[k] == target;
+    if (k < i) {
+      earlier |= mine;
+    } else {
+      from_here += mine;
+    }
+  }
+  __shared__ int of_warp[kWarps];
+  const int sum = warp_sum(from_here);
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sum;
+  const int is_later = __syncthreads_or(earlier);
+  if (threadIdx.x != 0) return;
+  int all = 0;
+  for (int w = 0; w < kWarps; ++w) all += of_warp[w];
+  same[i] = is_later != 0 || target < 0 ? 0 : all;
+}
 
-  for (int first = i; first < rows; first += kBatch) {
-    const int count = min(kBatch, rows - first);
-    int same = 0;
-    for (int k = threadIdx.x; k < count; k += blockDim.x) {
-      targets[k] = all[first + k];
-      same += targets[k] == target;
-    }
-    if (__syncthreads_or(same) == 0) continue;
-    if (threadIdx.x < kWarp) {
-      int listed = 0;
-      for (int k = threadIdx.x; k - static_cast<int>(threadIdx.x) < count; k += kWarp) {
-        const bool mine = k < count && targets[k] == target;
+constexpr int kColumnsOfBlock = 2 * kBlock;
+
+// The blocks of the first row of a target add all rows of that target, in order: no two blocks
+// write one element. A frequent word has hundreds of rows, so a row's columns go to many blocks.
+template <class Out>
+__global__ void add_targets(AddTargets a) {
+  constexpr int kBatch = 1024;
+  __shared__ int found[kBatch];  // rows of this target
+  __shared__ int found_count, next;
+  const int rows = listed_rows(a.list);
+  const int i = blockIdx.x;
+  if (i >= rows || a.same[i] == 0) return;
+  const int* targets = a.list.target + a.list.first;
+  const int target = targets[i];
+  const int d = blockIdx.y * kColumnsOfBlock + 2 * threadIdx.x;
+  const bool has_columns = a.dc != nullptr && d < a.depth;
+  Out* to = static_cast<Out*>(a.dc) + std::int64_t{target} * a.depth + d;
+  float sum[2] = {0.f, 0.f};
+  if (has_columns) {
+    sum[0] = load(to);
+    sum[1] = load(to + 1);
+  }
+  double bias = 0;
+  if (threadIdx.x == 0) next = i;
+  for (int left = a.same[i]; left > 0;) {
+    __syncthreads();
+    if (left == 1 && next == i) {
+      if (threadIdx.x == 0) {
+        found[0] = i;
+        found_count = 1;
+      }
+    } else if (threadIdx.x < kWarp) {
+      int count = 0, at = next;
+      for (; at < rows && count <= kBatch - kWarp && count < left; at += kWarp) {
+        const int k = at + static_cast<int>(threadIdx.x);
+        const bool mine = k < rows && targets[k] == target;
         const unsigned mask = __ballot_sync(~0u, mine);
-        if (mine) found[listed + __popc(mask & ((1u << threadIdx.x) - 1))] = first + k;
-        listed += __popc(mask);
+        if (mine) found[count + __popc(mask & ((1u << threadIdx.x) - 1))] = k;
+        count += __popc(mask);
       }
-      if (threadIdx.x == 0) found_count = listed;
-    }
-    __syncthreads();
-    if (a.dc != nullptr) {
-      Out* to = static_cast<Out*>(a.dc) + std::int64_t{target} * a.depth;
-      for (int d = threadIdx.x; d < a.depth; d += blockDim.x) {
-        float sum = load(to + d);
-        for (int k = 0; k < found_count; ++k) {
-          const auto* e = static_cast<const __nv_bfloat16*>(a.e.data) + found[k] * a.e.stride;
-          sum = fmaf(a.target_g[found[k]], to_float(e[d]), sum);
-        }
-        store(to + d, sum);
+      __syncwarp();
+      if (threadIdx.x == 0) {
+        found_count = count;
+        next = at;
       }
     }
-    if (a.dbias != nullptr && threadIdx.x == 0) {
-      double sum = 0;
-      for (int k = 0; k < found_count; ++k) sum += a.target_g[found[k]];
-      a.dbias[target] += sum * a.inverse_scale;
-    }
     __syncthreads();
+    const int count = found_count;
+    if (has_columns) {
+#pragma unroll 8
+      for (int k = 0; k < count; ++k) {
+        const int row = found[k];
+        const auto* e = static_cast<const __nv_bfloat16*>(a.e.data) + row * a.e.stride + d;
+        const __nv_bfloat162 pair = *reinterpret_cast<const __nv_bfloat162*>(e);
+        const float g = a.target_g[row];
+        sum[0] = fmaf(g, __low2float(pair), sum[0]);
+        sum[1] = fmaf(g, __high2float(pair), sum[1]);
+      }
+    }
+    if (a.dbias != nullptr && blockIdx.y == 0 && threadIdx.x == 0) {
+      for (int k = 0; k < count; ++k) bias += a.target_g[found[k]];
+    }
+    left -= count;
+  }
+  if (has_columns) {
+    store(to, sum[0]);
+    store(to + 1, sum[1]);
+  }
+  if (a.dbias != nullptr && blockIdx.y == 0 && threadIdx.x == 0) {
+    a.dbias[target] += bias * a.inverse_scale;
   }
 }
 
@@ -443,10 +486,13 @@ void launch_store_de(const StoreDe& s, cudaStream_t stream) {
 }
 
 void launch_add_targets(const AddTargets& a, cudaStream_t stream) {
+  count_targets<<<a.list.rows, kBlock, 0, stream>>>(a.list, a.same);
+  check_launch();
+  const dim3 blocks(a.list.rows, a.dc == nullptr ? 1 : blocks_for(a.depth, kColumnsOfBlock));
   if (a.dc_type == DType::f32) {
-    add_targets<float><<<a.list.rows, kBlock, 0, stream>>>(a);
+    add_targets<float><<<blocks, kBlock, 0, stream>>>(a);
   } else {
-    add_targets<__nv_bfloat16><<<a.list.rows, kBlock, 0, stream>>>(a);
+    add_targets<__nv_bfloat16><<<blocks, kBlock, 0, stream>>>(a);
   }
   check_launch();
 }

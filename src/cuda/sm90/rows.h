@@ -43,7 +43,7 @@ struct Merge {
 };
 void launch_merge(const Merge& merge, cudaStream_t stream);
 
-// Reference exponents: the target's logit, an exact fp32 dot product, and 40 more. Clears *redo.
+// Reference exponents: the target's logit, an exact fp32 dot product, and 15 more. Clears *redo.
 struct References {
   Listed list;
   DType type = DType::bf16;
@@ -116,6 +116,7 @@ struct AddTargets {
   void* dc = nullptr;  // f32 or bf16, or null
   DType dc_type = DType::f32;
   double* dbias = nullptr;   // (V) sums, or null
+  int* same = nullptr;       // (rows): scratch
   double inverse_scale = 1;  // dbias: target_g is d(loss)/d(product), and logit_scale is out again
 };
 void launch_add_targets(const AddTargets& add, cudaStream_t stream);
