@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
 // The threads of a row of column_sums: narrow strips, so that a slab has work for a whole device.
 constexpr int kStripLanes = 8;
 
-// A warp sums 32 lanes' columns over every eighth row; the block's warps are joined in order. A
+// Eight threads sum a strip of columns over every 32nd row; those sums are joined in order. A
 // few rows at a time are summed in fp32, those sums in fp64: where all rows are alike, a long sum
 // in fp32 would lose digits that no product loses.
 template <class G>
