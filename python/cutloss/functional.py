@@ -77,9 +77,10 @@ def linear_cross_entropy(
         makes the token's loss NaN, and with it the token's row of e's gradient, and c's gradient;
         with CUTLOSS_CHECK=1 in the environment calls do wait, and raise the CPU's error.
     :param bias: Added to the logits, shape (V).
-    :param ignore_index: Tokens with this target are left out: they cost nothing, their gradient
-        is zero and their entry in every per-token result is 0 (in predictions -1). The mean over
-        no token at all is NaN, with gradients of zero.
+    :param ignore_index: Tokens with this target are left out: they cost nothing (on CUDA, where
+        the host knows their number: see num_valid), their gradient is zero and their entry in
+        every per-token result is 0 (in predictions -1). The mean over no token at all is NaN,
+        with gradients of zero.
     :param softcap: Caps the logits smoothly: ``softcap * tanh(logits / softcap)``.
     :param reduction: "mean" (over tokens that count; with weights the weighted mean), "sum", or
         "none" for the loss of each token, in the shape of targets less ``shift``.
@@ -111,8 +112,10 @@ def linear_cross_entropy(
     :param return_predictions: Also return the largest logit's index of each token.
     :param z_loss: Adds ``z_loss * lse**2`` of each token to its loss; under "mean" the mean over
         tokens that count, weighted by token_weight (class weights do not enter).
-    :param max_workspace: Bytes of memory the call may use beside its inputs and gradients. Unset:
-        512 MiB, or what the smallest schedule needs where that is more. More memory may save one
+    :param max_workspace: Bytes of memory the call may use beside its inputs and gradients, what is
+        kept for backward included. Unset: 512 MiB, or what the smallest schedule needs where that
+        is more; on CUDA at least 4 N D bytes and 128 MiB, and a copy of ``c`` where autocast
+        converts it. More memory may save one
         of four matrix products.
     :param schedule: "auto" takes the quickest that fits max_workspace. "rows" makes the gradients
         chunk by chunk of rows, with three products; "vocabulary" recomputes the logits, with four

@@ -1,9 +1,11 @@
 """``LinearCrossEntropy``: the function as a module that remembers its options."""
 
 import enum
+import inspect
 
 from torch import Tensor, nn
 
+from . import _checks
 from ._implementations import LinearCrossEntropyImpl
 from .functional import linear_cross_entropy
 
@@ -12,7 +14,10 @@ class LinearCrossEntropy(nn.Module):
     """Cross-entropy of the logits ``e @ c.T`` without storing the logits.
 
     The options are those of :func:`cutloss.linear_cross_entropy`; the classifier ``c`` and its
-    bias are given with each call, and stay where they are.
+    bias are given with each call, and stay where they are::
+
+        lce = LinearCrossEntropy(shift=1)
+        loss = lce(hidden, lm_head.weight, labels, bias=lm_head.bias)
     """
 
     def __init__(
@@ -40,6 +45,9 @@ class LinearCrossEntropy(nn.Module):
         schedule: str = "auto",
     ):
         super().__init__()
+        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        _checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
+        _checks.softcap(softcap)
         self.ignore_index = ignore_index
         self.softcap = softcap
         self.reduction = reduction
@@ -103,4 +111,11 @@ class LinearCrossEntropy(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}, shift={self.shift}, impl={self.impl!r}"
+        """Every option that is not its default."""
+        parameters = inspect.signature(type(self).__init__).parameters
+        values = {name: getattr(self, name) for name in parameters if name != "self"}
+        return ", ".join(
+            f"{name}={f'({len(value)} class weights)' if isinstance(value, Tensor) else repr(value)}"
+            for name, value in values.items()
+            if isinstance(value, Tensor) or value != parameters[name].default
+        )
