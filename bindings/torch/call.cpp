@@ -39,9 +39,15 @@ Tensor with_apart_rows(const Tensor& t) {
   return t;
 }
 
-// Hopper's copy engine reads in units of 16 bytes. Parameters that lie in one flat buffer (FSDP)
-// may begin anywhere.
+// Hopper's copy engine reads in units of 16 bytes, from rows that are whole units apart. Parameters
+// that lie in one flat buffer (FSDP) may begin anywhere, and a slice of odd rows lie at odd steps;
+// the plan knows rows without gaps only.
 Tensor aligned(const Tensor& t) {
+  if (t.element_size() == 2 && t.size(t.dim() - 1) % 8 == 0) {
+    for (std::int64_t dim = 0; dim + 1 < t.dim(); ++dim) {
+      if (t.size(dim) > 1 && t.stride(dim) % 8 != 0) return torch::stable::contiguous(t);
+    }
+  }
   if (reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % 16 == 0) return t;
   return torch::stable::clone(t);
 }

@@ -28,6 +28,8 @@ constexpr std::int64_t kGoodChunk = 2048;
 constexpr std::int64_t kMostChunk = 4096;
 // Under so many rows dC's sums take longer than a fourth product.
 constexpr std::int64_t kLeastChunk = 1024;
+// tanh is good to an absolute 2^-22, so a logit to 2^-22 of the softcap.
+constexpr double kMostSoftcap = 256;
 // cuBLASLt's workspace, as memory allows.
 constexpr std::int64_t kLibraryBytes[] = {32 * kMiB, 4 * kMiB, 0};
 
@@ -94,6 +96,10 @@ class FusedSm90Engine final : public Engine {
     const DType operand = product_type(p);
     if (operand != DType::bf16 && operand != DType::f16) {
       return text("products are in ", cutloss::name(operand), ", not bf16 or f16");
+    }
+    if (p.softcap && *p.softcap > kMostSoftcap) {
+      return text("softcap = ", *p.softcap, " is over ", kMostSoftcap,
+                  ", where these kernels' tanh would cost the logits digits");
     }
     if (p.D % 8 != 0) return text("D = ", p.D, " is not a multiple of 8");
     const auto uneven = [&](DType type, std::int64_t stride) {

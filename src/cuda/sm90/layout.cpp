@@ -103,7 +103,9 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
     needs.push_back({all::kDeSums, de_bytes});
   }
   const bool whole = plan.chunk_rows >= N;
-  if (p.needs_dc && p.c_type != DType::f32 && !(whole && p.c_type == t.operand)) {
+  // By rows the targets' part comes after the product and may all but cancel it: in fp32 only.
+  const bool one_product = !by_rows && whole && p.c_type == t.operand;
+  if (p.needs_dc && p.c_type != DType::f32 && !one_product) {
     needs.push_back({all::kDcSums, (whole ? plan.gradient_slab : p.V) * p.D * 4});
   }
   if (p.needs_dbias) needs.push_back({all::kDbiasSums, p.V * 8});

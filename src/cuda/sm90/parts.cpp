@@ -31,6 +31,10 @@ FusedParts::FusedParts(const Plan& plan, const Args& args, Passes passes, Memory
     : CudaParts<float>(plan, args, passes, std::move(memory)), shape_(shape) {
   if (p_.e_type == operand_ && row_count(p_) > 0) need_alignment(args.in.e, "in.e");
   if (p_.c_type == operand_) need_alignment(args.in.c, "in.c");
+  if (passes.backward) {
+    need_alignment(args.gradients.de, "gradients.de");
+    need_alignment(args.gradients.dc, "gradients.dc");
+  }
 }
 
 // --- rows -------------------------------------------------------------------------------------
@@ -304,39 +308,21 @@ void FusedParts::accumulate_dc(const Block& block) {
     return;
   }
   const Rows chunk = block.chunk;
-  const bool whole = plan_.chunk_rows >= row_count(p_);
-  const bool in_final_type = whole && p_.c_type == operand_;
-  void* dc = args_.gradients.dc;
-  if (auto* sums = buffer<float>(all::kDcSums); sums != nullptr) dc = sums;
-  if (in_final_type) {
-    // One product, rounded once, over all rows: those beyond the list must be zeros.
-    launch_clear_rest(listed(chunk), x(), x_stride(), static_cast<int>(p_.V),
-                      logits_grid(chunk.count).block_rows(), stream_);
-    cuda::Product product{};
-    product.M = p_.V;
-    product.N = p_.D;
-    product.K = chunk.count;
-    product.a = {x(), x_stride(), true};
-    product.b = {buffer<void>(use::kScaledE), cuda::e_stride(p_, operand_), false};
-    product.c = dc;
-    product.c_stride = p_.D;
-    product.c_type = p_.c_type;
-    multiply(product);
-  } else {
-    Accumulation sum;
-    sum.x = {x(), x_stride()};
-    sum.e = {buffer<void>(use::kScaledE), cuda::e_stride(p_, operand_)};
-    sum.dc = static_cast<float*>(dc);
-    sum.dc_stride = p_.D;
-    sum.rows = static_cast<int>(chunk.count);
-    sum.V = static_cast<int>(p_.V);
-    sum.D = static_cast<int>(p_.D);
-    sum.count = table_.count;
-    sum.first = static_cast<int>(chunk.begin);
-    sum.add = chunk.begin > 0;
-    launch_accumulation(sum, cuda::current_device().multiprocessors, stream_);
-    if (!sum.add) launch_clear_if_none(table_.count, dc, p_.V * p_.D * 4, stream_);
-  }
+  float* dc = buffer<float>(all::kDcSums);
+  if (dc == nullptr) dc = static_cast<float*>(args_.gradients.dc);
+  Accumulation sum;
+  sum.x = {x(), x_stride()};
+  sum.e = {buffer<void>(use::kScaledE), cuda::e_stride(p_, operand_)};
+  sum.dc = dc;
+  sum.dc_stride = p_.D;
+  sum.rows = static_cast<int>(chunk.count);
+  sum.V = static_cast<int>(p_.V);
+  sum.D = static_cast<int>(p_.D);
+  sum.count = table_.count;
+  sum.first = static_cast<int>(chunk.begin);
+  sum.add = chunk.begin > 0;
+  launch_accumulation(sum, cuda::current_device().multiprocessors, stream_);
+  if (!sum.add) launch_clear_if_none(table_.count, dc, p_.V * p_.D * 4, stream_);
   AddTargets add;
   add.list = listed(chunk);
   add.target_g = buffer<float>(use::kTargetG);
@@ -344,7 +330,6 @@ void FusedParts::accumulate_dc(const Block& block) {
   add.e = kernel_matrix(load_rows(chunk, chunk));
   add.depth = static_cast<int>(p_.D);
   add.dc = dc;
-  add.dc_type = in_final_type ? DType::bf16 : DType::f32;
   launch_add_targets(add, stream_);
 }
 

@@ -113,8 +113,7 @@ struct AddTargets {
   const float* target_g = nullptr;
   Matrix e;  // bf16
   int depth = 0;
-  void* dc = nullptr;  // f32 or bf16, or null
-  DType dc_type = DType::f32;
+  float* dc = nullptr;       // or null
   double* dbias = nullptr;   // (V) sums, or null
   int* same = nullptr;       // (rows): scratch
   double inverse_scale = 1;  // dbias: target_g is d(loss)/d(product), and logit_scale is out again
