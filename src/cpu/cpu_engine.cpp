@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include "core/dtype.h"
+#include "core/sizes.h"
 #include "core/text.h"
 #include "cpu/gemm.h"
 #include "cpu/layout.h"
@@ -37,9 +38,6 @@ std::int64_t columns_beside(std::int64_t rows) {
 // Rows kept at a time, the most first: each chunk reads and writes dC's sums once.
 constexpr std::array<std::int64_t, 5> kChunkRows = {2048, 1024, 512, 256, 128};
 
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
-
 // The largest equal pieces of at most `most`, a multiple of `unit` each (the last may be less).
 std::int64_t even_piece(std::int64_t total, std::int64_t most, std::int64_t unit) {
   if (total <= most) return std::max<std::int64_t>(total, 1);
@@ -64,10 +62,6 @@ void set_sizes(Plan& plan, Tile tile, std::int64_t chunk_rows) {
     plan.backward_workspace_bytes =
         plan.schedule == Schedule::none ? 0 : workspace_layout(plan, {false, true}).bytes;
   }
-}
-
-std::int64_t peak_bytes(const Plan& plan) {
-  return plan.kept_bytes + std::max(plan.forward_workspace_bytes, plan.backward_workspace_bytes);
 }
 
 class CpuEngine final : public Engine {

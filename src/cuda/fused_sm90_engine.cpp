@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "core/dtype.h"
+#include "core/sizes.h"
 #include "core/text.h"
 #include "cuda/device.h"
 #include "cuda/library_engine.h"
@@ -33,17 +34,10 @@ constexpr double kMostSoftcap = 256;
 // cuBLASLt's workspace, as memory allows.
 constexpr std::int64_t kLibraryBytes[] = {32 * kMiB, 4 * kMiB, 0};
 
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
-
 // The largest equal pieces of at most `most`, a multiple of `unit` each (the last may be less).
 std::int64_t even_piece(std::int64_t total, std::int64_t most, std::int64_t unit) {
   if (total <= most) return std::max<std::int64_t>(total, 1);
   return round_up(divide_up(total, divide_up(total, std::max(most / unit * unit, unit))), unit);
-}
-
-std::int64_t peak_bytes(const Plan& plan) {
-  return plan.kept_bytes + std::max(plan.forward_workspace_bytes, plan.backward_workspace_bytes);
 }
 
 // Bytes of a pass in its roomiest shape that fits `budget`, or in the least.

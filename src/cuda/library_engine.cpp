@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "core/sizes.h"
 #include "core/text.h"
 #include "cuda/cublaslt.h"
 #include "cuda/device.h"
@@ -46,9 +47,6 @@ constexpr std::int64_t kGoodChunk = 2048;
 // Columns of g that are made at a time where g has a place of its own, in chunks.
 constexpr std::int64_t kChunkSlab = 8192;
 
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
-
 // The largest equal pieces of at most `most`, a multiple of `unit` each (the last may be less).
 std::int64_t even_piece(std::int64_t total, std::int64_t most, std::int64_t unit) {
   if (total <= most) return std::max<std::int64_t>(total, 1);
@@ -62,10 +60,6 @@ void set_block(Plan& plan, const Step& step, DType stat) {
   const std::int64_t beside = numbers / round_up(plan.block_rows, 128);
   const std::int64_t unit = beside >= 1024 ? 1024 : 128;
   plan.slab = even_piece(plan.problem.V, std::max<std::int64_t>(beside / unit * unit, 128), unit);
-}
-
-std::int64_t peak_bytes(const Plan& plan) {
-  return plan.kept_bytes + std::max(plan.forward_workspace_bytes, plan.backward_workspace_bytes);
 }
 
 void set_bytes(Plan& plan, const Traits& traits, Room room, std::int64_t library_bytes) {

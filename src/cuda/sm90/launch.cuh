@@ -1,19 +1,12 @@
 // Launches of product_kernel.
 #pragma once
 
-#include "core/text.h"
+#include "cuda/device.h"
 #include "cuda/sm90/product.cuh"
 #include "cuda/sm90/sm90.h"
 #include "cuda/sm90/tensor_map.h"
 
 namespace cutloss::sm90 {
-
-inline void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // it has been seen
-  throw Error(error == cudaErrorMemoryAllocation ? ErrorCode::out_of_memory : ErrorCode::internal,
-              text(what, ": ", cudaGetErrorString(error)));
-}
 
 template <class Config, class Epilogue>
 void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& out,
@@ -21,9 +14,9 @@ void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMa
                     int blocks, cudaStream_t stream) {
   const auto kernel = product_kernel<Config, Epilogue>;
   // A property of the kernel on the current device; setting it again costs a microsecond.
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             (kSharedBytes<Config, Epilogue>)),
-        "the Hopper kernel's shared memory");
+  cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   (kSharedBytes<Config, Epilogue>)),
+              "the Hopper kernel's shared memory");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
@@ -35,8 +28,8 @@ void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMa
   attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
   config.attrs = attribute;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, a, b, out, params, epilogue),
-        "launch of the Hopper kernel");
+  cuda::check(cudaLaunchKernelEx(&config, kernel, a, b, out, params, epilogue),
+              "launch of the Hopper kernel");
 }
 
 // The operands of a block of logits: E and C, the depth contiguous in both.

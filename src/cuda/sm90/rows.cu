@@ -3,7 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "core/text.h"
+#include "cuda/device.h"
 
 namespace cutloss::sm90 {
 namespace {
@@ -15,12 +15,7 @@ constexpr float kReferenceAbove = 15.f;
 // Beyond these a product of x with scaled rows of E could leave the range of bf16.
 constexpr float kLeastSum = 1e-30f, kMostSum = 1e20f;
 
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) {
-    throw Error(ErrorCode::internal, text("launch of a row kernel: ", cudaGetErrorString(error)));
-  }
-}
+void check_launch() { cuda::check(cudaGetLastError(), "launch of a row kernel"); }
 
 int blocks_for(std::int64_t items, int per_block) {
   return static_cast<int>((items + per_block - 1) / per_block);

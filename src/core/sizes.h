@@ -1,0 +1,19 @@
+// Arithmetic on sizes that every engine's plans need.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cutloss/cutloss.h"
+
+namespace cutloss {
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
+
+// What a plan takes at most at a time.
+inline std::int64_t peak_bytes(const Plan& plan) {
+  return plan.kept_bytes + std::max(plan.forward_workspace_bytes, plan.backward_workspace_bytes);
+}
+
+}  // namespace cutloss
