@@ -19,9 +19,18 @@ void launch_accumulation(const Accumulation& s, int multiprocessors, cudaStream_
   const CUtensorMap x = tensor_map(s.x.data, DType::bf16, s.rows, s.V, s.x.stride, kTileDepth, 64);
   const CUtensorMap e =
       tensor_map(s.e.data, DType::bf16, s.rows, s.D, s.e.stride, kTileDepth / 2, 64);
-  const CUtensorMap out = tensor_map(s.dc, DType::f32, s.V, s.D, s.dc_stride, 16, 32);
-  launch_product<Transposed, AccumulateEpilogue>(x, e, out, params, {s.add},
-                                                 multiprocessors / 2 * 2, stream);
+  const auto launch = [&]<class Out>(Out*, int box_columns) {
+    const CUtensorMap out = tensor_map(s.dc, s.dc_type, s.V, s.D, s.dc_stride, 16, box_columns);
+    const typename AccumulateEpilogue<Out>::Params epilogue{s.add, s.scale, s.sum_of_column, s.sums,
+                                                            s.D};
+    launch_product<Transposed, AccumulateEpilogue<Out>>(x, e, out, params, epilogue,
+                                                        multiprocessors / 2 * 2, stream);
+  };
+  if (s.dc_type == DType::f32) {
+    launch(static_cast<float*>(nullptr), 32);
+  } else {
+    launch(static_cast<cute::bfloat16_t*>(nullptr), 64);
+  }
 }
 
 }  // namespace cutloss::sm90

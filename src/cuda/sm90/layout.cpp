@@ -7,6 +7,7 @@
 #include "core/text.h"
 #include "cuda/cublaslt.h"
 #include "cuda/device.h"
+#include "cuda/sm90/targets.h"
 
 namespace cutloss::sm90 {
 
@@ -90,8 +91,17 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
   if (by_rows) {
     needs.push_back({use::kFactor, plan.chunk_rows * 4});
     needs.push_back({use::kTargetG, plan.chunk_rows * 4});
-    needs.push_back({use::kSameTarget, plan.chunk_rows * 4});
-    if (p.needs_dc) needs.push_back({use::kScaledE, plan.chunk_rows * e_bytes});
+    if (p.needs_dc || p.needs_dbias) {
+      needs.push_back({use::kTargetOrder, plan.chunk_rows * 4 * 4});
+      needs.push_back({use::kTargetSort, target_sort_bytes(static_cast<int>(plan.chunk_rows),
+                                                           static_cast<int>(p.V))});
+    }
+    if (p.needs_dc) {
+      needs.push_back({use::kScaledE, plan.chunk_rows * e_bytes});
+      needs.push_back({use::kSumOfColumn, p.V * 4});
+      // Else they lie where dE's sums will be.
+      if (!p.needs_de) needs.push_back({use::kTargetSums, de_bytes});
+    }
   } else {
     if (t.operand == DType::f16) needs.push_back({all::kScalars, sizeof(cuda::DeviceScalars)});
     needs.push_back(
@@ -103,8 +113,7 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
     needs.push_back({all::kDeSums, de_bytes});
   }
   const bool whole = plan.chunk_rows >= N;
-  // By rows the targets' part comes after the product and may all but cancel it: in fp32 only.
-  const bool one_product = !by_rows && whole && p.c_type == t.operand;
+  const bool one_product = whole && p.c_type == t.operand;
   if (p.needs_dc && p.c_type != DType::f32 && !one_product) {
     needs.push_back({all::kDcSums, (whole ? plan.gradient_slab : p.V) * p.D * 4});
   }

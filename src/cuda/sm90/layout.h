@@ -43,7 +43,10 @@ inline constexpr std::string_view kRedo = "redo";
 inline constexpr std::string_view kSums = "sums";  // of exponentials
 inline constexpr std::string_view kFactor = "factor";
 inline constexpr std::string_view kTargetG = "target_g";
-inline constexpr std::string_view kSameTarget = "same_target";
+inline constexpr std::string_view kTargetOrder = "target_order";
+inline constexpr std::string_view kTargetSort = "target_sort";
+inline constexpr std::string_view kTargetSums = "target_sums";
+inline constexpr std::string_view kSumOfColumn = "sum_of_column";
 inline constexpr std::string_view kScaledE = "scaled_e";
 inline constexpr std::string_view kX = "x";
 }  // namespace use

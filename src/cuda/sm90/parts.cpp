@@ -4,6 +4,7 @@
 
 #include "core/text.h"
 #include "cuda/device.h"
+#include "cuda/sm90/targets.h"
 
 namespace cutloss::sm90 {
 
@@ -137,7 +138,9 @@ float2* FusedParts::sums() const {
 void FusedParts::begin_statistics(Rows) {}
 
 void FusedParts::accumulate_statistics(const Block& block, bool keep) {
-  if (keep) {
+  // By rows there is room for exponentials, and for nothing else: also where forward is all that is
+  // asked of such a plan.
+  if (keep || by_rows()) {
     make_exponentials(block.chunk);
     return;
   }
@@ -186,7 +189,6 @@ void FusedParts::make_exponentials(Rows chunk) {
   Logits l = logits(chunk, columns, load_rows(chunk, chunk), /*by_position=*/false);
   References r;
   r.list = listed(chunk);
-  r.type = operand_;
   r.e = l.e;
   r.c = l.c;
   r.depth = l.depth;
@@ -270,28 +272,88 @@ void FusedParts::accumulate_dbias(const Block& block) {
     CudaParts<float>::accumulate_dbias(block);
     return;
   }
-  // The targets' part comes with dC's, or alone.
-  auto* sums = buffer<double>(all::kDbiasSums);
-  const double inverse_scale = 1.0 / p_.logit_scale;
-  launch_add_dbias(listed(block.chunk), x(), x_stride(), buffer<float>(use::kFactor), inverse_scale,
-                   static_cast<int>(p_.V), sums, block.chunk.begin == 0, stream_);
-  AddTargets add;
-  add.list = listed(block.chunk);
-  add.target_g = buffer<float>(use::kTargetG);
-  add.same = buffer<int>(use::kSameTarget);
-  add.dbias = sums;
-  add.inverse_scale = inverse_scale;
-  launch_add_targets(add, stream_);
+  launch_add_dbias(listed(block.chunk), x(), x_stride(), buffer<float>(use::kFactor),
+                   1.0 / p_.logit_scale, static_cast<int>(p_.V), buffer<double>(all::kDbiasSums),
+                   block.chunk.begin == 0, stream_);
+  if (!p_.needs_dc) sum_targets(block.chunk);
+}
+
+// The targets' part of dbias, and of dC what launch_accumulation will add.
+void FusedParts::sum_targets(Rows chunk) {
+  TargetSums t;
+  t.list = listed(chunk);
+  t.target_g = buffer<float>(use::kTargetG);
+  t.V = static_cast<int>(p_.V);
+  t.order = buffer<int>(use::kTargetOrder);
+  t.capacity = static_cast<int>(plan_.chunk_rows);
+  t.sort = buffer<void>(use::kTargetSort);
+  t.sort_bytes = memory_.workspace.bytes_of(use::kTargetSort);
+  if (p_.needs_dc) {
+    t.e = kernel_matrix(load_rows(chunk, chunk));
+    t.depth = static_cast<int>(p_.D);
+    t.sums = target_sums();
+    t.sum_of_column = buffer<int>(use::kSumOfColumn);
+  }
+  if (p_.needs_dbias) {
+    t.dbias = buffer<double>(all::kDbiasSums);
+    t.inverse_scale = 1.0 / p_.logit_scale;
+  }
+  launch_target_sums(t, stream_);
+}
+
+// Where dE's sums will be.
+float* FusedParts::target_sums() const {
+  return buffer<float>(p_.needs_de ? all::kDeSums : use::kTargetSums);
 }
 
 void FusedParts::accumulate_de(const Block& block) {
-  if (!by_rows()) {
-    CudaParts<float>::accumulate_de(block);
+  // By rows dE is made when it is stored: after dC, whose targets' sums lie where its sums will.
+  if (!by_rows()) CudaParts<float>::accumulate_de(block);
+}
+
+void FusedParts::accumulate_dc(const Block& block) {
+  if (!by_rows() && operand_ != DType::bf16) {
+    CudaParts<float>::accumulate_dc(block);
     return;
   }
-  const cuda::Matrix c = load_columns(block.columns);
+  const Rows rows = block.rows;
+  const Columns columns = block.columns;
+  float* sums = buffer<float>(all::kDcSums);
+  Accumulation a;
+  a.x = {g_, g_stride_};
+  if (by_rows()) {
+    a.e = {buffer<void>(use::kScaledE), cuda::e_stride(p_, operand_)};
+    sum_targets(block.chunk);
+    a.sum_of_column = buffer<int>(use::kSumOfColumn);
+    a.sums = target_sums();
+  } else {
+    a.e = kernel_matrix(load_rows(rows, block.chunk));
+    a.scale = static_cast<float>(p_.logit_scale);
+  }
+  a.dc_type = sums == nullptr ? p_.c_type : DType::f32;
+  a.dc =
+      sums == nullptr ? at(args_.gradients.dc, p_.c_type, columns.begin * p_.D) : dc_sums(columns);
+  a.dc_stride = p_.D;
+  a.rows = static_cast<int>(rows.count);
+  a.V = static_cast<int>(columns.count);
+  a.D = static_cast<int>(p_.D);
+  a.count = table_.count;
+  a.first = static_cast<int>(rows.begin);
+  a.add = rows.begin > 0;
+  launch_accumulation(a, cuda::current_device().multiprocessors, stream_);
+  if (!a.add) {
+    launch_clear_if_none(table_.count, a.dc, columns.count * p_.D * size_of(a.dc_type), stream_);
+  }
+}
+
+void FusedParts::store_de(Rows chunk) {
+  if (!by_rows()) {
+    CudaParts<float>::store_de(chunk);
+    return;
+  }
+  const cuda::Matrix c = load_columns({0, p_.V});
   cuda::Product product{};
-  product.M = block.chunk.count;
+  product.M = chunk.count;
   product.N = p_.D;
   product.K = p_.V;
   product.a = {x(), x_stride(), false};
@@ -300,50 +362,12 @@ void FusedParts::accumulate_de(const Block& block) {
   product.c_stride = p_.D;
   product.c_type = DType::f32;
   multiply(product);
-}
-
-void FusedParts::accumulate_dc(const Block& block) {
-  if (!by_rows()) {
-    CudaParts<float>::accumulate_dc(block);
-    return;
-  }
-  const Rows chunk = block.chunk;
-  float* dc = buffer<float>(all::kDcSums);
-  if (dc == nullptr) dc = static_cast<float*>(args_.gradients.dc);
-  Accumulation sum;
-  sum.x = {x(), x_stride()};
-  sum.e = {buffer<void>(use::kScaledE), cuda::e_stride(p_, operand_)};
-  sum.dc = dc;
-  sum.dc_stride = p_.D;
-  sum.rows = static_cast<int>(chunk.count);
-  sum.V = static_cast<int>(p_.V);
-  sum.D = static_cast<int>(p_.D);
-  sum.count = table_.count;
-  sum.first = static_cast<int>(chunk.begin);
-  sum.add = chunk.begin > 0;
-  launch_accumulation(sum, cuda::current_device().multiprocessors, stream_);
-  if (!sum.add) launch_clear_if_none(table_.count, dc, p_.V * p_.D * 4, stream_);
-  AddTargets add;
-  add.list = listed(chunk);
-  add.target_g = buffer<float>(use::kTargetG);
-  add.same = buffer<int>(use::kSameTarget);
-  add.e = kernel_matrix(load_rows(chunk, chunk));
-  add.depth = static_cast<int>(p_.D);
-  add.dc = dc;
-  launch_add_targets(add, stream_);
-}
-
-void FusedParts::store_de(Rows chunk) {
-  if (!by_rows()) {
-    CudaParts<float>::store_de(chunk);
-    return;
-  }
   StoreDe store;
   store.list = listed(chunk);
   store.sums = buffer<float>(all::kDeSums);
   store.factor = buffer<float>(use::kFactor);
   store.target_g = buffer<float>(use::kTargetG);
-  store.c = kernel_matrix(load_columns({0, p_.V}));
+  store.c = kernel_matrix(c);
   store.depth = static_cast<int>(p_.D);
   store.de = args_.gradients.de;
   store.de_type = p_.e_type;

@@ -39,6 +39,8 @@ class FusedParts final : public cuda::CudaParts<float> {
   float2* sums() const;
   void make_exponentials(Rows chunk);
   void make_g_block(const Block& block);
+  void sum_targets(Rows chunk);
+  float* target_sums() const;
 
   const Shape shape_;
 };

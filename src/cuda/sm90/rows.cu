@@ -1,12 +1,12 @@
 #include "cuda/sm90/rows.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "cuda/device.h"
+#include "cuda/common/device_math.cuh"
 
 namespace cutloss::sm90 {
 namespace {
+
+using cuda::warp_max;
+using cuda::warp_sum;
 
 constexpr int kWarp = 32;
 constexpr int kBlock = 256;
@@ -25,24 +25,6 @@ __device__ int listed_rows(const Listed& list) {
   const int left = *list.count - list.first;
   return left < 0 ? 0 : (left < list.rows ? left : list.rows);
 }
-
-template <class T>
-__device__ T warp_sum(T value) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
-  return value;
-}
-__device__ float warp_max(float value) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(~0u, value, lanes));
-  }
-  return value;
-}
-
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ void store(float* to, float value) { *to = value; }
-__device__ void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16(value); }
-__device__ void store(__half* to, float value) { *to = __float2half(value); }
 
 __device__ float read(const void* array, std::int64_t n) {
   return array == nullptr ? 0.f : static_cast<const float*>(array)[n];
@@ -149,7 +131,6 @@ __global__ void merge_rows(Merge m) {
   write_outputs(m.out, m.list, i, state, m.V);
 }
 
-template <class Element>
 __global__ void references_of_rows(References r) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *r.redo = 0;
   const int i = blockIdx.x * kWarps + threadIdx.x / kWarp;
@@ -158,15 +139,17 @@ __global__ void references_of_rows(References r) {
   const int target = r.list.target[r.list.first + i];
   float z = -INFINITY;  // of a target out of range; write_outputs says the rest
   if (target >= 0) {
-    const Element* e = static_cast<const Element*>(r.e.data) + i * r.e.stride;
-    const Element* c = static_cast<const Element*>(r.c.data) + target * r.c.stride;
+    const auto* e = static_cast<const __nv_bfloat16*>(r.e.data) + i * r.e.stride;
+    const auto* c = static_cast<const __nv_bfloat16*>(r.c.data) + target * r.c.stride;
     float sum = 0.f;
     for (int d = lane * 8; d < r.depth; d += kWarp * 8) {  // rows are whole pieces of 16 bytes
       const uint4 e8 = *reinterpret_cast<const uint4*>(e + d);
       const uint4 c8 = *reinterpret_cast<const uint4*>(c + d);
-      const Element* ep = reinterpret_cast<const Element*>(&e8);
-      const Element* cp = reinterpret_cast<const Element*>(&c8);
-      for (int k = 0; k < 8; ++k) sum = fmaf(to_float(ep[k]), to_float(cp[k]), sum);
+      const auto* ep = reinterpret_cast<const __nv_bfloat16*>(&e8);
+      const auto* cp = reinterpret_cast<const __nv_bfloat16*>(&c8);
+      for (int k = 0; k < 8; ++k) {
+        sum = fmaf(__bfloat162float(ep[k]), __bfloat162float(cp[k]), sum);
+      }
     }
     sum = warp_sum(sum);
     const float t = r.transform.inv_temperature[i];
@@ -278,106 +261,9 @@ __global__ void store_de(StoreDe s) {
     const float4 sum = *reinterpret_cast<const float4*>(sums + d);
     const float all[4] = {sum.x, sum.y, sum.z, sum.w};
     Out four[4];
-    for (int j = 0; j < 4; ++j) store(four + j, fmaf(g, to_float(c[d + j]), factor * all[j]));
+    for (int j = 0; j < 4; ++j)
+      four[j] = cuda::narrow<Out>(fmaf(g, __bfloat162float(c[d + j]), factor * all[j]));
     for (int j = 0; j < 4; ++j) to[d + j] = four[j];
-  }
-}
-
-// How many rows have row i's target, where i is the first of them; else 0.
-__global__ void count_targets(Listed list, int* same) {
-  const int rows = listed_rows(list);
-  const int i = blockIdx.x;
-  if (i >= rows) return;
-  const int* targets = list.target + list.first;
-  const int target = targets[i];
-  int earlier = 0, from_here = 0;
-  for (int k = threadIdx.x; k < rows; k += blockDim.x) {
-    const bool mine = targets[k] == target;
-    if (k < i) {
-      earlier |= mine;
-    } else {
-      from_here += mine;
-    }
-  }
-  __shared__ int of_warp[kWarps];
-  const int sum = warp_sum(from_here);
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sum;
-  const int is_later = __syncthreads_or(earlier);
-  if (threadIdx.x != 0) return;
-  int all = 0;
-  for (int w = 0; w < kWarps; ++w) all += of_warp[w];
-  same[i] = is_later != 0 || target < 0 ? 0 : all;
-}
-
-constexpr int kColumnsOfBlock = 2 * kBlock;
-
-// The blocks of the first row of a target add all rows of that target, in order: no two blocks
-// write one element. A frequent word has hundreds of rows, so a row's columns go to many blocks.
-__global__ void add_targets(AddTargets a) {
-  constexpr int kBatch = 1024;
-  __shared__ int found[kBatch];  // rows of this target
-  __shared__ int found_count, next;
-  const int rows = listed_rows(a.list);
-  const int i = blockIdx.x;
-  if (i >= rows || a.same[i] == 0) return;
-  const int* targets = a.list.target + a.list.first;
-  const int target = targets[i];
-  const int d = blockIdx.y * kColumnsOfBlock + 2 * threadIdx.x;
-  const bool has_columns = a.dc != nullptr && d < a.depth;
-  float* to = a.dc + std::int64_t{target} * a.depth + d;
-  float sum[2] = {0.f, 0.f};
-  if (has_columns) {
-    sum[0] = to[0];
-    sum[1] = to[1];
-  }
-  double bias = 0;
-  if (threadIdx.x == 0) next = i;
-  for (int left = a.same[i]; left > 0;) {
-    __syncthreads();
-    if (left == 1 && next == i) {
-      if (threadIdx.x == 0) {
-        found[0] = i;
-        found_count = 1;
-      }
-    } else if (threadIdx.x < kWarp) {
-      int count = 0, at = next;
-      for (; at < rows && count <= kBatch - kWarp && count < left; at += kWarp) {
-        const int k = at + static_cast<int>(threadIdx.x);
-        const bool mine = k < rows && targets[k] == target;
-        const unsigned mask = __ballot_sync(~0u, mine);
-        if (mine) found[count + __popc(mask & ((1u << threadIdx.x) - 1))] = k;
-        count += __popc(mask);
-      }
-      __syncwarp();
-      if (threadIdx.x == 0) {
-        found_count = count;
-        next = at;
-      }
-    }
-    __syncthreads();
-    const int count = found_count;
-    if (has_columns) {
-#pragma unroll 8
-      for (int k = 0; k < count; ++k) {
-        const int row = found[k];
-        const auto* e = static_cast<const __nv_bfloat16*>(a.e.data) + row * a.e.stride + d;
-        const __nv_bfloat162 pair = *reinterpret_cast<const __nv_bfloat162*>(e);
-        const float g = a.target_g[row];
-        sum[0] = fmaf(g, __low2float(pair), sum[0]);
-        sum[1] = fmaf(g, __high2float(pair), sum[1]);
-      }
-    }
-    if (a.dbias != nullptr && blockIdx.y == 0 && threadIdx.x == 0) {
-      for (int k = 0; k < count; ++k) bias += a.target_g[found[k]];
-    }
-    left -= count;
-  }
-  if (has_columns) {
-    to[0] = sum[0];
-    to[1] = sum[1];
-  }
-  if (a.dbias != nullptr && blockIdx.y == 0 && threadIdx.x == 0) {
-    a.dbias[target] += bias * a.inverse_scale;
   }
 }
 
@@ -441,12 +327,7 @@ void launch_merge(const Merge& merge, cudaStream_t stream) {
 }
 
 void launch_references(const References& references, cudaStream_t stream) {
-  const int blocks = blocks_for(references.list.rows, kWarps);
-  if (references.type == DType::f16) {
-    references_of_rows<__half><<<blocks, kBlock, 0, stream>>>(references);
-  } else {
-    references_of_rows<__nv_bfloat16><<<blocks, kBlock, 0, stream>>>(references);
-  }
+  references_of_rows<<<blocks_for(references.list.rows, kWarps), kBlock, 0, stream>>>(references);
   check_launch();
 }
 
@@ -474,14 +355,6 @@ void launch_store_de(const StoreDe& s, cudaStream_t stream) {
   } else {
     store_de<__nv_bfloat16><<<s.list.rows, kBlock, 0, stream>>>(s);
   }
-  check_launch();
-}
-
-void launch_add_targets(const AddTargets& a, cudaStream_t stream) {
-  count_targets<<<a.list.rows, kBlock, 0, stream>>>(a.list, a.same);
-  check_launch();
-  const dim3 blocks(a.list.rows, a.dc == nullptr ? 1 : blocks_for(a.depth, kColumnsOfBlock));
-  add_targets<<<blocks, kBlock, 0, stream>>>(a);
   check_launch();
 }
 

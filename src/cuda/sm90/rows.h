@@ -46,9 +46,8 @@ void launch_merge(const Merge& merge, cudaStream_t stream);
 // Reference exponents: the target's logit, an exact fp32 dot product, and 15 more. Clears *redo.
 struct References {
   Listed list;
-  DType type = DType::bf16;
-  Matrix e;  // rows of this list
-  Matrix c;
+  Matrix e;  // bf16, rows of this list
+  Matrix c;  // bf16
   int depth = 0;
   LogitTransform transform;  // bias: of the whole vocabulary
   float* target_logit = nullptr;
@@ -106,19 +105,6 @@ struct StoreDe {
   DType de_type = DType::bf16;
 };
 void launch_store_de(const StoreDe& store, cudaStream_t stream);
-
-// dC[target] += target_g * E, rows with one target in their order; dbias likewise.
-struct AddTargets {
-  Listed list;
-  const float* target_g = nullptr;
-  Matrix e;  // bf16
-  int depth = 0;
-  float* dc = nullptr;       // or null
-  double* dbias = nullptr;   // (V) sums, or null
-  int* same = nullptr;       // (rows): scratch
-  double inverse_scale = 1;  // dbias: target_g is d(loss)/d(product), and logit_scale is out again
-};
-void launch_add_targets(const AddTargets& add, cudaStream_t stream);
 
 // Column sums of factor * x, added to dbias in fp64 in the order of the rows.
 void launch_add_dbias(const Listed& list, const void* x, std::int64_t x_stride, const float* factor,

@@ -116,18 +116,23 @@ int column_tiles(std::int64_t columns);
 void launch_exponentials(const Logits& logits, const Exponentials& exponentials, const Grid& grid,
                          cudaStream_t stream);
 
-// dC (+)= x^T * E', fp32: x is (rows, V), E' is (rows, D), both bf16.
+// dC (+)= scale * x^T * E: x is (rows, V), E is (rows, D), both bf16.
 struct Accumulation {
   Matrix x;
   Matrix e;
-  float* dc = nullptr;
+  void* dc = nullptr;
+  DType dc_type = DType::f32;  // or bf16
   std::int64_t dc_stride = 0;
   int rows = 0;  // at most
   int V = 0;
   int D = 0;
   const int* count = nullptr;  // as in Logits
   int first = 0;
-  bool add = false;
+  bool add = false;  // f32 only
+  float scale = 1;
+  // Null, or sums to be added too: to row v of dC row sum_of_column[v] of `sums`, where not -1.
+  const int* sum_of_column = nullptr;
+  const float* sums = nullptr;  // (.., D)
 };
 void launch_accumulation(const Accumulation& accumulation, int multiprocessors,
                          cudaStream_t stream);
