@@ -43,19 +43,29 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int
   if (target >= kPieceColumns<T> || target >= columns) target = -1;
 
   const T cap = s.block.softcap;
-  const T slope_scale = cap == T(0) ? T(0) : T(1) / (k.inv_temperature * cap);
-  const bool plain = k.d_entropy == T(0) && k.zbar == T(0) && cap == T(0);
-  const T factor = k.a * k.inv_temperature;
+  // Instructions bound this pass: what few losses want is behind branches that a piece takes whole.
+  T g_target = 0;
+  if (target >= 0) {
 #pragma unroll
-  for (int i = 0; i < P::kValues; ++i) {
-    const T v = z[i];
-    const T t = (v - k.row_max) - k.log_sum;
-    const T p = std::exp(t);
-    T g;
-    if (plain) {
-      g = p * factor;
-    } else {
-      g = p * k.a;
+    for (int i = 0; i < P::kValues; ++i) {
+      if (P::column(i) == target) {
+        g_target = k.target_g * transform_slope(z[i], cap, k.inv_temperature);
+      }
+    }
+  }
+  if (k.d_entropy == T(0) && k.zbar == T(0) && cap == T(0)) {
+    const T factor = k.a * k.inv_temperature;
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      z[i] = std::exp((z[i] - k.row_max) - k.log_sum) * factor;
+    }
+  } else {
+    const T slope_scale = cap == T(0) ? T(0) : T(1) / (k.inv_temperature * cap);
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      const T t = (z[i] - k.row_max) - k.log_sum;
+      const T p = std::exp(t);
+      T g = p * k.a;
       if (k.d_entropy != T(0) && p != T(0)) g -= p * k.d_entropy * (t + k.entropy);
       if (k.zbar != T(0)) {
         const int column = P::column(i);
@@ -63,14 +73,16 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int
              : column < columns        ? k.zbar * s.class_weight[first + column]
                                        : T(0);
       }
-      const T u = v * slope_scale;
+      const T u = z[i] * slope_scale;
       if (cap != T(0)) g *= T(1) - u * u;
-      g *= k.inv_temperature;
+      z[i] = g * k.inv_temperature;
     }
-    if (P::column(i) == target) {
-      g = k.target_g * transform_slope(v, cap, k.inv_temperature);
+  }
+  if (target >= 0) {
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      if (P::column(i) == target) z[i] = g_target;
     }
-    z[i] = g;
   }
   store_piece(z, to, columns);
 }

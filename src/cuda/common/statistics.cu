@@ -10,45 +10,40 @@ namespace {
 
 constexpr int kWarps = kThreads / 32;
 
-// Sums of a piece's e^(z - top), and where `kept` is not null these, times the softcap's slope, to
-// memory; the target's place then holds its own slope.
-template <class T, class K>
-struct Exponentials {
-  T sum = 0, weighted = 0;
+// What is kept where nothing is: the kernel then needs fewer registers.
+struct Nothing {};
 
-  __device__ __forceinline__ void make(const T (&z)[Piece<T>::kValues], T top, bool entropy,
-                                       T slope_scale, int target, T target_logit, K* kept,
-                                       int columns) {
-    using P = Piece<T>;
-    constexpr T kScale = std::is_same_v<K, __half> ? T(kept_scale(DType::f16)) : T(1);
-    // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
-    const T shift = top == -infinity<T>() ? T(0) : top;
-    const T at_target = target_logit * slope_scale;
+// A piece's e^(z - shift) to memory, times the softcap's slope; the target's place then holds its
+// own slope. Instructions bound this pass, so what most losses do not want is behind branches that
+// a whole piece takes.
+template <class T, class K>
+__device__ __forceinline__ void keep_piece(const T (&z)[Piece<T>::kValues],
+                                           const T (&e)[Piece<T>::kValues], T slope_scale,
+                                           int target, T target_logit, K* kept, int columns) {
+  using P = Piece<T>;
+  constexpr T kScale = std::is_same_v<K, __half> ? T(kept_scale(DType::f16)) : T(1);
+  T x[P::kValues];
+  if (slope_scale == T(0)) {
 #pragma unroll
-    for (int j = 0; j < P::kVectors; ++j) {
-      Pack<K, P::kVector> pack;
+    for (int i = 0; i < P::kValues; ++i) x[i] = e[i] * kScale;
+  } else {
 #pragma unroll
-      for (int k = 0; k < P::kVector; ++k) {
-        const T value = z[j * P::kVector + k];
-        const T e = std::exp(value - shift);
-        sum += e;
-        if (entropy && e != T(0)) weighted += e * (value - shift);
-        const T u = e == T(0) ? T(0) : value * slope_scale;
-        const bool is_target = P::column(j * P::kVector + k) == target;
-        pack.value[k] =
-            narrow<K>(is_target ? T(1) - at_target * at_target : (e - e * u * u) * kScale);
-      }
-      const int column = P::column(j * P::kVector);
-      if (kept != nullptr && column < columns) {
-        *reinterpret_cast<Pack<K, P::kVector>*>(kept + column) = pack;
-      }
+    for (int i = 0; i < P::kValues; ++i) {
+      const T u = e[i] == T(0) ? T(0) : z[i] * slope_scale;
+      x[i] = (e[i] - e[i] * u * u) * kScale;
     }
-    sum = warp_sum(sum);
-    if (entropy) weighted = warp_sum(weighted);
   }
-};
+  if (target >= 0) {
+    const T u = target_logit * slope_scale;
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      if (P::column(i) == target) x[i] = T(1) - u * u;
+    }
+  }
+  store_piece(x, kept, columns);
+}
 
-template <class T, class K>
+template <class T, class K, bool kAll>
 __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t row, int piece,
                                           int vocabulary_target, T inv_temperature,
                                           RowState<T>& state) {
@@ -59,7 +54,7 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
   load_piece(s.block.z + row * s.block.stride + first, columns, z);
   transform_piece(z, s.block.bias == nullptr ? nullptr : s.block.bias + first, s.block.softcap,
                   inv_temperature, columns);
-  if (s.zbar) {
+  if (kAll && s.zbar) {
     T total = 0;
 #pragma unroll
     for (int i = 0; i < P::kValues; ++i) {
@@ -69,10 +64,9 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
     }
     state.zbar_sum += warp_sum(total);
   }
-  K* kept =
-      s.kept.data == nullptr ? nullptr : static_cast<K*>(s.kept.data) + row * s.kept.stride + first;
-  if (kept != nullptr && !s.kept.exponentials) {
-    if constexpr (std::is_same_v<K, T>) store_piece(z, kept, columns);
+  [[maybe_unused]] K* kept = static_cast<K*>(s.kept.data) + row * s.kept.stride + first;
+  if constexpr (std::is_same_v<K, T>) {
+    if (!s.kept.exponentials) store_piece(z, kept, columns);
   }
 
   if (columns < kPieceColumns<T>) {
@@ -100,7 +94,7 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
   for (int i = 0; i < P::kValues; ++i) top = larger(top, z[i]);
   top = warp_max(top);
   int argmax = 0;
-  if (s.argmax && top > state.max) {
+  if (kAll && s.argmax && top > state.max) {
     int column = kPieceColumns<T>;
 #pragma unroll
     for (int i = P::kValues - 1; i >= 0; --i) {
@@ -113,17 +107,38 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
     argmax = s.block.first_column + first + column;
   }
 
-  const bool keeps = kept != nullptr && s.kept.exponentials;
-  const T slope_scale = s.block.softcap == T(0) ? T(0) : T(1) / (inv_temperature * s.block.softcap);
-  Exponentials<T, K> of;
-  of.make(z, top, s.entropy, slope_scale, target, state.target_logit, keeps ? kept : nullptr,
-          columns);
-  if (keeps && threadIdx.x % 32 == 0) s.kept.maxima[row * s.kept.maxima_stride + piece] = top;
-  merge(state, top, of.sum, of.weighted, static_cast<std::int64_t>(argmax));
+  // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
+  const T shift = top == -infinity<T>() ? T(0) : top;
+  T e[P::kValues];
+  T sum = 0, weighted = 0;
+#pragma unroll
+  for (int i = 0; i < P::kValues; ++i) {
+    e[i] = std::exp(z[i] - shift);
+    sum += e[i];
+    if (kAll && s.entropy && e[i] != T(0)) weighted += e[i] * (z[i] - shift);
+  }
+  sum = warp_sum(sum);
+  if (kAll && s.entropy) weighted = warp_sum(weighted);
+  if constexpr (!std::is_same_v<K, Nothing>) {
+    if (s.kept.exponentials) {
+      const T cap = s.block.softcap;
+      keep_piece(z, e, cap == T(0) ? T(0) : T(1) / (inv_temperature * cap), target,
+                 state.target_logit, kept, columns);
+      if (threadIdx.x % 32 == 0) s.kept.maxima[row * s.kept.maxima_stride + piece] = top;
+    }
+  }
+  merge(state, top, sum, weighted, static_cast<std::int64_t>(argmax));
 }
 
-template <class T, class K>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
+// Blocks on a multiprocessor, as registers allow.
+template <class T, class K, bool kAll>
+constexpr int kBlocks = sizeof(T) == 8                        ? 1
+                        : std::is_same_v<K, Nothing> && !kAll ? 3
+                                                              : 2;
+
+// kAll: entropy, zbar or argmax are wanted.
+template <class T, class K, bool kAll>
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
     statistics_kernel(StatisticsOf<T> s, int warps_per_row) {
   // Bytes, because a RowState has initialisers, which shared memory may not have.
   alignas(16) __shared__ unsigned char bytes[kWarps * sizeof(RowState<T>)];
@@ -142,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     const int pieces = (s.block.columns + kPieceColumns<T> - 1) / kPieceColumns<T>;
     const int end = pieces * (part + 1) / warps_per_row;
     for (int piece = pieces * part / warps_per_row; piece < end; ++piece) {
-      add_piece<T, K>(s, row, piece, target, inv_temperature, state);
+      add_piece<T, K, kAll>(s, row, piece, target, inv_temperature, state);
     }
   }
   if (warps_per_row > 1) {
@@ -171,15 +186,17 @@ int warps_for(std::int64_t rows, std::int64_t pieces) {
 template <class T, class K>
 void run(const StatisticsOf<T>& s, cudaStream_t stream) {
   const int warps = warps_for(s.block.rows, divide_up(s.block.columns, kPieceColumns<T>));
-  launch(statistics_kernel<T, K>, "row_statistics", divide_up(s.block.rows, kWarps / warps),
-         kThreads, stream, s, warps);
+  const bool all = s.entropy || s.zbar || s.argmax;
+  launch(all ? statistics_kernel<T, K, true> : statistics_kernel<T, K, false>, "row_statistics",
+         divide_up(s.block.rows, kWarps / warps), kThreads, stream, s, warps);
 }
 
 }  // namespace
 
 template <>
 void row_statistics<float>(const StatisticsOf<float>& s, cudaStream_t stream) {
-  switch (s.kept.data == nullptr ? DType::f32 : s.kept.type) {
+  if (s.kept.data == nullptr) return run<float, Nothing>(s, stream);
+  switch (s.kept.type) {
     case DType::bf16:
       return run<float, __nv_bfloat16>(s, stream);
     case DType::f16:
@@ -191,7 +208,7 @@ void row_statistics<float>(const StatisticsOf<float>& s, cudaStream_t stream) {
 
 template <>
 void row_statistics<double>(const StatisticsOf<double>& s, cudaStream_t stream) {
-  run<double, double>(s, stream);
+  s.kept.data == nullptr ? run<double, Nothing>(s, stream) : run<double, double>(s, stream);
 }
 
 }  // namespace cutloss::cuda
