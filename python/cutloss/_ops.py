@@ -76,11 +76,19 @@ def describe_machine() -> str:
 
 
 def call(operator: Any, *args: Any, **options: Any) -> Any:
-    """Calls an operator; its errors become Python's. A traced call is left as it is."""
+    """Calls an operator; its errors become Python's. A traced call is left as it is.
+
+    The operator's own autograd, which is for traced code, is passed over: it costs more than the
+    smallest loss, and whoever calls from here has the gradient in hand, or wants none. Transforms
+    of torch.func work by autograd's dispatch, so under them nothing is passed over.
+    """
     if torch.compiler.is_compiling():
         return operator(*args, **options)
     try:
-        return operator(*args, **options)
+        if is_transformed():
+            return operator(*args, **options)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args, **options)
     except RuntimeError as error:
         known = _errors.translated(error)
         if known is error:
@@ -103,8 +111,12 @@ def statistics(operands: tuple, options: Options) -> Rows:
     """Per-row outputs whose gradients are made in backward."""
     if torch.compiler.is_compiling():
         outputs = _ops.statistics(*operands, **options)
-    else:
+    elif is_transformed():
+        outputs = _Transformed.apply(*operands, options)
+    elif _is_differentiated(options):
         outputs = _Deferred.apply(*operands, options)
+    else:
+        outputs = call(_ops.statistics, *operands, **options)
     nll, lse, _, _, entropy, zbar, argmax, _ = outputs
     return Rows(nll, lse, entropy, zbar, argmax)
 
@@ -123,6 +135,12 @@ def is_transformed() -> bool:
     """Whether a transform of torch.func is at work, for which the gradient of forward's rows is
     made in backward."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _is_differentiated(options: Options) -> bool:
+    """Whether a derivative may be asked for: one that is made, or one that is refused."""
+    wanted = options["needs_de"] or options["needs_dc"] or options["needs_dbias"]
+    return wanted or forward_ad._current_level >= 0
 
 
 # Shapes -----------------------------------------------------------------------------------------
@@ -283,8 +301,9 @@ def _immediate_backward(ctx, d_loss, *_):
     return *_first_order(gradients, e, c, bias, d_loss), *(None,) * 7
 
 
-# Eager code and torch.func take these; traced code takes the operators, to which the same
-# functions are registered.
+# Eager code takes _Deferred and _Immediate, torch.func takes _Transformed; traced code takes the
+# operators, to which the same functions are registered. Eager functions have no setup_context: it
+# costs more than the smallest loss, and only torch.func needs it.
 
 _FORWARD_MODE = (
     "cutloss has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode (grad, vjp, "
@@ -293,6 +312,23 @@ _FORWARD_MODE = (
 
 
 class _Deferred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        *operands, options = inputs
+        output = tuple(call(_ops.statistics, *operands, **options))
+        _statistics_context(ctx, operands, options, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *d_rows):
+        return *_statistics_backward(ctx, *d_rows), None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_FORWARD_MODE)
+
+
+class _Transformed(_Deferred):
     generate_vmap_rule = True
 
     @staticmethod
@@ -304,18 +340,10 @@ class _Deferred(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _statistics_context(ctx, inputs[:-1], inputs[-1], output)
 
-    @staticmethod
-    def backward(ctx, *d_rows):
-        return *_statistics_backward(ctx, *d_rows), None
-
-    @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(_FORWARD_MODE)
-
 
 class _Immediate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):  # without setup_context, which costs and only torch.func needs
+    def forward(ctx, *inputs):
         *tensors, options = inputs
         output = call(_ops.loss_and_gradients, *tensors, **options)
         _immediate_context(ctx, tensors, options, output)
