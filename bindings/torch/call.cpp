@@ -1,6 +1,7 @@
 #include "call.h"
 
 #include "plans.h"
+#include "terms.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -10,8 +11,8 @@
 namespace cutloss::binding {
 namespace {
 
-void require(bool holds, const std::string& message) {
-  if (!holds) throw Error(ErrorCode::invalid_value, message);
+[[noreturn]] void refuse(const std::string& message) {
+  throw Error(ErrorCode::invalid_value, message);
 }
 
 std::string shape(const Tensor& t) {
@@ -58,23 +59,24 @@ std::int64_t stride(const Tensor& t, std::int64_t dim) {
 }
 
 void check_shapes(const Operands& o, const Options& options) {
-  require(o.e.dim() == 3, "e must be (sequences, length, D), got shape " + shape(o.e));
-  require(o.c.dim() == 2, "c must be (V, D), got shape " + shape(o.c));
-  require(o.e.size(2) == o.c.size(1), "e and c must agree in D, got e of shape " + shape(o.e) +
-                                          " and c of shape " + shape(o.c));
-  require(
-      o.targets.dim() == 2 && o.targets.size(0) == o.e.size(0) && o.targets.size(1) == o.e.size(1),
-      "targets must be (sequences, length) of e, got shape " + shape(o.targets) +
-          " and e of shape " + shape(o.e));
+  if (!(o.e.dim() == 3)) refuse("e must be (sequences, length, D), got shape " + shape(o.e));
+  if (!(o.c.dim() == 2)) refuse("c must be (V, D), got shape " + shape(o.c));
+  if (!(o.e.size(2) == o.c.size(1)))
+    refuse("e and c must agree in D, got e of shape " + shape(o.e) + " and c of shape " +
+           shape(o.c));
+  if (!(o.targets.dim() == 2 && o.targets.size(0) == o.e.size(0) &&
+        o.targets.size(1) == o.e.size(1)))
+    refuse("targets must be (sequences, length) of e, got shape " + shape(o.targets) +
+           " and e of shape " + shape(o.e));
   const auto is_vector_of_v = [&](const std::optional<Tensor>& t, const char* what) {
-    require(!t || (t->dim() == 1 && t->size(0) == o.c.size(0)),
-            std::string(what) + " must be (V), got shape " + (t ? shape(*t) : "") +
-                " and c of shape " + shape(o.c));
+    if (!(!t || (t->dim() == 1 && t->size(0) == o.c.size(0))))
+      refuse(std::string(what) + " must be (V), got shape " + (t ? shape(*t) : "") +
+             " and c of shape " + shape(o.c));
   };
   is_vector_of_v(o.bias, "bias");
   is_vector_of_v(o.class_weight, "class_weight");
-  require(options.schedule >= 0 && options.schedule <= 3,
-          "schedule must be 0, 1, 2 or 3, got " + std::to_string(options.schedule));
+  if (!(options.schedule >= 0 && options.schedule <= 3))
+    refuse("schedule must be 0, 1, 2 or 3, got " + std::to_string(options.schedule));
 }
 
 template <class Index>
@@ -95,11 +97,10 @@ void check_num_valid(const Problem& p, const void* targets) {
   const std::int64_t count = p.target_type == IndexType::i64
                                  ? count_valid(p, static_cast<const std::int64_t*>(targets))
                                  : count_valid(p, static_cast<const std::int32_t*>(targets));
-  require(
-      *p.num_valid == count,
-      "num_valid is " + std::to_string(*p.num_valid) + ", but " + std::to_string(count) +
-          " of the " + std::to_string(row_count(p)) +
-          " targets that are predicted are not ignore_index = " + std::to_string(p.ignore_index));
+  if (!(*p.num_valid == count))
+    refuse("num_valid is " + std::to_string(*p.num_valid) + ", but " + std::to_string(count) +
+           " of the " + std::to_string(row_count(p)) +
+           " targets that are predicted are not ignore_index = " + std::to_string(p.ignore_index));
 }
 
 }  // namespace
@@ -200,11 +201,11 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   p.has_class_weight = o.class_weight.has_value();
   p.device = device_.device();
   plan_ = plan_for(p, device_.index());
-  require(kept_bytes() == options.kept_bytes, "kept_bytes must be what the plan says, " +
-                                                  std::to_string(kept_bytes()) + ", got " +
-                                                  std::to_string(options.kept_bytes));
+  if (!(kept_bytes() == options.kept_bytes))
+    refuse("kept_bytes must be what the plan says, " + std::to_string(kept_bytes()) + ", got " +
+           std::to_string(options.kept_bytes));
 
-  if (!device_.is_cuda()) check_num_valid(plan_.problem, o.targets.const_data_ptr());
+  if (!device_.is_cuda()) check_num_valid(plan_->problem, o.targets.const_data_ptr());
 
   args.stream = device_.stream();
   args.in.e = o.e.const_data_ptr();
@@ -213,9 +214,10 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   args.in.targets = o.targets.const_data_ptr();
   args.in.temperature = row_input(o.row_temperature, "row_temperature");
   if (o.class_weight) {
-    require(o.class_weight->scalar_type() == stats(),
-            "class_weight must have the dtype of the "
-            "per-row outputs");
+    if (!(o.class_weight->scalar_type() == stats()))
+      refuse(
+          "class_weight must have the dtype of the "
+          "per-row outputs");
     device_.require_here(*o.class_weight, "class_weight");
     alive_.push_back(packed(*o.class_weight));
     args.in.class_weight = alive_.back().const_data_ptr();
@@ -224,43 +226,67 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
 
 const void* Call::row_input(const std::optional<Tensor>& tensor, const char* what) {
   if (!tensor) return nullptr;
-  require(tensor->dim() == 1 && tensor->size(0) == rows() && tensor->scalar_type() == stats(),
-          std::string(what) + " must be (" + std::to_string(rows()) +
-              ") in the dtype of the per-row outputs, got shape " + shape(*tensor) + " of " +
-              torch::headeronly::toString(tensor->scalar_type()));
+  if (!(tensor->dim() == 1 && tensor->size(0) == rows() && tensor->scalar_type() == stats()))
+    refuse(std::string(what) + " must be (" + std::to_string(rows()) +
+           ") in the dtype of the per-row outputs, got shape " + shape(*tensor) + " of " +
+           torch::headeronly::toString(tensor->scalar_type()));
   device_.require_here(*tensor, what);
   alive_.push_back(packed(*tensor));
   return alive_.back().const_data_ptr();
 }
 
-Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bool wanted) const {
-  static constexpr std::int64_t kNothing[] = {0};
-  const torch::headeronly::IntHeaderOnlyArrayRef shape =
-      wanted ? torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())
-             : torch::headeronly::IntHeaderOnlyArrayRef(kNothing, 1);
-  try {
-    return torch::stable::new_empty(operands_.e, shape, type);
-  } catch (const std::runtime_error&) {
-    std::int64_t elements = 1;
-    for (const std::int64_t size : shape) elements *= size;
-    throw could_not_allocate(device_.device(), "a result of " + std::to_string(elements) +
-                                                   " elements of " +
-                                                   torch::headeronly::toString(type));
+void Call::read_terms(const std::optional<Tensor>& terms) {
+  if (!terms) return;
+  const std::int64_t count = terms->dim() == 2 ? terms->size(0) : 0;
+  if (count < 1 || count > 4 || terms->size(1) != rows() || terms->scalar_type() != stats()) {
+    refuse("terms must be what loss_terms makes of " + std::to_string(rows()) +
+           " rows, got shape " + shape(*terms) + " of " +
+           torch::headeronly::toString(terms->scalar_type()));
   }
+  device_.require_here(*terms, "terms");
+  alive_.push_back(packed(*terms));
+  const auto* data = static_cast<const std::byte*>(alive_.back().const_data_ptr());
+  const TermOrder order(count);
+  const auto row = [&](int at) -> const void* {
+    return at < 0 ? nullptr : data + at * rows() * terms->element_size();
+  };
+  args.upstream.d_nll = row(order.nll);
+  args.upstream.d_lse = row(order.lse);
+  args.upstream.d_zbar = row(order.zbar);
+  args.upstream.d_lse_squared = row(order.lse_squared);
+}
+
+Tensor Call::sum_loss(const std::optional<Tensor>& undefined) {
+  const void* flag = nullptr;
+  if (undefined) {
+    if (undefined->numel() != 1 || undefined->scalar_type() != ScalarType::Bool) {
+      refuse("undefined must be one bool, got shape " + shape(*undefined) + " of " +
+             torch::headeronly::toString(undefined->scalar_type()));
+    }
+    device_.require_here(*undefined, "undefined");
+    flag = undefined->const_data_ptr();
+  }
+  const Tensor loss = make({}, stats());
+  weighted_loss(plan(), args, loss.mutable_data_ptr(), static_cast<const bool*>(flag));
+  return loss;
+}
+
+Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bool wanted) const {
+  return wanted ? new_tensor(operands_.e, sizes, type) : new_tensor(operands_.e, {0}, type);
 }
 
 Tensor Call::make_de() const {
-  const Problem& p = plan_.problem;
+  const Problem& p = plan_->problem;
   return make({p.sequences, p.length, p.D}, operands_.e.scalar_type(), p.needs_de);
 }
 
 Tensor Call::make_dc() const {
-  const Problem& p = plan_.problem;
+  const Problem& p = plan_->problem;
   return make({p.V, p.D}, operands_.c.scalar_type(), p.needs_dc);
 }
 
 Tensor Call::make_dbias() const {
-  const Problem& p = plan_.problem;
+  const Problem& p = plan_->problem;
   return make({p.V}, p.has_bias ? operands_.bias->scalar_type() : ScalarType::Float, p.needs_dbias);
 }
 

@@ -1,7 +1,9 @@
 // The arguments that all operators share, read from the stack, and what becomes of them.
 #pragma once
 
+#include <memory>
 #include <optional>
+#include <vector>
 
 #include "convert.h"
 #include "device.h"
@@ -60,13 +62,17 @@ class Call {
  public:
   Call(Operands operands, const Options& options, Upstream upstream);
 
-  const Plan& plan() const { return plan_; }
-  std::int64_t rows() const { return row_count(plan_.problem); }
-  ScalarType stats() const { return stat_type(plan_.problem.compute_type); }
-  std::int64_t kept_bytes() const { return plan_.keeps_logits ? plan_.kept_bytes : 0; }
+  const Plan& plan() const { return *plan_; }
+  std::int64_t rows() const { return row_count(plan_->problem); }
+  ScalarType stats() const { return stat_type(plan_->problem.compute_type); }
+  std::int64_t kept_bytes() const { return plan_->keeps_logits ? plan_->kept_bytes : 0; }
 
   // Per-row input of the call, (rows) in the stat dtype; null where absent. Kept alive here.
   const void* row_input(const std::optional<Tensor>& tensor, const char* what);
+  // What loss_terms made, or nothing.
+  void read_terms(const std::optional<Tensor>& terms);
+  // Sums the rows' outputs by args.upstream, to a tensor of one.
+  Tensor sum_loss(const std::optional<Tensor>& undefined);
   // An uninitialised tensor of the call's device; one of no elements where it is not wanted.
   Tensor make(std::initializer_list<std::int64_t> sizes, ScalarType type, bool wanted = true) const;
 
@@ -80,7 +86,7 @@ class Call {
  private:
   Operands operands_;
   OnDevice device_;
-  Plan plan_;
+  std::shared_ptr<const Plan> plan_;
   std::vector<Tensor> alive_;
 };
 

@@ -65,6 +65,18 @@ Error could_not_allocate(Device device, const std::string& what) {
                                         : "could not allocate " + what};
 }
 
+Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType type) {
+  try {
+    return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+  } catch (const std::runtime_error&) {
+    std::int64_t elements = 1;
+    for (const std::int64_t size : sizes) elements *= size;
+    throw could_not_allocate(device_of(like), "a result of " + std::to_string(elements) +
+                                                  " elements of " +
+                                                  torch::headeronly::toString(type));
+  }
+}
+
 Workspace::Workspace(const Tensor& like, std::int64_t bytes) {
   if (bytes == 0) return;
   const auto fail = [&] {

@@ -33,6 +33,9 @@ class OnDevice {
 // The error of an allocation that failed; `what`, as "a workspace of 12 bytes".
 Error could_not_allocate(Device device, const std::string& what);
 
+// An uninitialised tensor on the device of another.
+Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType type);
+
 // Scratch memory of one call: the host's own, or PyTorch's on a device, where it is ordered on the
 // current stream and may be reused by what follows there.
 class Workspace {

@@ -7,15 +7,19 @@
 
 #include "call.h"
 #include "plans.h"
+#include "terms.h"
 
 namespace cutloss::binding {
 namespace {
 
 void* data(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
 
-// statistics(operands, *, options) -> (nll, lse, row_max, log_sum, entropy, zbar, argmax, kept)
+// statistics(operands, terms, undefined, *, options)
+//   -> (loss, nll, lse, row_max, log_sum, entropy, zbar, argmax, kept); no terms, no loss
 void statistics(Stack& stack) {
   Operands operands = read_operands(stack);
+  const auto terms = stack.next<std::optional<Tensor>>();
+  const auto undefined = stack.next<std::optional<Tensor>>();
   const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
@@ -43,18 +47,20 @@ void statistics(Stack& stack) {
   call.args.kept = data(kept);
   call.args.workspace = workspace.data();
   forward(plan, call.args);
-  for (const Tensor* t : {&nll, &lse, &row_max, &log_sum, &entropy, &zbar, &argmax, &kept}) {
+  call.read_terms(terms);
+  const Tensor loss = terms ? call.sum_loss(undefined) : call.make({0}, type);
+  for (const Tensor* t : {&loss, &nll, &lse, &row_max, &log_sum, &entropy, &zbar, &argmax, &kept}) {
     stack.put(*t);
   }
 }
 
-// gradients(operands, nll, row_max, log_sum, entropy, kept, d_nll, d_lse, d_entropy, d_zbar,
-//           *, options) -> (de, dc, dbias)
+// gradients(operands, nll, row_max, log_sum, entropy, kept, d_nll, d_lse, d_lse_squared,
+//           d_entropy, d_zbar, *, options) -> (de, dc, dbias)
 void gradients(Stack& stack) {
   Operands operands = read_operands(stack);
   std::array<Tensor, 5> saved;
   for (Tensor& t : saved) t = stack.next<Tensor>();
-  std::array<std::optional<Tensor>, 4> upstream;
+  std::array<std::optional<Tensor>, 5> upstream;
   for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
   const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
@@ -76,8 +82,9 @@ void gradients(Stack& stack) {
   RowGradients& up = call.args.upstream;
   up.d_nll = call.row_input(upstream[0], "d_nll");
   up.d_lse = call.row_input(upstream[1], "d_lse");
-  up.d_entropy = call.row_input(upstream[2], "d_entropy");
-  up.d_zbar = call.row_input(upstream[3], "d_zbar");
+  up.d_lse_squared = call.row_input(upstream[2], "d_lse_squared");
+  up.d_entropy = call.row_input(upstream[3], "d_entropy");
+  up.d_zbar = call.row_input(upstream[4], "d_zbar");
 
   const Tensor de = call.make_de();
   const Tensor dc = call.make_dc();
@@ -89,20 +96,17 @@ void gradients(Stack& stack) {
   for (const Tensor* t : {&de, &dc, &dbias}) stack.put(*t);
 }
 
-// loss_and_gradients(operands, coef_nll, coef_lse, coef_lse_squared, coef_zbar, *, options)
-//   -> (loss, argmax, de, dc, dbias)
+// loss_and_gradients(operands, terms, undefined, *, options) -> (loss, argmax, de, dc, dbias)
 void loss_and_gradients(Stack& stack) {
   Operands operands = read_operands(stack);
-  std::array<std::optional<Tensor>, 4> coefficients;
-  for (auto& t : coefficients) t = stack.next<std::optional<Tensor>>();
-  Options options = read_options(stack);
-  options.wants_zbar = coefficients[3].has_value();
+  const Tensor terms = stack.next<Tensor>();
+  const auto undefined = stack.next<std::optional<Tensor>>();
+  const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   const Plan& plan = call.plan();
   const std::int64_t rows = call.rows();
   const ScalarType type = call.stats();
 
-  const Tensor loss = call.make({}, type);
   const Tensor nll = call.make({rows}, type);
   const Tensor lse = call.make({rows}, type);
   const Tensor row_max = call.make({rows}, type);
@@ -124,17 +128,12 @@ void loss_and_gradients(Stack& stack) {
   out.entropy = data(entropy);
   out.zbar = data(zbar);
   out.argmax = static_cast<std::int64_t*>(data(argmax));
-  RowGradients& up = call.args.upstream;
-  up.d_nll = call.row_input(coefficients[0], "coef_nll");
-  up.d_lse = call.row_input(coefficients[1], "coef_lse");
-  up.d_lse_squared = call.row_input(coefficients[2], "coef_lse_squared");
-  up.d_zbar = call.row_input(coefficients[3], "coef_zbar");
+  call.read_terms(terms);
   call.args.gradients = {data(de), data(dc), data(dbias)};
   call.args.kept = kept.data();
   call.args.workspace = workspace.data();
   forward_backward(plan, call.args);
-
-  weighted_loss(plan, call.args, data(loss));
+  const Tensor loss = call.sum_loss(undefined);
   for (const Tensor* t : {&loss, &argmax, &de, &dc, &dbias}) stack.put(*t);
 }
 
@@ -184,7 +183,7 @@ void scale(Stack& stack) {
   "bool has_class_weight, bool at_forward, bool on_cuda, int device_index=-1"
 
 // A plan without data: sizes, dtypes and options.
-Plan read_plan(Stack& s) {
+std::shared_ptr<const Plan> read_plan(Stack& s) {
   struct {
     std::int64_t sequences, length, V, D;
   } sizes{};
@@ -228,7 +227,8 @@ Plan read_plan(Stack& s) {
 // plan(sizes, *, options) -> [schedule, bytes kept from forward to backward, bytes of scratch of
 // forward, of backward, products]
 void plan(Stack& stack) {
-  const Plan plan = read_plan(stack);
+  const auto made = read_plan(stack);
+  const Plan& plan = *made;
   const std::int64_t scratch = plan.keeps_logits ? 0 : plan.kept_bytes;
   stack.put(std::vector<std::int64_t>{
       static_cast<std::int64_t>(plan.schedule), plan.kept_bytes - scratch,
@@ -245,7 +245,7 @@ void has_cuda(Stack& stack) {
 
 void version(Stack& stack) { stack.put(std::string(CUTLOSS_VERSION)); }
 
-void describe_plan(Stack& stack) { stack.put(describe(read_plan(stack))); }
+void describe_plan(Stack& stack) { stack.put(describe(*read_plan(stack))); }
 
 void describe_machine(Stack& stack) {
   std::string text;
@@ -256,17 +256,22 @@ void describe_machine(Stack& stack) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(cutloss, m) {
-  m.def("statistics(" CUTLOSS_OPERANDS ", *, " CUTLOSS_OPTIONS
-        ") -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, "
-        "Tensor zbar, Tensor argmax, Tensor kept)");
+  m.def(
+      "statistics(" CUTLOSS_OPERANDS
+      ", Tensor? terms=None, Tensor? undefined=None, *, " CUTLOSS_OPTIONS
+      ") -> (Tensor loss, Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, "
+      "Tensor zbar, Tensor argmax, Tensor kept)");
   m.def("gradients(" CUTLOSS_OPERANDS
         ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
-        "Tensor? d_nll, Tensor? d_lse, Tensor? d_entropy, Tensor? d_zbar, *, " CUTLOSS_OPTIONS
-        ") -> (Tensor de, Tensor dc, Tensor dbias)");
+        "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
+        "Tensor? d_zbar, *, " CUTLOSS_OPTIONS ") -> (Tensor de, Tensor dc, Tensor dbias)");
   m.def("loss_and_gradients(" CUTLOSS_OPERANDS
-        ", Tensor? coef_nll, Tensor? coef_lse, Tensor? coef_lse_squared, Tensor? coef_zbar, "
-        "*, " CUTLOSS_OPTIONS
+        ", Tensor terms, Tensor? undefined=None, *, " CUTLOSS_OPTIONS
         ") -> (Tensor loss, Tensor argmax, Tensor de, Tensor dc, Tensor dbias)");
+  m.def(
+      "loss_terms(Tensor targets, Tensor? token_weight, Tensor? class_weight, "
+      "ScalarType compute_dtype, SymInt V, int shift, int ignore_index, bool mean, "
+      "float label_smoothing, float z_loss) -> (Tensor terms, Tensor undefined)");
   m.def("scale_(Tensor(a!) t, Tensor factor) -> ()");
   m.def("plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> int[]");
   m.def("describe_plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> str");
@@ -279,6 +284,7 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CPU, m) {
   m.impl("statistics", &boxed<statistics>);
   m.impl("gradients", &boxed<gradients>);
   m.impl("loss_and_gradients", &boxed<loss_and_gradients>);
+  m.impl("loss_terms", &boxed<loss_terms>);
   m.impl("scale_", &boxed<scale>);
 }
 
@@ -287,6 +293,7 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) {
   m.impl("statistics", &boxed<statistics, Device::cuda>);
   m.impl("gradients", &boxed<gradients, Device::cuda>);
   m.impl("loss_and_gradients", &boxed<loss_and_gradients, Device::cuda>);
+  m.impl("loss_terms", &boxed<loss_terms, Device::cuda>);
   m.impl("scale_", &boxed<scale, Device::cuda>);
 }
 

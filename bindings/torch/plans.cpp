@@ -10,7 +10,7 @@ namespace {
 struct Made {
   Problem problem;
   std::int64_t device = -1;
-  Plan plan;
+  std::shared_ptr<const Plan> plan;
 };
 
 // A forward asks for two or three plans, its backward for one.
@@ -23,12 +23,12 @@ struct Memory {
 
 }  // namespace
 
-Plan plan_for(const Problem& problem, std::int64_t device) {
+std::shared_ptr<const Plan> plan_for(const Problem& problem, std::int64_t device) {
   thread_local Memory memory;
   for (const std::optional<Made>& made : memory.made) {
     if (made && made->device == device && made->problem == problem) return made->plan;
   }
-  Plan plan = make_plan(problem);
+  auto plan = std::make_shared<const Plan>(make_plan(problem));
   memory.made[memory.next] = Made{problem, device, plan};
   memory.next = (memory.next + 1) % kRemembered;
   return plan;

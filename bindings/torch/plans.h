@@ -2,12 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "cutloss/cutloss.h"
 
 namespace cutloss::binding {
 
 // make_plan(problem), for the device that is current (`device`: its index; -1 on the CPU).
-Plan plan_for(const Problem& problem, std::int64_t device);
+std::shared_ptr<const Plan> plan_for(const Problem& problem, std::int64_t device);
 
 }  // namespace cutloss::binding

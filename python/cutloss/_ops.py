@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _errors, _load
-from ._terms import Rows, Terms
+from ._terms import Rows, Weighting, unpacked
 
 _load.load()
 _ops = torch.ops.cutloss
@@ -76,11 +76,19 @@ def describe_machine() -> str:
 
 
 def call(operator: Any, *args: Any, **options: Any) -> Any:
-    """Calls an operator; its errors become Python's. A traced call is left as it is."""
+    """Calls an operator; its errors become Python's. A traced call is left as it is.
+
+    The operator's own autograd, which is for traced code, is passed over: it costs more than the
+    smallest loss, and whoever calls from here has the gradient in hand, or wants none. Transforms
+    of torch.func work by autograd's dispatch, so under them nothing is passed over.
+    """
     if torch.compiler.is_compiling():
         return operator(*args, **options)
     try:
-        return operator(*args, **options)
+        if is_transformed():
+            return operator(*args, **options)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args, **options)
     except RuntimeError as error:
         known = _errors.translated(error)
         if known is error:
@@ -99,30 +107,72 @@ def describe_plan(sizes: tuple, options: Options) -> str:
     return call(_ops.describe_plan, *sizes, **options)
 
 
+def loss_terms(
+    targets: Tensor, V: int, how: Weighting, options: Options
+) -> tuple[Tensor, Tensor]:
+    """What _terms.terms makes, without a gradient: the coefficients in one tensor, and whether
+    they are those of a mean of nothing. `targets`: (sequences, length)."""
+    stats = stat_dtype(options["compute_dtype"])
+    token_weight = None if how.token_weight is None else how.token_weight.to(stats)
+    weight = None if how.weight is None else how.weight.to(stats)
+    return call(
+        _ops.loss_terms,
+        targets,
+        token_weight,
+        weight,
+        options["compute_dtype"],
+        V,
+        options["shift"],
+        options["ignore_index"],
+        how.reduction == "mean",
+        how.label_smoothing,
+        how.z_loss,
+    )
+
+
 def statistics(operands: tuple, options: Options) -> Rows:
     """Per-row outputs whose gradients are made in backward."""
-    if torch.compiler.is_compiling():
-        outputs = _ops.statistics(*operands, **options)
-    else:
-        outputs = _Deferred.apply(*operands, options)
-    nll, lse, _, _, entropy, zbar, argmax, _ = outputs
-    return Rows(nll, lse, entropy, zbar, argmax)
+    return _deferred((*operands, None, None), options)[1]
 
 
-def loss_now(operands: tuple, terms: Terms, options: Options) -> tuple[Tensor, Tensor]:
-    """The loss, whose gradients are made along with it, and the predictions."""
-    weights = (terms.nll, terms.lse, terms.lse_squared, terms.zbar)
+def loss(
+    operands: tuple, terms: Tensor, undefined: Tensor, options: Options, immediate: bool
+) -> tuple[Tensor, Rows]:
+    """The loss that loss_terms weighs, and per-row outputs. `immediate`: its gradients are made
+    along with it, and of the outputs there are predictions only."""
+    inputs = (*operands, terms, undefined)
+    if not immediate:
+        return _deferred(inputs, options)
     if torch.compiler.is_compiling():
-        loss, argmax, *_ = _ops.loss_and_gradients(*operands, *weights, **options)
+        loss, argmax, *_ = _ops.loss_and_gradients(*inputs, **options)
     else:
-        loss, argmax, *_ = _Immediate.apply(*operands, *weights, options)
-    return loss, argmax
+        loss, argmax, *_ = _Immediate.apply(*inputs, options)
+    return loss, Rows(argmax=argmax)
+
+
+def _deferred(inputs: tuple, options: Options) -> tuple[Tensor, Rows]:
+    if torch.compiler.is_compiling():
+        outputs = _ops.statistics(*inputs, **options)
+    elif is_transformed():
+        outputs = _Transformed.apply(*inputs, options)
+    elif _is_differentiated(options):
+        outputs = _Deferred.apply(*inputs, options)
+    else:
+        outputs = call(_ops.statistics, *inputs, **options)
+    loss, nll, lse, _, _, entropy, zbar, argmax, _ = outputs
+    return loss, Rows(nll, lse, entropy, zbar, argmax)
 
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func is at work, for which the gradient of forward's rows is
     made in backward."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _is_differentiated(options: Options) -> bool:
+    """Whether a derivative may be asked for: one that is made, or one that is refused."""
+    wanted = options["needs_de"] or options["needs_dc"] or options["needs_dbias"]
+    return wanted or forward_ad._current_level >= 0
 
 
 # Shapes -----------------------------------------------------------------------------------------
@@ -146,7 +196,7 @@ def _fake_gradients(e: Tensor, c: Tensor, bias: Tensor | None, options: Options)
 
 
 @torch.library.register_fake("cutloss::statistics")
-def _(e, c, bias, targets, row_temperature, class_weight, **options):
+def _(e, c, bias, targets, row_temperature, class_weight, terms=None, undefined=None, **options):
     stats = stat_dtype(options["compute_dtype"])
     rows = _rows(e, options)
 
@@ -154,6 +204,7 @@ def _(e, c, bias, targets, row_temperature, class_weight, **options):
         return e.new_empty((rows if wanted else 0,), dtype=dtype)
 
     return (
+        e.new_empty(() if terms is not None else (0,), dtype=stats),
         per_row(),
         per_row(),
         per_row(),
@@ -176,6 +227,25 @@ def _(e, c, bias, *_, **options):
     rows = _rows(e, options) if options["wants_argmax"] else 0
     argmax = e.new_empty((rows,), dtype=torch.int64)
     return loss, argmax, *_fake_gradients(e, c, bias, options)
+
+
+@torch.library.register_fake("cutloss::loss_terms")
+def _(
+    targets,
+    token_weight,
+    class_weight,
+    compute_dtype,
+    V,
+    shift,
+    ignore_index,
+    mean,
+    label_smoothing,
+    z_loss,
+):
+    count = 1 + (2 if label_smoothing > 0 else 0) + (1 if z_loss > 0 else 0)
+    rows = targets.shape[0] * (targets.shape[1] - shift)
+    terms = targets.new_empty((count, rows), dtype=stat_dtype(compute_dtype))
+    return terms, targets.new_empty((), dtype=torch.bool)
 
 
 @torch.library.register_fake("cutloss::scale_")
@@ -221,24 +291,39 @@ def _wanted(gradients, options: Options):
 
 
 def _statistics_context(ctx, inputs, keyword_only_inputs, output):
-    nll, lse, row_max, log_sum, entropy, zbar, argmax, kept = output
-    ctx.save_for_backward(*inputs, nll, row_max, log_sum, entropy, kept)
+    _, nll, lse, row_max, log_sum, entropy, zbar, argmax, kept = output
+    *operands, terms, _ = inputs
+    ctx.save_for_backward(*operands, terms, nll, row_max, log_sum, entropy, kept)
     ctx.mark_non_differentiable(row_max, log_sum, argmax, kept)
     ctx.set_materialize_grads(False)
     ctx.options = keyword_only_inputs
 
 
-def _statistics_backward(ctx, d_nll, d_lse, d_max, d_sum, d_entropy, d_zbar, d_argmax, d_kept):
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _statistics_backward(
+    ctx, d_loss, d_nll, d_lse, d_max, d_sum, d_entropy, d_zbar, d_argmax, d_kept
+):
     options = ctx.options
-    e, c, bias, targets, *saved = ctx.saved_tensors
+    *operands, terms, nll, row_max, log_sum, entropy, kept = ctx.saved_tensors
+    e, c, bias = operands[:3]
     # What was not asked for has no elements, and its gradient says nothing.
+    d_loss = d_loss if terms is not None else None
     d_entropy = d_entropy if options["wants_entropy"] else None
     d_zbar = d_zbar if options["wants_zbar"] else None
-    d_rows = (d_nll, d_lse, d_entropy, d_zbar)
+    sources = (e, c, bias, d_loss, d_nll, d_lse, d_entropy, d_zbar)
     with torch.no_grad():
-        gradients = call(_ops.gradients, e, c, bias, targets, *saved, *d_rows, **options)
-    de, dc, dbias = _first_order(_wanted(gradients, options), e, c, bias, *d_rows)
-    return de, dc, dbias, None, None, None
+        d_lse_squared = None
+        if d_loss is not None:
+            t = unpacked(terms * d_loss)
+            d_nll, d_lse, d_zbar = _sum(d_nll, t.nll), _sum(d_lse, t.lse), _sum(d_zbar, t.zbar)
+            d_lse_squared = t.lse_squared
+        saved = (nll, row_max, log_sum, entropy, kept)
+        d_rows = (d_nll, d_lse, d_lse_squared, d_entropy, d_zbar)
+        gradients = call(_ops.gradients, *operands, *saved, *d_rows, **options)
+    return *_first_order(_wanted(gradients, options), *sources), *(None,) * 5
 
 
 def _immediate_context(ctx, inputs, keyword_only_inputs, output):
@@ -268,23 +353,24 @@ def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
 def _immediate_backward(ctx, d_loss, *_):
     options = ctx.options
     if d_loss is None:
-        return (None,) * 10
+        return (None,) * 8
     # The first backward hands over what forward made. Another one (retain_graph) finds nothing
     # and makes it again: the same bits, and no copy for those who never ask.
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is not None and not torch.is_grad_enabled():
-        return *(_scaled(g, d_loss) for g in gradients), *(None,) * 7
+        return *(_scaled(g, d_loss) for g in gradients), *(None,) * 5
     inputs = ctx.saved_tensors
     with torch.no_grad():
         if gradients is None:
             gradients = _wanted(call(_ops.loss_and_gradients, *inputs, **options)[2:], options)
         gradients = tuple(_scaled(g, d_loss) for g in gradients)
     e, c, bias = inputs[:3]
-    return *_first_order(gradients, e, c, bias, d_loss), *(None,) * 7
+    return *_first_order(gradients, e, c, bias, d_loss), *(None,) * 5
 
 
-# Eager code and torch.func take these; traced code takes the operators, to which the same
-# functions are registered.
+# Eager code takes _Deferred and _Immediate, torch.func takes _Transformed; traced code takes the
+# operators, to which the same functions are registered. Eager functions have no setup_context: it
+# costs more than the smallest loss, and only torch.func needs it.
 
 _FORWARD_MODE = (
     "cutloss has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode (grad, vjp, "
@@ -293,6 +379,23 @@ _FORWARD_MODE = (
 
 
 class _Deferred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        *operands, options = inputs
+        output = tuple(call(_ops.statistics, *operands, **options))
+        _statistics_context(ctx, operands, options, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *d_rows):
+        return *_statistics_backward(ctx, *d_rows), None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_FORWARD_MODE)
+
+
+class _Transformed(_Deferred):
     generate_vmap_rule = True
 
     @staticmethod
@@ -304,18 +407,10 @@ class _Deferred(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _statistics_context(ctx, inputs[:-1], inputs[-1], output)
 
-    @staticmethod
-    def backward(ctx, *d_rows):
-        return *_statistics_backward(ctx, *d_rows), None
-
-    @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(_FORWARD_MODE)
-
 
 class _Immediate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):  # without setup_context, which costs and only torch.func needs
+    def forward(ctx, *inputs):
         *tensors, options = inputs
         output = call(_ops.loss_and_gradients, *tensors, **options)
         _immediate_context(ctx, tensors, options, output)

@@ -6,6 +6,9 @@ them; where sizes are symbols, a bound on its memory does.
 """
 
 import dataclasses
+import functools
+import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +19,7 @@ from ._ops import SCHEDULES, Options
 DEFAULT_WORKSPACE = 512 << 20  # kDefaultWorkspace of cutloss.h
 
 
-@dataclasses.dataclass
-class Sizes:
+class Sizes(NamedTuple):
     """What a plan depends on besides the options."""
 
     sequences: int
@@ -35,24 +37,10 @@ class Sizes:
 
     def arguments(self, at_forward: bool) -> tuple:
         """The leading arguments of the operators plan and describe_plan."""
-        return (
-            self.sequences,
-            self.length,
-            self.V,
-            self.D,
-            self.e_dtype,
-            self.c_dtype,
-            self.bias_dtype,
-            self.target_dtype,
-            self.has_row_temperature,
-            self.has_class_weight,
-            at_forward,
-            self.on_cuda,
-            self.device_index,
-        )
+        return *self[:-2], at_forward, *self[-2:]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Choice:
     immediate: bool  # loss_and_gradients, else statistics and gradients
     schedule: int
@@ -83,11 +71,18 @@ def choose(sizes: Sizes, options: Options, known_at_forward: bool) -> Choice:
     )
     if symbolic or torch.compiler.is_compiling():
         return _choose_by_bound(sizes, options, immediate)
+    engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too
+    return _choose_by_plan(sizes, tuple(options.items()), immediate, engine)
+
+
+# Training asks for the same few again and again, and asking the operator costs more than to know.
+@functools.lru_cache(maxsize=64)
+def _choose_by_plan(sizes: Sizes, options: tuple, immediate: bool, engine: str | None) -> Choice:
     if immediate:
-        schedule, *_ = _ops.plan(sizes.arguments(at_forward=True), options)
+        schedule, *_ = _ops.plan(sizes.arguments(at_forward=True), dict(options))
         if schedule == SCHEDULES["rows"]:
             return Choice(True, schedule)
-    schedule, kept_bytes, *_ = _ops.plan(sizes.arguments(at_forward=False), options)
+    schedule, kept_bytes, *_ = _ops.plan(sizes.arguments(at_forward=False), dict(options))
     return Choice(False, schedule, kept_bytes)
 
 

@@ -4,6 +4,10 @@
 
 Label smoothing is that of F.cross_entropy: with eps, class weights w and W = sum(w),
 (1 - eps) * w[target] * nll + eps * (W * lse / V - zbar), where zbar = sum_v w[v] z[v] / V.
+
+The operator loss_terms makes the coefficients in one step (src/core/loss_terms.h). `terms` makes
+the same ones of PyTorch's own operators, where token weights carry a gradient, under torch.func,
+and for impl="torch".
 """
 
 import dataclasses
@@ -20,7 +24,17 @@ class Weighting:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     weight: Tensor | None = None  # (V)
-    token_weight: Tensor | None = None  # (rows)
+    token_weight: Tensor | None = None  # (sequences, length)
+
+    def changes_nothing(self) -> bool:
+        """Whether the loss is nll as it is."""
+        return (
+            self.reduction == "none"
+            and self.label_smoothing == 0
+            and self.z_loss == 0
+            and self.weight is None
+            and self.token_weight is None
+        )
 
 
 @dataclasses.dataclass
@@ -36,56 +50,79 @@ class Terms:
 
 @dataclasses.dataclass
 class Rows:
-    """Per-row outputs; what was not asked for may be empty."""
+    """Per-row outputs; what was not asked for may be empty, or absent."""
 
-    nll: Tensor
-    lse: Tensor
-    entropy: Tensor
-    zbar: Tensor
-    argmax: Tensor
+    nll: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    zbar: Tensor | None = None
+    argmax: Tensor | None = None
+
+
+def of_rows(t: Tensor, shift: int) -> Tensor:
+    """(rows): what lies where the targets do, (sequences, length)."""
+    return t.reshape(-1) if shift == 0 else t[:, shift:].reshape(-1)
+
+
+def unpacked(packed: Tensor) -> Terms:
+    """Those that loss_terms made: (k, rows), of nll; with label smoothing of lse and zbar; with
+    z-loss of lse^2."""
+    nll, *rest = packed.unbind()
+    result = Terms(nll)
+    if len(rest) >= 2:
+        result.lse, result.zbar, *rest = rest
+    if rest:
+        (result.lse_squared,) = rest
+    return result
 
 
 def terms(
-    targets: Tensor, V: int, how: Weighting, ignore_index: int, stats: torch.dtype
+    targets: Tensor, V: int, how: Weighting, shift: int, ignore_index: int, stats: torch.dtype
 ) -> Terms:
-    """`targets`: (rows), those of the rows of the loss."""
+    """`targets`: (sequences, length)"""
+    targets = of_rows(targets, shift)
     valid = targets != ignore_index
     tokens = valid.to(stats)
     if how.token_weight is not None:
-        tokens = torch.where(valid, how.token_weight.to(stats), 0.0)
+        tokens = torch.where(valid, of_rows(how.token_weight, shift).to(stats), 0.0)
     weighted = tokens
-    if how.weight is not None:
+    weight = None if how.weight is None else how.weight.to(stats)
+    if weight is not None:
         # Targets out of range are clamped here; the operator names them.
-        weighted = tokens * how.weight.to(stats)[targets.clamp(0, V - 1).long()]
+        weighted = tokens * weight[targets.clamp(0, V - 1).long()]
 
     undefined = None
-    per_token = tokens
+    per_token = over_tokens = tokens
     if how.reduction == "mean":
         total = weighted.sum(dtype=torch.float64)
         undefined = total == 0
         # A mean of nothing is undefined, its gradients are zero.
-        total = torch.where(undefined, 1.0, total).to(stats)
-        per_token = tokens / total
-        weighted = per_token if how.weight is None else weighted / total
+        per_token = torch.where(undefined, 0.0, tokens / total.to(stats))
+        over_tokens = per_token
+        if weight is not None:
+            weighted = torch.where(undefined, 0.0, weighted / total.to(stats))
+            # Class weights say nothing about the size of a row's logits: z-loss is a mean over
+            # tokens.
+            total = tokens.sum(dtype=torch.float64)
+            total = torch.where(total == 0, 1.0, total).to(stats)
+            over_tokens = torch.where(undefined, 0.0, tokens / total)
+        else:
+            weighted = per_token
 
     result = Terms(weighted, undefined=undefined)
     eps = how.label_smoothing
     if eps > 0:
-        share = eps if how.weight is None else eps * how.weight.sum(dtype=torch.float64) / V
+        share = eps if weight is None else eps * weight.sum(dtype=torch.float64) / V
         result.nll = weighted * (1.0 - eps)
         result.lse = per_token * share
         result.zbar = per_token * -eps
     if how.z_loss > 0:
-        # Class weights say nothing about the size of a row's logits: z-loss is a mean over tokens.
-        over_tokens = per_token
-        if how.reduction == "mean" and how.weight is not None:
-            total = tokens.sum(dtype=torch.float64)
-            over_tokens = tokens / torch.where(total == 0, 1.0, total).to(stats)
         result.lse_squared = over_tokens * how.z_loss
     return result
 
 
-def per_row(t: Terms, rows: Rows) -> Tensor:
+def loss(t: Terms, rows: Rows, reduction: str) -> Tensor:
+    """The loss, per row where nothing is reduced."""
     loss = t.nll * rows.nll
     if t.lse is not None:
         loss = loss + t.lse * rows.lse
@@ -93,14 +130,8 @@ def per_row(t: Terms, rows: Rows) -> Tensor:
         loss = loss + t.lse_squared * rows.lse.square()
     if t.zbar is not None:
         loss = loss + t.zbar * rows.zbar
-    return loss
-
-
-def total(t: Terms, loss: Tensor) -> Tensor:
-    """The sum of per-row losses, in a precision that does not matter."""
-    return defined(t, loss.sum(dtype=torch.float64).to(loss.dtype))
-
-
-def defined(t: Terms, loss: Tensor) -> Tensor:
-    """NaN for the mean of nothing, as in PyTorch, with a gradient of zero."""
-    return loss if t.undefined is None else torch.where(t.undefined, float("nan"), loss)
+    if reduction == "none":
+        return loss
+    # In a precision that does not matter. The mean of nothing is NaN, as in PyTorch.
+    total = loss.sum(dtype=torch.float64).to(loss.dtype)
+    return total if t.undefined is None else torch.where(t.undefined, float("nan"), total)

@@ -169,7 +169,7 @@ def linear_cross_entropy(
         label_smoothing=_checks.label_smoothing(label_smoothing),
         z_loss=_checks.z_loss(z_loss),
         weight=weight,
-        token_weight=_at_targets(token_weight, targets, shift),
+        token_weight=token_weight,
     )
     options = _ops.options(
         compute_dtype,
@@ -205,14 +205,6 @@ def _row_shape(targets: Tensor, shift: int) -> tuple[int, ...]:
     return (*targets.shape[:-1], targets.shape[-1] - shift)
 
 
-def _at_targets(t: Tensor | None, targets: Tensor, shift: int) -> Tensor | None:
-    """(rows): a per-token tensor where the rows' targets are."""
-    if t is None:
-        return None
-    t = t.expand(targets.shape)
-    return t.reshape(-1) if shift == 0 else t[..., shift:].reshape(-1)
-
-
 def _evaluate(
     e: Tensor,
     c: Tensor,
@@ -226,63 +218,66 @@ def _evaluate(
 ) -> tuple[Tensor, _terms.Rows]:
     """The loss, per row where nothing is reduced, and the per-row outputs."""
     stats = _ops.stat_dtype(options["compute_dtype"])
-    row_targets = _at_targets(targets, targets, options["shift"])
+    shift, ignore_index = options["shift"], options["ignore_index"]
+    V = c.shape[0]
+    by_sequence = _by_sequence(targets)
     row_temperature = None
     if isinstance(temperature, Tensor):
         # Ignored rows may hold anything there, a padding of 0 for one.
-        counts = row_targets != options["ignore_index"]
-        t = _at_targets(temperature, targets, options["shift"]).to(stats)
-        row_temperature = torch.where(counts, t, 1.0)
+        t = temperature.expand(targets.shape).reshape(by_sequence.shape)
+        counts = _terms.of_rows(by_sequence, shift) != ignore_index
+        row_temperature = torch.where(counts, _terms.of_rows(t, shift).to(stats), 1.0)
     class_weight = how.weight if options["wants_zbar"] else None
     if class_weight is not None:
         class_weight = class_weight.to(stats)
+    if how.token_weight is not None:
+        how.token_weight = _by_sequence(how.token_weight)
 
-    sequences = math.prod(targets.shape[:-1])
-    length = targets.shape[-1] if targets.dim() > 0 else 1
-    operands = (
-        e.reshape(sequences, length, e.shape[-1]),
-        c,
-        bias,
-        targets.reshape(sequences, length),
-        row_temperature,
-        class_weight,
-    )
+    e = e.reshape(*by_sequence.shape, e.shape[-1]) if e.dim() != 3 else e
+    operands = (e, c, bias, by_sequence, row_temperature, class_weight)
     if not plain and e.device.type == "cuda" and _checks.may_look(e.device):
-        _checks.values(
-            operands[3],
-            row_temperature,
-            options["shift"],
-            c.shape[0],
-            options["ignore_index"],
-            options["num_valid"],
-        )
-    terms = _terms.terms(row_targets, c.shape[0], how, options["ignore_index"], stats)
+        _checks.values(by_sequence, row_temperature, shift, V, ignore_index, options["num_valid"])
 
     if plain:
+        terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
         needs_lse = wants_lse or terms.lse is not None or terms.lse_squared is not None
         rows = _plain.statistics(*operands, options, needs_lse)
-    else:
-        with_gradient = torch.is_grad_enabled()
-        options["needs_de"] = with_gradient and e.requires_grad
-        options["needs_dc"] = with_gradient and c.requires_grad
-        options["needs_dbias"] = with_gradient and bias is not None and bias.requires_grad
-        # A per-token result that may get a gradient of its own rules out gradients in forward.
-        known_at_forward = (
-            how.reduction != "none"
-            and not wants_lse
-            and not options["wants_entropy"]
-            and not terms.nll.requires_grad
-            and not _ops.is_transformed()
-        )
-        choice = _plan.choose(_plan.sizes_of(*operands), options, known_at_forward)
-        options["schedule"] = choice.schedule
-        options["kept_bytes"] = choice.kept_bytes
-        if choice.immediate:
-            loss, argmax = _ops.loss_now(operands, terms, options)
-            nothing = loss.new_empty(0)
-            rows = _terms.Rows(nothing, nothing, nothing, nothing, argmax)
-            return _terms.defined(terms, loss), rows
-        rows = _ops.statistics(operands, options)
+        return _terms.loss(terms, rows, how.reduction), rows
 
-    loss = _terms.per_row(terms, rows)
-    return (loss if how.reduction == "none" else _terms.total(terms, loss)), rows
+    with_gradient = torch.is_grad_enabled()
+    options["needs_de"] = with_gradient and e.requires_grad
+    options["needs_dc"] = with_gradient and c.requires_grad
+    options["needs_dbias"] = with_gradient and bias is not None and bias.requires_grad
+    weights_have_gradient = (
+        with_gradient and how.token_weight is not None and how.token_weight.requires_grad
+    )
+    weighs_in_torch = weights_have_gradient or _ops.is_transformed()
+    # A per-token result that may get a gradient of its own rules out gradients in forward.
+    known_at_forward = (
+        how.reduction != "none"
+        and not wants_lse
+        and not options["wants_entropy"]
+        and not weighs_in_torch
+    )
+    choice = _plan.choose(_plan.sizes_of(*operands), options, known_at_forward)
+    options["schedule"] = choice.schedule
+    options["kept_bytes"] = choice.kept_bytes
+
+    if weighs_in_torch:
+        rows = _ops.statistics(operands, options)
+        terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
+        return _terms.loss(terms, rows, how.reduction), rows
+    if how.changes_nothing():
+        rows = _ops.statistics(operands, options)
+        # A copy: backward reads nll again, and the loss is the caller's to change in place.
+        return (rows.nll.clone() if _plan.wants_gradient(options) else rows.nll), rows
+    terms, undefined = _ops.loss_terms(by_sequence, V, how, options)
+    if how.reduction == "none":
+        rows = _ops.statistics(operands, options)
+        return _terms.loss(_terms.unpacked(terms), rows, "none"), rows
+    return _ops.loss(operands, terms, undefined, options, choice.immediate)
+
+
+def _by_sequence(t: Tensor) -> Tensor:
+    """(sequences, length): what has the shape of targets."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 1)

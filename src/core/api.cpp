@@ -116,7 +116,7 @@ void forward_backward(const Plan& plan, const Args& args) {
   finish(plan, args);
 }
 
-void weighted_loss(const Plan& plan, const Args& args, void* loss) {
+void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* undefined) {
   const RowGradients& up = args.upstream;
   if (loss == nullptr) throw Error(ErrorCode::invalid_value, "loss is null");
   if ((up.d_lse != nullptr || up.d_lse_squared != nullptr) && args.rows.lse == nullptr) {
@@ -127,7 +127,7 @@ void weighted_loss(const Plan& plan, const Args& args, void* loss) {
     throw Error(ErrorCode::invalid_value,
                 "upstream.d_zbar is given, but the problem has wants_zbar = false");
   }
-  bind(plan, args, kForward)->sum_loss(loss);
+  bind(plan, args, kForward)->sum_loss(loss, undefined);
 }
 
 #ifndef CUTLOSS_CUDA

@@ -62,7 +62,7 @@ class Parts {
   virtual void finish_gradients() = 0;
 
   // The sum of the rows' outputs times args.upstream (cutloss.h, weighted_loss).
-  virtual void sum_loss(void* loss) = 0;
+  virtual void sum_loss(void* loss, const bool* undefined) = 0;
 };
 
 // The passes of one call: they decide what its workspace holds.

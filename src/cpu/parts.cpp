@@ -236,14 +236,14 @@ class CpuParts final : public Parts {
     if (p_.needs_dbias) store_dbias(none);
   }
 
-  void sum_loss(void* loss) override {
+  void sum_loss(void* loss, const bool* undefined) override {
     const RowOutputs& out = args_.rows;
     const RowGradients& up = args_.upstream;
     const auto at = [](const void* array, std::int64_t n) {
       return static_cast<double>(static_cast<const T*>(array)[n]);
     };
     const std::int64_t rows = row_count(p_);
-    double sum = 0;
+    double sum = undefined != nullptr && *undefined ? std::numeric_limits<double>::quiet_NaN() : 0;
     for (std::int64_t n = 0; n < rows; ++n) {
       if (target_of(n) == p_.ignore_index) continue;
       if (up.d_nll) sum += at(up.d_nll, n) * at(out.nll, n);

@@ -474,8 +474,8 @@ T* CudaParts<T>::dc_sums(Columns columns) const {
 }
 
 template <class T>
-void CudaParts<T>::sum_loss(void* loss) {
-  cuda::sum_loss<T>(row_facts(), args_.rows, args_.upstream, loss, stream_);
+void CudaParts<T>::sum_loss(void* loss, const bool* undefined) {
+  cuda::sum_loss<T>(row_facts(), args_.rows, args_.upstream, undefined, loss, stream_);
 }
 
 template class CudaParts<float>;

@@ -54,7 +54,7 @@ class CudaParts : public Parts {
   void store_dc(Columns columns) override;
   void store_de(Rows chunk) override;
   void finish_gradients() override;
-  void sum_loss(void* loss) override;
+  void sum_loss(void* loss, const bool* undefined) override;
 
  protected:
   const Plan& plan_;

@@ -313,48 +313,6 @@ TEST_P(Gpu, CoefficientsOfAnySizeAreNotLost) {
   }
 }
 
-// --- the loss's sum ---------------------------------------------------------------------------
-
-TEST_P(Gpu, WeightedLossIsTheRowsSum) {
-  Case c = GetParam().problem;
-  c.lse_gradient = true;
-  Data data = make_data(c);
-  const DType stat = reference::stat_type(data.problem);
-  for (const bool wrong : {false, true}) {
-    if (wrong) data.problem.num_valid = valid_rows(data) + 1;
-    const Plan plan = plan_for(data.problem, GetParam().engine, kModes[4]);
-    Outputs out = outputs_for(plan.problem);
-    Scratch scratch(plan);
-    Array loss(stat, 1);
-    const Args args = args_for(data, out, scratch, /*forward=*/true);
-    forward(plan, args);
-    weighted_loss(plan, args, loss.on(Device::cuda));
-    out.fetch();
-    loss.buffer.fetch();
-    EXPECT_TRUE(loss.buffer.guards_intact());
-    if (wrong) {
-      EXPECT_TRUE(std::isnan(loss.get(0)));
-      continue;
-    }
-    double want = 0, size = 0;
-    const auto add = [&](const Array& coefficient, std::int64_t n, double value) {
-      if (coefficient.count == 0) return;
-      want += coefficient.get(n) * value;
-      size += std::fabs(coefficient.get(n) * value);
-    };
-    for (std::int64_t n = 0; n < row_count(plan.problem); ++n) {
-      if (!data.counts(n)) continue;
-      const double lse = out.lse.get(n);
-      add(data.d_nll, n, out.nll.get(n));
-      add(data.d_lse, n, lse);
-      add(data.d_lse_squared, n, lse * lse);
-      add(data.d_zbar, n, data.problem.wants_zbar ? out.zbar.get(n) : 0);
-    }
-    const double sums = gamma(reference::unit_roundoff(DType::f64), row_count(plan.problem));
-    EXPECT_NEAR(loss.get(0), want, (2 * reference::unit_roundoff(stat) + sums) * size);
-  }
-}
-
 INSTANTIATE_TEST_SUITE_P(Engines, Gpu, testing::ValuesIn(subjects_on_gpu(cases())), subject_name);
 
 // --- real sizes -------------------------------------------------------------------------------

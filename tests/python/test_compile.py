@@ -237,6 +237,13 @@ def options(p, **changes):
     return _ops.options(p.e.dtype, **{**needs, **changes})
 
 
+def random_terms(p, o):
+    """Coefficients, with those of zbar where it is wanted, and that the loss is defined."""
+    count = 4 if o["wants_zbar"] else 2
+    terms = torch.rand(count, 3 * (8 - o["shift"]), device=problems.device)
+    return terms, torch.tensor(False, device=problems.device)
+
+
 CHANGES = {
     "plain": {},
     "options": dict(shift=2, softcap=3.0, logit_scale=0.5, temperature=2.0, ignore_index=3),
@@ -251,13 +258,17 @@ changes = pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys(
 def test_opcheck_deferred(changes, dtype):
     p = problems.make((3, 8), dtype=dtype, bias=True, ignored=0.0)
     o = options(p, schedule=_ops.SCHEDULES["vocabulary"], **changes)
+    terms = random_terms(p, o)
     torch.library.opcheck(operators.statistics, operands(p), o)
+    torch.library.opcheck(operators.statistics, (*operands(p), *terms), o)
     inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in operands(p)]
-    nll, lse, row_max, log_sum, entropy, zbar, argmax, kept = operators.statistics(*inputs, **o)
+    outputs = operators.statistics(*inputs, **o)
+    _, nll, lse, row_max, log_sum, entropy, zbar, argmax, kept = outputs
     d_entropy = torch.rand_like(nll) if o["wants_entropy"] else None
     d_zbar = torch.rand_like(nll) if o["wants_zbar"] else None
     saved = (nll, row_max, log_sum, entropy, kept)
-    upstream = (torch.rand_like(nll), torch.rand_like(nll), d_entropy, d_zbar)
+    d_nll, d_lse, d_lse_squared = torch.rand(3, len(nll)).to(nll).unbind()
+    upstream = (d_nll, d_lse, d_lse_squared, d_entropy, d_zbar)
     torch.library.opcheck(operators.gradients, (*inputs, *saved, *upstream), o)
 
 
@@ -277,11 +288,20 @@ def test_opcheck_kept_logits(changes):
 def test_opcheck_immediate(changes):
     p = problems.make((3, 8), bias=True, ignored=0.0)
     o = options(p, schedule=_ops.SCHEDULES["rows"], **changes)
-    coefficients = torch.rand(4, 3 * (8 - o["shift"]), device=problems.device).unbind()
-    torch.library.opcheck(operators.loss_and_gradients, (*operands(p), *coefficients), o)
-    torch.library.opcheck(
-        operators.loss_and_gradients, (*operands(p), coefficients[0], None, None, None), o
-    )
+    terms, undefined = random_terms(p, o)
+    torch.library.opcheck(operators.loss_and_gradients, (*operands(p), terms, undefined), o)
+    torch.library.opcheck(operators.loss_and_gradients, (*operands(p), terms[-2:]), o)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.1, 0.1)])
+def test_opcheck_terms(smoothing, z_loss, weighted):
+    p = problems.make((3, 8), V=13)
+    weights = (None, None)
+    if weighted:
+        weights = (torch.rand(3, 8).to(problems.device), torch.rand(13).to(problems.device))
+    arguments = (p.targets, *weights, F32, 13, 1, -100, True, smoothing, z_loss)
+    torch.library.opcheck(operators.loss_terms, arguments)
 
 
 def test_opcheck_scale():

@@ -63,9 +63,17 @@ template <class T>
 void make_coefficients(const Coefficients& coefficients, const DeviceScalars* scalars,
                        RowGradient<T>* rows, cudaStream_t stream);
 
+// --- loss.cu ----------------------------------------------------------------------------------
+
+// loss_terms of the public interface. Of the facts it reads those of the targets.
+template <class T>
+void loss_terms(const RowFacts& facts, const Weighting& weighting, const LossTerms& terms,
+                cudaStream_t stream);
+
+// `undefined`: null, or one in device memory.
 template <class T>
 void sum_loss(const RowFacts& facts, const RowOutputs& out, const RowGradients& upstream,
-              void* loss, cudaStream_t stream);
+              const bool* undefined, void* loss, cudaStream_t stream);
 
 // --- statistics.cu ----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 #include "core/dtype.h"
 #include "cuda/common/device_math.cuh"
 #include "cuda/common/kernels.h"
+#include "cuda/common/row_facts.cuh"
 
 namespace cutloss::cuda {
 namespace {
@@ -88,11 +89,7 @@ __global__ void __launch_bounds__(kCopyThreads)
   const std::int64_t position = blockIdx.x;
   const int column = static_cast<int>(position % f.length);
   if (column < f.predicted) {
-    const std::int64_t target =
-        f.target_type == IndexType::i64
-            ? static_cast<const std::int64_t*>(f.targets)[position + f.shift]
-            : static_cast<const std::int32_t*>(f.targets)[position + f.shift];
-    if (target != f.ignore_index) return;
+    if (target_at(f, position) != f.ignore_index) return;
   }
   for (std::int64_t d = threadIdx.x; d < D; d += kCopyThreads) {
     de[position * D + d] = narrow<E>(0.0f);

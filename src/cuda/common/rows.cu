@@ -4,26 +4,13 @@
 
 #include "cuda/common/device_math.cuh"
 #include "cuda/common/kernels.h"
+#include "cuda/common/row_facts.cuh"
 
 namespace cutloss::cuda {
 namespace {
 
 constexpr int kScanThreads = 1024;
 constexpr int kScanRows = 4;  // a thread takes at a time
-
-__device__ std::int64_t position_of(const RowFacts& f, int n) {
-  return std::int64_t{n / f.predicted} * f.length + n % f.predicted;
-}
-
-__device__ std::int64_t target_at(const RowFacts& f, std::int64_t position) {
-  return f.target_type == IndexType::i64
-             ? static_cast<const std::int64_t*>(f.targets)[position + f.shift]
-             : static_cast<const std::int32_t*>(f.targets)[position + f.shift];
-}
-
-__device__ bool counts(const RowFacts& f, int n) {
-  return target_at(f, position_of(f, n)) != f.ignore_index;
-}
 
 template <class T>
 __device__ T inv_temperature(const RowFacts& f, int n) {
@@ -164,11 +151,6 @@ __global__ void __launch_bounds__(kThreads)
   if (out.argmax != nullptr) out.argmax[n] = result.argmax;
 }
 
-template <class T>
-__device__ T read(const void* array, std::int64_t n) {
-  return array == nullptr ? T(0) : static_cast<const T*>(array)[n];
-}
-
 // The upstream gradient of lse, that of its square included.
 template <class T>
 __device__ T lse_gradient(const Coefficients& c, std::int64_t n) {
@@ -252,37 +234,6 @@ __global__ void __launch_bounds__(kThreads)
              k.d_entropy, k.entropy, k.zbar, k.inv_temperature};
 }
 
-// One block, in fp64: each thread every 1024th row in order, then the threads in order.
-template <class T>
-__global__ void __launch_bounds__(kScanThreads)
-    sum_loss_kernel(RowFacts f, RowOutputs out, RowGradients up, T* loss) {
-  __shared__ double sums[kScanThreads / 32];
-  __shared__ int found[kScanThreads / 32];
-  double sum = 0;
-  int valid = 0;
-  for (int n = static_cast<int>(threadIdx.x); n < f.rows; n += kScanThreads) {
-    if (!counts(f, n)) continue;
-    ++valid;
-    const double lse = read<T>(out.lse, n);
-    if (up.d_nll) sum += double(read<T>(up.d_nll, n)) * read<T>(out.nll, n);
-    if (up.d_lse) sum += double(read<T>(up.d_lse, n)) * lse;
-    if (up.d_lse_squared) sum += double(read<T>(up.d_lse_squared, n)) * lse * lse;
-    if (up.d_zbar) sum += double(read<T>(up.d_zbar, n)) * read<T>(out.zbar, n);
-  }
-  sum = warp_sum(sum);
-  valid = warp_sum(valid);
-  if (threadIdx.x % 32 == 0) {
-    sums[threadIdx.x / 32] = sum;
-    found[threadIdx.x / 32] = valid;
-  }
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  sum = warp_sum(sums[threadIdx.x]);
-  valid = warp_sum(found[threadIdx.x]);
-  const bool wrong = f.num_valid >= 0 && f.num_valid != valid;
-  if (threadIdx.x == 0) *loss = wrong ? not_a_number<T>() : static_cast<T>(sum);
-}
-
 }  // namespace
 
 template <class T>
@@ -318,13 +269,6 @@ void make_coefficients(const Coefficients& coefficients, const DeviceScalars* sc
          kThreads, stream, coefficients, scalars, rows);
 }
 
-template <class T>
-void sum_loss(const RowFacts& facts, const RowOutputs& out, const RowGradients& upstream,
-              void* loss, cudaStream_t stream) {
-  launch(sum_loss_kernel<T>, "sum_loss", 1, kScanThreads, stream, facts, out, upstream,
-         static_cast<T*>(loss));
-}
-
 #define CUTLOSS_INSTANCES(T)                                                                     \
   template void list_rows<T>(const RowFacts&, const RowTable&, cudaStream_t);                    \
   template void clear_ignored<T>(const RowFacts&, const RowTable&, const RowOutputs&,            \
@@ -332,9 +276,7 @@ void sum_loss(const RowFacts& facts, const RowOutputs& out, const RowGradients& 
   template void finish_rows<T>(const RowTable&, std::int64_t, std::int64_t, const RowState<T>*,  \
                                const RowOutputs&, std::int64_t, cudaStream_t);                   \
   template void make_coefficients<T>(const Coefficients&, const DeviceScalars*, RowGradient<T>*, \
-                                     cudaStream_t);                                              \
-  template void sum_loss<T>(const RowFacts&, const RowOutputs&, const RowGradients&, void*,      \
-                            cudaStream_t);
+                                     cudaStream_t);
 CUTLOSS_INSTANCES(float)
 CUTLOSS_INSTANCES(double)
 

@@ -1,0 +1,78 @@
+#include "terms.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <string>
+
+#include "device.h"
+
+namespace cutloss::binding {
+namespace {
+
+// Weights as the library reads them; null where absent. `kept` holds what it points to.
+const void* weights(const OnDevice& here, const std::optional<Tensor>& given, std::int64_t count,
+                    ScalarType type, const char* what, std::optional<Tensor>& kept) {
+  if (!given) return nullptr;
+  if (given->numel() != count || given->scalar_type() != type) {
+    throw Error(ErrorCode::invalid_value,
+                std::string(what) + " must have " + std::to_string(count) + " elements of " +
+                    torch::headeronly::toString(type) + ", got " + std::to_string(given->numel()) +
+                    " of " + torch::headeronly::toString(given->scalar_type()));
+  }
+  here.require_here(*given, what);
+  kept = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
+  return kept->const_data_ptr();
+}
+
+}  // namespace
+
+void loss_terms(Stack& stack) {
+  Tensor targets = stack.next<Tensor>();
+  const auto token_weight = stack.next<std::optional<Tensor>>();
+  const auto class_weight = stack.next<std::optional<Tensor>>();
+  const auto compute = stack.next<ScalarType>();
+  Problem p;
+  p.D = 1;  // any will do
+  p.V = stack.next<std::int64_t>();
+  p.shift = stack.next<std::int64_t>();
+  p.ignore_index = stack.next<std::int64_t>();
+  Weighting weighting;
+  weighting.mean = stack.next<bool>();
+  weighting.label_smoothing = stack.next<double>();
+  weighting.z_loss = stack.next<double>();
+
+  if (targets.dim() != 2) {
+    throw Error(ErrorCode::invalid_value, "targets must be (sequences, length), got " +
+                                              std::to_string(targets.dim()) + " dimensions");
+  }
+  const OnDevice here(targets);
+  if (!targets.is_contiguous()) targets = torch::stable::contiguous(targets);
+  p.device = here.device();
+  p.sequences = targets.size(0);
+  p.length = targets.size(1);
+  p.target_type = index_type_of(targets.scalar_type());
+  p.compute_type = dtype_of(compute, "compute_dtype");
+  p.e_type = p.c_type = p.compute_type;
+  const ScalarType type = stat_type(p.compute_type);
+  std::optional<Tensor> alive[2];
+  weighting.token_weight =
+      weights(here, token_weight, targets.numel(), type, "token_weight", alive[0]);
+  weighting.class_weight = weights(here, class_weight, p.V, type, "class_weight", alive[1]);
+
+  const std::int64_t rows = row_count(p);
+  const TermOrder order(weighting.label_smoothing > 0, weighting.z_loss > 0);
+  const Tensor made = new_tensor(targets, {order.count, rows}, type);
+  const Tensor undefined = new_tensor(targets, {}, ScalarType::Bool);
+  auto* first = static_cast<std::byte*>(made.mutable_data_ptr());
+  const auto row = [&](int at) -> void* {
+    return at < 0 ? nullptr : first + at * rows * made.element_size();
+  };
+  const LossTerms terms{row(order.nll), row(order.lse), row(order.lse_squared), row(order.zbar),
+                        static_cast<bool*>(undefined.mutable_data_ptr())};
+  cutloss::loss_terms(p, weighting, targets.const_data_ptr(), terms, here.stream());
+  stack.put(made);
+  stack.put(undefined);
+}
+
+}  // namespace cutloss::binding

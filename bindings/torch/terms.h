@@ -1,0 +1,31 @@
+// The coefficients of a loss in one tensor, (k, rows): that of nll; with label smoothing those of
+// lse and zbar; with z-loss that of lse^2. So k says which there are.
+#pragma once
+
+#include <cstdint>
+
+#include "convert.h"
+
+namespace cutloss::binding {
+
+// The row of each in the tensor; -1: there is none.
+struct TermOrder {
+  std::int64_t count = 1;
+  int nll = 0, lse = -1, zbar = -1, lse_squared = -1;
+
+  TermOrder(bool smooth, bool z_loss) {
+    if (smooth) {
+      lse = 1;
+      zbar = 2;
+      count = 3;
+    }
+    if (z_loss) lse_squared = static_cast<int>(count++);
+  }
+  explicit TermOrder(std::int64_t count) : TermOrder(count >= 3, count % 2 == 0) {}
+};
+
+// loss_terms(targets, token_weight, class_weight, compute_dtype, V, shift, ignore_index, mean,
+//            label_smoothing, z_loss) -> (terms, undefined)
+void loss_terms(Stack& stack);
+
+}  // namespace cutloss::binding

@@ -1,0 +1,81 @@
+// The coefficients of a loss, row by row: the arithmetic of loss_terms, once for host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "core/logit_math.h"
+#include "cutloss/cutloss.h"
+
+namespace cutloss {
+
+// loss_terms of a checked problem, in the CUDA engines' part of the library.
+void cuda_loss_terms(const Problem& problem, const Weighting& weighting, const void* targets,
+                     const LossTerms& terms, void* stream);
+
+// How a row counts: 0 where it is ignored.
+template <class T>
+struct RowWeight {
+  T token = 0;
+  T weighted = 0;  // times the weight of its target's class
+};
+
+// token_weight: the row's own, class_weight: (V); null is 1.
+template <class T>
+CUTLOSS_HOST_DEVICE RowWeight<T> row_weight(std::int64_t target, std::int64_t ignore_index,
+                                            std::int64_t V, const T* token_weight,
+                                            const T* class_weight) {
+  if (target == ignore_index) return {};
+  const T token = token_weight == nullptr ? T(1) : *token_weight;
+  if (class_weight == nullptr) return {token, token};
+  const std::int64_t in_range = target < 0 ? 0 : target < V ? target : V - 1;
+  return {token, token * class_weight[in_range]};
+}
+
+// Sums over all rows, and over the class weights where smoothing needs them.
+struct WeightSums {
+  double token = 0, weighted = 0, classes = 0;
+};
+
+// A mean of nothing is undefined.
+inline CUTLOSS_HOST_DEVICE bool is_undefined(bool mean, const WeightSums& sums) {
+  return mean && sums.weighted == 0;
+}
+
+// What a row's weights are divided by, then multiplied with. All 0 where the mean is undefined, so
+// that its gradients are zero.
+template <class T>
+struct TermScales {
+  T total = 1, token_total = 1;
+  T nll = 0, lse = 0, zbar = 0, lse_squared = 0;
+};
+
+template <class T>
+CUTLOSS_HOST_DEVICE TermScales<T> term_scales(bool mean, double label_smoothing, double z_loss,
+                                              bool has_class_weight, std::int64_t V,
+                                              const WeightSums& sums) {
+  TermScales<T> scales;
+  if (is_undefined(mean, sums)) return scales;
+  if (mean) scales.total = static_cast<T>(sums.weighted);
+  if (mean && sums.token != 0) scales.token_total = static_cast<T>(sums.token);
+  const double share =
+      has_class_weight ? label_smoothing * sums.classes / static_cast<double>(V) : label_smoothing;
+  scales.nll = static_cast<T>(1 - label_smoothing);
+  scales.lse = static_cast<T>(share);
+  scales.zbar = static_cast<T>(-label_smoothing);
+  scales.lse_squared = static_cast<T>(z_loss);
+  return scales;
+}
+
+// Class weights say nothing about the size of a row's logits: z-loss is a mean over tokens.
+template <class T>
+struct RowTerms {
+  T nll, lse, lse_squared, zbar;
+};
+template <class T>
+CUTLOSS_HOST_DEVICE RowTerms<T> row_terms(const RowWeight<T>& weight, const TermScales<T>& scales) {
+  const T token = weight.token / scales.total;
+  return {weight.weighted / scales.total * scales.nll, token * scales.lse,
+          weight.token / scales.token_total * scales.lse_squared, token * scales.zbar};
+}
+
+}  // namespace cutloss
