@@ -11,6 +11,13 @@ namespace cutloss {
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
 
+// The largest equal pieces of at most `most`, a multiple of `unit` each (the last may be less).
+constexpr std::int64_t even_piece(std::int64_t total, std::int64_t most, std::int64_t unit) {
+  if (total <= most) return std::max<std::int64_t>(total, 1);
+  const std::int64_t whole = std::max(most / unit * unit, unit);
+  return round_up(divide_up(total, divide_up(total, whole)), unit);
+}
+
 // What a plan takes at most at a time.
 inline std::int64_t peak_bytes(const Plan& plan) {
   return plan.kept_bytes + std::max(plan.forward_workspace_bytes, plan.backward_workspace_bytes);

@@ -38,12 +38,6 @@ std::int64_t columns_beside(std::int64_t rows) {
 // Rows kept at a time, the most first: each chunk reads and writes dC's sums once.
 constexpr std::array<std::int64_t, 5> kChunkRows = {2048, 1024, 512, 256, 128};
 
-// The largest equal pieces of at most `most`, a multiple of `unit` each (the last may be less).
-std::int64_t even_piece(std::int64_t total, std::int64_t most, std::int64_t unit) {
-  if (total <= most) return std::max<std::int64_t>(total, 1);
-  return round_up(divide_up(total, divide_up(total, most)), unit);
-}
-
 void set_sizes(Plan& plan, Tile tile, std::int64_t chunk_rows) {
   const Problem& p = plan.problem;
   plan.chunk_rows = even_piece(row_count(p), chunk_rows, 16);

@@ -22,6 +22,9 @@ DeviceFacts ask(int device) {
              attribute(cudaDevAttrComputeCapabilityMinor, device);
   facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   facts.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
+  // The clock in kHz, the width in bits, two transfers a cycle.
+  facts.memory_rate = 1e3 * attribute(cudaDevAttrMemoryClockRate, device) *
+                      attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8 * 2;
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, device), "asking a CUDA device for its name");
   facts.name = properties.name;

@@ -34,12 +34,6 @@ constexpr double kMostSoftcap = 256;
 // cuBLASLt's workspace, as memory allows.
 constexpr std::int64_t kLibraryBytes[] = {32 * kMiB, 4 * kMiB, 0};
 
-// The largest equal pieces of at most `most`, a multiple of `unit` each (the last may be less).
-std::int64_t even_piece(std::int64_t total, std::int64_t most, std::int64_t unit) {
-  if (total <= most) return std::max<std::int64_t>(total, 1);
-  return round_up(divide_up(total, divide_up(total, std::max(most / unit * unit, unit))), unit);
-}
-
 // Bytes of a pass in its roomiest shape that fits `budget`, or in the least.
 std::int64_t pass_bytes(const Plan& plan, const Traits& traits, Passes passes,
                         std::int64_t library_bytes, std::int64_t budget) {

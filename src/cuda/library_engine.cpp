@@ -22,7 +22,7 @@ constexpr std::int64_t kMiB = std::int64_t{1} << 20;
 // What a plan is tried with, the quickest first. A later step gives up a little speed for memory;
 // there is none that would give up most of it.
 struct Step {
-  std::int64_t logit_bytes;    // of a block of logits in the stat dtype; they pass through L2
+  std::int64_t logit_bytes;    // of a block of logits in the stat dtype
   std::int64_t library_bytes;  // cuBLASLt's workspace
   std::int64_t block_rows;     // at most
   std::int64_t least_chunk;    // rows that a chunk must have, unless it has all
@@ -30,6 +30,7 @@ struct Step {
   std::int64_t gradient_rows;  // of gradients by vocabulary, at most; 0: all
 };
 constexpr Step kSteps[] = {
+    {128 * kMiB, 32 * kMiB, 8192, 1024, 2048, 0},
     {32 * kMiB, 32 * kMiB, 4096, 1024, 2048, 0},
     {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 0},
     {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 8192},
@@ -39,6 +40,11 @@ constexpr Step kSteps[] = {
     {kMiB, 0, 512, 128, 256, 2048},
 };
 
+// A block of logits passes through L2 where it can. Only quick memory (HBM3) is better used by
+// larger products, which leave fewer multiprocessors idle: measured on an H200.
+constexpr std::int64_t kL2Block = 32 * kMiB;
+constexpr double kQuickMemory = 3e12;
+
 // Beyond this a slab of gradients gains nothing: dE's sums are read and written once for each.
 constexpr std::int64_t kMostSlab = 65536;
 // The most rows of a chunk, unless one chunk has all: dC's sums are read and written once for each.
@@ -46,12 +52,6 @@ constexpr std::int64_t kMostChunk = 4096;
 constexpr std::int64_t kGoodChunk = 2048;
 // Columns of g that are made at a time where g has a place of its own, in chunks.
 constexpr std::int64_t kChunkSlab = 8192;
-
-// The largest equal pieces of at most `most`, a multiple of `unit` each (the last may be less).
-std::int64_t even_piece(std::int64_t total, std::int64_t most, std::int64_t unit) {
-  if (total <= most) return std::max<std::int64_t>(total, 1);
-  return std::max(unit, std::min(most, round_up(divide_up(total, divide_up(total, most)), unit)));
-}
 
 // Sizes of a block of logits.
 void set_block(Plan& plan, const Step& step, DType stat) {
@@ -200,7 +200,9 @@ class LibraryEngine final : public Engine {
   bool fit(Plan& plan, std::int64_t budget, std::int64_t& smallest) const override {
     smallest = std::numeric_limits<std::int64_t>::max();
     const Traits traits = traits_of(plan.problem);
+    const bool quick = current_device().memory_rate >= kQuickMemory;
     for (const Step& step : kSteps) {
+      if (step.logit_bytes > kL2Block && !quick) continue;
       if (Search(traits, step, budget, smallest).find(plan)) return true;
     }
     return false;
