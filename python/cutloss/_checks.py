@@ -23,6 +23,8 @@ def shape(t: Tensor) -> str:
 
 
 def number(name: str, value: object) -> float:
+    if type(value) is float:  # which the check below takes a while to find
+        return value
     if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
         given = "a tensor" if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{name} must be a number, got {given} ({type(value).__name__})")

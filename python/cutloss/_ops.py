@@ -151,16 +151,22 @@ def loss(
 
 
 def _deferred(inputs: tuple, options: Options) -> tuple[Tensor, Rows]:
-    if torch.compiler.is_compiling():
-        outputs = _ops.statistics(*inputs, **options)
-    elif is_transformed():
-        outputs = _Transformed.apply(*inputs, options)
+    if is_transformed():
+        outputs = _shown(_Transformed.apply(*inputs, options))
+    elif torch.compiler.is_compiling():
+        outputs = _shown(_ops.statistics(*inputs, **options))
     elif _is_differentiated(options):
         outputs = _Deferred.apply(*inputs, options)
     else:
-        outputs = call(_ops.statistics, *inputs, **options)
+        outputs = _shown(call(_ops.statistics, *inputs, **options))
+    loss, *rows = outputs
+    return loss, Rows(*rows)
+
+
+def _shown(outputs: tuple) -> tuple:
+    """Those of the outputs of `statistics` that are not for backward alone."""
     loss, nll, lse, _, _, entropy, zbar, argmax, _ = outputs
-    return loss, Rows(nll, lse, entropy, zbar, argmax)
+    return loss, nll, lse, entropy, zbar, argmax
 
 
 def is_transformed() -> bool:
@@ -294,18 +300,21 @@ def _statistics_context(ctx, inputs, keyword_only_inputs, output):
     _, nll, lse, row_max, log_sum, entropy, zbar, argmax, kept = output
     *operands, terms, _ = inputs
     ctx.save_for_backward(*operands, terms, nll, row_max, log_sum, entropy, kept)
-    ctx.mark_non_differentiable(row_max, log_sum, argmax, kept)
     ctx.set_materialize_grads(False)
     ctx.options = keyword_only_inputs
+
+
+def _traced_statistics_context(ctx, inputs, keyword_only_inputs, output):
+    _statistics_context(ctx, inputs, keyword_only_inputs, output)
+    *_, row_max, log_sum, _, _, argmax, kept = output
+    ctx.mark_non_differentiable(row_max, log_sum, argmax, kept)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _statistics_backward(
-    ctx, d_loss, d_nll, d_lse, d_max, d_sum, d_entropy, d_zbar, d_argmax, d_kept
-):
+def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
     options = ctx.options
     *operands, terms, nll, row_max, log_sum, entropy, kept = ctx.saved_tensors
     e, c, bias = operands[:3]
@@ -326,13 +335,20 @@ def _statistics_backward(
     return *_first_order(_wanted(gradients, options), *sources), *(None,) * 5
 
 
+def _traced_statistics_backward(ctx, *d_outputs):
+    return _statistics_backward(ctx, *_shown(d_outputs))
+
+
 def _immediate_context(ctx, inputs, keyword_only_inputs, output):
-    loss, argmax, *gradients = output
     ctx.save_for_backward(*inputs)
-    ctx.mark_non_differentiable(argmax, *gradients)
     ctx.set_materialize_grads(False)
     ctx.options = keyword_only_inputs
-    ctx.gradients = _wanted(gradients, keyword_only_inputs)
+    ctx.gradients = _wanted(output[2:], keyword_only_inputs)
+
+
+def _traced_immediate_context(ctx, inputs, keyword_only_inputs, output):
+    _immediate_context(ctx, inputs, keyword_only_inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _is_ordinary(t: Tensor) -> bool:
@@ -381,31 +397,41 @@ _FORWARD_MODE = (
 class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        *operands, options = inputs
-        output = tuple(call(_ops.statistics, *operands, **options))
-        _statistics_context(ctx, operands, options, output)
-        return output
+        *tensors, options = inputs
+        output = call(_ops.statistics, *tensors, **options)
+        _statistics_context(ctx, tensors, options, output)
+        shown = _shown(output)  # each tensor that autograd wraps costs time
+        ctx.mark_non_differentiable(shown[-1])  # argmax
+        return shown
 
     @staticmethod
-    def backward(ctx, *d_rows):
-        return *_statistics_backward(ctx, *d_rows), None
+    def backward(ctx, *d_outputs):
+        return *_statistics_backward(ctx, *d_outputs), None
 
     @staticmethod
     def jvp(ctx, *_):
         raise NotImplementedError(_FORWARD_MODE)
 
 
-class _Transformed(_Deferred):
+class _Transformed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs):
-        *operands, options = inputs
-        return tuple(call(_ops.statistics, *operands, **options))
+        *tensors, options = inputs
+        return tuple(call(_ops.statistics, *tensors, **options))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _statistics_context(ctx, inputs[:-1], inputs[-1], output)
+        _traced_statistics_context(ctx, inputs[:-1], inputs[-1], output)
+
+    @staticmethod
+    def backward(ctx, *d_outputs):
+        return *_traced_statistics_backward(ctx, *d_outputs), None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_FORWARD_MODE)
 
 
 class _Immediate(torch.autograd.Function):
@@ -414,7 +440,9 @@ class _Immediate(torch.autograd.Function):
         *tensors, options = inputs
         output = call(_ops.loss_and_gradients, *tensors, **options)
         _immediate_context(ctx, tensors, options, output)
-        return tuple(output)
+        loss, argmax = output[:2]
+        ctx.mark_non_differentiable(argmax)
+        return loss, argmax
 
     @staticmethod
     def backward(ctx, d_loss, *_):
@@ -426,8 +454,8 @@ class _Immediate(torch.autograd.Function):
 
 
 torch.library.register_autograd(
-    "cutloss::statistics", _statistics_backward, setup_context=_statistics_context
+    "cutloss::statistics", _traced_statistics_backward, setup_context=_traced_statistics_context
 )
 torch.library.register_autograd(
-    "cutloss::loss_and_gradients", _immediate_backward, setup_context=_immediate_context
+    "cutloss::loss_and_gradients", _immediate_backward, setup_context=_traced_immediate_context
 )
