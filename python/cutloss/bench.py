@@ -31,6 +31,8 @@ def run(args):
         return 0
     needed("rich", *(["matplotlib"] if args.plot else []))
     check_device(args.device)
+    if args.kernels and args.device != "cuda":
+        raise UserError("--kernels lists what runs on a GPU: it goes with --device cuda")
     if args.threads:
         torch.set_num_threads(args.threads)
     shapes = _shapes(args)
@@ -51,6 +53,7 @@ def run(args):
         measures_errors=not args.no_errors,
         pause=args.pause,
         first_call_limit=args.first_call_limit,
+        lists_kernels=args.kernels,
     )
     records = []
     try:
@@ -142,6 +145,7 @@ def _lines(case, measured, shared):
             "ignored": case.ignored,
             "num_valid": method.num_valid,
             "options": case.options,
+            "kernels": r.kernels,
             "variant": method.label,
         }
         lines.append((method, {key: line[key] for key in (*record.KEYS, *record.OPTIONAL)}))

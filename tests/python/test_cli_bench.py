@@ -18,6 +18,7 @@ from cutloss._bench import (
     cases,
     device_memory,
     errors,
+    kernels,
     memory,
     methods,
     plan,
@@ -437,7 +438,8 @@ def test_cuda_lines(capsys, tmp_path):
     path = tmp_path / "out.json"
     arguments = ["--device", "cuda", "--shape", "512,256,8192", "--dtype", "bf16", "--json", path]
     arguments += ["--methods", "cutloss,plain", "--passes", *cases.PASSES, "--data", "softmax"]
-    done = run_cli(capsys, "bench", *arguments, "--rounds", 2, "--plot", tmp_path / "out.png")
+    arguments += ["--rounds", 2, "--kernels", "--plot", tmp_path / "out.png"]
+    done = run_cli(capsys, "bench", *arguments)
     assert done.code == 0, done.err
     found = {(line["method"], line["pass"]): line for line in lines(path)}
     assert len(found) == 6
@@ -446,7 +448,20 @@ def test_cuda_lines(capsys, tmp_path):
     for line in found.values():
         assert record.problems(line) == []
         assert line["loss_err"] < 1e-3
+        assert 0 < sum(kernel["ms"] for kernel in line["kernels"]) < 10 * line["ms"]
         assert (line["de_err"] or 0) < 1e-2 and (line["dc_err"] or 0) < 1e-2
+
+
+def test_kernels_have_names_to_read():
+    ours = (
+        "void cutloss::sm90::product_kernel<cutloss::sm90::Config<cutlass::bfloat16_t, (cute::SM90"
+        "::GMMA::Major)0>, cutloss::sm90::StatisticsEpilogue<false> >(CUtensorMap_st, int)"
+    )
+    assert kernels.short(ours) == "product_kernel (statistics)"
+    merge = "cutloss::sm90::(anonymous namespace)::merge_rows(cutloss::sm90::Merge)"
+    assert kernels.short(merge) == "merge_rows"
+    assert kernels.short("nvjet_sm90_tss_256x128_64x4") == "nvjet_sm90_tss_256x128_64x4"
+    assert kernels.short("Memset (Device)") == "Memset"
 
 
 def test_rounds_are_paired_and_the_first_is_left_out(monkeypatch):
@@ -523,6 +538,7 @@ def test_bench_refuses(capsys, tmp_path):
     assert_refused(refused("--options", "softcap+magic"), "softcap+magic")
     if not torch.cuda.is_available():
         assert_refused(refused("--device", "cuda"), "no CUDA device")
+    assert_refused(refused("--kernels"), "--kernels", "--device cuda")
     nowhere = tmp_path / "missing" / "out"
     assert_refused(refused(*SHAPE, "--json", nowhere), "--json", str(nowhere), "No such file")
     assert_refused(refused(*SHAPE, "--plot", f"{nowhere}.png"), "--plot", "is not a folder")

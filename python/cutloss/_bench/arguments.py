@@ -103,6 +103,7 @@ def add_arguments(parser):
     add("--seed", type=int, default=0)
     add("--no-memory", action="store_true", help="leave the peak memory out")
     add("--no-errors", action="store_true", help="leave the errors against fp64 out")
+    add("--kernels", action="store_true", help="CUDA: also list the kernels of a call, by time")
     add("--json", metavar="FILE", help="append one line for each measurement")
     add("--plot", metavar="FILE", help="write a picture (PNG, SVG or PDF by its name)")
 

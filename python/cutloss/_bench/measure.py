@@ -8,7 +8,7 @@ import signal
 
 import torch
 
-from cutloss._bench import device_memory, errors, memory, softmax, timing
+from cutloss._bench import device_memory, errors, kernels, memory, softmax, timing
 from cutloss._bench.cases import bias_of, inputs, leaves
 from cutloss._bench.methods import Method, cannot, forget_gradients, run_pass
 from cutloss._bench.plan import Decision, Refusal, decide, with_workspace
@@ -25,6 +25,7 @@ class Settings:
     measures_errors: bool = True
     pause: float = 0.0  # seconds before each timed call
     first_call_limit: float | None = None  # seconds
+    lists_kernels: bool = False
 
 
 @dataclasses.dataclass
@@ -43,6 +44,7 @@ class Result:
     dc_err: float | None = None
     loss_err: float | None = None
     nll_err: float | None = None
+    kernels: list[dict] | None = None
 
 
 @dataclasses.dataclass
@@ -87,6 +89,12 @@ def measure(case, methods, settings, report):
     if not results:
         return None
     gemm_ms = _times(case, results, units, leaves_of, settings, report)
+    if settings.lists_kernels:
+        for (method, which), result in results.items():
+            of_pass = functools.partial(run_pass, result.method, case, which, *leaves_of[which])
+            result.kernels = kernels.of_call(of_pass)
+            forget_gradients(*leaves_of[which])
+            report.kernels(method, which, result.kernels, gemm_ms)
     return Measured(gemm_ms, reference, results) if results else None
 
 

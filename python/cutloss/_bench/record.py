@@ -50,6 +50,7 @@ OPTIONAL = {
     "ignored": NUMBER,  # the part of the targets that is ignored
     "num_valid": (bool,),  # whether the method was told how many are not
     "options": (str,),
+    "kernels": (list, type(None)),  # of one call: name, launches, ms
     "variant": (str,),  # the method and its settings, as the tables call it
 }
 CHOICES = {

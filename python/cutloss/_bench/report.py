@@ -71,6 +71,20 @@ def table(case, lines):
     console().print(shown)
 
 
+def kernels(method, which, lines, gemm_ms):
+    """Those that matter; the file of results has them all."""
+    shown = Table(title=f"kernels of {method.label}, {which}", title_justify="left")
+    shown.add_column("kernel")
+    for name in ("launches", "ms", "GEMMs"):
+        shown.add_column(name, justify="right")
+    for line in lines:
+        part = line["ms"] / gemm_ms
+        if part >= 0.001:
+            ms = f"{line['ms']:.3f}"
+            shown.add_row(line["name"], str(line["launches"]), ms, f"{part:.3f}")
+    console().print(shown)
+
+
 def _number(value, form):
     return "" if value is None else form.format(value)
 
