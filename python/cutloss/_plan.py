@@ -16,6 +16,14 @@ from ._ops import SCHEDULES, Options
 DEFAULT_WORKSPACE = 512 << 20  # kDefaultWorkspace of cutloss.h
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """How E or C lies in memory: where the library cannot read it in place, it reads a copy."""
+
+    strides: tuple[int, ...] = ()  # none: packed
+    address: int = 0  # 0: that of a new tensor
+
+
 @dataclasses.dataclass
 class Sizes:
     """What a plan depends on besides the options."""
@@ -32,6 +40,8 @@ class Sizes:
     has_class_weight: bool = False
     on_cuda: bool = False
     device_index: int = -1  # of several GPUs; -1 is the current one
+    e: Place = Place()
+    c: Place = Place()
 
     def arguments(self, at_forward: bool) -> tuple:
         """The leading arguments of the operators plan and describe_plan."""
@@ -49,6 +59,10 @@ class Sizes:
             at_forward,
             self.on_cuda,
             self.device_index,
+            self.e.strides,
+            self.e.address,
+            self.c.strides,
+            self.c.address,
         )
 
 
@@ -123,6 +137,15 @@ def rows_fit(sizes: Sizes, options: Options) -> bool:
     return total <= (DEFAULT_WORKSPACE if budget is None else budget)
 
 
+def _place(t: Tensor) -> Place:
+    if torch.compiler.is_compiling():  # no plan is asked for, and there is no address
+        return Place()
+    if _ops.is_ordinary(t):
+        return Place(t.stride(), t.data_ptr())
+    # Fake tensors and those of torch.func have none either; new storage is aligned.
+    return Place(t.stride(), t.storage_offset() * t.itemsize)
+
+
 def sizes_of(
     e: Tensor,
     c: Tensor,
@@ -145,4 +168,6 @@ def sizes_of(
         has_class_weight=class_weight is not None,
         on_cuda=e.device.type == "cuda",
         device_index=-1 if e.device.index is None else e.device.index,
+        e=_place(e),
+        c=_place(c),
     )
