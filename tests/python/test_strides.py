@@ -38,6 +38,10 @@ WAYS = {
     "lse": dict(return_lse=True),
     "none": dict(reduction="none"),
     "vocabulary": dict(schedule="vocabulary"),
+    "shift": dict(shift=1),
+    "shift_lse": dict(shift=1, return_lse=True),
+    "shift_none": dict(shift=1, reduction="none"),
+    "shift_vocabulary": dict(shift=1, schedule="vocabulary"),
 }
 ways = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS.keys())
 
@@ -61,9 +65,9 @@ def make(dtype, **more):
     return problems.make((SEQUENCES, LENGTH), V, D, dtype=dtype, **more)
 
 
-def counted(p):
+def counted(p, options):
     """num_valid; with it more is read in place."""
-    return (p.targets != -100).sum().item()
+    return (p.targets[:, options.get("shift", 0) :] != -100).sum().item()
 
 
 def results(e, c, targets, **options):
@@ -92,7 +96,7 @@ def assert_same(got, want):
 
 @gaps
 @ways
-@wide_and_narrow
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("ignored", [0.0, 0.2])
 def test_gaps_change_nothing(ignored, dtype, options, gaps):
     p = make(dtype, ignored=ignored)
@@ -100,7 +104,29 @@ def test_gaps_change_nothing(ignored, dtype, options, gaps):
     e, c = with_gaps(p, **gaps)
     assert torch.equal(e, p.e) and torch.equal(c, p.c)
     assert_same(results(e, c, p.targets, **options), expected)
-    assert_same(results(e, c, p.targets, num_valid=counted(p), **options), expected)
+    assert_same(results(e, c, p.targets, num_valid=counted(p, options), **options), expected)
+
+
+@gaps
+@pytest.mark.parametrize("way", ["shift", "shift_lse", "shift_vocabulary"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("gives_num_valid", [False, True])
+def test_rows_that_predict_nothing_are_not_read(gives_num_valid, dtype, way, gaps):
+    """A sequence's last row, and rows whose target is ignored: they hold NaN here."""
+    p = make(dtype, ignored=0.3)
+    options = dict(WAYS[way])
+    expected = results(p.e, p.c, p.targets, **options)
+    if gives_num_valid:
+        options["num_valid"] = counted(p, options)
+    e, c = with_gaps(p, **gaps)
+    unread = torch.ones_like(p.targets, dtype=torch.bool)
+    unread[:, :-1] = p.targets[:, 1:] == -100
+    with torch.no_grad():
+        e[unread] = float("nan")
+    got = results(e, c, p.targets, **options)
+    assert_same(got, expected)
+    de = got[-2]
+    assert (de[unread] == 0).all() and (de[~unread] != 0).any(-1).all()
 
 
 def reads_in_place(t):
@@ -135,12 +161,12 @@ def test_a_call_goes_by_the_plan_that_was_asked_for(dtype, gaps, monkeypatch, ca
 
 
 @gaps
-@pytest.mark.parametrize("way", ["default", "lse", "vocabulary", "none"])
+@pytest.mark.parametrize("way", ["default", "lse", "vocabulary", "shift_none"])
 @wide_and_narrow
 def test_the_least_workspace_is_enough(dtype, way, gaps):
     """What the error names suffices: the plan that named it knew of the gaps."""
     p = make(dtype, ignored=0.0)
-    options = {**WAYS[way], "num_valid": counted(p)}
+    options = {**WAYS[way], "num_valid": counted(p, WAYS[way])}
     expected = results(p.e, p.c, p.targets, **options)
     e, c = with_gaps(p, **gaps)
     with pytest.raises(ValueError, match="max_workspace is 0 bytes") as error:
