@@ -1,5 +1,6 @@
 #include "call.h"
 
+#include "place.h"
 #include "plans.h"
 #include "terms.h"
 
@@ -25,37 +26,11 @@ std::string shape(const Tensor& t) {
 
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// As the library reads it: elements of a row next to each other, rows apart and in order. Views
-// that are (slices, a padded leading dimension) are used in place; others are copied.
-Tensor with_apart_rows(const Tensor& t) {
-  std::int64_t extent = 1;
-  for (std::int64_t dim = t.dim() - 1; dim >= 0; --dim) {
-    const std::int64_t size = t.size(dim);
-    if (size == 0) return packed(t);
-    if (size == 1) continue;
-    const bool row = dim == t.dim() - 1;
-    if (row ? t.stride(dim) != 1 : t.stride(dim) < extent) return torch::stable::contiguous(t);
-    extent += (size - 1) * t.stride(dim);
-  }
-  return t;
-}
-
-// Hopper's copy engine reads in units of 16 bytes, from rows that are whole units apart. Parameters
-// that lie in one flat buffer (FSDP) may begin anywhere, and a slice of odd rows lie at odd steps;
-// the plan knows rows without gaps only.
-Tensor aligned(const Tensor& t) {
-  if (t.element_size() == 2 && t.size(t.dim() - 1) % 8 == 0) {
-    for (std::int64_t dim = 0; dim + 1 < t.dim(); ++dim) {
-      if (t.size(dim) > 1 && t.stride(dim) % 8 != 0) return torch::stable::contiguous(t);
-    }
-  }
-  if (reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % 16 == 0) return t;
-  return torch::stable::clone(t);
-}
-
-// 0, "packed", where there is one entry: PyTorch leaves such strides arbitrary.
-std::int64_t stride(const Tensor& t, std::int64_t dim) {
-  return t.size(dim) > 1 ? t.stride(dim) : 0;
+// Where the library cannot read a tensor in place, it becomes a packed copy.
+Strides settle(Tensor& t, Device device) {
+  if (const auto strides = strides_in_place(place_of(t), device)) return *strides;
+  t = t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+  return {};
 }
 
 void check_shapes(const Operands& o, const Options& options) {
@@ -175,12 +150,8 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   device_.require_here(o.c, "c");
   device_.require_here(o.targets, "targets");
   if (o.bias) device_.require_here(*o.bias, "bias");
-  o.e = with_apart_rows(o.e);
-  o.c = with_apart_rows(o.c);
-  if (device_.is_cuda()) {
-    o.e = aligned(o.e);
-    o.c = aligned(o.c);
-  }
+  const Strides e_strides = settle(o.e, device_.device());
+  const Strides c_strides = settle(o.c, device_.device());
   o.targets = packed(o.targets);
   if (o.bias) o.bias = packed(*o.bias);
 
@@ -189,9 +160,9 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   p.length = o.e.size(1);
   p.V = o.c.size(0);
   p.D = o.c.size(1);
-  p.e_sequence_stride = stride(o.e, 0);
-  p.e_row_stride = stride(o.e, 1);
-  p.c_row_stride = stride(o.c, 0);
+  p.e_sequence_stride = e_strides.sequence;
+  p.e_row_stride = e_strides.row;
+  p.c_row_stride = c_strides.row;
   p.e_type = dtype_of(o.e.scalar_type(), "e");
   p.c_type = dtype_of(o.c.scalar_type(), "c");
   p.has_bias = o.bias.has_value();

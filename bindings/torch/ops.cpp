@@ -1,11 +1,13 @@
 // The operators of torch.ops.cutloss. Fakes and autograd are in python/cutloss/_ops.py.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <vector>
 
 #include "call.h"
+#include "place.h"
 #include "plans.h"
 #include "terms.h"
 
@@ -177,12 +179,28 @@ void scale(Stack& stack) {
              factor.const_data_ptr(), here.stream());
 }
 
+// e_strides and c_strides are empty for packed tensors; an offset is that of the first element past
+// a multiple of 16 bytes.
 #define CUTLOSS_PLAN_SIZES                                                            \
   "int sequences, int length, int V, int D, ScalarType e_dtype, ScalarType c_dtype, " \
   "ScalarType? bias_dtype, ScalarType target_dtype, bool has_row_temperature, "       \
-  "bool has_class_weight, bool at_forward, bool on_cuda, int device_index=-1"
+  "bool has_class_weight, bool at_forward, bool on_cuda, int device_index=-1, "       \
+  "int[] e_strides=[], int e_offset=0, int[] c_strides=[], int c_offset=0"
 
-// A plan without data: sizes, dtypes and options.
+// What becomes of a tensor of `dims` dimensions, (..., rows, D), that a plan is told of.
+Strides told_strides(Place place, const std::vector<std::int64_t>& strides, std::size_t dims,
+                     Device device, const char* what) {
+  if (strides.empty()) return {};
+  if (strides.size() != dims) {
+    throw Error(ErrorCode::invalid_value, std::string(what) + " must be " + std::to_string(dims) +
+                                              " numbers or none, got " +
+                                              std::to_string(strides.size()));
+  }
+  std::copy(strides.begin(), strides.end(), place.strides.end() - dims);
+  return strides_in_place(place, device).value_or(Strides{});
+}
+
+// A plan without data: sizes, dtypes, strides and options.
 std::shared_ptr<const Plan> read_plan(Stack& s) {
   struct {
     std::int64_t sequences, length, V, D;
@@ -200,6 +218,10 @@ std::shared_ptr<const Plan> read_plan(Stack& s) {
   const bool at_forward = s.next<bool>();
   const bool on_cuda = s.next<bool>();
   const std::int64_t device_index = s.next<std::int64_t>();
+  const auto e_strides = s.next<std::vector<std::int64_t>>();
+  const std::int64_t e_offset = s.next<std::int64_t>();
+  const auto c_strides = s.next<std::vector<std::int64_t>>();
+  const std::int64_t c_offset = s.next<std::int64_t>();
   const Options options = read_options(s);
 
   Problem p = problem_of(options, at_forward ? Upstream::at_forward : Upstream::at_backward);
@@ -207,6 +229,14 @@ std::shared_ptr<const Plan> read_plan(Stack& s) {
   p.length = sizes.length;
   p.V = sizes.V;
   p.D = sizes.D;
+  p.device = on_cuda ? Device::cuda : Device::cpu;
+  const Strides of_e = told_strides({{p.sequences, p.length, p.D}, {}, e, e_offset}, e_strides, 3,
+                                    p.device, "e_strides");
+  const Strides of_c =
+      told_strides({{1, p.V, p.D}, {}, c, c_offset}, c_strides, 2, p.device, "c_strides");
+  p.e_sequence_stride = of_e.sequence;
+  p.e_row_stride = of_e.row;
+  p.c_row_stride = of_c.row;
   p.e_type = dtype_of(e, "e");
   p.c_type = dtype_of(c, "c");
   p.has_bias = bias.has_value();
@@ -214,7 +244,6 @@ std::shared_ptr<const Plan> read_plan(Stack& s) {
   p.target_type = index_type_of(targets);
   p.has_row_temperature = has_row_temperature;
   p.has_class_weight = has_class_weight;
-  p.device = on_cuda ? Device::cuda : Device::cpu;
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   try {
     if (on_cuda && device_index >= 0) guard.emplace(static_cast<std::int32_t>(device_index));

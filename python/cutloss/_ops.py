@@ -351,8 +351,10 @@ def _traced_immediate_context(ctx, inputs, keyword_only_inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _is_ordinary(t: Tensor) -> bool:
-    return type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+def is_ordinary(t: Tensor) -> bool:
+    """Whether a tensor is one with memory of its own, not one for a tracer or for torch.func."""
+    ordinary = type(t) in (Tensor, torch.nn.Parameter)
+    return ordinary and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
@@ -360,7 +362,7 @@ def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
     changed in place, the tracer decides."""
     if gradient is None:
         return None
-    if not (_is_ordinary(gradient) and _is_ordinary(factor)):
+    if not (is_ordinary(gradient) and is_ordinary(factor)):
         return gradient * factor
     call(_ops.scale_, gradient, factor)
     return gradient

@@ -19,6 +19,13 @@ from ._ops import SCHEDULES, Options
 DEFAULT_WORKSPACE = 512 << 20  # kDefaultWorkspace of cutloss.h
 
 
+class Place(NamedTuple):
+    """How E or C lies in memory: where the library cannot read it in place, it reads a copy."""
+
+    strides: tuple[int, ...] = ()  # none: packed
+    offset: int = 0  # bytes past a multiple of 16, where it starts
+
+
 class Sizes(NamedTuple):
     """What a plan depends on besides the options."""
 
@@ -34,10 +41,13 @@ class Sizes(NamedTuple):
     has_class_weight: bool = False
     on_cuda: bool = False
     device_index: int = -1  # of several GPUs; -1 is the current one
+    e: Place = Place()
+    c: Place = Place()
 
     def arguments(self, at_forward: bool) -> tuple:
         """The leading arguments of the operators plan and describe_plan."""
-        return *self[:-2], at_forward, *self[-2:]
+        *problem, on_cuda, device_index, e, c = self
+        return *problem, at_forward, on_cuda, device_index, *e, *c
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +128,15 @@ def rows_fit(sizes: Sizes, options: Options) -> bool:
     return total <= (DEFAULT_WORKSPACE if budget is None else budget)
 
 
+def _place(t: Tensor) -> Place:
+    if torch.compiler.is_compiling():  # no plan is asked for, and there is no address
+        return Place()
+    if _ops.is_ordinary(t):
+        return Place(t.stride(), t.data_ptr() % 16)
+    # Fake tensors and those of torch.func have no address either; new storage is aligned.
+    return Place(t.stride(), t.storage_offset() * t.itemsize % 16)
+
+
 def sizes_of(
     e: Tensor,
     c: Tensor,
@@ -140,4 +159,6 @@ def sizes_of(
         has_class_weight=class_weight is not None,
         on_cuda=e.device.type == "cuda",
         device_index=-1 if e.device.index is None else e.device.index,
+        e=_place(e),
+        c=_place(c),
     )

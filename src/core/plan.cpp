@@ -105,6 +105,21 @@ std::optional<Plan> plan_with(const Engine& engine, const Problem& p,
   return std::nullopt;
 }
 
+// Where rows do not lie one after the other.
+std::string gaps(const Problem& p) {
+  std::vector<std::string> found;
+  if (p.length > 1 && p.e_row_stride != p.D) {
+    found.push_back(text("rows of E ", p.e_row_stride));
+  }
+  if (p.sequences > 1 && p.e_sequence_stride != p.length * p.e_row_stride) {
+    found.push_back(text("sequences of E ", p.e_sequence_stride));
+  }
+  if (p.V > 1 && p.c_row_stride != p.D) found.push_back(text("rows of C ", p.c_row_stride));
+  std::string out;
+  for (const std::string& gap : found) out += (out.empty() ? "" : ", ") + gap;
+  return out.empty() ? out : out + " elements apart\n";
+}
+
 }  // namespace
 
 Plan make_plan(const Problem& problem) {
@@ -143,7 +158,7 @@ Plan make_plan(const Problem& problem) {
 std::string describe(const Plan& plan) {
   const Problem& p = plan.problem;
   std::string out = text("N ", row_count(p), "  V ", p.V, "  D ", p.D, "  E ", name(p.e_type),
-                         "  C ", name(p.c_type), "  compute ", name(p.compute_type), "\n",
+                         "  C ", name(p.c_type), "  compute ", name(p.compute_type), "\n", gaps(p),
                          "engine ", plan.engine, "  schedule ", name(plan.schedule),
                          plan.keeps_logits ? " (logits kept for backward)" : "", "  products ",
                          plan.products, "\n");

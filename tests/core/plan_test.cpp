@@ -209,6 +209,20 @@ TEST(Plan, DescribesItself) {
   for (const std::string& reason : plan.reasons) EXPECT_TRUE(contains(text, reason));
 }
 
+TEST(Plan, SaysWhereRowsLieApart) {
+  Problem p = with_size(3, 7, 50, 16).problem;
+  p.upstream = Upstream::at_backward;
+  EXPECT_FALSE(contains(describe(make_plan(p)), "apart"));
+  p.e_sequence_stride = 200;
+  EXPECT_TRUE(contains(describe(make_plan(p)), "\nsequences of E 200 elements apart\n"));
+  p.e_row_stride = 24;
+  p.c_row_stride = 19;
+  EXPECT_TRUE(contains(describe(make_plan(p)),
+                       "\nrows of E 24, sequences of E 200, rows of C 19 elements apart\n"));
+  p.sequences = p.length = p.V = 1;  // nothing to be apart from
+  EXPECT_FALSE(contains(describe(make_plan(p)), "apart"));
+}
+
 TEST(Machine, NamesEveryEngineAndItsLibraries) {
   const std::vector<std::string> lines = describe_machine();
   ASSERT_FALSE(lines.empty());

@@ -1,4 +1,7 @@
-"""Every device that the package has an engine for here; the same tests run on each."""
+"""Every device that the package has an engine for here, and every engine; the same tests run on
+each."""
+
+import re
 
 import problems
 import pytest
@@ -13,4 +16,16 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and _ops.HAS_CUDA else ["
 def device(request, monkeypatch):
     """Where problems.make puts its tensors."""
     monkeypatch.setattr(problems, "device", request.param)
+    return request.param
+
+
+ENGINES = re.findall(r"^engine (\S+): (?!not here)", _ops.describe_machine(), re.MULTILINE)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, monkeypatch):
+    """The one that calls take; problems.make puts its tensors on its device, and skips the test
+    where the engine leaves the dtype to others."""
+    monkeypatch.setenv("CUTLOSS_ENGINE", request.param)
+    monkeypatch.setattr(problems, "device", request.param.partition("/")[0])
     return request.param

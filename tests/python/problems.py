@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import pytest
@@ -55,7 +56,9 @@ class Problem:
 
 
 @functools.cache
-def _has_engine(dtype: torch.dtype, on_cuda: bool) -> bool:
+def _has_engine(dtype: torch.dtype, device: str, only: str | None) -> bool:
+    """`only`: what CUTLOSS_ENGINE says, on which the answer depends."""
+    on_cuda = device == "cuda"
     sizes = _plan.Sizes(1, 8, 8, 8, dtype, dtype, None, torch.int64, on_cuda=on_cuda)
     try:
         _ops.describe_plan(sizes.arguments(at_forward=True), _ops.options(dtype))
@@ -64,9 +67,13 @@ def _has_engine(dtype: torch.dtype, on_cuda: bool) -> bool:
     return True
 
 
+def has_engine(dtype: torch.dtype) -> bool:
+    return _has_engine(dtype, device, os.environ.get("CUTLOSS_ENGINE"))
+
+
 def widest() -> torch.dtype:
     """The dtype with the least rounding that the device has an engine for."""
-    return F64 if _has_engine(F64, device == "cuda") else F32
+    return F64 if has_engine(F64) else F32
 
 
 def make(
@@ -83,7 +90,7 @@ def make(
     """A share `ignored` of the targets is ignored. Tensors in `options` that depend on sizes may
     be given as functions of (batch, V, generator). Made on the CPU, so that every device gets the
     same numbers."""
-    if not _has_engine(dtype, device == "cuda"):
+    if not has_engine(dtype):
         pytest.skip(f"no engine takes {dtype} on {device}")
     g = torch.Generator().manual_seed(seed)
     ignore_index = options.get("ignore_index", -100)

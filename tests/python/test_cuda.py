@@ -291,40 +291,8 @@ def test_memory_that_cannot_be_had():
 # Engines ------------------------------------------------------------------------------------------
 
 
-def engine_of(dtype, at_forward=True, **changes):
-    sizes = _plan.Sizes(8, 512, 32768, 2048, dtype, dtype, None, torch.int64, on_cuda=True)
-    sizes.has_row_temperature = changes.pop("has_row_temperature", False)
-    sizes.has_class_weight = changes.pop("has_class_weight", False)
-    options = _ops.options(dtype, **{"needs_de": True, "needs_dc": True, **changes})
-    text = _ops.describe_plan(sizes.arguments(at_forward), options)
-    return re.search(r"^engine (\S+)", text, re.MULTILINE)[1]
-
-
-ENGINE_OPTIONS = {
-    "default": {},
-    "forward": dict(needs_de=False, needs_dc=False),
-    "frozen": dict(needs_dc=False),
-    "shift": dict(shift=1),
-    "softcap": dict(softcap=30.0),
-    "scales": dict(logit_scale=0.0625, temperature=0.7),
-    "row_temperature": dict(has_row_temperature=True),
-    "smoothing": dict(wants_zbar=True, has_class_weight=True),
-    "entropy": dict(wants_entropy=True, at_forward=False),
-    "argmax": dict(wants_argmax=True),
-    "per_token": dict(at_forward=False),
-    "vocabulary": dict(schedule=_ops.SCHEDULES["vocabulary"]),
-}
-
-
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-    reason="the engine is for compute capability 9.0",
-)
-@pytest.mark.parametrize("options", ENGINE_OPTIONS.values(), ids=ENGINE_OPTIONS.keys())
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_hopper_takes_its_own_engine(dtype, options):
-    assert engine_of(dtype, **options) == "cuda/fused_sm90"
-
-
 def test_fp32_has_an_engine():
-    assert engine_of(F32) == "cuda/library"
+    sizes = _plan.Sizes(8, 512, 32768, 2048, F32, F32, None, torch.int64, on_cuda=True)
+    options = _ops.options(F32, needs_de=True, needs_dc=True)
+    text = _ops.describe_plan(sizes.arguments(at_forward=True), options)
+    assert re.search(r"^engine cuda/library ", text, re.MULTILINE)

@@ -79,6 +79,18 @@ def test_the_default_workspace_is_that_of_the_library():
     assert f"fit in {_plan.DEFAULT_WORKSPACE} bytes" in text
 
 
+def test_a_plan_of_strides():
+    s = sizes(64, 300, 32)
+    packed = _ops.describe_plan(s.arguments(at_forward=True), options(F32))
+    s.e, s.c = _plan.Place((64 * 32, 32, 1)), _plan.Place((32, 1))
+    assert _ops.describe_plan(s.arguments(at_forward=True), options(F32)) == packed
+    s.c = _plan.Place((1, 300))  # of a transposed matrix, which is copied
+    assert _ops.describe_plan(s.arguments(at_forward=True), options(F32)) == packed
+    s.c = _plan.Place((32,))
+    with pytest.raises(ValueError, match="c_strides must be 2 numbers or none, got 1"):
+        _ops.describe_plan(s.arguments(at_forward=True), options(F32))
+
+
 def test_a_plan_says_why():
     text = _ops.describe_plan(
         sizes(4096, 30000, 64).arguments(at_forward=True), options(F32, max_workspace=8 << 20)
