@@ -82,11 +82,11 @@ def test_the_default_workspace_is_that_of_the_library():
 def test_a_plan_of_strides():
     s = sizes(64, 300, 32)
     packed = _ops.describe_plan(s.arguments(at_forward=True), options(F32))
-    s.e, s.c = _plan.Place((64 * 32, 32, 1)), _plan.Place((32, 1))
+    s = s._replace(e=_plan.Place((64 * 32, 32, 1)), c=_plan.Place((32, 1)))
     assert _ops.describe_plan(s.arguments(at_forward=True), options(F32)) == packed
-    s.c = _plan.Place((1, 300))  # of a transposed matrix, which is copied
+    s = s._replace(c=_plan.Place((1, 300)))  # of a transposed matrix, which is copied
     assert _ops.describe_plan(s.arguments(at_forward=True), options(F32)) == packed
-    s.c = _plan.Place((32,))
+    s = s._replace(c=_plan.Place((32,)))
     with pytest.raises(ValueError, match="c_strides must be 2 numbers or none, got 1"):
         _ops.describe_plan(s.arguments(at_forward=True), options(F32))
 

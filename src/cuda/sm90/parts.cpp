@@ -278,7 +278,7 @@ void FusedParts::accumulate_dbias(const Block& block) {
   if (!p_.needs_dc) sum_targets(block.chunk);
 }
 
-// The targets' part of dbias, and of dC what launch_accumulation will add.
+// The targets' part of dbias, and of dC what launch_dc will add.
 void FusedParts::sum_targets(Rows chunk) {
   TargetSums t;
   t.list = listed(chunk);
@@ -319,30 +319,30 @@ void FusedParts::accumulate_dc(const Block& block) {
   const Rows rows = block.rows;
   const Columns columns = block.columns;
   float* sums = buffer<float>(all::kDcSums);
-  Accumulation a;
-  a.x = {g_, g_stride_};
+  DcProduct product;
+  product.g = {g_, g_stride_};
   if (by_rows()) {
-    a.e = {buffer<void>(use::kScaledE), cuda::e_stride(p_, operand_)};
+    product.e = {buffer<void>(use::kScaledE), cuda::e_stride(p_, operand_)};
     sum_targets(block.chunk);
-    a.sum_of_column = buffer<int>(use::kSumOfColumn);
-    a.sums = target_sums();
+    product.sum_of_column = buffer<int>(use::kSumOfColumn);
+    product.sums = target_sums();
   } else {
-    a.e = kernel_matrix(load_rows(rows, block.chunk));
-    a.scale = static_cast<float>(p_.logit_scale);
+    product.e = kernel_matrix(load_rows(rows, block.chunk));
+    product.scale = static_cast<float>(p_.logit_scale);
   }
-  a.dc_type = sums == nullptr ? p_.c_type : DType::f32;
-  a.dc =
+  product.dc_type = sums == nullptr ? p_.c_type : DType::f32;
+  product.dc =
       sums == nullptr ? at(args_.gradients.dc, p_.c_type, columns.begin * p_.D) : dc_sums(columns);
-  a.dc_stride = p_.D;
-  a.rows = static_cast<int>(rows.count);
-  a.V = static_cast<int>(columns.count);
-  a.D = static_cast<int>(p_.D);
-  a.count = table_.count;
-  a.first = static_cast<int>(rows.begin);
-  a.add = rows.begin > 0;
-  launch_accumulation(a, cuda::current_device().multiprocessors, stream_);
-  if (!a.add) {
-    launch_clear_if_none(table_.count, a.dc, columns.count * p_.D * size_of(a.dc_type), stream_);
+  product.rows = static_cast<int>(rows.count);
+  product.V = static_cast<int>(columns.count);
+  product.D = static_cast<int>(p_.D);
+  product.count = table_.count;
+  product.first = static_cast<int>(rows.begin);
+  product.add = rows.begin > 0;
+  launch_dc(product, logits_grid(rows.count), stream_);
+  if (!product.add) {
+    launch_clear_if_none(table_.count, product.dc, columns.count * p_.D * size_of(product.dc_type),
+                         stream_);
   }
 }
 

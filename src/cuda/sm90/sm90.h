@@ -116,14 +116,14 @@ int column_tiles(std::int64_t columns);
 void launch_exponentials(const Logits& logits, const Exponentials& exponentials, const Grid& grid,
                          cudaStream_t stream);
 
-// dC (+)= scale * x^T * E: x is (rows, V), E is (rows, D), both bf16.
-struct Accumulation {
-  Matrix x;
+// dC (+)= scale * g^T * E: g is (rows, V), E is (rows, D), both bf16. Where no row counts, dC is
+// left as it is.
+struct DcProduct {
+  Matrix g;
   Matrix e;
-  void* dc = nullptr;
+  void* dc = nullptr;          // (V, D)
   DType dc_type = DType::f32;  // or bf16
-  std::int64_t dc_stride = 0;
-  int rows = 0;  // at most
+  int rows = 0;                // at most
   int V = 0;
   int D = 0;
   const int* count = nullptr;  // as in Logits
@@ -134,7 +134,6 @@ struct Accumulation {
   const int* sum_of_column = nullptr;
   const float* sums = nullptr;  // (.., D)
 };
-void launch_accumulation(const Accumulation& accumulation, int multiprocessors,
-                         cudaStream_t stream);
+void launch_dc(const DcProduct& product, const Grid& grid, cudaStream_t stream);
 
 }  // namespace cutloss::sm90

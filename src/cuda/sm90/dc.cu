@@ -3,9 +3,9 @@
 
 namespace cutloss::sm90 {
 
-void launch_accumulation(const Accumulation& s, int multiprocessors, cudaStream_t stream) {
+void launch_dc(const DcProduct& s, const Grid& grid, cudaStream_t stream) {
   // The rows of the list are the product's depth; columns (D) come fastest, since going down the
-  // vocabulary first would read x again for each tile of D.
+  // vocabulary first would read g again for each tile of D.
   using Transposed = Config<cute::bfloat16_t, Major::MN, Major::MN, Share::columns>;
   ProductParams params{};
   params.rows = s.V;
@@ -16,15 +16,15 @@ void launch_accumulation(const Accumulation& s, int multiprocessors, cudaStream_
   params.first = s.first;
   params.count_is_depth = true;
   params.largest_group = 1;
-  const CUtensorMap x = tensor_map(s.x.data, DType::bf16, s.rows, s.V, s.x.stride, kTileDepth, 64);
+  const CUtensorMap g = tensor_map(s.g.data, DType::bf16, s.rows, s.V, s.g.stride, kTileDepth, 64);
   const CUtensorMap e =
       tensor_map(s.e.data, DType::bf16, s.rows, s.D, s.e.stride, kTileDepth / 2, 64);
   const auto launch = [&]<class Out>(Out*, int box_columns) {
-    const CUtensorMap out = tensor_map(s.dc, s.dc_type, s.V, s.D, s.dc_stride, 16, box_columns);
+    const CUtensorMap out = tensor_map(s.dc, s.dc_type, s.V, s.D, s.D, 16, box_columns);
     const typename AccumulateEpilogue<Out>::Params epilogue{s.add, s.scale, s.sum_of_column, s.sums,
                                                             s.D};
-    launch_product<Transposed, AccumulateEpilogue<Out>>(x, e, out, params, epilogue,
-                                                        multiprocessors / 2 * 2, stream);
+    launch_product<Transposed, AccumulateEpilogue<Out>>(g, e, out, params, epilogue, grid.blocks,
+                                                        stream);
   };
   if (s.dc_type == DType::f32) {
     launch(static_cast<float*>(nullptr), 32);
