@@ -3,10 +3,13 @@
 # make wheel  builds dist/cutloss-*.whl for other machines, with CUDA where nvcc is found
 SHELL := bash
 
-.PHONY: demo test build wheel bench format format-check clean
+.PHONY: demo test build packages wheel bench format format-check clean
 
 build:
 	scripts/setup.sh
+
+packages:
+	scripts/setup.sh --packages
 
 demo: build
 	.venv/bin/cutloss demo $(ARGS)
@@ -14,16 +17,17 @@ demo: build
 test: build
 	scripts/test.sh $(ARGS)
 
-wheel: build
+# Builds for itself, in another folder and with other settings than `build` has.
+wheel: packages
 	scripts/wheel.sh
 
 bench: build
 	.venv/bin/cutloss bench $(ARGS)
 
-format: build
+format: packages
 	scripts/format.sh
 
-format-check: build
+format-check: packages
 	scripts/format.sh --check
 
 # Keeps .venv: remove it by hand to begin from nothing.

@@ -1,6 +1,6 @@
 # The CUDA engines: nvcc, the header files that it needs, and what it compiles for.
 #
-#   CUTLOSS_CUDA_ARCHITECTURES  what to compile for, as "80-real;90-real" (the list below)
+#   CUTLOSS_CUDA_ARCHITECTURES  what to compile for, as "80-real;90-real" (empty: the list below)
 #   CUBLASLT_INCLUDE_DIR        where cublasLt.h lies (the library itself is opened at run time)
 #   CUTLASS_INCLUDE_DIR         where cutlass/cutlass.h and cute/tensor.hpp lie (for sm_90 kernels)
 #
@@ -20,9 +20,11 @@ if(NOT CMAKE_CUDA_COMPILER)
   return()
 endif()
 
-# Code for each generation that runs there, and for later ones what a driver compiles.
-set(CUTLOSS_CUDA_ARCHITECTURES "75-real;80-real;86-real;89-real;90-real;100-real;120"
-    CACHE STRING "What the CUDA kernels are compiled for")
+set(CUTLOSS_CUDA_ARCHITECTURES "" CACHE STRING "What the CUDA kernels are compiled for")
+if(NOT CUTLOSS_CUDA_ARCHITECTURES)
+  # Code for each generation that runs there, and for later ones what a driver compiles.
+  set(CUTLOSS_CUDA_ARCHITECTURES "75-real;80-real;86-real;89-real;90-real;100-real;120")
+endif()
 # Sources differ in what they are compiled for: the flags are theirs (cutloss_add_cuda).
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 enable_language(CUDA)

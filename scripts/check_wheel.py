@@ -1,5 +1,7 @@
 """Installs a wheel into an empty folder, uses it with nothing else but this Python's torch, and
-sees that it brings its libraries along: python scripts/check_wheel.py dist/cutloss-*.whl"""
+sees that it brings its libraries along: python scripts/check_wheel.py dist/cutloss-*.whl
+
+Says which engines are in it: wheels with and without CUDA have the same name."""
 
 import os
 import pathlib
@@ -62,7 +64,10 @@ def main(wheel):
         shape = ("--shape", "64,32,1000")
         found = run(*python, "-m", "cutloss", "doctor", *shape, **alone)
         assert "Nothing is broken." in found, found
+        engines = re.findall(r"^ *engine (\S+): (?!not in this build)", found, re.MULTILINE)
+        assert "cpu" in engines, found
     print(f"{pathlib.Path(wheel).name}: {len(ours)} libraries of its own, works without others")
+    print(f"engines in it: {', '.join(engines)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,21 @@
 
 CUDA_HEADERS=.venv/cuda
 
+# A setting of this call, or else of an earlier one: a build stays what it is until something else is
+# asked for. Empty is the default again; `make clean` forgets all.
+recall() { # name
+  local kept=build/settings/$1
+  if [[ -n ${!1:-} ]]; then
+    mkdir -p build/settings
+    printf '%s\n' "${!1}" >"$kept"
+  elif [[ -v $1 ]]; then
+    rm -f "$kept"
+  elif [[ -f $kept ]]; then
+    printf -v "$1" %s "$(<"$kept")"
+    say "$1=${!1}, as before ($1= for the default)"
+  fi
+}
+
 find_nvcc() {
   local candidate
   for candidate in "${CUDACXX:-}" nvcc /usr/local/cuda/bin/nvcc; do
@@ -67,8 +82,6 @@ settle_cuda() {
   if [[ -d $CUDA_HEADERS/cublas ]]; then
     cuda_flags+=(-DCUBLASLT_INCLUDE_DIR="$PWD/$CUDA_HEADERS/cublas")
   fi
-  if [[ -n ${CUTLOSS_CUDA_ARCHITECTURES:-} ]]; then
-    cuda_flags+=(-DCUTLOSS_CUDA_ARCHITECTURES="$CUTLOSS_CUDA_ARCHITECTURES")
-  fi
+  cuda_flags+=(-DCUTLOSS_CUDA_ARCHITECTURES="${CUTLOSS_CUDA_ARCHITECTURES:-}")
   say "CUDA engines with $nvcc, for ${CUTLOSS_CUDA_ARCHITECTURES:-every architecture}"
 }

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Sets up all that a checkout of cutloss needs, and nothing twice: system packages (Debian and
 # Ubuntu), Python packages in .venv, the PyTorch operators, the `cutloss` command in .venv/bin.
+# With --packages the packages alone, for what needs no operators.
 #
 #   PYTHON          the interpreter that .venv is made with (python3)
-#   CUTLOSS_WERROR  ON: the compiler's warnings are errors (OFF)
+#   CUTLOSS_WERROR  ON: the compiler's warnings are errors, until it is OFF
 #   JOBS            compilations at a time (one for each processor)
 #
 # Where nvcc is found the CUDA engines are built too; scripts/cuda.sh has their settings.
@@ -90,8 +91,8 @@ install_python_packages() {
 build_operators() {
   say "building the PyTorch operators in $BUILD"
   local log
-  log=$(cmake --preset release -DCUTLOSS_WERROR="${CUTLOSS_WERROR:-OFF}" \
-    -UCUTLOSS_CUDA_ARCHITECTURES "${cuda_flags[@]}" 2>&1) ||
+  log=$(cmake --preset release ${CUTLOSS_WERROR:+-DCUTLOSS_WERROR=$CUTLOSS_WERROR} \
+    "${cuda_flags[@]}" 2>&1) ||
     die "CMake could not configure the build:"$'\n'"$log"
   cmake --build $BUILD --target cutloss_torch -j "${JOBS:-$(nproc)}"
 }
@@ -109,6 +110,8 @@ install_package() {
 
 install_system_packages
 install_python_packages
+if [[ ${1:-} == --packages ]]; then exit; fi
+for setting in CUTLOSS_CUDA CUTLOSS_CUDA_ARCHITECTURES CUDACXX; do recall $setting; done
 settle_cuda
 build_operators
 install_package

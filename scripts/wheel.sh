@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds dist/cutloss-*.whl: the package with every shared library that another machine may lack.
-# After scripts/setup.sh; the settings of scripts/cuda.sh hold. No GPU is needed.
+# After scripts/setup.sh --packages; the settings of scripts/cuda.sh hold, those of this call: a wheel
+# is for other machines, whatever this checkout was last built for. No GPU is needed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,6 +11,7 @@ die() {
   exit 1
 }
 source scripts/cuda.sh
+recall CUDACXX
 settle_cuda
 
 BUILT=build/wheel
@@ -29,5 +31,6 @@ report=$(PATH=$PWD/.venv/bin:$PATH auditwheel repair --strip --exclude libgomp.s
   --exclude 'libtorch*' --exclude 'libc10*' -w dist $BUILT/*.whl 2>&1) || die "$report"
 
 say "trying it, away from this checkout"
-.venv/bin/python scripts/check_wheel.py dist/*.whl
 ls -sh dist/*.whl
+.venv/bin/python scripts/check_wheel.py dist/*.whl
+if [[ $CUDA == ON ]]; then say "CUDA code for ${CUTLOSS_CUDA_ARCHITECTURES:-every architecture}"; fi
