@@ -9,6 +9,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "core/dtype.h"
 #include "core/text.h"
 #include "cuda/device.h"
 
@@ -240,9 +241,7 @@ std::shared_ptr<const Prepared> prepared(const Product& p, int device) {
   return known.emplace(key, std::move(made)).first->second;
 }
 
-}  // namespace
-
-void multiply(const Product& p, cudaStream_t stream) {
+void run(const Product& p, cudaStream_t stream) {
   const int device = current_device().index;
   const auto ready = prepared(p, device);
   const bool wide = p.type == DType::f64;
@@ -260,6 +259,57 @@ void multiply(const Product& p, cudaStream_t stream) {
                          &ready->algorithm, p.workspace,
                          static_cast<std::size_t>(p.workspace_bytes), stream),
         describe(p));
+}
+
+// Part of an operand, from a row and a column of it as the product reads it.
+Operand part_of(const Operand& o, DType type, std::int64_t row, std::int64_t column) {
+  const std::int64_t elements = o.transposed ? column * o.stride + row : row * o.stride + column;
+  return {static_cast<const std::byte*>(o.data) + elements * size_of(type), o.stride, o.transposed};
+}
+
+// Tensor cores' quick kernels want extents along which an operand is contiguous to be multiples of
+// 16 bytes (cuBLAS's guide, "Tensor Core Usage"); with any other the library takes one that is many
+// times slower. V is often odd (50257).
+bool gains_by_parts(const Product& p) {
+  constexpr std::int64_t kWorthIt = std::int64_t{1} << 22;  // multiplications
+  return (p.type == DType::bf16 || p.type == DType::f16) && p.M * p.N * p.K >= kWorthIt;
+}
+
+}  // namespace
+
+void multiply(const Product& p, cudaStream_t stream) {
+  constexpr std::int64_t kUnit = 8;
+  const auto whole = [](std::int64_t extent) { return extent / kUnit * kUnit; };
+  const auto splits = [&](std::int64_t extent) { return extent > kUnit && extent % kUnit != 0; };
+  const bool k_is_contiguous = !p.a.transposed || p.b.transposed;
+  const bool sums_keep_digits = p.c_type == DType::f32;
+  Product first = p, rest = p;
+  if (!gains_by_parts(p)) {
+    run(p, stream);
+    return;
+  }
+  if (k_is_contiguous && sums_keep_digits && splits(p.K)) {
+    first.K = whole(p.K);
+    rest.K = p.K - first.K;
+    rest.a = part_of(p.a, p.type, 0, first.K);
+    rest.b = part_of(p.b, p.type, first.K, 0);
+    rest.accumulate = true;
+  } else if (splits(p.N)) {
+    first.N = whole(p.N);
+    rest.N = p.N - first.N;
+    rest.b = part_of(p.b, p.type, 0, first.N);
+    rest.c = static_cast<std::byte*>(p.c) + first.N * size_of(p.c_type);
+  } else if (p.a.transposed && splits(p.M)) {
+    first.M = whole(p.M);
+    rest.M = p.M - first.M;
+    rest.a = part_of(p.a, p.type, first.M, 0);
+    rest.c = static_cast<std::byte*>(p.c) + first.M * p.c_stride * size_of(p.c_type);
+  } else {
+    run(p, stream);
+    return;
+  }
+  multiply(first, stream);
+  run(rest, stream);
 }
 
 std::string cublaslt_refusal() {
