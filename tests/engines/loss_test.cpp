@@ -105,7 +105,9 @@ void expect_terms(const Data& data, const Weights& weights, const Weighting& w,
   EXPECT_EQ(terms.is_undefined(), undefined);
   if (!w.mean || undefined) total = token_total = 1;
   const double eps = w.label_smoothing;
-  const double unit = 8 * reference::unit_roundoff(reference::stat_type(p));
+  // Sums are made in fp64, here and on a device in orders of their own.
+  const double unit = 8 * reference::unit_roundoff(reference::stat_type(p)) +
+                      static_cast<double>(N + p.V) * reference::unit_roundoff(DType::f64);
   const auto near = [&](const Array& got, std::int64_t n, double want) {
     if (got.count == 0) return;
     EXPECT_NEAR(got.get(n), want, unit * std::fabs(want)) << "row " << n;
