@@ -34,24 +34,27 @@ Strides settle(Tensor& t, Device device) {
 }
 
 void check_shapes(const Operands& o, const Options& options) {
-  if (!(o.e.dim() == 3)) refuse("e must be (sequences, length, D), got shape " + shape(o.e));
-  if (!(o.c.dim() == 2)) refuse("c must be (V, D), got shape " + shape(o.c));
-  if (!(o.e.size(2) == o.c.size(1)))
+  if (o.e.dim() != 3) refuse("e must be (sequences, length, D), got shape " + shape(o.e));
+  if (o.c.dim() != 2) refuse("c must be (V, D), got shape " + shape(o.c));
+  if (o.e.size(2) != o.c.size(1)) {
     refuse("e and c must agree in D, got e of shape " + shape(o.e) + " and c of shape " +
            shape(o.c));
-  if (!(o.targets.dim() == 2 && o.targets.size(0) == o.e.size(0) &&
-        o.targets.size(1) == o.e.size(1)))
+  }
+  if (o.targets.dim() != 2 || o.targets.size(0) != o.e.size(0) ||
+      o.targets.size(1) != o.e.size(1)) {
     refuse("targets must be (sequences, length) of e, got shape " + shape(o.targets) +
            " and e of shape " + shape(o.e));
-  const auto is_vector_of_v = [&](const std::optional<Tensor>& t, const char* what) {
-    if (!(!t || (t->dim() == 1 && t->size(0) == o.c.size(0))))
-      refuse(std::string(what) + " must be (V), got shape " + (t ? shape(*t) : "") +
-             " and c of shape " + shape(o.c));
+  }
+  const auto need_vector_of_v = [&](const std::optional<Tensor>& t, const char* what) {
+    if (!t || (t->dim() == 1 && t->size(0) == o.c.size(0))) return;
+    refuse(std::string(what) + " must be (V), got shape " + shape(*t) + " and c of shape " +
+           shape(o.c));
   };
-  is_vector_of_v(o.bias, "bias");
-  is_vector_of_v(o.class_weight, "class_weight");
-  if (!(options.schedule >= 0 && options.schedule <= 3))
+  need_vector_of_v(o.bias, "bias");
+  need_vector_of_v(o.class_weight, "class_weight");
+  if (options.schedule < 0 || options.schedule > 3) {
     refuse("schedule must be 0, 1, 2 or 3, got " + std::to_string(options.schedule));
+  }
 }
 
 template <class Index>
@@ -72,10 +75,10 @@ void check_num_valid(const Problem& p, const void* targets) {
   const std::int64_t count = p.target_type == IndexType::i64
                                  ? count_valid(p, static_cast<const std::int64_t*>(targets))
                                  : count_valid(p, static_cast<const std::int32_t*>(targets));
-  if (!(*p.num_valid == count))
-    refuse("num_valid is " + std::to_string(*p.num_valid) + ", but " + std::to_string(count) +
-           " of the " + std::to_string(row_count(p)) +
-           " targets that are predicted are not ignore_index = " + std::to_string(p.ignore_index));
+  if (*p.num_valid == count) return;
+  refuse("num_valid is " + std::to_string(*p.num_valid) + ", but " + std::to_string(count) +
+         " of the " + std::to_string(row_count(p)) +
+         " targets that are predicted are not ignore_index = " + std::to_string(p.ignore_index));
 }
 
 }  // namespace
@@ -172,9 +175,10 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   p.has_class_weight = o.class_weight.has_value();
   p.device = device_.device();
   plan_ = plan_for(p, device_.index());
-  if (!(kept_bytes() == options.kept_bytes))
+  if (kept_bytes() != options.kept_bytes) {
     refuse("kept_bytes must be what the plan says, " + std::to_string(kept_bytes()) + ", got " +
            std::to_string(options.kept_bytes));
+  }
 
   if (!device_.is_cuda()) check_num_valid(plan_->problem, o.targets.const_data_ptr());
 
@@ -185,10 +189,9 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   args.in.targets = o.targets.const_data_ptr();
   args.in.temperature = row_input(o.row_temperature, "row_temperature");
   if (o.class_weight) {
-    if (!(o.class_weight->scalar_type() == stats()))
-      refuse(
-          "class_weight must have the dtype of the "
-          "per-row outputs");
+    if (o.class_weight->scalar_type() != stats()) {
+      refuse("class_weight must have the dtype of the per-row outputs");
+    }
     device_.require_here(*o.class_weight, "class_weight");
     alive_.push_back(packed(*o.class_weight));
     args.in.class_weight = alive_.back().const_data_ptr();
@@ -197,10 +200,11 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
 
 const void* Call::row_input(const std::optional<Tensor>& tensor, const char* what) {
   if (!tensor) return nullptr;
-  if (!(tensor->dim() == 1 && tensor->size(0) == rows() && tensor->scalar_type() == stats()))
+  if (tensor->dim() != 1 || tensor->size(0) != rows() || tensor->scalar_type() != stats()) {
     refuse(std::string(what) + " must be (" + std::to_string(rows()) +
            ") in the dtype of the per-row outputs, got shape " + shape(*tensor) + " of " +
            torch::headeronly::toString(tensor->scalar_type()));
+  }
   device_.require_here(*tensor, what);
   alive_.push_back(packed(*tensor));
   return alive_.back().const_data_ptr();

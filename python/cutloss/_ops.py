@@ -175,6 +175,13 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def have_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of them carries a derivative of forward mode."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 def _is_differentiated(options: Options) -> bool:
     """Whether a derivative may be asked for: one that is made, or one that is refused."""
     wanted = options["needs_de"] or options["needs_dc"] or options["needs_dbias"]
@@ -298,8 +305,7 @@ def _wanted(gradients, options: Options):
 
 def _statistics_context(ctx, inputs, keyword_only_inputs, output):
     _, nll, lse, row_max, log_sum, entropy, zbar, argmax, kept = output
-    *operands, terms, _ = inputs
-    ctx.save_for_backward(*operands, terms, nll, row_max, log_sum, entropy, kept)
+    ctx.save_for_backward(*inputs, nll, row_max, log_sum, entropy, kept)
     ctx.set_materialize_grads(False)
     ctx.options = keyword_only_inputs
 
@@ -310,13 +316,18 @@ def _traced_statistics_context(ctx, inputs, keyword_only_inputs, output):
     ctx.mark_non_differentiable(row_max, log_sum, argmax, kept)
 
 
+def _where_defined(d_loss: Tensor, undefined: Tensor | None) -> Tensor:
+    """The mean of nothing is NaN, and with it perhaps what comes back; its gradients are zero."""
+    return d_loss if undefined is None else torch.where(undefined, 0.0, d_loss)
+
+
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
 def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
     options = ctx.options
-    *operands, terms, nll, row_max, log_sum, entropy, kept = ctx.saved_tensors
+    *operands, terms, undefined, nll, row_max, log_sum, entropy, kept = ctx.saved_tensors
     e, c, bias = operands[:3]
     # What was not asked for has no elements, and its gradient says nothing.
     d_loss = d_loss if terms is not None else None
@@ -326,7 +337,7 @@ def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
     with torch.no_grad():
         d_lse_squared = None
         if d_loss is not None:
-            t = unpacked(terms * d_loss)
+            t = unpacked(terms * _where_defined(d_loss, undefined))
             d_nll, d_lse, d_zbar = _sum(d_nll, t.nll), _sum(d_lse, t.lse), _sum(d_zbar, t.zbar)
             d_lse_squared = t.lse_squared
         saved = (nll, row_max, log_sum, entropy, kept)
@@ -375,13 +386,14 @@ def _immediate_backward(ctx, d_loss, *_):
     # The first backward hands over what forward made. Another one (retain_graph) finds nothing
     # and makes it again: the same bits, and no copy for those who never ask.
     gradients, ctx.gradients = ctx.gradients, None
-    if gradients is not None and not torch.is_grad_enabled():
-        return *(_scaled(g, d_loss) for g in gradients), *(None,) * 5
     inputs = ctx.saved_tensors
     with torch.no_grad():
         if gradients is None:
             gradients = _wanted(call(_ops.loss_and_gradients, *inputs, **options)[2:], options)
-        gradients = tuple(_scaled(g, d_loss) for g in gradients)
+        factor = _where_defined(d_loss, inputs[-1])
+        gradients = tuple(_scaled(g, factor) for g in gradients)
+    if not torch.is_grad_enabled():
+        return *gradients, *(None,) * 5
     e, c, bias = inputs[:3]
     return *_first_order(gradients, e, c, bias, d_loss), *(None,) * 5
 

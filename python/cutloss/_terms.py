@@ -96,11 +96,13 @@ def terms(
     if how.reduction == "mean":
         total = weighted.sum(dtype=torch.float64)
         undefined = total == 0
-        # A mean of nothing is undefined, its gradients are zero.
-        per_token = torch.where(undefined, 0.0, tokens / total.to(stats))
+        # A mean of nothing is undefined, its gradients are zero; those of the weights too, so nothing
+        # is divided by zero on the way.
+        total = torch.where(undefined, 1.0, total).to(stats)
+        per_token = torch.where(undefined, 0.0, tokens / total)
         over_tokens = per_token
         if weight is not None:
-            weighted = torch.where(undefined, 0.0, weighted / total.to(stats))
+            weighted = torch.where(undefined, 0.0, weighted / total)
             # Class weights say nothing about the size of a row's logits: z-loss is a mean over
             # tokens.
             total = tokens.sum(dtype=torch.float64)

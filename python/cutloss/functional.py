@@ -251,7 +251,11 @@ def _evaluate(
     weights_have_gradient = (
         with_gradient and how.token_weight is not None and how.token_weight.requires_grad
     )
-    weighs_in_torch = weights_have_gradient or _ops.is_transformed()
+    weighs_in_torch = (
+        weights_have_gradient
+        or _ops.is_transformed()
+        or _ops.have_tangent(how.token_weight, how.weight)
+    )
     # A per-token result that may get a gradient of its own rules out gradients in forward.
     known_at_forward = (
         how.reduction != "none"

@@ -15,6 +15,17 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+// A hint: a device or driver that does not say is taken for a slow one.
+double memory_rate(int device) {
+  int kilohertz = 0, bits = 0;
+  if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess) {
+    cudaGetLastError();  // it has been seen
+    return 0;
+  }
+  return 1e3 * kilohertz * bits / 8 * 2;  // two transfers a cycle
+}
+
 DeviceFacts ask(int device) {
   DeviceFacts facts;
   facts.index = device;
@@ -22,9 +33,7 @@ DeviceFacts ask(int device) {
              attribute(cudaDevAttrComputeCapabilityMinor, device);
   facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   facts.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
-  // The clock in kHz, the width in bits, two transfers a cycle.
-  facts.memory_rate = 1e3 * attribute(cudaDevAttrMemoryClockRate, device) *
-                      attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8 * 2;
+  facts.memory_rate = memory_rate(device);
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, device), "asking a CUDA device for its name");
   facts.name = properties.name;

@@ -16,7 +16,9 @@ std::vector<Case> cases() {
   Case everything = with_size(2, 67, 1043, 24, 1);
   add_everything(everything);
   everything.name = "everything";
-  return {plain, everything};
+  Case tall = with_size(1, 6007, 301, 8);  // more rows than one block sorts by target
+  tall.name = "tall";
+  return {plain, everything, tall};
 }
 
 class Threads {

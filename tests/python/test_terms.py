@@ -7,6 +7,7 @@ import problems
 import pytest
 import torch
 from problems import BF16, F32, F64
+from torch.autograd import forward_ad
 
 from cutloss import _ops, _terms, linear_cross_entropy
 
@@ -96,6 +97,64 @@ def test_weights_with_a_gradient_change_nothing_else(reduction, schedule):
     torch.testing.assert_close(loss, same, rtol=1e-6, atol=1e-6)
     for a, b in zip(gradients, same_gradients):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("undefined", [False, True])
+def test_the_gradient_of_token_weights(reduction, undefined):
+    """That of PyTorch's own formula; where the weights add up to nothing, zero and not NaN."""
+    p = problems.make((3, 9), z_loss=1e-2, label_smoothing=0.1, reduction=reduction)
+    weights = torch.zeros(3, 9) if undefined else torch.rand(3, 9)
+
+    def gradient(impl):
+        w = weights.to(problems.device).requires_grad_()
+        more = dict(p.options, impl=impl)
+        loss = linear_cross_entropy(p.e, p.c, p.targets, token_weight=w, **more)
+        return torch.autograd.grad(loss.sum(), w)[0]
+
+    got = gradient("cce")
+    assert got.isfinite().all()
+    if undefined and reduction == "mean":
+        assert not got.any()
+    torch.testing.assert_close(got, gradient("torch"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_with_a_tangent(reduction):
+    """Forward mode reaches weights through PyTorch's own operators."""
+    p = problems.make((3, 9), reduction=reduction)
+    e, c = p.e.detach(), p.c.detach()
+    for name, values in (("token_weight", torch.rand(3, 9)), ("weight", torch.rand(c.shape[0]))):
+        values = values.to(problems.device)
+        tangents = []
+        for impl in ("cce", "torch"):
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(values, torch.ones_like(values))
+                more = {**p.options, name: dual, "impl": impl}
+                loss = linear_cross_entropy(e, c, p.targets, **more)
+                tangents.append(forward_ad.unpack_dual(loss).tangent)
+        assert tangents[0].any()
+        torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"schedule": "vocabulary"}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"return_lse": True}],
+    ids=["auto", "vocabulary", "terms", "lse"],
+)
+@pytest.mark.parametrize("nothing", ["ignored", "weights"])
+def test_gradients_of_a_mean_of_nothing_are_zero_whatever_comes_back(nothing, options):
+    p = problems.make((3, 9))
+    more = dict(options)
+    if nothing == "ignored":
+        p.targets.fill_(-100)
+    else:
+        more["token_weight"] = torch.zeros(3, 9, device=problems.device)
+    loss = linear_cross_entropy(p.e, p.c, p.targets, **more)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    assert loss.isnan()
+    for gradient in torch.autograd.grad(loss.square(), (p.e, p.c)):  # NaN comes back
+        assert not gradient.any()
 
 
 def test_the_loss_may_be_changed_in_place():

@@ -7,7 +7,6 @@
 namespace cutloss::sm90 {
 namespace {
 
-using cuda::kAllLanes;
 using cuda::kThreads;
 
 constexpr int kColumnsOfBlock = 2 * kThreads;
@@ -97,14 +96,15 @@ __global__ void __launch_bounds__(kThreads) sum_targets(TargetSums t, Order orde
 std::int64_t target_sort_bytes(int capacity, int V) {
   // Plans ask again and again.
   struct Answer {
-    int capacity, V;
+    int device, capacity, V;
     std::size_t bytes;
   };
-  thread_local Answer last{};
-  if (last.capacity != capacity || last.V != V) {
+  thread_local Answer last{-1, 0, 0, 0};
+  const int device = cuda::current_device().index;
+  if (last.device != device || last.capacity != capacity || last.V != V) {
     std::size_t bytes = 0;
     cuda::check(sort({}, capacity, V, nullptr, bytes, nullptr), "the size of a sort");
-    last = {capacity, V, bytes};
+    last = {device, capacity, V, bytes};
   }
   return static_cast<std::int64_t>(last.bytes);
 }
