@@ -5,11 +5,15 @@ import importlib
 from . import _ops
 from ._implementations import LinearCrossEntropyImpl
 from .functional import VocabParallelOptions, linear_cross_entropy
+from .heads import CausalLMHead, CausalLMHeadOutput, LinearCrossEntropyLoss
 from .module import LinearCrossEntropy
 
 __all__ = [
+    "CausalLMHead",
+    "CausalLMHeadOutput",
     "LinearCrossEntropy",
     "LinearCrossEntropyImpl",
+    "LinearCrossEntropyLoss",
     "VocabParallelOptions",
     "linear_cross_entropy",
 ]
