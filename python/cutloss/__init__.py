@@ -7,6 +7,7 @@ from ._implementations import LinearCrossEntropyImpl
 from .functional import VocabParallelOptions, linear_cross_entropy
 from .heads import CausalLMHead, CausalLMHeadOutput, LinearCrossEntropyLoss
 from .module import LinearCrossEntropy
+from .registry import get_loss, losses_available
 
 __all__ = [
     "CausalLMHead",
@@ -15,7 +16,9 @@ __all__ = [
     "LinearCrossEntropyImpl",
     "LinearCrossEntropyLoss",
     "VocabParallelOptions",
+    "get_loss",
     "linear_cross_entropy",
+    "losses_available",
 ]
 
 __version__ = _ops.version()
