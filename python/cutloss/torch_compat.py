@@ -89,6 +89,8 @@ def linear_cross_entropy(
 
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     positions = linear_weight.flatten(1, -2).unbind(1)
+    # Unbound, and not one tensor used again and again: its gradients are then summed in one step.
+    inputs = input.expand(len(positions), *input.shape).unbind(0)
     targets = target.flatten(1)
     biases = [None] * len(positions)
     if linear_bias is not None:
@@ -96,8 +98,8 @@ def linear_cross_entropy(
     each = "none" if reduction == "none" else "sum"
     losses = torch.stack(
         [
-            _loss(input, c, targets[:, k], bias, reduction=each, **how)
-            for k, (c, bias) in enumerate(zip(positions, biases))
+            _loss(e, c, targets[:, k], bias, reduction=each, **how)
+            for k, (e, c, bias) in enumerate(zip(inputs, positions, biases))
         ],
         dim=-1,
     )

@@ -120,6 +120,13 @@ def test_dtypes(dtype, name, positions):
 
 
 @needs_torchs
+def test_many_positions_add_up_in_fp32():
+    """The gradient of input is a sum over all of them, rounded to bf16 once."""
+    tensors, options = make((30,), (64,), dtype=BF16, reduction="sum")
+    assert_as_torchs(tensors, options)
+
+
+@needs_torchs
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(
     "fields",

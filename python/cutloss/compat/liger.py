@@ -177,8 +177,8 @@ def _accumulator(accum_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
         raise TypeError(f"accum_dtype must be a torch.dtype or None, got {accum_dtype!r}")
     if accum_dtype == torch.float64 and dtype != torch.float64:
         raise NotImplementedError(
-            f"accum_dtype is torch.float64 and input {dtype}: cutloss accumulates in float32 unless "
-            f"its inputs are float64; leave accum_dtype out, or convert the inputs"
+            f"accum_dtype is torch.float64 and input {dtype}: cutloss accumulates in float32 "
+            f"unless its inputs are float64; leave accum_dtype out, or convert the inputs"
         )
 
 
