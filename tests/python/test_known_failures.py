@@ -1,7 +1,8 @@
 """What went wrong in losses of this kind before, elsewhere: each a test, named after the symptom.
 
 Short on purpose, and a second time where another file looks closer: a look through the names says
-what is guarded against.
+what is guarded against. Elsewhere alone: more than 2^31 logits and sharded tensors in
+test_bad_input.py, waiting for the device in test_cuda.py.
 """
 
 import problems
@@ -13,7 +14,7 @@ from problems import BF16, F16, F32, F64
 from tolerance import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cutloss import linear_cross_entropy
+from cutloss import CausalLMHead, LinearCrossEntropyLoss, linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -157,6 +158,11 @@ def test_many_tokens_add_up_in_fp32(schedule):
     p = problems.make((4096,), V=67, D=16, dtype=BF16, ignored=0.0)
     p.targets.remainder_(4)
     compare(p, schedule=schedule)
+    # Sums kept in bf16 over 8 chunks, or 64, are off by 2 or 5 times what the last rounding costs.
+    exact = p.to(F64)
+    (truth,) = torch.autograd.grad(reference.evaluate(exact)["loss"], exact.c)
+    (dc,) = torch.autograd.grad(ours(p, schedule=schedule), p.c)
+    assert (dc.double() - truth).norm() < 1.4 * (truth.to(BF16).double() - truth).norm()
 
 
 def test_a_large_vocabulary_keeps_its_digits():
@@ -204,9 +210,9 @@ def test_a_part_without_a_token_that_counts():
 def test_what_ignored_rows_hold_goes_nowhere():
     """Padding that holds NaN."""
     p = problems.make((24,), V=53, D=16, bias=True)
-    want = gradients_of(ours(p), p)
+    want = [ours(p), *gradients_of(ours(p), p)]
     p.e.data[p.targets == -100] = torch.nan
-    for a, b in zip(gradients_of(ours(p), p), want):
+    for a, b in zip([ours(p), *gradients_of(ours(p), p)], want):
         assert torch.equal(a, b)
 
 
@@ -219,6 +225,18 @@ def test_a_weight_that_is_elsewhere_is_refused():
     for empty in (p.c.detach()[:0], p.c.detach()[:0, 0]):
         with pytest.raises(ValueError, match=r"c must (be \(V, D\)|have at least one row)"):
             linear_cross_entropy(p.e, empty, p.targets)
+
+
+def test_a_classifier_that_is_more_than_its_weight_is_refused():
+    """An adapter, a quantised layer: read as a plain weight, its effect would be lost."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for head in (CausalLMHead, LinearCrossEntropyLoss):
+        with pytest.raises(TypeError, match="got Adapted.*Merge the adapter or dequantise"):
+            head(Adapted(16, 53))
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, F32), (F32, BF16), (F32, F32), (F16, F32)], ids=str)
