@@ -1,5 +1,7 @@
 """torch's own linear_cross_entropy is the judge: same call, same loss, same gradients."""
 
+import dataclasses
+import importlib.util
 import inspect
 
 import problems
@@ -222,6 +224,25 @@ def test_module(bias, positions):
     got, want = (torch.autograd.grad(t, m.linear.weight) for t, m in ((got, ours), (want, theirs)))
     torch.testing.assert_close(got, want)
     assert "num_classes=53" in repr(ours)
+
+
+def test_options_where_torch_has_none(monkeypatch):
+    """Before 2.13: a class of ours with the same fields."""
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    name = "cutloss._without_torchs"
+    spec = importlib.util.spec_from_file_location(name, torch_compat.__file__)
+    old = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(old)
+    assert old.LinearCrossEntropyOptions.__module__ == name
+
+    def fields(options):
+        return [(f.name, f.default) for f in dataclasses.fields(options)]
+
+    assert fields(old.LinearCrossEntropyOptions) == fields(LinearCrossEntropyOptions)
+    tensors, _ = make()
+    options = old.LinearCrossEntropyOptions(batch_chunk_size=3)
+    got = old.linear_cross_entropy(**tensors, options=options)
+    assert torch.equal(got, torch_compat.linear_cross_entropy(**tensors))
 
 
 def test_attribute_of_the_package():
