@@ -65,11 +65,11 @@ def test_snippets_agree():
 
 def section(title):
     of_title = rf"^## {title}\n(.*?)(?=^## |\Z)"
-    return re.search(of_title, COMING_FROM.read_text(), re.DOTALL | re.MULTILINE).group(1)
+    return re.search(of_title, COMING_FROM.read_text(), re.DOTALL | re.MULTILINE)[1]
 
 
-OF_CUT_CROSS_ENTROPY = """e c targets bias ignore_index softcap reduction shift return_lse filter_eps
-accum_e_fp32 accum_c_fp32 filter_e_grad filter_c_grad impl vocab_parallel_options""".split()
+OF_CUT_CROSS_ENTROPY = """e c targets bias ignore_index softcap reduction shift return_lse
+filter_eps accum_e_fp32 accum_c_fp32 filter_e_grad filter_c_grad impl vocab_parallel_options""".split()
 
 
 def parameters(*functions):
@@ -77,7 +77,8 @@ def parameters(*functions):
     return [n for n in names if n != "self"]
 
 
-OF_TORCHS_OPTIONS = "batch_chunk_size chunking_method acc_policy allow_retain_graph acc_dtype".split()
+OF_TORCHS_OPTIONS = """batch_chunk_size chunking_method acc_policy allow_retain_graph
+acc_dtype""".split()
 
 
 @pytest.mark.parametrize(
