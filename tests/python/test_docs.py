@@ -68,8 +68,8 @@ def section(title):
     return re.search(of_title, COMING_FROM.read_text(), re.DOTALL | re.MULTILINE)[1]
 
 
-OF_CUT_CROSS_ENTROPY = """e c targets bias ignore_index softcap reduction shift return_lse
-filter_eps accum_e_fp32 accum_c_fp32 filter_e_grad filter_c_grad impl vocab_parallel_options""".split()
+OF_CUT_CROSS_ENTROPY = """e c targets bias ignore_index softcap reduction shift return_lse filter_eps
+accum_e_fp32 accum_c_fp32 filter_e_grad filter_c_grad impl vocab_parallel_options""".split()
 
 
 def parameters(*functions):
