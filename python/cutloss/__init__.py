@@ -1,15 +1,33 @@
 """cutloss: the loss of a large-vocabulary model, and its gradients, without the logits."""
 
+import importlib
+
 from . import _ops
 from ._implementations import LinearCrossEntropyImpl
 from .functional import VocabParallelOptions, linear_cross_entropy
+from .heads import CausalLMHead, CausalLMHeadOutput, LinearCrossEntropyLoss
 from .module import LinearCrossEntropy
+from .registry import get_loss, losses_available
 
 __all__ = [
+    "CausalLMHead",
+    "CausalLMHeadOutput",
     "LinearCrossEntropy",
     "LinearCrossEntropyImpl",
+    "LinearCrossEntropyLoss",
     "VocabParallelOptions",
+    "get_loss",
     "linear_cross_entropy",
+    "losses_available",
 ]
 
 __version__ = _ops.version()
+
+# What most programs do not use is imported where it is: cutloss.torch_compat.linear_cross_entropy.
+_LAZY_MODULES = ("compat", "torch_compat")
+
+
+def __getattr__(name: str):
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,6 +42,11 @@ def is_plain(impl: str | enum.Enum) -> bool:
     name = impl.name.lower() if isinstance(impl, enum.Enum) else impl
     if not isinstance(name, str):
         raise TypeError(f"impl must be a name or a LinearCrossEntropyImpl, got {impl!r}")
+    if name == "sampled":
+        raise NotImplementedError(
+            "impl='sampled', a gradient of samples, is not built yet: use impl='exact' (or 'auto', "
+            "which is the same), and max_workspace for three matrix products instead of four"
+        )
     if name not in IS_PLAIN:
         raise NotImplementedError(
             f"impl {name!r} is not known; use one of {', '.join(sorted(IS_PLAIN))}"

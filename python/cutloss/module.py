@@ -6,7 +6,7 @@ import inspect
 from torch import Tensor, nn
 
 from . import _checks
-from ._implementations import LinearCrossEntropyImpl
+from ._implementations import LinearCrossEntropyImpl, is_plain
 from .functional import linear_cross_entropy
 
 
@@ -48,6 +48,10 @@ class LinearCrossEntropy(nn.Module):
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
         _checks.softcap(softcap)
+        _checks.logit_scale(logit_scale)
+        _checks.label_smoothing(label_smoothing)
+        _checks.z_loss(z_loss)
+        is_plain(impl)  # a name that is not known raises
         self.ignore_index = ignore_index
         self.softcap = softcap
         self.reduction = reduction
@@ -78,9 +82,10 @@ class LinearCrossEntropy(nn.Module):
         *,
         token_weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
+        reduction: str | None = None,
         num_valid: int | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """``temperature`` given here takes the place of the module's."""
+        """``temperature`` and ``reduction`` given here take the place of the module's."""
         return linear_cross_entropy(
             e,
             c,
@@ -88,7 +93,7 @@ class LinearCrossEntropy(nn.Module):
             bias,
             ignore_index=self.ignore_index,
             softcap=self.softcap,
-            reduction=self.reduction,
+            reduction=self.reduction if reduction is None else reduction,
             shift=self.shift,
             return_lse=self.return_lse,
             filter_eps=self.filter_eps,

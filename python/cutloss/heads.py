@@ -1,0 +1,295 @@
+"""Losses that hold their classifier: ``LinearCrossEntropyLoss`` and ``CausalLMHead``.
+
+``LinearCrossEntropy`` has the options, and is given the classifier with each call. The two here
+have one of those, and a classifier: their own, or another module's, which they then share.
+"""
+
+import numbers
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _checks
+from .module import LinearCrossEntropy
+
+
+class _Head(nn.Module):
+    """A classifier, `output_embeddings`, and the loss with its options."""
+
+    def __init__(
+        self,
+        output_embeddings: nn.Module | int | None,
+        out_features: int | None,
+        in_features: int | None,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        options: dict,
+    ):
+        super().__init__()
+        if isinstance(output_embeddings, int):
+            if in_features is not None:
+                raise TypeError(
+                    f"in_features is given twice, as {output_embeddings} and as {in_features}"
+                )
+            output_embeddings, in_features = None, output_embeddings
+        self.loss = LinearCrossEntropy(**options)
+        factory = dict(device=device, dtype=dtype)
+        if output_embeddings is None:
+            if in_features is None or out_features is None:
+                raise TypeError(
+                    f"give an nn.Linear or nn.Embedding to use, or the sizes of a new one: got "
+                    f"in_features={in_features} and out_features={out_features}"
+                )
+            output_embeddings = nn.Linear(in_features, out_features, bias=bias, **factory)
+        else:
+            _check_classifier(output_embeddings, out_features, in_features, device, dtype)
+        # The module is shared, not its weight alone: so it stays shared through to_empty(), and
+        # whatever else replaces parameters.
+        self.output_embeddings = output_embeddings
+        own_bias = None
+        if bias and getattr(output_embeddings, "bias", None) is None:
+            weight = output_embeddings.weight
+            own_bias = nn.Parameter(weight.new_zeros(weight.shape[0]).detach())
+        self.register_parameter("own_bias", own_bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, D)"""
+        return self.output_embeddings.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(V)"""
+        if self.own_bias is not None:
+            return self.own_bias
+        return getattr(self.output_embeddings, "bias", None)
+
+    def _loss(
+        self, e: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None, more: dict
+    ) -> tuple[Tensor, ...]:
+        if num_items_in_batch is None:
+            result = self.loss(e, self.weight, targets, self.bias, **more)
+            return result if isinstance(result, tuple) else (result,)
+        _check_items(num_items_in_batch, self.loss.reduction)
+        result = self.loss(e, self.weight, targets, self.bias, reduction="sum", **more)
+        total, *rest = result if isinstance(result, tuple) else (result,)
+        return (total / num_items_in_batch, *rest)
+
+
+def _check_classifier(
+    module: nn.Module,
+    out_features: int | None,
+    in_features: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    known = (nn.Linear.forward, nn.Embedding.forward)
+    if not isinstance(module, nn.Module) or type(module).forward not in known:
+        raise TypeError(
+            f"output_embeddings must be an nn.Linear or an nn.Embedding, got "
+            f"{type(module).__name__}: of another module the weight need not be all that it does "
+            f"(an adapter, quantisation). Merge the adapter or dequantise first, or give "
+            f"linear_cross_entropy the weight that the module amounts to"
+        )
+    for name, given, found in zip(
+        ("out_features", "in_features"), (out_features, in_features), module.weight.shape
+    ):
+        if given is not None and given != found:
+            raise ValueError(
+                f"{name} is {given}, output_embeddings has {found}: leave {name} out, it is known"
+            )
+    if device is not None or dtype is not None:
+        raise ValueError(
+            f"device and dtype are for a new classifier, output_embeddings has its own: got "
+            f"device={device} and dtype={dtype}; use .to() instead"
+        )
+
+
+def _check_items(items: int | Tensor, reduction: str) -> None:
+    if reduction == "none":
+        raise ValueError("num_items_in_batch divides a sum; reduction is 'none', which has none")
+    if isinstance(items, Tensor):
+        if items.numel() != 1:
+            raise ValueError(f"num_items_in_batch must be one number, got {_checks.shape(items)}")
+    elif isinstance(items, torch.SymInt):
+        pass
+    elif isinstance(items, bool) or not isinstance(items, numbers.Real):
+        raise TypeError(f"num_items_in_batch must be a number or a tensor, got {items!r}")
+    elif not items > 0:
+        raise ValueError(f"num_items_in_batch must be > 0, got {items}")
+
+
+class LinearCrossEntropyLoss(_Head):
+    """The loss with its classifier::
+
+        criterion = LinearCrossEntropyLoss(768, 50257)        # a classifier of its own
+        criterion = LinearCrossEntropyLoss(model.lm_head)     # another module's, shared
+        loss = criterion(hidden, targets)
+
+    :param output_embeddings: An nn.Linear or nn.Embedding, whose weight (V, D) and bias are used
+        and trained; or in_features, for a classifier of its own.
+    :param out_features: V.
+    :param in_features: D.
+    :param bias: Whether there is a bias. Where output_embeddings has one it is used anyway; where
+        it has none this makes one, of zeros.
+    :param device: Of its own classifier.
+    :param dtype: Of its own classifier.
+    :param impl: "auto" and "exact" are the same: exact gradients. "torch" stores the logits.
+        "sampled" does not exist yet.
+    :param options: All others of :class:`LinearCrossEntropy`.
+    """
+
+    def __init__(
+        self,
+        output_embeddings: nn.Module | int | None = None,
+        out_features: int | None = None,
+        *,
+        in_features: int | None = None,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        impl: str = "auto",
+        **options,
+    ):
+        options["impl"] = impl
+        super().__init__(output_embeddings, out_features, in_features, bias, device, dtype, options)
+
+    def forward(
+        self,
+        e: Tensor,
+        targets: Tensor,
+        *,
+        num_items_in_batch: int | Tensor | None = None,
+        token_weight: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        num_valid: int | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """As :func:`linear_cross_entropy` returns it; with num_items_in_batch the sum over that
+        number, whatever the reduction."""
+        more = dict(token_weight=token_weight, temperature=temperature, num_valid=num_valid)
+        result = self._loss(e, targets, num_items_in_batch, more)
+        return result if len(result) > 1 else result[0]
+
+
+class CausalLMHeadOutput(NamedTuple):
+    """What a :class:`CausalLMHead` returns; None is what was not asked for, or needs labels."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    predictions: Tensor | None = None
+
+
+class CausalLMHead(_Head):
+    """The last layer of a language model: loss in training, logits in evaluation::
+
+        self.embedding = nn.Embedding(50257, 768)
+        self.head = CausalLMHead(self.embedding)              # tied
+        self.head = CausalLMHead(768, 50257)                  # its own classifier
+        self.head = CausalLMHead(self.embedding, hidden_size=2048)   # 2048 -> 768 -> 50257
+        ...
+        loss, logits, *_ = self.head(hidden, labels)
+
+    In training no logits are made; in evaluation they are, beside the loss, and so they are where
+    there are no labels. ``return_logits``, here or in a call, says otherwise. They are the logits
+    whose loss it is, scaled and capped, for every position.
+
+    :param output_embeddings: As in :class:`LinearCrossEntropyLoss`: the module to share, or
+        in_features. A tied embedding stays one Parameter through state_dict, deepcopy, ``.to()``
+        and ``to_empty()`` of a model that holds both.
+    :param out_features: V, the size of the vocabulary.
+    :param hidden_size: Size of what comes in, where it is not that of the embedding: then there is
+        a projection from one to the other, without bias.
+    :param in_features: D, the size of the embedding.
+    :param bias: As in :class:`LinearCrossEntropyLoss`.
+    :param device: Of what is new here, as dtype.
+    :param return_logits: True, False, or None: in evaluation.
+    :param shift: 1: labels are the tokens themselves. 0 for labels that are shifted already.
+    :param impl: As in :class:`LinearCrossEntropyLoss`.
+    :param options: All others of :class:`LinearCrossEntropy`: ignore_index, softcap, logit_scale,
+        label_smoothing, z_loss, weight, reduction, return_entropy, ...
+    """
+
+    def __init__(
+        self,
+        output_embeddings: nn.Module | int | None = None,
+        out_features: int | None = None,
+        *,
+        hidden_size: int | None = None,
+        in_features: int | None = None,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        return_logits: bool | None = None,
+        shift: bool | int = 1,
+        impl: str = "auto",
+        **options,
+    ):
+        options.update(shift=shift, impl=impl)
+        is_tied = isinstance(output_embeddings, nn.Module)
+        of_classifier = (None, None) if is_tied else (device, dtype)
+        super().__init__(
+            output_embeddings, out_features, in_features, bias, *of_classifier, options
+        )
+        _checks.number("temperature", self.loss.temperature)  # the logits' too: one for all tokens
+        self.return_logits = return_logits
+        self.projection = None
+        D = self.weight.shape[1]
+        if hidden_size is not None and hidden_size != D:
+            device = self.weight.device if device is None else device
+            dtype = self.weight.dtype if dtype is None else dtype
+            self.projection = nn.Linear(hidden_size, D, bias=False, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_logits: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        token_weight: Tensor | None = None,
+        num_valid: int | None = None,
+    ) -> CausalLMHeadOutput:
+        """
+        :param hidden: (..., hidden_size).
+        :param labels: (...), as targets of :func:`linear_cross_entropy`.
+        :param return_logits: In place of the module's.
+        :param num_items_in_batch: The loss is the sum over this number, whatever the reduction:
+            with the tokens of all micro-batches and processes it is what one large batch gives.
+        :param token_weight: (...), of each label.
+        :param num_valid: As in :func:`linear_cross_entropy`.
+        """
+        if return_logits is None:
+            return_logits = self.return_logits
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        if labels is None and not return_logits:
+            raise ValueError("neither a loss, without labels, nor logits, by return_logits=False")
+        e = hidden if self.projection is None else self.projection(hidden)
+        logits = self.logits(e) if return_logits else None
+        if labels is None:
+            return CausalLMHeadOutput(logits=logits)
+        more = dict(token_weight=token_weight, num_valid=num_valid)
+        loss, *rest = self._loss(e, labels, num_items_in_batch, more)
+        wanted = [n for n in ("lse", "entropy", "predictions") if getattr(self.loss, f"return_{n}")]
+        return CausalLMHeadOutput(loss, logits, **dict(zip(wanted, rest)))
+
+    def logits(self, e: Tensor) -> Tensor:
+        """(..., V), of what comes out of the projection; with gradients, where they are wanted."""
+        how = self.loss
+        z = F.linear(e, self.weight)
+        if how.logit_scale != 1.0:
+            z = z * how.logit_scale
+        if self.bias is not None:
+            z = z + self.bias.to(z.dtype)
+        if how.softcap is not None:
+            z = how.softcap * torch.tanh(z / how.softcap)
+        return z if how.temperature == 1.0 else z / how.temperature
+
+    def extra_repr(self) -> str:
+        V, D = self.weight.shape
+        return f"vocabulary={V}, embedding_size={D}, return_logits={self.return_logits}"

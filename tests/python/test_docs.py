@@ -1,0 +1,98 @@
+"""What the documentation says to write runs, and its tables leave out no option of the others."""
+
+import inspect
+import pathlib
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from cutloss import torch_compat
+from cutloss.compat.liger import LigerFusedLinearCrossEntropyLoss as OfLiger
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+COMING_FROM = ROOT / "docs" / "coming-from.md"
+README = ROOT / "README.md"
+
+pytestmark = pytest.mark.skipif(not COMING_FROM.exists(), reason="no docs beside the tests")
+
+
+def snippets(path):
+    if not path.exists():
+        return []
+    text = path.read_text()
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(f"{path.name}:{text[: m.start()].count(chr(10)) + 2}", m.group(1)) for m in found]
+
+
+SNIPPETS = snippets(COMING_FROM) + snippets(README)
+
+
+def namespace():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 101, (2, 9))
+    labels[0, 6:] = -100
+    return {
+        "hidden": torch.randn(2, 9, 16, requires_grad=True),
+        "labels": labels,
+        "lm_head": nn.Linear(16, 101),
+        "embedding": nn.Embedding(101, 16),
+    }
+
+
+def run(where, code, names):
+    exec(compile(code, where, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("where, code", SNIPPETS, ids=[where for where, _ in SNIPPETS])
+def test_snippets_run(where, code):
+    names = run(where, code, namespace())
+    for name in ("loss", "expected", "same"):
+        assert name not in names or names[name].isfinite()
+
+
+def test_snippets_agree():
+    """What stands beside each other as the same is the same."""
+    ours, plain, *_ = snippets(COMING_FROM)
+    got, want = (run(*s, namespace()) for s in (ours, plain))
+    torch.testing.assert_close(got["loss"], want["expected"])
+    of_liger = [s for s in snippets(COMING_FROM) if "Liger" in s[1] or "same = " in s[1]]
+    theirs, own = (run(*s, namespace()) for s in of_liger)
+    torch.testing.assert_close(theirs["loss"], own["same"])
+
+
+def section(title):
+    of_title = rf"^## {title}\n(.*?)(?=^## |\Z)"
+    return re.search(of_title, COMING_FROM.read_text(), re.DOTALL | re.MULTILINE)[1]
+
+
+OF_CUT_CROSS_ENTROPY = """e c targets bias ignore_index softcap reduction shift return_lse filter_eps
+accum_e_fp32 accum_c_fp32 filter_e_grad filter_c_grad impl vocab_parallel_options""".split()
+
+
+def parameters(*functions):
+    names = [name for f in functions for name in inspect.signature(f).parameters]
+    return [n for n in names if n != "self"]
+
+
+OF_TORCHS_OPTIONS = """batch_chunk_size chunking_method acc_policy allow_retain_graph
+acc_dtype""".split()
+
+
+@pytest.mark.parametrize(
+    "title, names",
+    [
+        ("cut-cross-entropy", OF_CUT_CROSS_ENTROPY),
+        ("Liger", [*parameters(OfLiger, OfLiger.forward), "chunk_mem_const"]),
+        (
+            "torch's F.linear_cross_entropy",
+            parameters(torch_compat.linear_cross_entropy) + OF_TORCHS_OPTIONS,
+        ),
+    ],
+    ids=["cut_cross_entropy", "liger", "torch"],
+)
+def test_every_option_of_theirs_has_a_row(title, names):
+    rows = "".join(line for line in section(title).splitlines() if line.startswith("|"))
+    assert not [name for name in names if not re.search(rf"`{name}\b", rows)]
