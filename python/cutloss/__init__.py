@@ -13,3 +13,12 @@ __all__ = [
 ]
 
 __version__ = _ops.version()
+
+
+def __getattr__(name: str):
+    """``cutloss.losses`` is imported where it is first used."""
+    if name == "losses":
+        import importlib
+
+        return importlib.import_module(".losses", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

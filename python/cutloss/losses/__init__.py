@@ -1,0 +1,12 @@
+"""Preference and policy losses over per-token log-probabilities, without the logits.
+
+Everything here is :func:`token_log_probs`, which never stores the logits, and a formula over
+numbers of the size of the targets; docs/losses.md lists them.
+"""
+
+from ._arguments import Loss
+from ._dpo_table import DPO
+from .dpo import dpo_loss
+from .log_probs import TokenLogProbs, token_log_probs
+
+__all__ = ["DPO", "Loss", "TokenLogProbs", "dpo_loss", "token_log_probs"]

@@ -1,0 +1,138 @@
+"""The losses of cutloss.losses from stored logits, sequence by sequence, by their definitions.
+Shares nothing with the package."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from problems import Problem
+
+
+def rows(p: Problem) -> dict[str, list[Tensor]]:
+    """Of each sequence of p, its tokens that count: log p(target) and entropy, (tokens) each, the
+    log of the sum of squared probabilities, and where they stand."""
+    o = dict(p.options)
+    shift = int(o.get("shift", 0))
+    e = p.e[:, : p.e.shape[1] - shift]
+    targets = p.targets[:, shift:]
+    z = (e @ p.c.T).to(torch.float64 if p.e.dtype == torch.float64 else torch.float32)
+    z = z * o.get("logit_scale", 1.0)
+    if p.bias is not None:
+        z = z + p.bias
+    if o.get("softcap"):
+        z = o["softcap"] * torch.tanh(z / o["softcap"])
+    temperature = o.get("temperature", 1.0)
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, shift:, None].to(z)
+    log_p = F.log_softmax(z / temperature, -1)
+    found = {"log_probs": [], "entropy": [], "squares": [], "at": []}
+    for row in range(targets.shape[0]):
+        at = (targets[row] != o.get("ignore_index", -100)).nonzero()[:, 0]
+        here = log_p[row, at]
+        found["log_probs"].append(here.gather(-1, targets[row, at][:, None])[:, 0])
+        found["entropy"].append(-(here.exp() * here).sum(-1))
+        found["squares"].append(torch.logsumexp(2 * here, -1))
+        found["at"].append(at)
+    return found
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    return -F.softplus(-x)
+
+
+def mean(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).mean()
+
+
+# Preference, with a reference -----------------------------------------------------------------
+
+
+def score(u: Tensor, kind: str, a: float) -> Tensor:
+    """f'(e^u) of the f-divergence, up to a constant."""
+    t = u.exp()
+    if kind == "forward_kl":
+        return 1 - 1 / t
+    if kind == "js_divergence":
+        return torch.log(2 * t / (1 + t))
+    if kind == "alpha_divergence" and a != 1:
+        return (t ** (a - 1) - 1) / (a - 1)
+    return u
+
+
+def dpo(
+    policy: list[Tensor], reference: list[Tensor], squares: list[Tensor], loss_type="sigmoid",
+    loss_weights=None, beta=0.1, label_smoothing=0.0, f_divergence_type="reverse_kl",
+    f_alpha_divergence_coef=0.5, discopop_tau=0.05, ld_alpha=None, use_weighting=False,
+) -> Tensor:  # fmt: skip
+    if not isinstance(loss_type, str):
+        parts = [
+            dpo(policy, reference, squares, name, None, beta, label_smoothing, f_divergence_type,
+                f_alpha_divergence_coef, discopop_tau, ld_alpha, use_weighting)
+            for name in loss_type
+        ]  # fmt: skip
+        return sum(w * part for w, part in zip(loss_weights or [1.0] * len(parts), parts))
+    B, eps = len(policy) // 2, label_smoothing
+    w, l, ref_w, ref_l = [], [], [], []
+    for i in range(B):
+        shared = min(len(policy[i]), len(policy[B + i]))
+        alpha = 1.0 if ld_alpha is None else ld_alpha
+        for sums, tokens in (
+            (w, policy[i]), (l, policy[B + i]), (ref_w, reference[i]), (ref_l, reference[B + i]),
+        ):  # fmt: skip
+            sums.append(tokens[:shared].sum() + alpha * tokens[shared:].sum())
+    if loss_type == "aot":
+        return mean([
+            -(1 - eps) * log_sigmoid(beta * d) - eps * log_sigmoid(-beta * d)
+            for d in torch.stack([a - b for a, b in zip(w, l)]).sort().values
+            - torch.stack([a - b for a, b in zip(ref_w, ref_l)]).sort().values
+        ])  # fmt: skip
+    if loss_type == "aot_unpaired":
+        return mean([
+            -(1 - eps) * log_sigmoid(beta * d) - eps * log_sigmoid(-beta * d)
+            for d in torch.stack([a - b for a, b in zip(w, ref_w)]).sort().values
+            - torch.stack([a - b for a, b in zip(l, ref_l)]).sort().values
+        ])  # fmt: skip
+    losses = []
+    for i in range(B):
+        u_w, u_l = w[i] - ref_w[i], l[i] - ref_l[i]
+        r_w, r_l = beta * u_w, beta * u_l
+        s_w = score(u_w, f_divergence_type, f_alpha_divergence_coef)
+        s_l = score(u_l, f_divergence_type, f_alpha_divergence_coef)
+        x = beta * (s_w - s_l)
+        of_mean = s_w / max(len(policy[i]), 1) - s_l / max(len(policy[B + i]), 1)
+        q = 1 / (1 + torch.exp(-x))
+        if loss_type == "sigmoid":
+            loss = torch.log(1 + torch.exp(-x))
+        elif loss_type == "hinge":
+            loss = (1 - x).clamp(min=0)
+        elif loss_type == "ipo":
+            loss = (of_mean - 0.5 / beta).square()
+        elif loss_type == "exo_pair":
+            loss = q * torch.log(q / (1 - eps)) + (1 - q) * torch.log((1 - q) / eps)
+        elif loss_type == "nca_pair":
+            loss = -log_sigmoid(r_w) - log_sigmoid(-r_w) / 2 - log_sigmoid(-r_l) / 2
+        elif loss_type == "robust":
+            loss = (eps * log_sigmoid(-x) - (1 - eps) * log_sigmoid(x)) / (1 - 2 * eps)
+        elif loss_type == "bco_pair":
+            loss = -log_sigmoid(r_w) - log_sigmoid(-r_l)
+        elif loss_type == "sppo_hard":
+            loss = (u_w - 0.5 / beta).square() + (u_l + 0.5 / beta).square()
+        elif loss_type == "apo_zero":
+            loss = 1 - torch.sigmoid(r_w) + torch.sigmoid(r_l)
+        elif loss_type == "apo_down":
+            loss = torch.sigmoid(r_w) + 1 - torch.sigmoid(r_w - r_l)
+        elif loss_type == "discopop":
+            s = torch.sigmoid(x / discopop_tau)
+            loss = (1 - s) * -log_sigmoid(x) + s * torch.exp(-x)
+        elif loss_type == "sft":
+            loss = -torch.cat(policy[:B]).mean()
+        elif loss_type == "sigmoid_norm":
+            loss = -log_sigmoid(beta * of_mean)
+        if use_weighting:
+            for row in (i, B + i):
+                n = max(len(policy[row]), 1)
+                loss = loss * ((policy[row] - squares[row]).sum() / n).exp().detach()
+        losses.append(loss)
+    return mean(losses)
