@@ -136,3 +136,88 @@ def dpo(
                 loss = loss * ((policy[row] - squares[row]).sum() / n).exp().detach()
         losses.append(loss)
     return mean(losses)
+
+
+# Policy ---------------------------------------------------------------------------------------
+
+
+def policy(
+    now: list[Tensor], entropy: list[Tensor], advantages, old, ref, sampling, loss_type="dapo",
+    importance_sampling_level="token", epsilon=0.2, epsilon_high=None, delta=None, beta=0.0,
+    use_bias_correction_kl=True, sampling_correction="sequence_mask", sampling_clip_min=None,
+    sampling_clip_max=3.0, off_policy_mask_threshold=None, top_entropy_quantile=1.0,
+    entropy_coef=0.0, num_items_in_batch=None, max_completion_length=None, sapo_temperature_pos=1.0,
+    sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0,
+    vespo_lambda_neg=2.0,
+) -> Tensor:  # fmt: skip
+    """Lists of (tokens), one of each sequence; old, ref and sampling may be None. `advantages`: a
+    list of (tokens) too."""
+    high = epsilon if epsilon_high is None else epsilon_high
+    least = -math.inf if sampling_clip_min is None else sampling_clip_min
+    most = math.inf if sampling_clip_max is None else sampling_clip_max
+    count = sum(len(tokens) for tokens in now)
+    floor = math.log(1e-8)
+    threshold = -1.0
+    if top_entropy_quantile < 1:
+        threshold = torch.cat(entropy).detach().quantile(1 - top_entropy_quantile)
+    sums, bonus = [], []
+    for i, p in enumerate(now):
+        n = max(len(p), 1)
+        o = p.detach() if old is None else old[i]
+        keep = entropy[i].detach() >= threshold
+        bonus += list(entropy[i][keep])
+        ratio = (p - o).exp()
+        if importance_sampling_level == "sequence":
+            ratio = ((p - o).sum() / n).exp().expand(len(p))
+        correction = torch.ones_like(p)
+        if sampling is not None and sampling_correction is not None:
+            said = ~sampling[i].isnan()
+            correction = torch.where(said, (o - sampling[i]).exp(), 1.0)
+            if sampling_correction.startswith("sequence"):
+                correction = correction.prod().expand(len(p))
+            if sampling_correction.endswith("truncate"):
+                correction = correction.clamp(least, most)
+            else:
+                correction = correction * (correction >= least) * (correction <= most)
+        terms = []
+        w = (p - o).detach().clamp(-20, 20).sum() + correction.log().clamp(floor, 20).sum()
+        w = w.clamp(floor, 20).exp()
+        for j in range(len(p)):
+            a = advantages[i][j]
+            if loss_type == "cispo":
+                term = -min(ratio[j].item(), high) * a * p[j]
+            elif loss_type == "sapo":
+                tau = sapo_temperature_pos if a > 0 else sapo_temperature_neg
+                term = -4 / tau / (1 + torch.exp(-tau * (ratio[j] - 1))) * a
+            elif loss_type == "vespo":
+                k, decay = (
+                    (vespo_k_pos, vespo_lambda_pos) if a >= 0 else (vespo_k_neg, vespo_lambda_neg)
+                )
+                term = -math.exp(decay) * w**k * torch.exp(-decay * w) * a * p[j]
+            else:
+                first = ratio[j] if delta is None else ratio[j].clamp(max=delta)
+                second = ratio[j].clamp(1 - epsilon, 1 + high)
+                term = -torch.min(first * a, second * a)
+            if off_policy_mask_threshold is not None:
+                q = o if sampling is None else sampling[i]
+                drift = (q - p.detach()).nan_to_num(0.0).sum() / n
+                term = term * bool(a >= 0 or drift <= off_policy_mask_threshold)
+            term = term * keep[j] * (1 if loss_type == "vespo" else correction[j])
+            if beta:
+                d = ref[i][j] - p[j]
+                k3 = d.exp() - d - 1
+                term = term + beta * (k3 * ratio[j] if use_bias_correction_kl else k3)
+            terms.append(term)
+        sums.append(sum(terms) if terms else p.sum())
+    B = len(now)
+    if loss_type in ("grpo", "sapo"):
+        loss = sum(s / max(len(p), 1) for s, p in zip(sums, now)) / B
+    elif loss_type == "bnpo":
+        loss = sum(sums) / count
+    elif loss_type == "dr_grpo":
+        loss = sum(sums) / (B * max_completion_length)
+    elif loss_type == "luspo":
+        loss = sum(sums) / B
+    else:
+        loss = sum(sums) / (count if num_items_in_batch is None else num_items_in_batch)
+    return loss - entropy_coef * mean(bonus) if entropy_coef else loss

@@ -124,6 +124,102 @@ def test_dpo(options, head, dtype):
     check(p, loss, hand)
 
 
+# Policy ---------------------------------------------------------------------------------------
+
+NEEDED = {"dr_grpo": dict(max_completion_length=16), "cispo": dict(epsilon_high=1.1)}
+EVERY = {name: dict(loss_type=name, **NEEDED.get(name, {})) for name in losses.POLICY}
+POLICY = dict(EVERY)
+POLICY |= {f"{n}_on_policy": o | dict(without_old=True, beta=0.1) for n, o in EVERY.items()}
+POLICY |= {f"{n}_sequence": o | dict(importance_sampling_level="sequence", beta=0.1)
+           for n, o in EVERY.items()}  # fmt: skip
+POLICY |= {f"{n}_kl": o | dict(beta=0.3) for n, o in EVERY.items()}
+POLICY |= {f"{n}_token_advantages": o | dict(token_advantages=True) for n, o in EVERY.items()}
+POLICY |= {f"{n}_corrected": o | dict(sampled=True, sampling_correction="token_truncate",
+           sampling_clip_max=1.2) for n, o in EVERY.items()}  # fmt: skip
+POLICY |= {f"{n}_entropy": o | dict(top_entropy_quantile=0.4, entropy_coef=0.05, beta=0.2)
+           for n, o in EVERY.items()}  # fmt: skip
+POLICY |= {
+    f"sampler_{mode}": dict(sampled=True, sampling_correction=mode, sampling_clip_min=0.8,
+                            sampling_clip_max=1.1)
+    for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+}  # fmt: skip
+POLICY |= {
+    "sampler_default": dict(sampled=True),
+    "sampler_without_bounds": dict(sampled=True, sampling_clip_max=None),
+    "sampler_off": dict(sampled=True, sampling_correction=None),
+    "vespo_masked": dict(loss_type="vespo", sampled=True, sampling_correction="token_mask",
+                         sampling_clip_max=1.1),
+    "vespo_k": dict(loss_type="vespo", vespo_k_pos=1.0, vespo_lambda_pos=1.5, vespo_k_neg=2.5,
+                    vespo_lambda_neg=0.5),
+    "sapo_temperatures": dict(loss_type="sapo", sapo_temperature_pos=0.6, sapo_temperature_neg=2.0),
+    "plain_kl": dict(loss_type="grpo", beta=0.3, use_bias_correction_kl=False),
+    "clip_higher": dict(epsilon=0.05, epsilon_high=0.1),
+    "two_sided": dict(epsilon=0.05, epsilon_high=0.1, delta=1.15),
+    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-2,
+                 epsilon_high=4e-2),
+    "off_policy": dict(off_policy_mask_threshold=0.01),
+    "off_policy_sampled": dict(off_policy_mask_threshold=0.02, sampled=True),
+    "num_items": dict(num_items_in_batch=50),
+    "num_items_cispo": dict(loss_type="cispo", epsilon_high=5.0, num_items_in_batch=torch.tensor(50)),
+    "entropy_alone": dict(entropy_coef=0.1),
+    "quantile_0": dict(top_entropy_quantile=0.0),
+    "everything": dict(
+        loss_type="grpo", sampled=True, beta=0.1, epsilon=0.1, epsilon_high=0.2, delta=1.3,
+        entropy_coef=0.01, top_entropy_quantile=0.7, off_policy_mask_threshold=0.05,
+        sampling_correction="token_mask", token_advantages=True,
+    ),
+}  # fmt: skip
+
+
+def policy_inputs(p: Problem, r: Problem, sampled=False, without_old=False, token_advantages=False):
+    """As lists of what each sequence's tokens have; the advantages of a sequence are 1, -1, ..."""
+    g = torch.Generator().manual_seed(5)
+
+    def near(rows, by):
+        return [t.detach() + by * torch.randn(t.shape, generator=g).to(t) for t in rows]
+
+    now = by_hand.rows(p)["log_probs"]
+    old = near(now, 0.15)
+    sampling = near(old, 0.15)
+    sampling[0][1] = torch.nan
+    advantages = [torch.full_like(t, (-1) ** i * (0.5 + i)) for i, t in enumerate(old)]
+    if token_advantages:
+        advantages = near([0 * t for t in old], 1.0)
+    ref = [t.detach() for t in by_hand.rows(r)["log_probs"]]
+    return advantages, None if without_old else old, ref, sampling if sampled else None
+
+
+@both_dtypes
+@cases(POLICY)
+def test_policy(options, head, dtype):
+    p = problem(dtype, head)
+    r = reference_of(p, head)
+    options = dict(options)
+    kinds = {k: options.pop(k, False) for k in ("sampled", "without_old", "token_advantages")}
+    lists = policy_inputs(p, r, **kinds)
+    advantages, old, ref, sampling = lists
+    at = by_hand.rows(p)["at"]
+    needs_entropy = "entropy_coef" in options or "top_entropy_quantile" in options
+    wide = advantages_of = by_tokens(p, advantages, at)
+    if not kinds["token_advantages"]:
+        advantages_of = wide.nan_to_num(0.0).sum(-1) / (~wide.isnan()).sum(-1).clamp(min=1)
+    loss = losses.policy_loss(
+        log_probs(p, return_entropy=needs_entropy),
+        advantages_of,
+        old_log_probs=None if old is None else by_tokens(p, old, at),
+        reference=by_tokens(p, ref, at) if "beta" in options else None,
+        sampling_log_probs=None if sampling is None else by_tokens(p, sampling, at),
+        **options,
+    )
+
+    def hand(q):
+        rows = by_hand.rows(q)
+        moved = [None if t is None else [x.to(q.e.dtype) for x in t] for t in lists]
+        return by_hand.policy(rows["log_probs"], rows["entropy"], *moved, **options)
+
+    check(p, loss, hand)
+
+
 # What they are made of ------------------------------------------------------------------------
 
 

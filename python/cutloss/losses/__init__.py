@@ -6,7 +6,9 @@ numbers of the size of the targets; docs/losses.md lists them.
 
 from ._arguments import Loss
 from ._dpo_table import DPO
+from ._policy_table import POLICY
 from .dpo import dpo_loss
 from .log_probs import TokenLogProbs, token_log_probs
+from .policy import policy_loss
 
-__all__ = ["DPO", "Loss", "TokenLogProbs", "dpo_loss", "token_log_probs"]
+__all__ = ["DPO", "POLICY", "Loss", "TokenLogProbs", "dpo_loss", "policy_loss", "token_log_probs"]
