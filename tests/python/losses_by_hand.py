@@ -221,3 +221,53 @@ def policy(
     else:
         loss = sum(sums) / (count if num_items_in_batch is None else num_items_in_batch)
     return loss - entropy_coef * mean(bonus) if entropy_coef else loss
+
+
+# Preference without a reference, and without pairs ---------------------------------------------
+
+
+def cpo(
+    policy: list[Tensor], loss_type="sigmoid", beta=0.1, label_smoothing=0.0, cpo_alpha=1.0,
+    simpo_gamma=0.5, alpha=0.0,
+) -> Tensor:  # fmt: skip
+    B, losses = len(policy) // 2, []
+    for i in range(B):
+        w, l = (
+            t.sum() / (max(len(t), 1) if loss_type in ("ipo", "simpo") else 1)
+            for t in (policy[i], policy[B + i])
+        )
+        if alpha:
+            w, l = (1 - w.exp() ** -alpha) / alpha, (1 - l.exp() ** -alpha) / alpha
+        x = beta * (w - l) - (simpo_gamma if loss_type == "simpo" else 0.0)
+        if loss_type == "hinge":
+            losses.append((1 - x).clamp(min=0))
+        elif loss_type == "ipo":
+            losses.append((w - l - 0.5 / beta).square())
+        else:
+            eps = label_smoothing
+            losses.append(-(1 - eps) * log_sigmoid(x) - eps * log_sigmoid(-x))
+    return mean(losses) - cpo_alpha * torch.cat(policy[:B]).mean()
+
+
+def orpo(policy: list[Tensor], odds: list[Tensor], beta: float) -> Tensor:
+    """odds: the tokens that the odds are made of."""
+    B, terms = len(policy) // 2, []
+    for i in range(B):
+        if len(odds[i]) and len(odds[B + i]):
+            p_w, p_l = odds[i].mean().exp(), odds[B + i].mean().exp()
+            terms.append(-torch.log(torch.sigmoid(torch.log(p_w / (1 - p_w) / (p_l / (1 - p_l))))))
+    return -torch.cat(policy[:B]).mean() + beta * sum(terms) / B
+
+
+def kto(
+    policy: list[Tensor], reference: list[Tensor], desirable: list[bool], kl=0.0, loss_type="kto",
+    beta=0.1, desirable_weight=1.0, undesirable_weight=1.0,
+) -> Tensor:  # fmt: skip
+    losses, kl = [], max(float(kl), 0.0)
+    for p, r, liked in zip(policy, reference, desirable):
+        u = p.sum() - r.sum()
+        if liked:
+            losses.append(desirable_weight * (1 - torch.sigmoid(beta * (u - kl))))
+        else:
+            losses.append(undesirable_weight * (1 - torch.sigmoid(beta * (kl - u))))
+    return mean(losses)

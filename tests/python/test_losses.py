@@ -44,7 +44,8 @@ def reference_of(p: Problem, head) -> Problem:
 
 def by_tokens(p: Problem, rows: list[torch.Tensor], at: list[torch.Tensor]) -> torch.Tensor:
     """Rows of tokens that count as a matrix, NaN at the others."""
-    wide = rows[0].new_full((len(rows), p.targets.shape[1] - int(p.options.get("shift", 0))), torch.nan)
+    length = p.targets.shape[1] - int(p.options.get("shift", 0))
+    wide = rows[0].new_full((len(rows), length), torch.nan)
     for row, values, where in zip(wide, rows, at):
         row[where] = values.detach()
     return wide
@@ -57,10 +58,10 @@ def check(p: Problem, loss: losses.Loss, hand) -> None:
     grads = torch.autograd.grad(loss.loss, p.parameters)
     truth_g = torch.autograd.grad(truth, truth_p.parameters)
     plain_g = torch.autograd.grad(plain, p.parameters)
-    named = zip(["loss", "de", "dc", "dbias"], (loss.loss, *grads), (truth, *truth_g), (plain, *plain_g))
-    for name, value, true, simple in named:
+    values, truths, plains = (loss.loss, *grads), (truth, *truth_g), (plain, *plain_g)
+    for name, value, true, simple in zip(["loss", "de", "dc", "dbias"], values, truths, plains):
         if p.e.dtype == F64:
-            torch.testing.assert_close(value, true, rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(value, true, rtol=1e-10, atol=1e-10)
         else:
             assert_close(value, true, simple, name, lenience=4)
     for name, metric in loss.metrics.items():
@@ -160,7 +161,8 @@ POLICY |= {
     "off_policy": dict(off_policy_mask_threshold=0.01),
     "off_policy_sampled": dict(off_policy_mask_threshold=0.02, sampled=True),
     "num_items": dict(num_items_in_batch=50),
-    "num_items_cispo": dict(loss_type="cispo", epsilon_high=5.0, num_items_in_batch=torch.tensor(50)),
+    "num_items_cispo": dict(loss_type="cispo", epsilon_high=5.0,
+                            num_items_in_batch=torch.tensor(50)),
     "entropy_alone": dict(entropy_coef=0.1),
     "quantile_0": dict(top_entropy_quantile=0.0),
     "everything": dict(
@@ -218,6 +220,79 @@ def test_policy(options, head, dtype):
         return by_hand.policy(rows["log_probs"], rows["entropy"], *moved, **options)
 
     check(p, loss, hand)
+
+
+# Preference without a reference, and without pairs ---------------------------------------------
+
+CPO = {name: dict(loss_type=name) for name in losses.CPO}
+CPO |= {f"{name}_alone": o | dict(cpo_alpha=0.0, beta=1.3) for name, o in CPO.items()}
+CPO |= {f"{name}_alpha": o | dict(alpha=0.05, cpo_alpha=0.2) for name, o in CPO.items()}
+CPO |= {
+    "sigmoid_smoothed": dict(label_smoothing=0.1),
+    "simpo_smoothed": dict(loss_type="simpo", label_smoothing=0.2, simpo_gamma=0.3, beta=2.0),
+    "simpo_alpha_below_0": dict(loss_type="simpo", alpha=-0.25),
+}
+
+
+@both_dtypes
+@cases(CPO)
+def test_cpo(options, head, dtype):
+    p = problem(dtype, head)
+    loss = losses.cpo_loss(log_probs(p), **options)
+    check(p, loss, lambda q: by_hand.cpo(by_hand.rows(q)["log_probs"], **options))
+    if options.get("loss_type") == "simpo":
+        same = {"cpo_alpha": 1.0} | {k: v for k, v in options.items() if k != "loss_type"}
+        assert torch.equal(losses.simpo_loss(log_probs(p), **same).loss, loss.loss)
+
+
+@both_dtypes
+@cases({"default": {}, "beta": dict(beta=0.7), "completions": dict(prompt=3)})
+def test_orpo(options, head, dtype):
+    """Odds over completions alone, the first tokens being the prompt's."""
+    p = problem(dtype, head)
+    policy = log_probs(p)
+    prompt, beta = options.get("prompt", 0), options.get("beta", 0.1)
+    completions = torch.ones_like(policy.mask)
+    completions[:, :prompt] = False
+    loss = losses.orpo_loss(policy, beta=beta, completion_mask=completions if prompt else None)
+
+    def hand(q):
+        rows = by_hand.rows(q)
+        odds = [t[at >= prompt] for t, at in zip(rows["log_probs"], rows["at"])]
+        return by_hand.orpo(rows["log_probs"], odds, beta)
+
+    check(p, loss, hand)
+
+
+KTO = {
+    "default": dict(kl=0.4),
+    "kl_tensor": dict(kl=torch.tensor(0.3)),
+    "kl_below_0": dict(kl=-0.4),
+    "weights": dict(kl=0.1, desirable_weight=1.5, undesirable_weight=0.7, beta=0.5),
+    "apo": dict(loss_type="apo_zero_unpaired", undesirable_weight=0.3),
+}
+
+
+@both_dtypes
+@cases(KTO)
+def test_kto(options, head, dtype):
+    p = problem(dtype, head, sequences=5)
+    r = reference_of(p, head)
+    desirable = [True, False, False, True, True]
+    with torch.no_grad():
+        reference = log_probs(r)
+    policy = log_probs(p)
+    loss = losses.kto_loss(policy, reference, torch.tensor(desirable).to(p.e.device), **options)
+
+    def hand(q):
+        ref = [t.detach() for t in by_hand.rows(r.to(q.e.dtype))["log_probs"]]
+        return by_hand.kto(by_hand.rows(q)["log_probs"], ref, desirable, **options)
+
+    check(p, loss, hand)
+    kl = losses.kto_kl(policy, reference.sum())
+    ours, theirs = (by_hand.rows(q)["log_probs"] for q in (p, r))
+    expected = sum(a.sum() - b.sum() for a, b in zip(ours, theirs)) / 5
+    torch.testing.assert_close(kl, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 # What they are made of ------------------------------------------------------------------------

@@ -117,6 +117,33 @@ def per_sequence(name: str, t: Tensor, policy: TokenLogProbs) -> Tensor:
     return _here(name, t, policy)
 
 
+def sums(name: str, t: "TokenLogProbs | Tensor", policy: TokenLogProbs) -> Tensor:
+    """(B), from log-probabilities of tokens, or as it is."""
+    if isinstance(t, Tensor) and t.dim() == 1:
+        return per_sequence(name, t, policy)
+    return per_token(name, t, policy).sum(-1)
+
+
+def _mask(name: str, t: Tensor, expected: torch.Size, policy: TokenLogProbs) -> Tensor:
+    if not isinstance(t, Tensor) or t.dtype != torch.bool:
+        given = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be a bool tensor, got {given}: pass {name}.bool()")
+    if t.shape != expected:
+        raise ValueError(
+            f"{name} must be of shape {tuple(expected)}, as the policy's log-probabilities "
+            f"{shape(policy.log_probs)} have it: got {shape(t)}"
+        )
+    return t
+
+
+def token_mask(name: str, t: Tensor, policy: TokenLogProbs) -> Tensor:
+    return _mask(name, t, policy.log_probs.shape, policy)
+
+
+def sequence_mask(name: str, t: Tensor, policy: TokenLogProbs) -> Tensor:
+    return _mask(name, t, policy.log_probs.shape[:1], policy)
+
+
 def mean(t: Tensor) -> Tensor:
     """0 for nothing."""
     return t.sum() / max(t.numel(), 1)
