@@ -165,7 +165,7 @@ def policy(
         n = max(len(p), 1)
         o = p.detach() if old is None else old[i]
         keep = entropy[i].detach() >= threshold
-        bonus += list(entropy[i][keep])
+        bonus.append(entropy[i][keep])
         ratio = (p - o).exp()
         if importance_sampling_level == "sequence":
             ratio = ((p - o).sum() / n).exp().expand(len(p))
@@ -179,36 +179,34 @@ def policy(
                 correction = correction.clamp(least, most)
             else:
                 correction = correction * (correction >= least) * (correction <= most)
-        terms = []
-        w = (p - o).detach().clamp(-20, 20).sum() + correction.log().clamp(floor, 20).sum()
-        w = w.clamp(floor, 20).exp()
-        for j in range(len(p)):
-            a = advantages[i][j]
-            if loss_type == "cispo":
-                term = -min(ratio[j].item(), high) * a * p[j]
-            elif loss_type == "sapo":
-                tau = sapo_temperature_pos if a > 0 else sapo_temperature_neg
-                term = -4 / tau / (1 + torch.exp(-tau * (ratio[j] - 1))) * a
-            elif loss_type == "vespo":
-                k, decay = (
-                    (vespo_k_pos, vespo_lambda_pos) if a >= 0 else (vespo_k_neg, vespo_lambda_neg)
-                )
-                term = -math.exp(decay) * w**k * torch.exp(-decay * w) * a * p[j]
-            else:
-                first = ratio[j] if delta is None else ratio[j].clamp(max=delta)
-                second = ratio[j].clamp(1 - epsilon, 1 + high)
-                term = -torch.min(first * a, second * a)
-            if off_policy_mask_threshold is not None:
-                q = o if sampling is None else sampling[i]
-                drift = (q - p.detach()).nan_to_num(0.0).sum() / n
-                term = term * bool(a >= 0 or drift <= off_policy_mask_threshold)
-            term = term * keep[j] * (1 if loss_type == "vespo" else correction[j])
-            if beta:
-                d = ref[i][j] - p[j]
-                k3 = d.exp() - d - 1
-                term = term + beta * (k3 * ratio[j] if use_bias_correction_kl else k3)
-            terms.append(term)
-        sums.append(sum(terms) if terms else p.sum())
+        a = advantages[i]
+        positive, negative = (a > 0).to(p), (a < 0).to(p)
+        if loss_type == "cispo":
+            terms = -ratio.detach().clamp(max=high) * a * p
+        elif loss_type == "sapo":
+            tau = sapo_temperature_pos * positive + sapo_temperature_neg * (1 - positive)
+            terms = -4 / tau / (1 + torch.exp(-tau * (ratio - 1))) * a
+        elif loss_type == "vespo":
+            w = (p - o).detach().clamp(-20, 20).sum() + correction.log().clamp(floor, 20).sum()
+            w = w.clamp(floor, 20).exp()
+            k = vespo_k_neg * negative + vespo_k_pos * (1 - negative)
+            decay = vespo_lambda_neg * negative + vespo_lambda_pos * (1 - negative)
+            terms = -(decay.exp() * w**k * torch.exp(-decay * w)) * a * p
+        else:
+            first = ratio if delta is None else ratio.clamp(max=delta)
+            second = ratio.clamp(1 - epsilon, 1 + high)
+            terms = -torch.min(first * a, second * a)
+        if off_policy_mask_threshold is not None:
+            q = o if sampling is None else sampling[i]
+            drift = (q - p.detach()).nan_to_num(0.0).sum() / n
+            if drift > off_policy_mask_threshold:
+                terms = terms * (1 - negative)
+        terms = terms * keep * (1 if loss_type == "vespo" else correction)
+        if beta:
+            d = ref[i] - p
+            k3 = d.exp() - d - 1
+            terms = terms + beta * (k3 * ratio if use_bias_correction_kl else k3)
+        sums.append(terms.sum())
     B = len(now)
     if loss_type in ("grpo", "sapo"):
         loss = sum(s / max(len(p), 1) for s, p in zip(sums, now)) / B
@@ -220,7 +218,7 @@ def policy(
         loss = sum(sums) / B
     else:
         loss = sum(sums) / (count if num_items_in_batch is None else num_items_in_batch)
-    return loss - entropy_coef * mean(bonus) if entropy_coef else loss
+    return loss - entropy_coef * torch.cat(bonus).mean() if entropy_coef else loss
 
 
 # Preference without a reference, and without pairs ---------------------------------------------

@@ -275,7 +275,7 @@ def _kl(now: Tensor, reference: TokenLogProbs | Tensor | None, policy: TokenLogP
 def _high_entropy(policy: TokenLogProbs, share: float) -> Tensor:
     """The mask, or what is left of it."""
     share = args.within("top_entropy_quantile", share, 0.0, 1.0)
-    if share == 1:
+    if share == 1 or policy.mask.numel() == 0:
         return policy.mask
     entropy = _entropy(policy, "top_entropy_quantile").detach()
     threshold = entropy.masked_fill(~policy.mask, torch.nan).flatten().nanquantile(1 - share)
