@@ -102,6 +102,8 @@ DPO |= {
     "mixed": dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
     "mixed_equally": dict(loss_type=("ipo", "robust"), label_smoothing=0.2),
     "weighted": dict(use_weighting=True),
+    "weighted_hinge": dict(loss_type="hinge", use_weighting=True),
+    "weighted_sft": dict(loss_type="sft", use_weighting=True),
     "weighted_ipo": dict(loss_type="ipo", use_weighting=True, ld_alpha=0.5),
 }
 
