@@ -142,7 +142,7 @@ POLICY |= {f"{n}_corrected": o | dict(sampled=True, sampling_correction="token_t
 POLICY |= {f"{n}_entropy": o | dict(top_entropy_quantile=0.4, entropy_coef=0.05, beta=0.2)
            for n, o in EVERY.items()}  # fmt: skip
 POLICY |= {
-    f"sampler_{mode}": dict(sampled=True, sampling_correction=mode, sampling_clip_min=0.8,
+    f"sampler_{mode}": dict(sampled=True, sampling_correction=mode, sampling_clip_min=0.95,
                             sampling_clip_max=1.1)
     for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 }  # fmt: skip
@@ -270,6 +270,7 @@ KTO = {
     "default": dict(kl=0.4),
     "kl_tensor": dict(kl=torch.tensor(0.3)),
     "kl_below_0": dict(kl=-0.4),
+    "kl_tensor_below_0": dict(kl=torch.tensor([-0.4])),
     "weights": dict(kl=0.1, desirable_weight=1.5, undesirable_weight=0.7, beta=0.5),
     "apo": dict(loss_type="apo_zero_unpaired", undesirable_weight=0.3),
 }

@@ -136,7 +136,10 @@ def test_what_stands_at_masked_tokens_does_not_matter():
 
     expected = loss(*clean)
     for junk in (torch.nan, torch.inf, 1e30):
-        assert torch.equal(loss(*(t.masked_fill(~policy.mask, junk) for t in clean)), expected)
+        filled = [t.masked_fill(~policy.mask, junk) for t in clean]
+        assert torch.equal(loss(*filled), expected)
+        theirs = losses.TokenLogProbs(filled[0], policy.mask, entropy=filled[1])
+        assert torch.equal(theirs.sum(), policy.sum().detach()) and theirs.entropy.isfinite().all()
 
 
 def test_orpo_of_a_certain_sequence():
@@ -197,6 +200,7 @@ REFUSED = [
     (dict(name="dpo", reference="ref"), TypeError, "reference must be a tensor.*got str"),
     (dict(name="dpo", reference=A.clone().requires_grad_()), ValueError, "reference.detach()"),
     (dict(name="dpo", reference=A, loss_type="dpo"), ValueError, "loss_type must be one of"),
+    (dict(name="dpo", reference=A, loss_type=[]), ValueError, "at least one loss"),
     (dict(name="dpo", reference=A, beta=0), ValueError, "beta must be finite and > 0, got 0"),
     (dict(name="dpo", reference=A, beta="a"), TypeError, "beta must be a number, got 'a'"),
     (dict(name="dpo", reference=A, ld_alpha=1.5), ValueError, r"ld_alpha must be in \[0.0, 1.0\]"),
@@ -249,9 +253,10 @@ def test_refusals_of_log_probs():
         losses.cpo_loss(log_probs(p))
     with pytest.raises(TypeError, match="must be what .*token_log_probs returns.*got Tensor"):
         losses.cpo_loss(torch.zeros(2, 3))
-    policy = losses.TokenLogProbs(torch.zeros(2, 3), torch.ones(2, 3))
     with pytest.raises(ValueError, match="mask must be bool .* got torch.float32"):
-        losses.cpo_loss(policy)
+        losses.TokenLogProbs(torch.zeros(2, 3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"in the shape of entropy.*\(2, 3\), and entropy \(3,\)"):
+        losses.TokenLogProbs(torch.zeros(2, 3), torch.ones(2, 3).bool(), torch.zeros(3))
     policy = losses.TokenLogProbs(torch.zeros(2, 3), torch.ones(2, 3).bool())
     for option in (dict(entropy_coef=0.1), dict(top_entropy_quantile=0.5)):
         with pytest.raises(ValueError, match="needs the policy's entropy, got None"):

@@ -6,10 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import choice, constant, flags, number, shape
+from .._checks import choice, constant, flags, number, shape  # noqa: F401
 from .log_probs import TokenLogProbs
-
-__all__ = ["Loss", "choice", "flags", "number"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +61,6 @@ def sequences(policy: TokenLogProbs) -> None:
         raise ValueError(
             f"these losses take a batch of sequences, log_probs of shape (B, L): got "
             f"{shape(policy.log_probs)}; give targets as (B, L) and e as (B, L, D)"
-        )
-    if policy.mask.shape != policy.log_probs.shape or policy.mask.dtype != torch.bool:
-        raise ValueError(
-            f"the mask must be bool in the shape of log_probs: got {policy.mask.dtype} of shape "
-            f"{shape(policy.mask)}, and log_probs {shape(policy.log_probs)}"
         )
 
 
@@ -142,6 +135,12 @@ def token_mask(name: str, t: Tensor, policy: TokenLogProbs) -> Tensor:
 
 def sequence_mask(name: str, t: Tensor, policy: TokenLogProbs) -> Tensor:
     return _mask(name, t, policy.log_probs.shape[:1], policy)
+
+
+def chosen_nll(policy: TokenLogProbs) -> Tensor:
+    """The mean over all tokens of the first half of the sequences; 0 where there is none."""
+    B = policy.log_probs.shape[0] // 2
+    return -masked_mean(policy.log_probs[:B], policy.mask[:B])
 
 
 def mean(t: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def cpo_loss(
     margin = rewards[0] - rewards[1]
     if loss_type == "simpo":
         margin = margin - gamma / beta
-    nll = chosen_nll(policy)
+    nll = args.chosen_nll(policy)
     loss = args.mean(CPO[loss_type](margin, beta, smoothing))
     if cpo_alpha:
         loss = loss + cpo_alpha * nll
@@ -145,7 +145,7 @@ def orpo_loss(
     log_ratio = F.logsigmoid(difference)
     exists = torch.minimum(*lengths.chunk(2)) > 0
     log_ratio, difference = (torch.where(exists, t, 0.0) for t in (log_ratio, difference))
-    nll = chosen_nll(policy)
+    nll = args.chosen_nll(policy)
     metrics = preference_metrics(chosen, rejected, beta * chosen, beta * rejected)
     metrics["nll_loss"] = nll.detach()
     metrics["log_odds_ratio"] = args.mean(log_ratio.detach())
@@ -158,9 +158,3 @@ def _log_odds(log_p: Tensor) -> Tensor:
     near_one = log_p > -0.6931471805599453  # where 1 - p is the smaller: expm1 has its digits
     log_1_p = torch.where(near_one, torch.log(-torch.expm1(log_p)), torch.log1p(-torch.exp(log_p)))
     return log_p - log_1_p
-
-
-def chosen_nll(policy: TokenLogProbs) -> Tensor:
-    """The mean over all tokens of the first half of the sequences; 0 where there is none."""
-    B = policy.log_probs.shape[0] // 2
-    return -args.masked_mean(policy.log_probs[:B], policy.mask[:B])

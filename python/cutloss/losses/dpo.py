@@ -75,13 +75,12 @@ def dpo_loss(
     chosen, rejected = (policy.log_probs * of_tokens).sum(-1).chunk(2)
     ref_chosen, ref_rejected = _reference_sums(policy, reference, of_tokens, names).chunk(2)
     chosen_length, rejected_length = policy.lengths().clamp(min=1).chunk(2)
-    B = chosen.shape[0]
     p = Pairs(
         chosen, rejected, ref_chosen, ref_rejected,
         chosen_score=F_DIVERGENCES[f_divergence_type](chosen - ref_chosen, alpha),
         rejected_score=F_DIVERGENCES[f_divergence_type](rejected - ref_rejected, alpha),
         chosen_length=chosen_length, rejected_length=rejected_length,
-        chosen_nll=-args.masked_mean(policy.log_probs[:B], policy.mask[:B]),
+        chosen_nll=args.chosen_nll(policy),
         beta=beta, label_smoothing=smoothing, discopop_tau=tau,
     )  # fmt: skip
 
@@ -93,6 +92,8 @@ def dpo_loss(
 
 
 def _weights(names: tuple[str, ...], weights: Sequence[float] | None) -> list[float]:
+    if not names:
+        raise ValueError("loss_type must name at least one loss, got none")
     for name in names:
         args.choice("loss_type", name, tuple(DPO))
     if weights is None:

@@ -9,11 +9,13 @@ from .. import _checks
 from ..functional import linear_cross_entropy
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class TokenLogProbs:
-    """Log-probabilities of targets, and which of them count.
+    """Log-probabilities of targets, and which of them count. May be made of those of others.
 
-    :param log_probs: log p(target), shape (..., L), at most 0; 0 where the mask is False.
+    Every tensor is 0 where the mask is False, whatever it was there before.
+
+    :param log_probs: log p(target), shape (..., L), at most 0.
     :param mask: Which tokens count, bool, in the shape of log_probs.
     :param entropy: Of each token's distribution, in the shape of log_probs, where it was asked for.
     :param log_sum_sq_probs: log of the sum of the distribution's squared probabilities, without a
@@ -24,6 +26,18 @@ class TokenLogProbs:
     mask: Tensor
     entropy: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("log_probs", "entropy", "log_sum_sq_probs"):
+            t = getattr(self, name)
+            if t is None:
+                continue
+            if self.mask.dtype != torch.bool or self.mask.shape != t.shape:
+                raise ValueError(
+                    f"the mask must be bool in the shape of {name}: got {self.mask.dtype} of shape "
+                    f"{_checks.shape(self.mask)}, and {name} {_checks.shape(t)}"
+                )
+            setattr(self, name, torch.where(self.mask, t, 0.0))
 
     def lengths(self) -> Tensor:
         """How many tokens of each sequence count, shape (...), in the dtype of log_probs."""

@@ -104,7 +104,7 @@ def policy_loss(
     if sampling_log_probs is not None:
         sampling = args.per_token("sampling_log_probs", sampling_log_probs, policy)
     low, high = _clipping(loss_type, epsilon, epsilon_high, delta)
-    log_ratio = torch.where(mask, now - old, 0.0)
+    log_ratio = now - old
     t = Tokens(
         log_probs=now,
         log_ratio=log_ratio,
