@@ -24,7 +24,7 @@ __all__ = [
 __version__ = _ops.version()
 
 # What most programs do not use is imported where it is: cutloss.torch_compat.linear_cross_entropy.
-_LAZY_MODULES = ("compat", "torch_compat")
+_LAZY_MODULES = ("compat", "losses", "torch_compat")
 
 
 def __getattr__(name: str):

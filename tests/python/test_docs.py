@@ -96,3 +96,13 @@ acc_dtype""".split()
 def test_every_option_of_theirs_has_a_row(title, names):
     rows = "".join(line for line in section(title).splitlines() if line.startswith("|"))
     assert not [name for name in names if not re.search(rf"`{name}\b", rows)]
+
+
+@pytest.mark.parametrize("page", ["losses.md"])
+def test_a_page_runs_from_top_to_bottom(page):
+    """Its snippets make all that they use."""
+    found = snippets(ROOT / "docs" / page)
+    assert found
+    names = {}
+    for where, code in found:
+        run(where, code, names)

@@ -47,6 +47,18 @@ def test_import_brings_in_nothing_heavy():
     assert loaded == ""
 
 
+def test_losses_are_imported_where_they_are_used():
+    loaded = python(
+        """
+        import sys, cutloss
+        print("cutloss.losses" in sys.modules, cutloss.losses.dpo_loss.__name__)
+        """
+    )
+    assert loaded == "False dpo_loss"
+    with pytest.raises(AttributeError, match="no attribute 'loses'"):
+        cutloss.loses  # noqa: B018
+
+
 def test_one_openmp_in_the_process():
     """torch's and ours are the same, or alternating calls fight over the cores."""
     mapped = python(

@@ -1,0 +1,94 @@
+"""From hidden states to a loss: token_log_probs and one of the losses in a call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ._arguments import Loss
+from .cpo import cpo_loss, orpo_loss, simpo_loss
+from .dpo import dpo_loss
+from .kto import kto_loss
+from .log_probs import TokenLogProbs, token_log_probs
+from .policy import policy_loss
+
+LOSSES: dict[str, Callable[..., Loss]] = {
+    "dpo": dpo_loss,
+    "kto": kto_loss,
+    "cpo": cpo_loss,
+    "simpo": simpo_loss,
+    "orpo": orpo_loss,
+    "policy": policy_loss,
+}
+_WITH_REFERENCE = ("dpo", "kto", "policy")
+
+
+def linear_loss(
+    name: str,
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    reference: tuple[Tensor, ...] | TokenLogProbs | Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool | int = 0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    max_workspace: int | None = None,
+    num_valid: int | None = None,
+    **options: Any,
+) -> Loss:
+    """A loss of the table LOSSES from hidden states, without logits; differentiable in e, c, bias.
+
+    :param name: "dpo", "kto", "cpo", "simpo", "orpo" or "policy".
+    :param e: Hidden states, (B, L, D); for "dpo", "cpo", "simpo" and "orpo" (2 B, L, D), chosen
+        sequences first.
+    :param c: Classifier, (V, D).
+    :param targets: (B, L), ignore_index at prompt and padding.
+    :param reference: The reference model's (e, c) or (e, c, bias), of which log-probabilities are
+        made with the same targets and the same options of the logits, without a gradient; or what
+        the loss itself takes as reference.
+    :param options: Those of the loss, such as loss_type, beta, advantages; those above, from
+        ignore_index to num_valid, are token_log_probs'. Entropy is made where an option needs it.
+    :return: What the loss returns.
+    """
+    _checks.choice("the name of a loss", name, tuple(LOSSES))
+    logits = dict(
+        ignore_index=ignore_index,
+        shift=shift,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        max_workspace=max_workspace,
+        num_valid=num_valid,
+    )
+    if reference is not None and name not in _WITH_REFERENCE:
+        raise ValueError(
+            f"{name!r} has no reference model: leave reference out, or take one of "
+            f"{', '.join(map(repr, _WITH_REFERENCE))}"
+        )
+    if isinstance(reference, tuple):
+        if len(reference) not in (2, 3):
+            raise ValueError(
+                f"reference must be (e, c) or (e, c, bias), got {len(reference)} entries"
+            )
+        with torch.no_grad():
+            of_e, of_c, *of_bias = reference
+            reference = token_log_probs(of_e, of_c, targets, *of_bias, **logits)
+    if name in _WITH_REFERENCE:
+        options["reference"] = reference
+    policy = token_log_probs(
+        e, c, targets, bias, **logits,
+        return_entropy=_asks(options, entropy_coef=0.0, top_entropy_quantile=1.0),
+        return_log_sum_sq_probs=_asks(options, use_weighting=False),
+    )  # fmt: skip
+    return LOSSES[name](policy, **options)
+
+
+def _asks(options: dict[str, Any], **unused: Any) -> bool:
+    """Whether one of these options has another value than that which needs nothing."""
+    return any(options.get(name, value) != value for name, value in unused.items())

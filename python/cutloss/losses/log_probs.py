@@ -1,0 +1,112 @@
+"""What every loss here is made of: the log-probability of each token."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..functional import linear_cross_entropy
+
+
+@dataclasses.dataclass(eq=False)
+class TokenLogProbs:
+    """Log-probabilities of targets, and which of them count. May be made of those of others.
+
+    Every tensor is 0 where the mask is False, whatever it was there before.
+
+    :param log_probs: log p(target), shape (..., L), at most 0.
+    :param mask: Which tokens count, bool, in the shape of log_probs.
+    :param entropy: Of each token's distribution, in the shape of log_probs, where it was asked for.
+    :param log_sum_sq_probs: log of the sum of the distribution's squared probabilities, without a
+        gradient, where it was asked for.
+    """
+
+    log_probs: Tensor
+    mask: Tensor
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("log_probs", "entropy", "log_sum_sq_probs"):
+            t = getattr(self, name)
+            if t is None:
+                continue
+            if self.mask.dtype != torch.bool or self.mask.shape != t.shape:
+                raise ValueError(
+                    f"the mask must be bool in the shape of {name}: got {self.mask.dtype} of shape "
+                    f"{_checks.shape(self.mask)}, and {name} {_checks.shape(t)}"
+                )
+            setattr(self, name, torch.where(self.mask, t, 0.0))
+
+    def lengths(self) -> Tensor:
+        """How many tokens of each sequence count, shape (...), in the dtype of log_probs."""
+        return self.mask.sum(-1).to(self.log_probs.dtype)
+
+    def sum(self) -> Tensor:
+        """Of each sequence, shape (...): 0 for one without a token that counts."""
+        return self.log_probs.sum(-1)
+
+    def mean(self) -> Tensor:
+        """Over the tokens of each sequence that count, shape (...): 0 where there is none."""
+        return self.sum() / self.lengths().clamp(min=1)
+
+
+def token_log_probs(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    shift: bool | int = 0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    max_workspace: int | None = None,
+    num_valid: int | None = None,
+    return_entropy: bool = False,
+    return_log_sum_sq_probs: bool = False,
+) -> TokenLogProbs:
+    """log p(target) of each token, without storing the logits; differentiable in e, c and bias.
+
+    The arguments are those of :func:`cutloss.linear_cross_entropy`, of whose loss this is the
+    negative. Call it under ``torch.no_grad()`` for a reference model.
+
+    :param targets: Shape (..., L). Prompt and padding are ignore_index: they are masked out.
+    :param return_entropy: Also the entropy of each token's distribution, with a gradient.
+    :param return_log_sum_sq_probs: Also log(sum_v p_v^2) of each token, for dpo_loss's
+        use_weighting. Costs another forward. No gradient. It is a difference of two log-sum-exps,
+        whose digits a common offset of the logits takes away.
+    :return: fp32 (fp64 for fp64 inputs), of shape (..., L), L less shift.
+    """
+    _checks.flags(
+        return_entropy=return_entropy, return_log_sum_sq_probs=return_log_sum_sq_probs
+    )
+    options = dict(
+        ignore_index=ignore_index,
+        shift=shift,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        max_workspace=max_workspace,
+        num_valid=num_valid,
+        reduction="none",
+    )
+    results = linear_cross_entropy(
+        e, c, targets, bias, temperature=temperature, return_entropy=return_entropy,
+        return_lse=return_log_sum_sq_probs, **options,
+    )  # fmt: skip
+    results = list(results) if isinstance(results, tuple) else [results]
+    nll = results.pop(0)
+    squares = None
+    if return_log_sum_sq_probs:
+        # sum_v p_v^2 = sum_v e^(2 z_v) / (sum_v e^(z_v))^2, and half the temperature makes 2 z.
+        lse = results.pop(0).detach()
+        with torch.no_grad():
+            _, lse_of_doubled = linear_cross_entropy(
+                e, c, targets, bias, temperature=temperature * 0.5, return_lse=True, **options
+            )
+        squares = lse_of_doubled - 2 * lse
+    scored = targets[..., int(shift) :] if shift else targets
+    entropy = results.pop(0) if return_entropy else None
+    return TokenLogProbs(-nll, scored != ignore_index, entropy, squares)

@@ -1,0 +1,308 @@
+"""Policy-gradient losses: PPO's clipped term, GRPO and what came after it."""
+
+import torch
+from torch import Tensor
+
+from . import _arguments as args
+from ._arguments import Loss
+from ._policy_table import POLICY, Tokens, clipped, vespo_weight
+from .log_probs import TokenLogProbs
+
+SAMPLING_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+def policy_loss(
+    policy: TokenLogProbs,
+    advantages: Tensor,
+    *,
+    old_log_probs: TokenLogProbs | Tensor | None = None,
+    reference: TokenLogProbs | Tensor | None = None,
+    sampling_log_probs: TokenLogProbs | Tensor | None = None,
+    loss_type: str = "dapo",
+    importance_sampling_level: str = "token",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    use_bias_correction_kl: bool = True,
+    sampling_correction: str | None = "sequence_mask",
+    sampling_clip_min: float | None = None,
+    sampling_clip_max: float | None = 3.0,
+    off_policy_mask_threshold: float | None = None,
+    top_entropy_quantile: float = 1.0,
+    entropy_coef: float = 0.0,
+    num_items_in_batch: float | Tensor | None = None,
+    max_completion_length: int | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+) -> Loss:
+    """Policy losses over sampled sequences; options and defaults are those of TRL's GRPOConfig.
+
+    Of each token: the term of its loss type, times the sampler's correction, plus beta times the
+    KL term; then the sum over tokens that count, divided as the loss type says (the table POLICY).
+    A sequence without such a token adds nothing and still counts as a sequence; no token at all
+    makes a loss of 0. What tensors hold where the policy's mask is False is never used.
+
+    :param policy: Of B sequences, shape (B, L).
+    :param advantages: (B), one of each sequence, or (B, L), one of each token (as PPO has). Takes
+        no gradient.
+    :param old_log_probs: Of the policy that the ratio is taken against, (B, L). None: the policy
+        itself, without a gradient, for batches that are used once.
+    :param reference: Log-probabilities of the reference model, (B, L); needed where beta is not 0.
+    :param sampling_log_probs: Of the inference engine that wrote the sequences, (B, L). NaN where
+        it did not say: no correction there.
+    :param loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo" or "vespo". PPO's
+        term is "bnpo".
+    :param importance_sampling_level: "token": a ratio of each token. "sequence": their geometric
+        mean over the sequence (GSPO; meant for "grpo" and, as its paper has it, "luspo").
+    :param epsilon: The ratio is clipped below at 1 - epsilon.
+    :param epsilon_high: And above at 1 + epsilon_high; by default epsilon. For "cispo" the bound of
+        the ratio itself, which has to be given.
+    :param delta: Bounds the ratio where advantages are negative (two-sided clipping); more than
+        1 + epsilon_high.
+    :param beta: Weight of the KL term k = e^d - d - 1, d = log p_reference - log p (Shao et al.
+        2024, "DeepSeekMath", arXiv:2402.03300, equation 4).
+    :param use_bias_correction_kl: Multiplies k by the ratio, with its gradient, which makes the
+        gradient that of the KL divergence (DeepSeek-AI 2025, "DeepSeek-V3.2", arXiv:2512.02556).
+    :param sampling_correction: What to do with s = p_old / p_sampler where sampling_log_probs are
+        given: each token's own ("token_...") or the product over its sequence ("sequence_..."),
+        kept within [sampling_clip_min, sampling_clip_max] ("..._truncate") or set to 0 outside it
+        ("..._mask"). "vespo" takes those of tokens. None: no correction. (Yao et al. 2025, "Your
+        Efficient RL Framework Secretly Brings You Off-Policy RL Training".)
+    :param off_policy_mask_threshold: Leaves out tokens whose advantage is negative in sequences
+        whose mean of log p_sampler - log p exceeds this (p_old where there is no sampler). The same
+        DeepSeek-V3.2, equation 9.
+    :param top_entropy_quantile: Only this share of tokens, those of highest entropy, keep their
+        term (not their KL). Wang et al. 2025, "Beyond the 80/20 Rule" (arXiv:2506.01939). The
+        policy must come with entropy.
+    :param entropy_coef: Times the mean entropy over tokens that count (those of the quantile) is
+        subtracted. The policy must come with entropy.
+    :param num_items_in_batch: What "dapo", "cispo" and "vespo" divide by, at least 1: the number of
+        tokens of all batches that make one step, divided by the number of processes whose gradients
+        are averaged. None: the number of tokens here.
+    :param max_completion_length: For "dr_grpo", which divides by B times this.
+    :return: The loss, and the policy term alone, the means of KL and entropy, and how often the
+        ratio was clipped; means are over tokens that count (over sequences for what is one number a
+        sequence).
+    """
+    args.sequences(policy)
+    args.choice("loss_type", loss_type, tuple(POLICY))
+    args.choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
+    args.flags(use_bias_correction_kl=use_bias_correction_kl)
+    beta, entropy_coef = args.finite("beta", beta), args.finite("entropy_coef", entropy_coef)
+    mask, now = policy.mask, policy.log_probs
+    advantages = _advantages(advantages, policy)
+    if old_log_probs is None:
+        old = now.detach()
+    else:
+        old = args.per_token("old_log_probs", old_log_probs, policy)
+    sampling = None
+    if sampling_log_probs is not None:
+        sampling = args.per_token("sampling_log_probs", sampling_log_probs, policy)
+    low, high = _clipping(loss_type, epsilon, epsilon_high, delta)
+    log_ratio = now - old
+    t = Tokens(
+        log_probs=now,
+        log_ratio=log_ratio,
+        ratio=_ratio(log_ratio, mask, importance_sampling_level),
+        advantages=advantages,
+        mask=mask,
+        sampling_ratio=_sampling_ratio(
+            old, sampling, sampling_correction, sampling_clip_min, sampling_clip_max, loss_type
+        ),
+        num_items=_num_items(num_items_in_batch, mask),
+        max_length=_max_length(max_completion_length, loss_type),
+        epsilon=low,
+        epsilon_high=high,
+        delta=None if delta is None else args.positive("delta", delta),
+        sapo_temperature_pos=args.positive("sapo_temperature_pos", sapo_temperature_pos),
+        sapo_temperature_neg=args.positive("sapo_temperature_neg", sapo_temperature_neg),
+        vespo_k_pos=args.not_negative("vespo_k_pos", vespo_k_pos),
+        vespo_lambda_pos=args.not_negative("vespo_lambda_pos", vespo_lambda_pos),
+        vespo_k_neg=args.not_negative("vespo_k_neg", vespo_k_neg),
+        vespo_lambda_neg=args.not_negative("vespo_lambda_neg", vespo_lambda_neg),
+    )
+    kept = _high_entropy(policy, top_entropy_quantile)
+
+    losses = POLICY[loss_type].of_token(t)
+    if off_policy_mask_threshold is not None:
+        most = args.positive("off_policy_mask_threshold", off_policy_mask_threshold)
+        drift = _difference(old if sampling is None else sampling, now.detach())
+        drift = drift.sum(-1, keepdim=True) / policy.lengths().clamp(min=1)[:, None]
+        losses = torch.where((advantages >= 0) | (drift <= most), losses, 0.0)
+    if kept is not mask:
+        losses = torch.where(kept, losses, 0.0)
+    if t.sampling_ratio is not None and loss_type != "vespo":
+        losses = losses * t.sampling_ratio
+    metrics = {}
+    if beta != 0:
+        kl = _kl(now, reference, policy)
+        kl = kl * t.ratio if use_bias_correction_kl else kl
+        losses = losses + beta * kl
+        metrics["kl"] = _mean(kl, mask)
+    loss = POLICY[loss_type].of_batch(torch.where(mask, losses, 0.0), t)
+    metrics["policy_loss"] = loss.detach()
+    if entropy_coef != 0:
+        loss = loss - entropy_coef * args.masked_mean(_entropy(policy, "entropy_coef"), kept)
+    return Loss(loss, metrics | _metrics(t, policy, loss_type))
+
+
+# Arguments --------------------------------------------------------------------------------------
+
+
+def _advantages(advantages: Tensor, policy: TokenLogProbs) -> Tensor:
+    """(B, 1) or (B, L)"""
+    if isinstance(advantages, Tensor) and advantages.dim() == 1:
+        return args.per_sequence("advantages", advantages, policy)[:, None]
+    return args.per_token("advantages", advantages, policy)
+
+
+def _clipping(
+    loss_type: str, epsilon: float, epsilon_high: float | None, delta: float | None
+) -> tuple[float, float]:
+    if epsilon_high is None and loss_type == "cispo":
+        raise ValueError(
+            "loss_type 'cispo' needs epsilon_high, the most that the ratio itself may be, got "
+            "None: 5.0 is usual"
+        )
+    if delta is not None and POLICY[loss_type].of_token is not clipped:
+        taking = ", ".join(name for name, loss in POLICY.items() if loss.of_token is clipped)
+        raise ValueError(
+            f"loss_type {loss_type!r} clips no ratio on two sides and takes no delta, got {delta}; "
+            f"the loss types that do are {taking}"
+        )
+    low = args.not_negative("epsilon", epsilon)
+    return low, low if epsilon_high is None else args.not_negative("epsilon_high", epsilon_high)
+
+
+def _num_items(value: float | Tensor | None, mask: Tensor) -> Tensor | float:
+    if value is None:
+        return mask.sum().clamp(min=1)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"num_items_in_batch must be one number, got a tensor of shape {tuple(value.shape)}"
+            )
+        return value.detach().to(mask.device).reshape(()).clamp(min=1)
+    return max(args.not_negative("num_items_in_batch", value), 1.0)
+
+
+def _max_length(value: int | None, loss_type: str) -> float:
+    if value is not None:
+        return args.positive("max_completion_length", value)
+    if loss_type == "dr_grpo":
+        raise ValueError(
+            "loss_type 'dr_grpo' divides by max_completion_length, got None: pass the most tokens "
+            "that a completion may have"
+        )
+    return 1.0
+
+
+def _entropy(policy: TokenLogProbs, option: str) -> Tensor:
+    if policy.entropy is None:
+        raise ValueError(
+            f"{option} needs the policy's entropy, got None: call token_log_probs with "
+            f"return_entropy=True"
+        )
+    return policy.entropy
+
+
+# Terms ------------------------------------------------------------------------------------------
+
+
+def _ratio(log_ratio: Tensor, mask: Tensor, level: str) -> Tensor:
+    """(B, L), or (B, 1) of sequences"""
+    if level == "token":
+        return log_ratio.exp()
+    return (log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+
+
+def _difference(sampling: Tensor, of: Tensor) -> Tensor:
+    """sampling - of, 0 where the sampler said nothing"""
+    return torch.where(sampling.isnan(), 0.0, sampling - of)
+
+
+def _sampling_ratio(
+    old: Tensor,
+    sampling: Tensor | None,
+    correction: str | None,
+    least: float | None,
+    most: float | None,
+    loss_type: str,
+) -> Tensor | None:
+    """(B, L), or (B, 1) of sequences"""
+    if correction is not None:
+        args.choice("sampling_correction", correction, SAMPLING_CORRECTIONS)
+    least = None if least is None else args.not_negative("sampling_clip_min", least)
+    most = None if most is None else args.positive("sampling_clip_max", most)
+    if least is not None and most is not None and least > most:
+        raise ValueError(
+            f"sampling_clip_min must not exceed sampling_clip_max, got {least} and {most}"
+        )
+    if sampling is None or correction is None:
+        return None
+    if loss_type == "vespo" and correction.startswith("sequence"):
+        raise ValueError(
+            f"loss_type 'vespo' makes the sequence's weight of corrected tokens: it takes "
+            f"sampling_correction 'token_truncate', 'token_mask' or None, got {correction!r}"
+        )
+    log_ratio = -_difference(sampling, old)
+    if correction.startswith("sequence"):
+        log_ratio = log_ratio.sum(-1, keepdim=True)
+    ratio = log_ratio.exp()
+    if least is None and most is None:
+        return ratio
+    if correction.endswith("truncate"):
+        return ratio.clamp(min=least, max=most)
+    outside = ratio.clamp(min=least, max=most) != ratio
+    return ratio.masked_fill(outside, 0.0)
+
+
+def _kl(now: Tensor, reference: TokenLogProbs | Tensor | None, policy: TokenLogProbs) -> Tensor:
+    if reference is None:
+        raise ValueError(
+            "beta is not 0, and the KL term needs a reference, got None: pass token_log_probs of "
+            "the reference model, or beta=0"
+        )
+    difference = args.per_token("reference", reference, policy) - now
+    return torch.expm1(difference) - difference
+
+
+def _high_entropy(policy: TokenLogProbs, share: float) -> Tensor:
+    """The mask, or what is left of it."""
+    share = args.within("top_entropy_quantile", share, 0.0, 1.0)
+    if share == 1 or policy.mask.numel() == 0:
+        return policy.mask
+    entropy = _entropy(policy, "top_entropy_quantile").detach()
+    threshold = entropy.masked_fill(~policy.mask, torch.nan).flatten().nanquantile(1 - share)
+    return policy.mask & (entropy >= threshold)
+
+
+# Metrics ----------------------------------------------------------------------------------------
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return args.mean(x) if x.shape[1] == 1 else args.masked_mean(x, mask)
+
+
+def _metrics(t: Tokens, policy: TokenLogProbs, loss_type: str) -> dict[str, Tensor]:
+    metrics = {}
+    if policy.entropy is not None:
+        metrics["entropy"] = _mean(policy.entropy, t.mask)
+    if t.sampling_ratio is not None:
+        metrics["sampling/importance_sampling_ratio/mean"] = _mean(t.sampling_ratio, t.mask)
+    if POLICY[loss_type].of_token is clipped:
+        low = (t.ratio < 1 - t.epsilon) & (t.advantages < 0)
+        high = (t.ratio > 1 + t.epsilon_high) & (t.advantages > 0)
+        for name, x in (("low", low), ("high", high), ("region", low | high)):
+            metrics[f"clip_ratio/{name}_mean"] = _mean(x, t.mask)
+    elif loss_type == "cispo":
+        metrics["cispo_clip_ratio"] = _mean((t.ratio > t.epsilon_high) & (t.advantages > 0), t.mask)
+    elif loss_type == "vespo":
+        metrics["vespo/phi_seq_mean"] = _mean(vespo_weight(t), t.mask)
+    return metrics
