@@ -2,6 +2,7 @@
 
 import re
 import struct
+import types
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from cutloss._bench.methods import Method
 from cutloss._demo import text, train
-from cutloss._demo.report import largest_difference
+from cutloss._demo.report import largest_difference, slowness
 from cutloss.demo import flat
 
 SMALL = text.Vocabulary.of("the cat sat on the mat, and the cat's mat -- it sat.", 300)
@@ -112,6 +113,13 @@ def test_demo_shows_a_table_and_draws(capsys, novel, tmp_path):
     assert picture.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", picture[16:24])
     assert width > 600 and height > 300
+
+
+def test_a_slow_demo_says_what_to_do():
+    quick, slow = (types.SimpleNamespace(loss_seconds=[s, s, 9.0]) for s in (0.1, 0.2))
+    assert slowness([quick, slow], "cpu") is None and slowness([quick], "cpu") is None
+    assert "OMP_WAIT_POLICY" in slowness([slow, quick], "cpu")
+    assert slowness([slow, quick], "cuda") is None
 
 
 def test_demo_alone(capsys, novel, tmp_path):

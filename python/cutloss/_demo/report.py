@@ -88,6 +88,22 @@ def table(runs, peaks, agreement, args):
             f"Training stopped after {len(runs[0].losses)} of {args.steps} steps: "
             f"{args.seconds:g} seconds were up (--seconds)."
         )
+    if hint := slowness(runs, args.device):
+        console().print(hint, markup=False)
+
+
+def slowness(runs, device):
+    """What to do where cutloss took longer on a CPU; else nothing."""
+    if device != "cpu" or len(runs) < 2:
+        return None
+    ours, plain = (statistics.median(run.loss_seconds) for run in runs)
+    if ours <= plain:
+        return None
+    return (
+        "cutloss took longer than plain PyTorch here. On a machine that others keep busy its threads "
+        "wait for each other: try again on a quiet one, with OMP_WAIT_POLICY=passive in the "
+        "environment. The results in the README say what it takes there."
+    )
 
 
 def _milestones(steps):
