@@ -45,7 +45,8 @@ class _Head(nn.Module):
                 )
             output_embeddings = nn.Linear(in_features, out_features, bias=bias, **factory)
         else:
-            _check_classifier(output_embeddings, out_features, in_features, device, dtype)
+            _check_classifier(output_embeddings)
+            _check_new(output_embeddings, out_features, in_features, device, dtype)
         # The module is shared, not its weight alone: so it stays shared through to_empty(), and
         # whatever else replaces parameters.
         self.output_embeddings = output_embeddings
@@ -67,6 +68,11 @@ class _Head(nn.Module):
             return self.own_bias
         return getattr(self.output_embeddings, "bias", None)
 
+    def reset_parameters(self) -> None:
+        """Of what is its own, as modules made on the meta device need: the bias is zero."""
+        if self.own_bias is not None:
+            nn.init.zeros_(self.own_bias)
+
     def _loss(
         self, e: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None, more: dict
     ) -> tuple[Tensor, ...]:
@@ -79,13 +85,8 @@ class _Head(nn.Module):
         return (total / num_items_in_batch, *rest)
 
 
-def _check_classifier(
-    module: nn.Module,
-    out_features: int | None,
-    in_features: int | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> None:
+def _check_classifier(module: nn.Module) -> None:
+    """The weight and bias have to be all that the module does: it is never called."""
     known = (nn.Linear.forward, nn.Embedding.forward)
     if not isinstance(module, nn.Module) or type(module).forward not in known:
         raise TypeError(
@@ -94,6 +95,32 @@ def _check_classifier(
             f"(an adapter, quantisation). Merge the adapter or dequantise first, or give "
             f"linear_cross_entropy the weight that the module amounts to"
         )
+    if "forward" in module.__dict__:
+        raise TypeError(
+            f"output_embeddings, of type {type(module).__name__}, has a forward of its own (as "
+            f"accelerate's hooks put there), which would not be called: remove it (accelerate's by "
+            f"remove_hook_from_module), or call linear_cross_entropy with the weight instead"
+        )
+    # What comes out of a shared nn.Embedding are rows of its weight, which hooks may change.
+    hooks = module._forward_pre_hooks
+    if isinstance(module, nn.Linear):
+        hooks = hooks or module._forward_hooks
+    if hooks:
+        raise TypeError(
+            f"output_embeddings, of type {type(module).__name__}, has forward hooks or forward "
+            f"pre-hooks (as nn.utils.weight_norm has), which would not be called: remove them, use "
+            f"nn.utils.parametrizations in place of the old weight_norm and spectral_norm, or "
+            f"call linear_cross_entropy with the weight instead"
+        )
+
+
+def _check_new(
+    module: nn.Module,
+    out_features: int | None,
+    in_features: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
     for name, given, found in zip(
         ("out_features", "in_features"), (out_features, in_features), module.weight.shape
     ):
@@ -169,6 +196,7 @@ class LinearCrossEntropyLoss(_Head):
     ) -> Tensor | tuple[Tensor, ...]:
         """As :func:`linear_cross_entropy` returns it; with num_items_in_batch the sum over that
         number, whatever the reduction."""
+        _check_classifier(self.output_embeddings)
         more = dict(token_weight=token_weight, temperature=temperature, num_valid=num_valid)
         result = self._loss(e, targets, num_items_in_batch, more)
         return result if len(result) > 1 else result[0]
@@ -263,6 +291,7 @@ class CausalLMHead(_Head):
         :param token_weight: (...), of each label.
         :param num_valid: As in :func:`linear_cross_entropy`.
         """
+        _check_classifier(self.output_embeddings)
         if return_logits is None:
             return_logits = self.return_logits
         if return_logits is None:

@@ -250,6 +250,53 @@ def test_bad_construction(name):
         build()
 
 
+def _forward_of_its_own(linear):
+    linear.forward = lambda x: x
+
+
+LATER = {
+    "adapter": (lambda linear: _Adapter(D, V), "got _Adapter: .*Merge the adapter"),
+    "forward": (_forward_of_its_own, "has a forward of its own.*remove_hook_from_module"),
+    "weight_norm": (torch.nn.utils.weight_norm, "pre-hooks.*use nn.utils.parametrizations"),
+    "pre_hook": (lambda m: m.register_forward_pre_hook(print) and None, "remove them"),
+    "hook": (lambda m: m.register_forward_hook(print) and None, "remove them"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("build", [LinearCrossEntropyLoss, CausalLMHead])
+@pytest.mark.parametrize("name", LATER)
+def test_what_becomes_of_the_classifier_later(name, build):
+    """Whatever is called with the classifier's forward alone is refused, not left out."""
+    change, message = LATER[name]
+    head = build(D, V)
+    changed = change(head.output_embeddings)
+    if changed is not None:
+        head.output_embeddings = changed
+    head.to(problems.device)
+    with pytest.raises(TypeError, match=message):
+        head(hidden(), tokens())
+    with pytest.raises(TypeError, match=message):
+        build(head.output_embeddings)
+
+
+def test_what_changes_the_weight_alone_is_used():
+    head = CausalLMHead(D, V).to(problems.device)
+    torch.nn.utils.parametrizations.weight_norm(head.output_embeddings)
+    e = hidden()
+    out = head(e, tokens(), return_logits=True)
+    torch.testing.assert_close(out.logits, head.output_embeddings(e))
+    torch.testing.assert_close(out.loss, plain(out.logits, tokens()))
+
+
+def test_hooks_of_a_lookup_stay_out_of_the_head():
+    """transformers' enable_input_require_grads puts one on an embedding."""
+    m = model()
+    want = m(tokens()).loss
+    m.embedding.register_forward_hook(lambda module, args, out: out + 0)
+    torch.testing.assert_close(m(tokens()).loss, want)
+
+
 def test_a_subclass_that_computes_the_same_is_taken():
     assert LinearCrossEntropyLoss(_Renamed(D, V)).weight.shape == (V, D)
 
@@ -304,6 +351,9 @@ def test_a_tied_embedding_stays_one_parameter():
     assert_tied(empty)
     empty.load_state_dict(m.state_dict())
     torch.testing.assert_close(empty(tokens()).loss, loss)
+    nn.init.ones_(empty.head.own_bias)
+    empty.head.reset_parameters()
+    assert not empty.head.bias.any()
     with torch.device("meta"):
         assigned = Model(hidden_size=H, bias=True)
     assigned.load_state_dict(m.state_dict(), assign=True)
