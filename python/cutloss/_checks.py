@@ -257,6 +257,22 @@ def num_valid(value: int | None, rows: int, ignore_index: int) -> None:
         )
 
 
+def num_items(value: float | Tensor) -> float | Tensor:
+    """What a sum is divided by: at least 1, and of a tensor without its shape or gradient."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"num_items_in_batch must be one number, got a tensor of shape {shape(value)}: "
+                f"pass its sum"
+            )
+        return value.detach().reshape(()).clamp(min=1)
+    if isinstance(value, bool) or not isinstance(value, (torch.SymInt, numbers.Real)):
+        raise TypeError(f"num_items_in_batch must be a number or a tensor, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"num_items_in_batch must be finite and >= 0, got {value}")
+    return max(value, 1)
+
+
 # Looking at the data --------------------------------------------------------------------------
 
 

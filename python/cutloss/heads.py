@@ -4,7 +4,6 @@
 have one of those, and a classifier: their own, or another module's, which they then share.
 """
 
-import numbers
 from typing import NamedTuple
 
 import torch
@@ -79,10 +78,19 @@ class _Head(nn.Module):
         if num_items_in_batch is None:
             result = self.loss(e, self.weight, targets, self.bias, **more)
             return result if isinstance(result, tuple) else (result,)
-        _check_items(num_items_in_batch, self.loss.reduction)
+        if self.loss.reduction == "none":
+            raise ValueError(
+                "num_items_in_batch divides a sum; reduction is 'none', which has none: leave one "
+                "of them out"
+            )
+        items = _checks.num_items(num_items_in_batch)
         result = self.loss(e, self.weight, targets, self.bias, reduction="sum", **more)
         total, *rest = result if isinstance(result, tuple) else (result,)
-        return (total / num_items_in_batch, *rest)
+        if isinstance(items, Tensor):
+            items = items.to(total.dtype)
+            if items.device.type != "cpu":  # from there it is taken without a copy that waits
+                items = items.to(total.device)
+        return (total / items, *rest)
 
 
 def _check_classifier(module: nn.Module) -> None:
@@ -135,20 +143,6 @@ def _check_new(
         )
 
 
-def _check_items(items: int | Tensor, reduction: str) -> None:
-    if reduction == "none":
-        raise ValueError("num_items_in_batch divides a sum; reduction is 'none', which has none")
-    if isinstance(items, Tensor):
-        if items.numel() != 1:
-            raise ValueError(f"num_items_in_batch must be one number, got {_checks.shape(items)}")
-    elif isinstance(items, torch.SymInt):
-        pass
-    elif isinstance(items, bool) or not isinstance(items, numbers.Real):
-        raise TypeError(f"num_items_in_batch must be a number or a tensor, got {items!r}")
-    elif not items > 0:
-        raise ValueError(f"num_items_in_batch must be > 0, got {items}")
-
-
 class LinearCrossEntropyLoss(_Head):
     """The loss with its classifier::
 
@@ -195,7 +189,7 @@ class LinearCrossEntropyLoss(_Head):
         num_valid: int | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """As :func:`linear_cross_entropy` returns it; with num_items_in_batch the sum over that
-        number, whatever the reduction."""
+        number, as in :class:`CausalLMHead`."""
         _check_classifier(self.output_embeddings)
         more = dict(token_weight=token_weight, temperature=temperature, num_valid=num_valid)
         result = self._loss(e, targets, num_items_in_batch, more)
@@ -224,7 +218,10 @@ class CausalLMHead(_Head):
 
     In training no logits are made; in evaluation they are, beside the loss, and so they are where
     there are no labels. ``return_logits``, here or in a call, says otherwise. They are the logits
-    whose loss it is, scaled and capped, for every position.
+    whose loss it is, scaled and capped, for every position; but in bf16 and fp16 they are made in
+    that dtype, bias, scale and cap included, and the loss is of logits in fp32.
+
+    Hidden states whose label does not count are never used for the loss: they may be NaN.
 
     :param output_embeddings: As in :class:`LinearCrossEntropyLoss`: the module to share, or
         in_features. A tied embedding stays one Parameter through state_dict, deepcopy, ``.to()``
@@ -286,8 +283,10 @@ class CausalLMHead(_Head):
         :param hidden: (..., hidden_size).
         :param labels: (...), as targets of :func:`linear_cross_entropy`.
         :param return_logits: In place of the module's.
-        :param num_items_in_batch: The loss is the sum over this number, whatever the reduction:
-            with the tokens of all micro-batches and processes it is what one large batch gives.
+        :param num_items_in_batch: The loss is the sum over this number, at least 1, whatever the
+            reduction: the number of tokens of all batches that make one step, divided by the
+            number of processes whose gradients are averaged. Then it is what one large batch
+            gives. A tensor of one number is not waited for, and gets no gradient.
         :param token_weight: (...), of each label.
         :param num_valid: As in :func:`linear_cross_entropy`.
         """
@@ -298,14 +297,28 @@ class CausalLMHead(_Head):
             return_logits = labels is None or not self.training
         if labels is None and not return_logits:
             raise ValueError("neither a loss, without labels, nor logits, by return_logits=False")
-        e = hidden if self.projection is None else self.projection(hidden)
-        logits = self.logits(e) if return_logits else None
+        logits = self.logits(self._projected(hidden)) if return_logits else None
         if labels is None:
             return CausalLMHeadOutput(logits=logits)
+        e = self._projected(hidden, labels)
         more = dict(token_weight=token_weight, num_valid=num_valid)
         loss, *rest = self._loss(e, labels, num_items_in_batch, more)
         wanted = [n for n in ("lse", "entropy", "predictions") if getattr(self.loss, f"return_{n}")]
         return CausalLMHeadOutput(loss, logits, **dict(zip(wanted, rest)))
+
+    def _projected(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """With labels: of zeros where no label is predicted from the hidden state. What is there,
+        NaN too, takes no part in the loss; times a gradient of zero it would be NaN in that of the
+        projection's weight."""
+        if self.projection is None:
+            return hidden
+        if isinstance(labels, Tensor) and labels.shape == hidden.shape[:-1]:
+            shift = _checks.shift(self.loss.shift, labels)
+            counts = labels != self.loss.ignore_index
+            if shift > 0:
+                counts = F.pad(counts[..., shift:], (0, shift), value=False)
+            hidden = torch.where(counts[..., None], hidden, 0.0)
+        return self.projection(hidden)
 
     def logits(self, e: Tensor) -> Tensor:
         """(..., V), of what comes out of the projection; with gradients, where they are wanted."""

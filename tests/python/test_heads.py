@@ -153,6 +153,55 @@ def test_micro_batches_add_up(as_tensor, reduction):
     torch.testing.assert_close(criterion(e, labels, num_items_in_batch=items), whole)
 
 
+@pytest.mark.parametrize("build", [CausalLMHead, LinearCrossEntropyLoss])
+@pytest.mark.parametrize("items", [0, 0.5, torch.tensor(0), torch.tensor([0])], ids=str)
+def test_no_items_make_a_loss_of_zero(items, build):
+    """As in losses.policy_loss: what is divided by is at least 1."""
+    head, e = build(D, V).to(problems.device), hidden()
+    out = head(e, torch.full_like(tokens(), -100), num_items_in_batch=items)
+    loss = out if build is LinearCrossEntropyLoss else out.loss
+    loss.backward()
+    assert loss.shape == () and loss == 0
+    assert torch.equal(e.grad, torch.zeros_like(e))
+    assert torch.equal(head.weight.grad, torch.zeros_like(head.weight))
+
+
+ITEMS = {
+    "shape": lambda: torch.full((1,), 20, device=problems.device),
+    "dtype": lambda: torch.tensor(20.0, dtype=F64, device=problems.device),
+    "gradient": lambda: torch.tensor(20.0, device=problems.device, requires_grad=True),
+    "cpu": lambda: torch.tensor(20),
+    "cpu_fp64": lambda: torch.tensor([20.0], dtype=F64, requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_number_of_items_as_a_tensor(name):
+    head, items = CausalLMHead(D, V).to(problems.device), ITEMS[name]()
+    want = head(hidden(), tokens(), num_items_in_batch=20).loss
+    loss = head(hidden(), tokens(), num_items_in_batch=items).loss
+    assert loss.shape == () and loss.dtype == F32 and loss.device == want.device
+    loss.backward()
+    assert items.grad is None and torch.equal(loss, want)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("return_logits", [False, True])
+@pytest.mark.parametrize("shift", [0, 1, 2])
+@pytest.mark.parametrize("hidden_size", [None, H])
+def test_hidden_states_that_do_not_count_are_not_used(hidden_size, shift, return_logits, bad):
+    head = CausalLMHead(D, V, hidden_size=hidden_size, shift=shift).to(problems.device)
+    labels, e = tokens(ignored=True), hidden(hidden_size or D)
+    unused = F.pad(labels[:, shift:], (0, shift), value=-100) == -100
+    results = []
+    for value in (0.0, bad):
+        h = torch.where(unused[..., None], value, e.detach()).requires_grad_()
+        out = head(h, labels, return_logits=return_logits)
+        results.append((out.loss, *torch.autograd.grad(out.loss, [h, *head.parameters()])))
+    for a, b in zip(*results):
+        assert torch.equal(a, b) and a.isfinite().all()
+
+
 @pytest.mark.parametrize("impl", ["auto", "exact", "torch", "cce"])
 def test_implementations(impl):
     e, t = hidden(), tokens()
@@ -304,10 +353,10 @@ def test_a_subclass_that_computes_the_same_is_taken():
 @pytest.mark.parametrize(
     "items, error, message",
     [
-        (0, ValueError, "must be > 0, got 0"),
-        (-3, ValueError, "must be > 0, got -3"),
+        (-3, ValueError, "must be finite and >= 0, got -3"),
+        (float("nan"), ValueError, "must be finite and >= 0, got nan"),
         ("7", TypeError, "a number or a tensor, got '7'"),
-        (torch.ones(2), ValueError, r"one number, got \(2,\)"),
+        (torch.ones(2), ValueError, r"one number, got a tensor of shape \(2,\)"),
     ],
 )
 def test_bad_number_of_items(items, error, message):
@@ -403,6 +452,16 @@ def test_one_graph(items, training):
     got, want = (torch.autograd.grad(x.loss, list(m.parameters())) for x in (got, want))
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [int, float, torch.tensor])
+def test_one_graph_for_every_number_of_items(kind):
+    torch._dynamo.reset()
+    m = model()
+    compiled = torch.compile(m, fullgraph=True, backend="eager")
+    for items in (20, 21, 22):
+        got, want = (f(tokens(), num_items_in_batch=kind(items)).loss for f in (compiled, m))
+        torch.testing.assert_close(got, want)
 
 
 def test_on_meta():
