@@ -185,6 +185,29 @@ def test_number_of_items_as_a_tensor(name):
     assert items.grad is None and torch.equal(loss, want)
 
 
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_waits_for_the_device(training, where):
+    if problems.device != "cuda":
+        pytest.skip("needs CUDA")
+    m, t = model(hidden_size=H, bias=True).train(training), tokens(ignored=True)
+    e = hidden(H)
+    items = torch.tensor([20.0], dtype=F64).to(where)
+
+    def step():
+        loss = m.head(e, t, num_items_in_batch=items).loss
+        return loss, *torch.autograd.grad(loss, [e, *m.head.parameters()])
+
+    want = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("return_logits", [False, True])
 @pytest.mark.parametrize("shift", [0, 1, 2])
@@ -462,6 +485,21 @@ def test_one_graph_for_every_number_of_items(kind):
     for items in (20, 21, 22):
         got, want = (f(tokens(), num_items_in_batch=kind(items)).loss for f in (compiled, m))
         torch.testing.assert_close(got, want)
+
+
+def test_the_classifier_is_checked_while_tracing():
+    torch._dynamo.reset()
+    m = model(tied=False)
+    compiled = torch.compile(m, fullgraph=True, backend="eager")
+    compiled(tokens())
+    m.head.output_embeddings = _Adapter(D, V).to(problems.device)
+    with pytest.raises(Exception, match="got _Adapter"):
+        compiled(tokens())
+    m.head.output_embeddings = nn.Linear(D, V).to(problems.device)
+    m.head.output_embeddings.register_forward_hook(print)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="has forward hooks"):
+        compiled(tokens())
 
 
 def test_on_meta():
