@@ -240,6 +240,14 @@ def max_workspace(value: int | None) -> None:
         raise ValueError(f"max_workspace must be in [0, {_MOST_BYTES}] bytes, got {value}")
 
 
+def plain_options(plain: bool, schedule: str, max_workspace: int | None) -> None:
+    if plain and (schedule != "auto" or max_workspace is not None):
+        raise ValueError(
+            f"impl='torch' stores all logits: it takes no schedule and no max_workspace, got "
+            f"schedule={schedule!r} and max_workspace={max_workspace}"
+        )
+
+
 def filter_eps(value: float | str | None) -> None:
     if value is None or value == "auto":
         return

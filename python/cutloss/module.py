@@ -73,7 +73,7 @@ class LinearCrossEntropy(nn.Module):
             weight = _class_weights(weight)
         if weight is not None:
             _checks.weight(weight)
-        is_plain(impl)  # a name that is not known raises
+        _checks.plain_options(is_plain(impl), schedule, max_workspace)
         self.ignore_index = ignore_index
         self.softcap = softcap
         self.reduction = reduction

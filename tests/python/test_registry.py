@@ -61,6 +61,7 @@ def test_ligers_options():
         ({"name": "exact", "shift": "1"}, TypeError, "a bool or an int, got '1'"),
         ({"name": "exact", "max_workspace": "x"}, TypeError, "number of bytes .*got 'x'"),
         ({"name": "exact", "max_workspace": -1}, ValueError, "got -1"),
+        ({"name": "torch", "max_workspace": 1}, ValueError, "no max_workspace, got .*=1"),
         ({"name": "exact", "ignore_index": "a"}, TypeError, "must be an int, got 'a'"),
         ({"name": "exact", "filter_eps": "zz"}, TypeError, "filter_eps must be .*got 'zz'"),
         ({"name": "exact", "return_lse": "no"}, TypeError, "must be a bool, got 'no'"),
