@@ -117,12 +117,17 @@ def dtypes(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor) -> torch.
     return e.dtype
 
 
-def shift(value: bool | int, targets: Tensor) -> int:
+def shift(value: bool | int, targets: Tensor | None = None) -> int:
+    """Without targets what can be said of any, as in what follows."""
     if not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"shift must be a bool or an int, got {value!r}")
     value = int(value)
     if value == 0:
         return 0
+    if targets is None:
+        if value < 0:
+            raise ValueError(f"shift must be >= 0, got {value}")
+        return value
     length = targets.shape[-1] if targets.dim() > 0 else 1
     if value < 0 or value >= length:
         raise ValueError(f"shift must be in [0, {length}), the last size of targets, got {value}")
@@ -150,13 +155,15 @@ def logit_scale(value: float) -> float:
     return value
 
 
-def temperature(value: float | Tensor, targets: Tensor) -> None:
+def temperature(value: float | Tensor, targets: Tensor | None = None) -> None:
     if not isinstance(value, Tensor):
         value = number("temperature", value)
         if not 0 < value < math.inf:
             raise ValueError(f"temperature must be finite and > 0, got {value}")
         return
     constant("temperature", value)
+    if targets is None:
+        return
     target_shape = targets.shape
     fits = value.dim() <= len(target_shape) and all(
         mine == 1 or mine == theirs
@@ -177,8 +184,14 @@ def constant(name: str, t: Tensor) -> None:
         raise ValueError(f"cutloss makes no gradient for {name}: pass {name}.detach()")
 
 
-def weight(value: Tensor, c: Tensor) -> None:
+def weight(value: Tensor, c: Tensor | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"weight must be a tensor (V) or None, got {value!r}")
     constant("weight", value)
+    if c is None:
+        if value.dim() != 1:
+            raise ValueError(f"weight must be (V), got {shape(value)}")
+        return
     if value.shape != c.shape[:1]:
         raise ValueError(f"weight must be (V): got weight {shape(value)} and c {shape(c)}")
 
@@ -227,6 +240,14 @@ def max_workspace(value: int | None) -> None:
         raise ValueError(f"max_workspace must be in [0, {_MOST_BYTES}] bytes, got {value}")
 
 
+def plain_options(plain: bool, schedule: str, max_workspace: int | None) -> None:
+    if plain and (schedule != "auto" or max_workspace is not None):
+        raise ValueError(
+            f"impl='torch' stores all logits: it takes no schedule and no max_workspace, got "
+            f"schedule={schedule!r} and max_workspace={max_workspace}"
+        )
+
+
 def filter_eps(value: float | str | None) -> None:
     if value is None or value == "auto":
         return
@@ -234,9 +255,11 @@ def filter_eps(value: float | str | None) -> None:
         raise TypeError(f"filter_eps must be a number, 'auto' or None, got {value!r}")
 
 
-def ignore_index(value: int, targets: Tensor) -> None:
+def ignore_index(value: int, targets: Tensor | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"ignore_index must be an int, got {value!r}")
+    if targets is None:
+        return
     held = torch.iinfo(targets.dtype)
     if value < held.min or value > held.max:
         raise ValueError(
@@ -255,6 +278,22 @@ def num_valid(value: int | None, rows: int, ignore_index: int) -> None:
             f"num_valid must be the number of targets that are not ignore_index = {ignore_index}, "
             f"of those that are predicted: in [0, {rows}], got {value}"
         )
+
+
+def num_items(value: float | Tensor) -> float | Tensor:
+    """What a sum is divided by: at least 1, and of a tensor without its shape or gradient."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"num_items_in_batch must be one number, got a tensor of shape {shape(value)}: "
+                f"pass its sum"
+            )
+        return value.detach().reshape(()).clamp(min=1)
+    if isinstance(value, bool) or not isinstance(value, (torch.SymInt, numbers.Real)):
+        raise TypeError(f"num_items_in_batch must be a number or a tensor, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"num_items_in_batch must be finite and >= 0, got {value}")
+    return max(value, 1)
 
 
 # Looking at the data --------------------------------------------------------------------------

@@ -157,11 +157,7 @@ def linear_cross_entropy(
         _checks.weight(weight, c)
     if token_weight is not None:
         _checks.token_weight(token_weight, targets)
-    if plain and (schedule != "auto" or max_workspace is not None):
-        raise ValueError(
-            f"impl='torch' stores all logits: it takes no schedule and no max_workspace, got "
-            f"schedule={schedule!r} and max_workspace={max_workspace}"
-        )
+    _checks.plain_options(plain, schedule, max_workspace)
     shift = _checks.shift(shift, targets)
     _checks.num_valid(num_valid, math.prod(_row_shape(targets, shift)), ignore_index)
     how = _terms.Weighting(

@@ -4,7 +4,6 @@
 have one of those, and a classifier: their own, or another module's, which they then share.
 """
 
-import numbers
 from typing import NamedTuple
 
 import torch
@@ -45,7 +44,8 @@ class _Head(nn.Module):
                 )
             output_embeddings = nn.Linear(in_features, out_features, bias=bias, **factory)
         else:
-            _check_classifier(output_embeddings, out_features, in_features, device, dtype)
+            _check_classifier(output_embeddings)
+            _check_new(output_embeddings, out_features, in_features, device, dtype)
         # The module is shared, not its weight alone: so it stays shared through to_empty(), and
         # whatever else replaces parameters.
         self.output_embeddings = output_embeddings
@@ -67,25 +67,34 @@ class _Head(nn.Module):
             return self.own_bias
         return getattr(self.output_embeddings, "bias", None)
 
+    def reset_parameters(self) -> None:
+        """Of what is its own, as modules made on the meta device need: the bias is zero."""
+        if self.own_bias is not None:
+            nn.init.zeros_(self.own_bias)
+
     def _loss(
         self, e: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None, more: dict
     ) -> tuple[Tensor, ...]:
         if num_items_in_batch is None:
             result = self.loss(e, self.weight, targets, self.bias, **more)
             return result if isinstance(result, tuple) else (result,)
-        _check_items(num_items_in_batch, self.loss.reduction)
+        if self.loss.reduction == "none":
+            raise ValueError(
+                "num_items_in_batch divides a sum; reduction is 'none', which has none: leave one "
+                "of them out"
+            )
+        items = _checks.num_items(num_items_in_batch)
         result = self.loss(e, self.weight, targets, self.bias, reduction="sum", **more)
         total, *rest = result if isinstance(result, tuple) else (result,)
-        return (total / num_items_in_batch, *rest)
+        if isinstance(items, Tensor):
+            items = items.to(total.dtype)
+            if items.device.type != "cpu":  # from there it is taken without a copy that waits
+                items = items.to(total.device)
+        return (total / items, *rest)
 
 
-def _check_classifier(
-    module: nn.Module,
-    out_features: int | None,
-    in_features: int | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> None:
+def _check_classifier(module: nn.Module) -> None:
+    """The weight and bias have to be all that the module does: it is never called."""
     known = (nn.Linear.forward, nn.Embedding.forward)
     if not isinstance(module, nn.Module) or type(module).forward not in known:
         raise TypeError(
@@ -94,6 +103,32 @@ def _check_classifier(
             f"(an adapter, quantisation). Merge the adapter or dequantise first, or give "
             f"linear_cross_entropy the weight that the module amounts to"
         )
+    if "forward" in module.__dict__:
+        raise TypeError(
+            f"output_embeddings, of type {type(module).__name__}, has a forward of its own (as "
+            f"accelerate's hooks put there), which would not be called: remove it (accelerate's by "
+            f"remove_hook_from_module), or call linear_cross_entropy with the weight instead"
+        )
+    # What comes out of a shared nn.Embedding are rows of its weight, which hooks may change.
+    hooks = module._forward_pre_hooks
+    if isinstance(module, nn.Linear):
+        hooks = hooks or module._forward_hooks
+    if hooks:
+        raise TypeError(
+            f"output_embeddings, of type {type(module).__name__}, has forward hooks or forward "
+            f"pre-hooks (as nn.utils.weight_norm has), which would not be called: remove them, use "
+            f"nn.utils.parametrizations in place of the old weight_norm and spectral_norm, or "
+            f"call linear_cross_entropy with the weight instead"
+        )
+
+
+def _check_new(
+    module: nn.Module,
+    out_features: int | None,
+    in_features: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
     for name, given, found in zip(
         ("out_features", "in_features"), (out_features, in_features), module.weight.shape
     ):
@@ -106,20 +141,6 @@ def _check_classifier(
             f"device and dtype are for a new classifier, output_embeddings has its own: got "
             f"device={device} and dtype={dtype}; use .to() instead"
         )
-
-
-def _check_items(items: int | Tensor, reduction: str) -> None:
-    if reduction == "none":
-        raise ValueError("num_items_in_batch divides a sum; reduction is 'none', which has none")
-    if isinstance(items, Tensor):
-        if items.numel() != 1:
-            raise ValueError(f"num_items_in_batch must be one number, got {_checks.shape(items)}")
-    elif isinstance(items, torch.SymInt):
-        pass
-    elif isinstance(items, bool) or not isinstance(items, numbers.Real):
-        raise TypeError(f"num_items_in_batch must be a number or a tensor, got {items!r}")
-    elif not items > 0:
-        raise ValueError(f"num_items_in_batch must be > 0, got {items}")
 
 
 class LinearCrossEntropyLoss(_Head):
@@ -168,7 +189,8 @@ class LinearCrossEntropyLoss(_Head):
         num_valid: int | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """As :func:`linear_cross_entropy` returns it; with num_items_in_batch the sum over that
-        number, whatever the reduction."""
+        number, as in :class:`CausalLMHead`."""
+        _check_classifier(self.output_embeddings)
         more = dict(token_weight=token_weight, temperature=temperature, num_valid=num_valid)
         result = self._loss(e, targets, num_items_in_batch, more)
         return result if len(result) > 1 else result[0]
@@ -196,7 +218,10 @@ class CausalLMHead(_Head):
 
     In training no logits are made; in evaluation they are, beside the loss, and so they are where
     there are no labels. ``return_logits``, here or in a call, says otherwise. They are the logits
-    whose loss it is, scaled and capped, for every position.
+    whose loss it is, scaled and capped, for every position; but in bf16 and fp16 they are made in
+    that dtype, bias, scale and cap included, and the loss is of logits in fp32.
+
+    Hidden states whose label does not count are never used for the loss: they may be NaN.
 
     :param output_embeddings: As in :class:`LinearCrossEntropyLoss`: the module to share, or
         in_features. A tied embedding stays one Parameter through state_dict, deepcopy, ``.to()``
@@ -258,25 +283,42 @@ class CausalLMHead(_Head):
         :param hidden: (..., hidden_size).
         :param labels: (...), as targets of :func:`linear_cross_entropy`.
         :param return_logits: In place of the module's.
-        :param num_items_in_batch: The loss is the sum over this number, whatever the reduction:
-            with the tokens of all micro-batches and processes it is what one large batch gives.
+        :param num_items_in_batch: The loss is the sum over this number, at least 1, whatever the
+            reduction: the number of tokens of all batches that make one step, divided by the
+            number of processes whose gradients are averaged. Then it is what one large batch
+            gives. A tensor of one number is not waited for, and gets no gradient.
         :param token_weight: (...), of each label.
         :param num_valid: As in :func:`linear_cross_entropy`.
         """
+        _check_classifier(self.output_embeddings)
         if return_logits is None:
             return_logits = self.return_logits
         if return_logits is None:
             return_logits = labels is None or not self.training
         if labels is None and not return_logits:
             raise ValueError("neither a loss, without labels, nor logits, by return_logits=False")
-        e = hidden if self.projection is None else self.projection(hidden)
-        logits = self.logits(e) if return_logits else None
+        logits = self.logits(self._projected(hidden)) if return_logits else None
         if labels is None:
             return CausalLMHeadOutput(logits=logits)
+        e = self._projected(hidden, labels)
         more = dict(token_weight=token_weight, num_valid=num_valid)
         loss, *rest = self._loss(e, labels, num_items_in_batch, more)
         wanted = [n for n in ("lse", "entropy", "predictions") if getattr(self.loss, f"return_{n}")]
         return CausalLMHeadOutput(loss, logits, **dict(zip(wanted, rest)))
+
+    def _projected(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """With labels: of zeros where no label is predicted from the hidden state. What is there,
+        NaN too, takes no part in the loss; times a gradient of zero it would be NaN in that of the
+        projection's weight."""
+        if self.projection is None:
+            return hidden
+        if isinstance(labels, Tensor) and labels.shape == hidden.shape[:-1]:
+            shift = _checks.shift(self.loss.shift, labels)
+            counts = labels != self.loss.ignore_index
+            if shift > 0:
+                counts = F.pad(counts[..., shift:], (0, shift), value=False)
+            hidden = torch.where(counts[..., None], hidden, 0.0)
+        return self.projection(hidden)
 
     def logits(self, e: Tensor) -> Tensor:
         """(..., V), of what comes out of the projection; with gradients, where they are wanted."""

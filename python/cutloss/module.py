@@ -2,12 +2,20 @@
 
 import enum
 import inspect
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from . import _checks
 from ._implementations import LinearCrossEntropyImpl, is_plain
 from .functional import linear_cross_entropy
+
+
+def _class_weights(values: Sequence[float]) -> Tensor:
+    for i, value in enumerate(values):
+        _checks.number(f"weight[{i}]", value)
+    return torch.tensor(values, dtype=torch.float32)
 
 
 class LinearCrossEntropy(nn.Module):
@@ -37,7 +45,7 @@ class LinearCrossEntropy(nn.Module):
         logit_scale: float = 1.0,
         temperature: float = 1.0,
         label_smoothing: float = 0.0,
-        weight: Tensor | None = None,
+        weight: Tensor | Sequence[float] | None = None,
         return_entropy: bool = False,
         return_predictions: bool = False,
         z_loss: float = 0.0,
@@ -51,7 +59,21 @@ class LinearCrossEntropy(nn.Module):
         _checks.logit_scale(logit_scale)
         _checks.label_smoothing(label_smoothing)
         _checks.z_loss(z_loss)
-        is_plain(impl)  # a name that is not known raises
+        _checks.flags(
+            return_lse=return_lse,
+            return_entropy=return_entropy,
+            return_predictions=return_predictions,
+        )
+        _checks.filter_eps(filter_eps)
+        _checks.ignore_index(ignore_index)
+        _checks.max_workspace(max_workspace)
+        _checks.shift(shift)
+        _checks.temperature(temperature)
+        if isinstance(weight, (list, tuple)):  # of a configuration
+            weight = _class_weights(weight)
+        if weight is not None:
+            _checks.weight(weight)
+        _checks.plain_options(is_plain(impl), schedule, max_workspace)
         self.ignore_index = ignore_index
         self.softcap = softcap
         self.reduction = reduction

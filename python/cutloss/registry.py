@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import torch
 from torch import nn
 
 from .module import LinearCrossEntropy
@@ -62,7 +63,8 @@ def get_loss(name: str, **options) -> nn.Module:
 
     :param name: One of :func:`losses_available`. Case does not matter, "-" is "_".
     :param options: Those of :class:`LinearCrossEntropy`; under a name of liger-kernel's its own
-        (ce_weight, lse_square_scale, ...).
+        (ce_weight, lse_square_scale, ...). The mean over no token is NaN under each name, that of
+        :mod:`cutloss.compat.liger` 0.
     :return: A :class:`LinearCrossEntropy`.
     """
     if not isinstance(name, str):
@@ -82,14 +84,26 @@ def get_loss(name: str, **options) -> nn.Module:
             f"{', '.join(known)}" + _advice(unknown, entry)
         )
     if entry.renamed is not None:
-        if str(options.get("accum_dtype")).endswith("float64"):
-            raise NotImplementedError(
-                f"accum_dtype is {options['accum_dtype']}: cutloss accumulates in float32, and in "
-                f"float64 where its inputs are float64; leave accum_dtype out"
-            )
+        _accumulator(options.get("accum_dtype"))
         ours = ((entry.renamed[option], value) for option, value in options.items())
         options = {option: value for option, value in ours if option is not None}
     return LinearCrossEntropy(**options, **entry.fixed)
+
+
+def _accumulator(given: object) -> None:
+    """A dtype or, as configurations have it, its name, with "torch." or without."""
+    named = given.removeprefix("torch.") if isinstance(given, str) else None
+    dtype = given if named is None else getattr(torch, named, None)
+    if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            f"accum_dtype must be a floating-point torch.dtype, the name of one or None, got "
+            f"{given!r}: it is not needed, leave it out"
+        )
+    if dtype == torch.float64:
+        raise NotImplementedError(
+            f"accum_dtype is {given}: cutloss accumulates in float32, and in float64 where its "
+            f"inputs are float64; leave accum_dtype out"
+        )
 
 
 def _advice(unknown: list[str], entry: _Entry) -> str:

@@ -250,8 +250,44 @@ REFUSALS = {
 }
 
 
+# What the module is given is refused where it is given.
+for _option, _value, _message in (
+    ("accum_dtype", "float32", "accum_dtype must be a torch.dtype or None, got 'float32'"),
+    ("ignore_index", "a", "ignore_index must be an int, got 'a'"),
+):
+    REFUSALS[f"module_{_option}"] = (
+        lambda p, given={_option: _value}: LigerFusedLinearCrossEntropyLoss(**given),
+        TypeError,
+        _message,
+    )
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals(name):
     call, error, message = REFUSALS[name]
     with pytest.raises(error, match=message):
         call(problem())
+
+
+@pytest.mark.parametrize("name", ["default", "everything", "everything_scaled"])
+def test_nothing_waits_for_the_device(name):
+    if problems.device != "cuda":
+        pytest.skip("needs CUDA")
+    p = problem()
+    more = dict(return_z_loss=True, return_token_accuracy=True, return_predicted_tokens=True)
+    module = LigerFusedLinearCrossEntropyLoss(**options_of(name, "mean"), **more)
+    module.to(problems.device)
+
+    def step():
+        out = module(p.c, p.e, p.targets, p.bias)
+        others = (out.z_loss, out.token_accuracy, out.predicted_tokens)
+        return out.loss, *others, *torch.autograd.grad(out.loss, [p.e, p.c, p.bias])
+
+    want = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)

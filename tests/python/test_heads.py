@@ -153,6 +153,78 @@ def test_micro_batches_add_up(as_tensor, reduction):
     torch.testing.assert_close(criterion(e, labels, num_items_in_batch=items), whole)
 
 
+@pytest.mark.parametrize("build", [CausalLMHead, LinearCrossEntropyLoss])
+@pytest.mark.parametrize("items", [0, 0.5, torch.tensor(0), torch.tensor([0])], ids=str)
+def test_no_items_make_a_loss_of_zero(items, build):
+    """As in losses.policy_loss: what is divided by is at least 1."""
+    head, e = build(D, V).to(problems.device), hidden()
+    out = head(e, torch.full_like(tokens(), -100), num_items_in_batch=items)
+    loss = out if build is LinearCrossEntropyLoss else out.loss
+    loss.backward()
+    assert loss.shape == () and loss == 0
+    assert torch.equal(e.grad, torch.zeros_like(e))
+    assert torch.equal(head.weight.grad, torch.zeros_like(head.weight))
+
+
+ITEMS = {
+    "shape": lambda: torch.full((1,), 20, device=problems.device),
+    "dtype": lambda: torch.tensor(20.0, dtype=F64, device=problems.device),
+    "gradient": lambda: torch.tensor(20.0, device=problems.device, requires_grad=True),
+    "cpu": lambda: torch.tensor(20),
+    "cpu_fp64": lambda: torch.tensor([20.0], dtype=F64, requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_number_of_items_as_a_tensor(name):
+    head, items = CausalLMHead(D, V).to(problems.device), ITEMS[name]()
+    want = head(hidden(), tokens(), num_items_in_batch=20).loss
+    loss = head(hidden(), tokens(), num_items_in_batch=items).loss
+    assert loss.shape == () and loss.dtype == F32 and loss.device == want.device
+    loss.backward()
+    assert items.grad is None and torch.equal(loss, want)
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_waits_for_the_device(training, where):
+    if problems.device != "cuda":
+        pytest.skip("needs CUDA")
+    m, t = model(hidden_size=H, bias=True).train(training), tokens(ignored=True)
+    e = hidden(H)
+    items = torch.tensor([20.0], dtype=F64).to(where)
+
+    def step():
+        loss = m.head(e, t, num_items_in_batch=items).loss
+        return loss, *torch.autograd.grad(loss, [e, *m.head.parameters()])
+
+    want = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("return_logits", [False, True])
+@pytest.mark.parametrize("shift", [0, 1, 2])
+@pytest.mark.parametrize("hidden_size", [None, H])
+def test_hidden_states_that_do_not_count_are_not_used(hidden_size, shift, return_logits, bad):
+    head = CausalLMHead(D, V, hidden_size=hidden_size, shift=shift).to(problems.device)
+    labels, e = tokens(ignored=True), hidden(hidden_size or D)
+    unused = F.pad(labels[:, shift:], (0, shift), value=-100) == -100
+    results = []
+    for value in (0.0, bad):
+        h = torch.where(unused[..., None], value, e.detach()).requires_grad_()
+        out = head(h, labels, return_logits=return_logits)
+        results.append((out.loss, *torch.autograd.grad(out.loss, [h, *head.parameters()])))
+    for a, b in zip(*results):
+        assert torch.equal(a, b) and a.isfinite().all()
+
+
 @pytest.mark.parametrize("impl", ["auto", "exact", "torch", "cce"])
 def test_implementations(impl):
     e, t = hidden(), tokens()
@@ -250,6 +322,53 @@ def test_bad_construction(name):
         build()
 
 
+def _forward_of_its_own(linear):
+    linear.forward = lambda x: x
+
+
+LATER = {
+    "adapter": (lambda linear: _Adapter(D, V), "got _Adapter: .*Merge the adapter"),
+    "forward": (_forward_of_its_own, "has a forward of its own.*remove_hook_from_module"),
+    "weight_norm": (torch.nn.utils.weight_norm, "pre-hooks.*use nn.utils.parametrizations"),
+    "pre_hook": (lambda m: m.register_forward_pre_hook(print) and None, "remove them"),
+    "hook": (lambda m: m.register_forward_hook(print) and None, "remove them"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("build", [LinearCrossEntropyLoss, CausalLMHead])
+@pytest.mark.parametrize("name", LATER)
+def test_what_becomes_of_the_classifier_later(name, build):
+    """Whatever is called with the classifier's forward alone is refused, not left out."""
+    change, message = LATER[name]
+    head = build(D, V)
+    changed = change(head.output_embeddings)
+    if changed is not None:
+        head.output_embeddings = changed
+    head.to(problems.device)
+    with pytest.raises(TypeError, match=message):
+        head(hidden(), tokens())
+    with pytest.raises(TypeError, match=message):
+        build(head.output_embeddings)
+
+
+def test_what_changes_the_weight_alone_is_used():
+    head = CausalLMHead(D, V).to(problems.device)
+    torch.nn.utils.parametrizations.weight_norm(head.output_embeddings)
+    e = hidden()
+    out = head(e, tokens(), return_logits=True)
+    torch.testing.assert_close(out.logits, head.output_embeddings(e))
+    torch.testing.assert_close(out.loss, plain(out.logits, tokens()))
+
+
+def test_hooks_of_a_lookup_stay_out_of_the_head():
+    """transformers' enable_input_require_grads puts one on an embedding."""
+    m = model()
+    want = m(tokens()).loss
+    m.embedding.register_forward_hook(lambda module, args, out: out + 0)
+    torch.testing.assert_close(m(tokens()).loss, want)
+
+
 def test_a_subclass_that_computes_the_same_is_taken():
     assert LinearCrossEntropyLoss(_Renamed(D, V)).weight.shape == (V, D)
 
@@ -257,10 +376,10 @@ def test_a_subclass_that_computes_the_same_is_taken():
 @pytest.mark.parametrize(
     "items, error, message",
     [
-        (0, ValueError, "must be > 0, got 0"),
-        (-3, ValueError, "must be > 0, got -3"),
+        (-3, ValueError, "must be finite and >= 0, got -3"),
+        (float("nan"), ValueError, "must be finite and >= 0, got nan"),
         ("7", TypeError, "a number or a tensor, got '7'"),
-        (torch.ones(2), ValueError, r"one number, got \(2,\)"),
+        (torch.ones(2), ValueError, r"one number, got a tensor of shape \(2,\)"),
     ],
 )
 def test_bad_number_of_items(items, error, message):
@@ -304,6 +423,9 @@ def test_a_tied_embedding_stays_one_parameter():
     assert_tied(empty)
     empty.load_state_dict(m.state_dict())
     torch.testing.assert_close(empty(tokens()).loss, loss)
+    nn.init.ones_(empty.head.own_bias)
+    empty.head.reset_parameters()
+    assert not empty.head.bias.any()
     with torch.device("meta"):
         assigned = Model(hidden_size=H, bias=True)
     assigned.load_state_dict(m.state_dict(), assign=True)
@@ -353,6 +475,31 @@ def test_one_graph(items, training):
     got, want = (torch.autograd.grad(x.loss, list(m.parameters())) for x in (got, want))
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [int, float, torch.tensor])
+def test_one_graph_for_every_number_of_items(kind):
+    torch._dynamo.reset()
+    m = model()
+    compiled = torch.compile(m, fullgraph=True, backend="eager")
+    for items in (20, 21, 22):
+        got, want = (f(tokens(), num_items_in_batch=kind(items)).loss for f in (compiled, m))
+        torch.testing.assert_close(got, want)
+
+
+def test_the_classifier_is_checked_while_tracing():
+    torch._dynamo.reset()
+    m = model(tied=False)
+    compiled = torch.compile(m, fullgraph=True, backend="eager")
+    compiled(tokens())
+    m.head.output_embeddings = _Adapter(D, V).to(problems.device)
+    with pytest.raises(Exception, match="got _Adapter"):
+        compiled(tokens())
+    m.head.output_embeddings = nn.Linear(D, V).to(problems.device)
+    m.head.output_embeddings.register_forward_hook(print)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="has forward hooks"):
+        compiled(tokens())
 
 
 def test_on_meta():

@@ -173,13 +173,17 @@ def _reduced(
 
 
 def _accumulator(accum_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
-    if accum_dtype is not None and not isinstance(accum_dtype, torch.dtype):
-        raise TypeError(f"accum_dtype must be a torch.dtype or None, got {accum_dtype!r}")
+    _accumulator_type(accum_dtype)
     if accum_dtype == torch.float64 and dtype != torch.float64:
         raise NotImplementedError(
             f"accum_dtype is torch.float64 and input {dtype}: cutloss accumulates in float32 "
             f"unless its inputs are float64; leave accum_dtype out, or convert the inputs"
         )
+
+
+def _accumulator_type(accum_dtype: torch.dtype | None) -> None:
+    if accum_dtype is not None and not isinstance(accum_dtype, torch.dtype):
+        raise TypeError(f"accum_dtype must be a torch.dtype or None, got {accum_dtype!r}")
 
 
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
@@ -204,6 +208,8 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         _checks.label_smoothing(label_smoothing)
         _checks.softcap(softcap)
         _checks.z_loss(lse_square_scale)
+        _checks.ignore_index(ignore_index)
+        _accumulator_type(accum_dtype)
         self.register_buffer("ce_weight", ce_weight, persistent=False)
         self.ignore_index = ignore_index
         self.lse_square_scale = lse_square_scale
