@@ -163,6 +163,7 @@ POLICY |= {
     "off_policy": dict(off_policy_mask_threshold=0.01),
     "off_policy_sampled": dict(off_policy_mask_threshold=0.02, sampled=True),
     "num_items": dict(num_items_in_batch=50),
+    "num_items_entropy": dict(num_items_in_batch=50, entropy_coef=0.1),
     "num_items_cispo": dict(loss_type="cispo", epsilon_high=5.0,
                             num_items_in_batch=torch.tensor(50)),
     "entropy_alone": dict(entropy_coef=0.1),

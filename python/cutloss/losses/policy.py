@@ -80,7 +80,8 @@ def policy_loss(
         term (not their KL). Wang et al. 2025, "Beyond the 80/20 Rule" (arXiv:2506.01939). The
         policy must come with entropy.
     :param entropy_coef: Times the mean entropy over tokens that count (those of the quantile) is
-        subtracted. The policy must come with entropy.
+        subtracted; with num_items_in_batch the sum divided by that. The policy must come with
+        entropy.
     :param num_items_in_batch: What "dapo", "cispo" and "vespo" divide by, at least 1: the number of
         tokens of all batches that make one step, divided by the number of processes whose gradients
         are averaged. None: the number of tokens here.
@@ -147,7 +148,9 @@ def policy_loss(
     loss = POLICY[loss_type].of_batch(torch.where(mask, losses, 0.0), t)
     metrics["policy_loss"] = loss.detach()
     if entropy_coef != 0:
-        loss = loss - entropy_coef * args.masked_mean(_entropy(policy, "entropy_coef"), kept)
+        entropy = torch.where(kept, _entropy(policy, "entropy_coef"), 0.0)
+        over = kept.sum().clamp(min=1) if num_items_in_batch is None else t.num_items
+        loss = loss - entropy_coef * (entropy.sum() / over)
     return Loss(loss, metrics | _metrics(t, policy, loss_type))
 
 
