@@ -42,3 +42,80 @@ def test_a_batch_is_the_sum_of_its_parts(kind):
     torch.testing.assert_close(together, apart)
     for x, y in zip(torch.autograd.grad(together, leaves), torch.autograd.grad(apart, leaves)):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_is_summed_in_fp32(dtype):
+    ones = torch.full((2, 400), -1.0, dtype=dtype)
+    ones[:, 1:] = -0.01171875  # exact in bf16, and lost next to -4 there
+    mask = torch.ones(2, 400, dtype=torch.bool)
+    policy = losses.TokenLogProbs(ones, mask, entropy=-ones, log_sum_sq_probs=ones)
+    for t in (policy.log_probs, policy.entropy, policy.log_sum_sq_probs, policy.mean()):
+        assert t.dtype == torch.float32
+    assert policy.sum()[0].item() == pytest.approx(-1 - 399 * 0.01171875)
+    assert policy.lengths()[0] == 400
+    assert losses.cpo_loss(policy).loss.dtype == torch.float32
+
+
+def test_a_reference_keeps_its_digits():
+    policy = losses.TokenLogProbs(torch.full((2, 1), -1.0), torch.ones(2, 1, dtype=torch.bool))
+    reference = torch.tensor([-1.0 - 1e-9, -1.0], dtype=torch.float64)
+    margin = losses.dpo_loss(policy, reference).metrics["rewards/margins"].item()
+    assert margin == pytest.approx(1e-10, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", losses.POLICY)
+@pytest.mark.parametrize("name", ["reference", "old_log_probs"])
+def test_a_token_that_the_others_do_not_know(kind, name, monkeypatch):
+    """An error where one may look, NaN where not; never a probability of 1."""
+    policy, other = made()
+    mask = policy.mask.clone()
+    mask[2, policy.mask[2].nonzero()[0]] = False
+    needed = {"cispo": dict(epsilon_high=5.0), "dr_grpo": dict(max_completion_length=9)}
+    options = dict(loss_type=kind, beta=0.1, reference=other, off_policy_mask_threshold=1e-3,
+                   **needed.get(kind, {})) | {name: losses.TokenLogProbs(other, mask)}  # fmt: skip
+    advantages = -torch.ones(B, dtype=torch.float64)
+    count = policy.mask.sum().item()
+    with pytest.raises(ValueError, match=f"{name} must know every token.* 1 of the .* {count} are"):
+        losses.policy_loss(policy, advantages, **options)
+    monkeypatch.setattr("cutloss.losses._arguments.may_look", lambda device: False)
+    assert losses.policy_loss(policy, advantages, **options).loss.isnan()
+    sampled = dict(loss_type="dapo", sampling_log_probs=losses.TokenLogProbs(other, mask))
+    assert losses.policy_loss(policy, advantages, **sampled).loss.isfinite()
+
+
+def test_preference_losses_see_it_too(monkeypatch):
+    policy, other = made()
+    few = losses.TokenLogProbs(other, torch.zeros_like(policy.mask))
+    desirable = torch.ones(B, dtype=torch.bool)
+    calls = [lambda: losses.dpo_loss(policy, few).loss,
+             lambda: losses.kto_loss(policy, few, desirable, 0.0).loss]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match="must know every token"):
+            call()
+    monkeypatch.setattr("cutloss.losses._arguments.may_look", lambda device: False)
+    assert all(call().isnan() for call in calls)
+
+
+def test_made_by_hand():
+    policy, other = made()
+    with pytest.raises(TypeError, match="bool tensor in the shape of log_probs, got NoneType: pass"):
+        losses.TokenLogProbs(other, None)
+    with pytest.raises(TypeError, match="log_probs must be floating point, got torch.int64"):
+        losses.TokenLogProbs(torch.zeros(2, 3).long(), torch.ones(2, 3, dtype=torch.bool))
+    policy.log_probs.requires_grad_()
+    with pytest.raises(ValueError, match=r"pass old_log_probs.detach\(\)"):
+        losses.policy_loss(policy, torch.ones(B), old_log_probs=policy)
+    loss = losses.policy_loss(policy, torch.ones(B), old_log_probs=policy.detach()).loss
+    assert loss.requires_grad and torch.equal(policy.detach().entropy, policy.entropy)
+
+
+def test_the_implementation_is_passed_on():
+    e, c = torch.randn(2, 4, 8, dtype=torch.float64), torch.randn(7, 8, dtype=torch.float64)
+    targets = torch.randint(0, 7, (2, 4))
+    expected = losses.linear_loss("dpo", e, c, targets, reference=(e + 1, c)).loss
+    for more in (dict(impl="torch"), dict(schedule="vocabulary"), dict(schedule="rows")):
+        mine = losses.linear_loss("dpo", e, c, targets, reference=[e + 1, c], **more).loss
+        torch.testing.assert_close(mine, expected)
+    with pytest.raises(ValueError, match="schedule must be one of"):
+        losses.token_log_probs(e, c, targets, schedule="columns")

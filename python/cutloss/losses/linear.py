@@ -1,5 +1,6 @@
 """From hidden states to a loss: token_log_probs and one of the losses in a call."""
 
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._implementations import LinearCrossEntropyImpl
 from ._arguments import Loss
 from .cpo import cpo_loss, orpo_loss, simpo_loss
 from .dpo import dpo_loss
@@ -32,7 +34,7 @@ def linear_loss(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
-    reference: tuple[Tensor, ...] | TokenLogProbs | Tensor | None = None,
+    reference: tuple[Tensor, ...] | list[Tensor] | TokenLogProbs | Tensor | None = None,
     ignore_index: int = -100,
     shift: bool | int = 0,
     temperature: float | Tensor = 1.0,
@@ -40,6 +42,8 @@ def linear_loss(
     logit_scale: float = 1.0,
     max_workspace: int | None = None,
     num_valid: int | None = None,
+    impl: str | enum.Enum = LinearCrossEntropyImpl.CCE,
+    schedule: str = "auto",
     **options: Any,
 ) -> Loss:
     """A loss of the table LOSSES from hidden states, without logits; differentiable in e, c, bias.
@@ -53,7 +57,7 @@ def linear_loss(
         made with the same targets and the same options of the logits, without a gradient; or what
         the loss itself takes as reference.
     :param options: Those of the loss, such as loss_type, beta, advantages; those above, from
-        ignore_index to num_valid, are token_log_probs'. Entropy is made where an option needs it.
+        ignore_index to schedule, are token_log_probs'. Entropy is made where an option needs it.
     :return: What the loss returns.
     """
     _checks.choice("the name of a loss", name, tuple(LOSSES))
@@ -65,13 +69,15 @@ def linear_loss(
         logit_scale=logit_scale,
         max_workspace=max_workspace,
         num_valid=num_valid,
+        impl=impl,
+        schedule=schedule,
     )
     if reference is not None and name not in _WITH_REFERENCE:
         raise ValueError(
             f"{name!r} has no reference model: leave reference out, or take one of "
             f"{', '.join(map(repr, _WITH_REFERENCE))}"
         )
-    if isinstance(reference, tuple):
+    if isinstance(reference, (tuple, list)):
         if len(reference) not in (2, 3):
             raise ValueError(
                 f"reference must be (e, c) or (e, c, bias), got {len(reference)} entries"

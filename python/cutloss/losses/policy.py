@@ -103,7 +103,9 @@ def policy_loss(
         old = args.per_token("old_log_probs", old_log_probs, policy)
     sampling = None
     if sampling_log_probs is not None:
-        sampling = args.per_token("sampling_log_probs", sampling_log_probs, policy)
+        sampling = args.per_token(
+            "sampling_log_probs", sampling_log_probs, policy, all_known=False
+        )
     low, high = _clipping(loss_type, epsilon, epsilon_high, delta)
     log_ratio = now - old
     t = Tokens(
@@ -134,7 +136,7 @@ def policy_loss(
         most = args.positive("off_policy_mask_threshold", off_policy_mask_threshold)
         drift = _difference(old if sampling is None else sampling, now.detach())
         drift = drift.sum(-1, keepdim=True) / policy.lengths().clamp(min=1)[:, None]
-        losses = torch.where((advantages >= 0) | (drift <= most), losses, 0.0)
+        losses = torch.where((advantages < 0) & (drift > most), 0.0, losses)
     if kept is not mask:
         losses = torch.where(kept, losses, 0.0)
     if t.sampling_ratio is not None and loss_type != "vespo":
