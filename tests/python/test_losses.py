@@ -134,7 +134,7 @@ EVERY = {name: dict(loss_type=name, **NEEDED.get(name, {})) for name in losses.P
 POLICY = dict(EVERY)
 POLICY |= {f"{n}_on_policy": o | dict(without_old=True, beta=0.1) for n, o in EVERY.items()}
 POLICY |= {f"{n}_sequence": o | dict(importance_sampling_level="sequence", beta=0.1)
-           for n, o in EVERY.items()}  # fmt: skip
+           for n, o in EVERY.items() if n != "vespo"}  # fmt: skip
 POLICY |= {f"{n}_kl": o | dict(beta=0.3) for n, o in EVERY.items()}
 POLICY |= {f"{n}_token_advantages": o | dict(token_advantages=True) for n, o in EVERY.items()}
 POLICY |= {f"{n}_corrected": o | dict(sampled=True, sampling_correction="token_truncate",

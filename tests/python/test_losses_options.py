@@ -119,3 +119,49 @@ def test_the_implementation_is_passed_on():
         torch.testing.assert_close(mine, expected)
     with pytest.raises(ValueError, match="schedule must be one of"):
         losses.token_log_probs(e, c, targets, schedule="columns")
+
+
+# Before any forward ---------------------------------------------------------------------------
+
+A = torch.zeros(4)
+EARLY = [
+    (dict(name="policy", advantages=A, reference=(A, A)), ValueError, "beta is 0: leave reference"),
+    (dict(name="policy", advantages=A, reference=A, beta=0.0), ValueError, "beta is 0"),
+    (dict(name="policy"), TypeError, "'policy' needs advantages, got none: pass advantages="),
+    (dict(name="kto", reference=A, beta=0.1), TypeError, "'kto' needs desirable, got beta"),
+    (dict(name="policy", advantage=A), TypeError, "no option 'advantage': its .* are advantages, "),
+    (dict(name="policy", advantages=A, policy=A), TypeError, "has no option 'policy'"),
+    (dict(name="simpo", loss_type="simpo"), TypeError, "'simpo' has no option 'loss_type'"),
+    (dict(name="dpo", reference=(A, A), loss_type="dpo"), ValueError, "loss_type must be one of"),
+    (dict(name="dpo", reference=(A, A), loss_type=["sft", "x"]), ValueError, "'sigmoid'.*got 'x'"),
+    (dict(name="cpo", loss_type="orpo"), ValueError, "loss_type must be one of.*got 'orpo'"),
+]
+
+
+@pytest.mark.parametrize("options, error, message", EARLY)
+def test_refused_before_any_forward(options, error, message, monkeypatch):
+    monkeypatch.setattr("cutloss.losses.linear.token_log_probs", None)
+    options = dict(options)
+    with pytest.raises(error, match=message):
+        losses.linear_loss(options.pop("name"), A, A, A, **options)
+
+
+UNUSED = [
+    (dict(loss_type="vespo", importance_sampling_level="sequence"), "but 'token', got 'sequence'"),
+    (dict(loss_type="grpo", num_items_in_batch=7), "got 7; .* are dapo, cispo, vespo"),
+    (dict(loss_type="luspo", num_items_in_batch=torch.tensor(7)), "got a tensor"),
+    (dict(loss_type="dapo", max_completion_length=7), "only loss_type 'dr_grpo' .* got 7 with 'da"),
+    (dict(loss_type="sapo", epsilon=0.3), "'sapo' clips no ratio .* got 0.3 and None"),
+    (dict(loss_type="vespo", epsilon_high=0.3), "'vespo' clips no ratio .* got 0.2 and 0.3"),
+]
+
+
+@pytest.mark.parametrize("options, message", UNUSED)
+def test_options_that_nothing_would_use(options, message):
+    with pytest.raises(ValueError, match=message):
+        losses.policy_loss(made()[0], torch.ones(B), **options)
+
+
+def test_advantages_do_not_widen_the_loss():
+    policy = made(dtype=torch.float32)[0]
+    assert losses.policy_loss(policy, torch.ones(B).double()).loss.dtype == torch.float32

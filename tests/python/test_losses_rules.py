@@ -36,7 +36,7 @@ def call(name, kind, p, r=None, **more):
                for k, v in CALLS[name].items()}  # fmt: skip
     if kind is not None:
         options["loss_type"] = kind
-    if name == "policy":
+    if kind == "dr_grpo":
         options["max_completion_length"] = 16
     if options.pop("reference", False):
         q = r or problem(p.e.dtype, {}, seed=1)
@@ -54,7 +54,7 @@ def of_parts(name, kind, p, r):
                for k, v in options.items()}  # fmt: skip
     if kind is not None:
         options["loss_type"] = kind
-    if name == "policy":
+    if kind == "dr_grpo":
         options["max_completion_length"] = 16
     if CALLS[name].get("reference"):
         options["reference"] = reference

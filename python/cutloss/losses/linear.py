@@ -1,7 +1,8 @@
 """From hidden states to a loss: token_log_probs and one of the losses in a call."""
 
 import enum
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from .. import _checks
 from .._implementations import LinearCrossEntropyImpl
 from ._arguments import Loss
-from .cpo import cpo_loss, orpo_loss, simpo_loss
+from ._dpo_table import DPO
+from ._policy_table import POLICY
+from .cpo import CPO, cpo_loss, orpo_loss, simpo_loss
 from .dpo import dpo_loss
-from .kto import kto_loss
+from .kto import KTO, kto_loss
 from .log_probs import TokenLogProbs, token_log_probs
 from .policy import policy_loss
 
@@ -25,6 +28,20 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "policy": policy_loss,
 }
 _WITH_REFERENCE = ("dpo", "kto", "policy")
+_TYPES: dict[str, Collection[str]] = {"dpo": DPO, "kto": KTO, "cpo": CPO, "policy": POLICY}
+# What is passed by name. Read here, once: torch.compile does not trace inspect.
+_PARAMETERS = {
+    name: {
+        option: parameter.default
+        for option, parameter in inspect.signature(loss).parameters.items()
+        if option not in ("policy", "reference")
+    }
+    for name, loss in LOSSES.items()
+}
+_NEEDED = {
+    name: [o for o, default in known.items() if default is inspect.Parameter.empty]
+    for name, known in _PARAMETERS.items()
+}
 
 
 def linear_loss(
@@ -77,6 +94,7 @@ def linear_loss(
             f"{name!r} has no reference model: leave reference out, or take one of "
             f"{', '.join(map(repr, _WITH_REFERENCE))}"
         )
+    _check_options(name, reference is not None, options)
     if isinstance(reference, (tuple, list)):
         if len(reference) not in (2, 3):
             raise ValueError(
@@ -93,6 +111,30 @@ def linear_loss(
         return_log_sum_sq_probs=_asks(options, use_weighting=False),
     )  # fmt: skip
     return LOSSES[name](policy, **options)
+
+
+def _check_options(name: str, with_reference: bool, options: dict[str, Any]) -> None:
+    """What needs no log-probabilities to be wrong, before they are made."""
+    for option in options:
+        if option not in _PARAMETERS[name]:
+            raise TypeError(
+                f"{name!r} has no option {option!r}: its options are "
+                f"{', '.join(_PARAMETERS[name])}, and those of token_log_probs"
+            )
+    missing = [option for option in _NEEDED[name] if option not in options]
+    if missing:
+        given = ", ".join(options) or "none"
+        raise TypeError(f"{name!r} needs {', '.join(missing)}, got {given}: pass {missing[0]}=")
+    if "loss_type" in options:
+        kinds = options["loss_type"]
+        several = name == "dpo" and isinstance(kinds, (list, tuple))
+        for kind in kinds if several else (kinds,):
+            _checks.choice("loss_type", kind, tuple(_TYPES[name]))
+    if name == "policy" and with_reference and options.get("beta", 0.0) == 0:
+        raise ValueError(
+            "'policy' uses a reference in its KL term alone, and beta is 0: leave reference out, "
+            "or pass beta"
+        )
 
 
 def _asks(options: dict[str, Any], **unused: Any) -> bool:

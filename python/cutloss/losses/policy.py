@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _arguments as args
+from . import _policy_options as options
 from ._arguments import Loss
 from ._policy_table import POLICY, Tokens, clipped, vespo_weight
 from .log_probs import TokenLogProbs
@@ -94,9 +95,13 @@ def policy_loss(
     args.choice("loss_type", loss_type, tuple(POLICY))
     args.choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
     args.flags(use_bias_correction_kl=use_bias_correction_kl)
+    options.unused(
+        loss_type, importance_sampling_level, epsilon, epsilon_high, num_items_in_batch,
+        max_completion_length,
+    )  # fmt: skip
     beta, entropy_coef = args.finite("beta", beta), args.finite("entropy_coef", entropy_coef)
     mask, now = policy.mask, policy.log_probs
-    advantages = _advantages(advantages, policy)
+    advantages = options.advantages(advantages, policy)
     if old_log_probs is None:
         old = now.detach()
     else:
@@ -106,7 +111,7 @@ def policy_loss(
         sampling = args.per_token(
             "sampling_log_probs", sampling_log_probs, policy, all_known=False
         )
-    low, high = _clipping(loss_type, epsilon, epsilon_high, delta)
+    low, high = options.clipping(loss_type, epsilon, epsilon_high, delta)
     log_ratio = now - old
     t = Tokens(
         log_probs=now,
@@ -117,8 +122,8 @@ def policy_loss(
         sampling_ratio=_sampling_ratio(
             old, sampling, sampling_correction, sampling_clip_min, sampling_clip_max, loss_type
         ),
-        num_items=_num_items(num_items_in_batch, mask),
-        max_length=_max_length(max_completion_length, loss_type),
+        num_items=options.num_items(num_items_in_batch, mask),
+        max_length=options.max_length(max_completion_length, loss_type),
         epsilon=low,
         epsilon_high=high,
         delta=None if delta is None else args.positive("delta", delta),
@@ -154,57 +159,6 @@ def policy_loss(
         over = kept.sum().clamp(min=1) if num_items_in_batch is None else t.num_items
         loss = loss - entropy_coef * (entropy.sum() / over)
     return Loss(loss, metrics | _metrics(t, policy, loss_type))
-
-
-# Arguments --------------------------------------------------------------------------------------
-
-
-def _advantages(advantages: Tensor, policy: TokenLogProbs) -> Tensor:
-    """(B, 1) or (B, L)"""
-    if isinstance(advantages, Tensor) and advantages.dim() == 1:
-        return args.per_sequence("advantages", advantages, policy)[:, None]
-    return args.per_token("advantages", advantages, policy)
-
-
-def _clipping(
-    loss_type: str, epsilon: float, epsilon_high: float | None, delta: float | None
-) -> tuple[float, float]:
-    if epsilon_high is None and loss_type == "cispo":
-        raise ValueError(
-            "loss_type 'cispo' needs epsilon_high, the most that the ratio itself may be, got "
-            "None: 5.0 is usual"
-        )
-    if delta is not None and POLICY[loss_type].of_token is not clipped:
-        taking = ", ".join(name for name, loss in POLICY.items() if loss.of_token is clipped)
-        raise ValueError(
-            f"loss_type {loss_type!r} clips no ratio on two sides and takes no delta, got {delta}; "
-            f"the loss types that do are {taking}"
-        )
-    low = args.not_negative("epsilon", epsilon)
-    return low, low if epsilon_high is None else args.not_negative("epsilon_high", epsilon_high)
-
-
-def _num_items(value: float | Tensor | None, mask: Tensor) -> Tensor | float:
-    if value is None:
-        return mask.sum().clamp(min=1)
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(
-                f"num_items_in_batch must be one number, got a tensor of shape {tuple(value.shape)}"
-            )
-        return value.detach().to(mask.device).reshape(()).clamp(min=1)
-    return max(args.not_negative("num_items_in_batch", value), 1.0)
-
-
-def _max_length(value: int | None, loss_type: str) -> float:
-    if value is not None:
-        return args.positive("max_completion_length", value)
-    if loss_type == "dr_grpo":
-        raise ValueError(
-            "loss_type 'dr_grpo' divides by max_completion_length, got None: pass the most tokens "
-            "that a completion may have"
-        )
-    return 1.0
 
 
 def _entropy(policy: TokenLogProbs, option: str) -> Tensor:
