@@ -1,4 +1,4 @@
-"""Options of cutloss.losses that belong to several losses: batches in parts, dtypes, masks, bounds."""
+"""Options and inputs of cutloss.losses: batches in parts, dtypes, masks, what is refused."""
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ def test_a_batch_is_the_sum_of_its_parts(kind):
 
     def loss(rows):
         now, a = (part(t, rows) for t in whole)
-        return losses.policy_loss(now, a, reference=part(other, rows),
-                                  old_log_probs=part(other, rows) + 0.1, **options).loss  # fmt: skip
+        ref = part(other, rows)
+        return losses.policy_loss(now, a, reference=ref, old_log_probs=ref + 0.1, **options).loss
 
     leaves = (policy.log_probs, policy.entropy)
     together, apart = loss(slice(None)), loss(slice(0, 2)) + loss(slice(2, 3)) + loss(slice(3, 6))
@@ -99,7 +99,7 @@ def test_preference_losses_see_it_too(monkeypatch):
 
 def test_made_by_hand():
     policy, other = made()
-    with pytest.raises(TypeError, match="bool tensor in the shape of log_probs, got NoneType: pass"):
+    with pytest.raises(TypeError, match="in the shape of log_probs, got NoneType: pass"):
         losses.TokenLogProbs(other, None)
     with pytest.raises(TypeError, match="log_probs must be floating point, got torch.int64"):
         losses.TokenLogProbs(torch.zeros(2, 3).long(), torch.ones(2, 3, dtype=torch.bool))

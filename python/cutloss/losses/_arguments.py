@@ -154,6 +154,15 @@ def sequence_mask(name: str, t: Tensor, policy: TokenLogProbs) -> Tensor:
     return _mask(name, t, policy.log_probs.shape[:1], policy)
 
 
+def largest_exponent(dtype: torch.dtype) -> float:
+    return 700.0 if dtype == torch.float64 else 80.0
+
+
+def bounded(exponent: Tensor) -> Tensor:
+    """At most 80 (700 in fp64): the exponential is finite. No gradient where it was more."""
+    return exponent.clamp(max=largest_exponent(exponent.dtype))
+
+
 def chosen_nll(policy: TokenLogProbs) -> Tensor:
     """The mean over all tokens of the first half of the sequences; 0 where there is none."""
     B = policy.log_probs.shape[0] // 2

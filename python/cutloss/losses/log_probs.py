@@ -47,7 +47,9 @@ class TokenLogProbs:
                     f"{_checks.shape(self.mask)}, and {name} {_checks.shape(t)}"
                 )
             if not t.is_floating_point():
-                raise TypeError(f"{name} must be floating point, got {t.dtype}: pass {name}.float()")
+                raise TypeError(
+                    f"{name} must be floating point, got {t.dtype}: pass {name}.float()"
+                )
             t = t.to(torch.promote_types(t.dtype, torch.float32))
             setattr(self, name, torch.where(self.mask, t, 0.0))
 

@@ -46,7 +46,9 @@ def policy_loss(
     Of each token: the term of its loss type, times the sampler's correction, plus beta times the
     KL term; then the sum over tokens that count, divided as the loss type says (the table POLICY).
     A sequence without such a token adds nothing and still counts as a sequence; no token at all
-    makes a loss of 0. What tensors hold where the policy's mask is False is never used.
+    makes a loss of 0. What tensors hold where the policy's mask is False is never used. What is
+    exponentiated is kept at 80 (700 in fp64) at most, without a gradient beyond: log-ratios, their
+    means over sequences, and d of the KL term.
 
     :param policy: Of B sequences, shape (B, L).
     :param advantages: (B), one of each sequence, or (B, L), one of each token (as PPO has). Takes
@@ -101,6 +103,7 @@ def policy_loss(
     )  # fmt: skip
     beta, entropy_coef = args.finite("beta", beta), args.finite("entropy_coef", entropy_coef)
     mask, now = policy.mask, policy.log_probs
+    advantages_of_sequences = isinstance(advantages, Tensor) and advantages.dim() == 1
     advantages = options.advantages(advantages, policy)
     if old_log_probs is None:
         old = now.detach()
@@ -148,8 +151,7 @@ def policy_loss(
         losses = losses * t.sampling_ratio
     metrics = {}
     if beta != 0:
-        kl = _kl(now, reference, policy)
-        kl = kl * t.ratio if use_bias_correction_kl else kl
+        kl = _kl(now, reference, policy, t.ratio if use_bias_correction_kl else None)
         losses = losses + beta * kl
         metrics["kl"] = _mean(kl, mask)
     loss = POLICY[loss_type].of_batch(torch.where(mask, losses, 0.0), t)
@@ -158,7 +160,12 @@ def policy_loss(
         entropy = torch.where(kept, _entropy(policy, "entropy_coef"), 0.0)
         over = kept.sum().clamp(min=1) if num_items_in_batch is None else t.num_items
         loss = loss - entropy_coef * (entropy.sum() / over)
-    return Loss(loss, metrics | _metrics(t, policy, loss_type))
+    of_sequences = {
+        "ratio": importance_sampling_level == "sequence",
+        "advantages": advantages_of_sequences,
+        "sampling": sampling_correction is not None and sampling_correction.startswith("sequence"),
+    }
+    return Loss(loss, metrics | _metrics(t, policy, loss_type, of_sequences))
 
 
 def _entropy(policy: TokenLogProbs, option: str) -> Tensor:
@@ -176,8 +183,9 @@ def _entropy(policy: TokenLogProbs, option: str) -> Tensor:
 def _ratio(log_ratio: Tensor, mask: Tensor, level: str) -> Tensor:
     """(B, L), or (B, 1) of sequences"""
     if level == "token":
-        return log_ratio.exp()
-    return (log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+        return args.bounded(log_ratio).exp()
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    return args.bounded(log_ratio.sum(-1, keepdim=True) / lengths).exp()
 
 
 def _difference(sampling: Tensor, of: Tensor) -> Tensor:
@@ -212,7 +220,7 @@ def _sampling_ratio(
     log_ratio = -_difference(sampling, old)
     if correction.startswith("sequence"):
         log_ratio = log_ratio.sum(-1, keepdim=True)
-    ratio = log_ratio.exp()
+    ratio = args.bounded(log_ratio).exp()
     if least is None and most is None:
         return ratio
     if correction.endswith("truncate"):
@@ -221,14 +229,24 @@ def _sampling_ratio(
     return ratio.masked_fill(outside, 0.0)
 
 
-def _kl(now: Tensor, reference: TokenLogProbs | Tensor | None, policy: TokenLogProbs) -> Tensor:
+def _kl(
+    now: Tensor,
+    reference: TokenLogProbs | Tensor | None,
+    policy: TokenLogProbs,
+    ratio: Tensor | None,
+) -> Tensor:
     if reference is None:
         raise ValueError(
             "beta is not 0, and the KL term needs a reference, got None: pass token_log_probs of "
             "the reference model, or beta=0"
         )
     difference = args.per_token("reference", reference, policy) - now
-    return torch.expm1(difference) - difference
+    within = args.bounded(difference)
+    kl = torch.expm1(within) - within
+    if ratio is None:
+        return kl
+    # Where the bound took k's gradient it takes the ratio's, of which k's is the other half.
+    return kl * torch.where(difference > within, ratio.detach(), ratio)
 
 
 def _high_entropy(policy: TokenLogProbs, share: float) -> Tensor:
@@ -237,31 +255,50 @@ def _high_entropy(policy: TokenLogProbs, share: float) -> Tensor:
     if share == 1 or policy.mask.numel() == 0:
         return policy.mask
     entropy = _entropy(policy, "top_entropy_quantile").detach()
-    threshold = entropy.masked_fill(~policy.mask, torch.nan).flatten().nanquantile(1 - share)
-    return policy.mask & (entropy >= threshold)
+    return policy.mask & (entropy >= _quantile(entropy, policy.mask, 1 - share))
+
+
+def _quantile(t: Tensor, mask: Tensor, q: float) -> Tensor:
+    """As torch.nanquantile of the entries where mask is True, without its limit of 2^24 entries and
+    without reading their number back from the device."""
+    ascending = t.masked_fill(~mask, torch.inf).flatten().sort().values
+    last = mask.sum().clamp(min=1) - 1
+    at = q * last.double()
+    low = at.floor().long()
+    values = ascending[torch.stack([low, torch.minimum(low + 1, last)])]
+    return torch.lerp(values[0], values[1], (at - low).to(t.dtype))
 
 
 # Metrics ----------------------------------------------------------------------------------------
 
 
-def _mean(x: Tensor, mask: Tensor) -> Tensor:
+def _mean(x: Tensor, mask: Tensor, of_sequences: bool = False) -> Tensor:
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    return args.mean(x) if x.shape[1] == 1 else args.masked_mean(x, mask)
+    return args.mean(x) if of_sequences else args.masked_mean(x, mask)
 
 
-def _metrics(t: Tokens, policy: TokenLogProbs, loss_type: str) -> dict[str, Tensor]:
+def _metrics(
+    t: Tokens, policy: TokenLogProbs, loss_type: str, of_sequences: dict[str, bool]
+) -> dict[str, Tensor]:
+    """of_sequences: whether these are one number a sequence."""
     metrics = {}
+    clips = of_sequences["ratio"] and of_sequences["advantages"]
     if policy.entropy is not None:
         metrics["entropy"] = _mean(policy.entropy, t.mask)
     if t.sampling_ratio is not None:
-        metrics["sampling/importance_sampling_ratio/mean"] = _mean(t.sampling_ratio, t.mask)
+        metrics["sampling/importance_sampling_ratio/mean"] = _mean(
+            t.sampling_ratio, t.mask, of_sequences["sampling"]
+        )
     if POLICY[loss_type].of_token is clipped:
         low = (t.ratio < 1 - t.epsilon) & (t.advantages < 0)
         high = (t.ratio > 1 + t.epsilon_high) & (t.advantages > 0)
         for name, x in (("low", low), ("high", high), ("region", low | high)):
-            metrics[f"clip_ratio/{name}_mean"] = _mean(x, t.mask)
+            metrics[f"clip_ratio/{name}_mean"] = _mean(x, t.mask, clips)
     elif loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = _mean((t.ratio > t.epsilon_high) & (t.advantages > 0), t.mask)
+        high = (t.ratio > t.epsilon_high) & (t.advantages > 0)
+        metrics["cispo_clip_ratio"] = _mean(high, t.mask, clips)
     elif loss_type == "vespo":
-        metrics["vespo/phi_seq_mean"] = _mean(vespo_weight(t), t.mask)
+        metrics["vespo/phi_seq_mean"] = _mean(
+            vespo_weight(t), t.mask, of_sequences["advantages"]
+        )
     return metrics
