@@ -218,7 +218,9 @@ def policy(
         loss = sum(sums) / B
     else:
         loss = sum(sums) / (count if num_items_in_batch is None else num_items_in_batch)
-    return loss - entropy_coef * torch.cat(bonus).mean() if entropy_coef else loss
+    bonus = torch.cat(bonus)
+    over = len(bonus) if num_items_in_batch is None else num_items_in_batch
+    return loss - entropy_coef * bonus.sum() / over if entropy_coef else loss
 
 
 # Preference without a reference, and without pairs ---------------------------------------------

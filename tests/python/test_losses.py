@@ -134,7 +134,7 @@ EVERY = {name: dict(loss_type=name, **NEEDED.get(name, {})) for name in losses.P
 POLICY = dict(EVERY)
 POLICY |= {f"{n}_on_policy": o | dict(without_old=True, beta=0.1) for n, o in EVERY.items()}
 POLICY |= {f"{n}_sequence": o | dict(importance_sampling_level="sequence", beta=0.1)
-           for n, o in EVERY.items()}  # fmt: skip
+           for n, o in EVERY.items() if n != "vespo"}  # fmt: skip
 POLICY |= {f"{n}_kl": o | dict(beta=0.3) for n, o in EVERY.items()}
 POLICY |= {f"{n}_token_advantages": o | dict(token_advantages=True) for n, o in EVERY.items()}
 POLICY |= {f"{n}_corrected": o | dict(sampled=True, sampling_correction="token_truncate",
@@ -163,6 +163,7 @@ POLICY |= {
     "off_policy": dict(off_policy_mask_threshold=0.01),
     "off_policy_sampled": dict(off_policy_mask_threshold=0.02, sampled=True),
     "num_items": dict(num_items_in_batch=50),
+    "num_items_entropy": dict(num_items_in_batch=50, entropy_coef=0.1),
     "num_items_cispo": dict(loss_type="cispo", epsilon_high=5.0,
                             num_items_in_batch=torch.tensor(50)),
     "entropy_alone": dict(entropy_coef=0.1),

@@ -30,17 +30,22 @@ TYPES = {
 NAMES = [(name, kind) for name in CALLS for kind in TYPES.get(name, [None])]
 
 
-def call(name, kind, p, r=None, **more):
-    """linear_loss with r as the reference model."""
+def options_of(name, kind, p, r=None):
+    """Of linear_loss, with r as the reference model."""
     options = {k: torch.tensor(v).to(p.e.device) if isinstance(v, list) else v
                for k, v in CALLS[name].items()}  # fmt: skip
     if kind is not None:
         options["loss_type"] = kind
-    if name == "policy":
+    if kind == "dr_grpo":
         options["max_completion_length"] = 16
     if options.pop("reference", False):
         q = r or problem(p.e.dtype, {}, seed=1)
         options["reference"] = (q.e, q.c) if q.bias is None else (q.e, q.c, q.bias)
+    return options
+
+
+def call(name, kind, p, r=None, **more):
+    options = options_of(name, kind, p, r)
     return losses.linear_loss(name, p.e, p.c, p.targets, p.bias, **p.options, **(options | more))
 
 
@@ -54,7 +59,7 @@ def of_parts(name, kind, p, r):
                for k, v in options.items()}  # fmt: skip
     if kind is not None:
         options["loss_type"] = kind
-    if name == "policy":
+    if kind == "dr_grpo":
         options["max_completion_length"] = 16
     if CALLS[name].get("reference"):
         options["reference"] = reference
@@ -90,6 +95,23 @@ def test_bits_repeat(name, kind):
 
     for a, b in zip(once(), once()):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name, kind", NAMES)
+def test_nothing_waits_for_the_device(name, kind, device, monkeypatch):
+    if device != "cuda":
+        pytest.skip("on the CPU there is nothing to wait for")
+    monkeypatch.delenv("CUTLOSS_CHECK", raising=False)
+    p = problem(F32, {})
+    options = options_of(name, kind, p)
+    for mode in ("default", "error"):  # first calls set up what they need
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            loss = losses.linear_loss(name, p.e, p.c, p.targets, p.bias, **p.options, **options)
+            loss.loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name, kind", NAMES)

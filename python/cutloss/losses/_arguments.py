@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import choice, constant, flags, number, shape  # noqa: F401
+from .._checks import choice, constant, flags, may_look, number, shape  # noqa: F401
 from .log_probs import TokenLogProbs
 
 
@@ -81,13 +81,20 @@ def _here(name: str, t: Tensor, policy: TokenLogProbs) -> Tensor:
             f"all tensors must be on one device: the policy's log-probabilities are on "
             f"{policy.log_probs.device}, {name} on {t.device}"
         )
-    return t.to(policy.log_probs.dtype)
+    return t.to(torch.promote_types(t.dtype, policy.log_probs.dtype))  # neither loses digits
 
 
-def per_token(name: str, t: "TokenLogProbs | Tensor", policy: TokenLogProbs) -> Tensor:
-    """(B, L), 0 where the policy's mask is False, whatever stands there."""
+def per_token(
+    name: str, t: "TokenLogProbs | Tensor", policy: TokenLogProbs, *, all_known: bool = True
+) -> Tensor:
+    """(B, L), 0 where the policy's mask is False, whatever stands there.
+
+    A token that counts for the policy and not for t (TokenLogProbs) is NaN. With all_known that is
+    an error where one may look.
+    """
+    mask = None
     if isinstance(t, TokenLogProbs):
-        t = t.log_probs
+        t, mask = t.log_probs, t.mask
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor or TokenLogProbs, got {type(t).__name__}")
     if t.shape != policy.log_probs.shape:
@@ -95,7 +102,17 @@ def per_token(name: str, t: "TokenLogProbs | Tensor", policy: TokenLogProbs) -> 
             f"{name} must have the shape of the policy's log-probabilities (B, L): got {name} "
             f"{shape(t)} and log-probabilities {shape(policy.log_probs)}"
         )
-    return torch.where(policy.mask, _here(name, t, policy), 0.0)
+    t = _here(name, t, policy)
+    if mask is not None:
+        missing = policy.mask & ~mask
+        if all_known and may_look(t.device) and missing.any():
+            raise ValueError(
+                f"{name} must know every token that counts for the policy: {missing.sum().item()} "
+                f"of the policy's {policy.mask.sum().item()} are masked in {name}; make both of "
+                f"the same targets"
+            )
+        t = t.masked_fill(missing, torch.nan)
+    return torch.where(policy.mask, t, 0.0)
 
 
 def per_sequence(name: str, t: Tensor, policy: TokenLogProbs) -> Tensor:
@@ -135,6 +152,15 @@ def token_mask(name: str, t: Tensor, policy: TokenLogProbs) -> Tensor:
 
 def sequence_mask(name: str, t: Tensor, policy: TokenLogProbs) -> Tensor:
     return _mask(name, t, policy.log_probs.shape[:1], policy)
+
+
+def largest_exponent(dtype: torch.dtype) -> float:
+    return 700.0 if dtype == torch.float64 else 80.0
+
+
+def bounded(exponent: Tensor) -> Tensor:
+    """At most 80 (700 in fp64): the exponential is finite. No gradient where it was more."""
+    return exponent.clamp(max=largest_exponent(exponent.dtype))
 
 
 def chosen_nll(policy: TokenLogProbs) -> Tensor:

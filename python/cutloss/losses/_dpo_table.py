@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._arguments import bounded
+
 
 @dataclasses.dataclass
 class Pairs:
@@ -193,14 +195,12 @@ SORTS = ("aot", "aot_unpaired")
 def _alpha_divergence(ratio: Tensor, alpha: float) -> Tensor:
     if abs(alpha - 1) < 1e-6:
         return ratio
-    # The exponential stays finite (and takes no gradient where it would not).
-    most = 700.0 if ratio.dtype == torch.float64 else 80.0
-    return torch.expm1(((alpha - 1) * ratio).clamp(max=most)) / (alpha - 1)
+    return torch.expm1(bounded((alpha - 1) * ratio)) / (alpha - 1)
 
 
 F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda ratio, alpha: ratio,
-    "forward_kl": lambda ratio, alpha: -torch.expm1(-ratio),
+    "forward_kl": lambda ratio, alpha: -torch.expm1(bounded(-ratio)),
     "js_divergence": lambda ratio, alpha: math.log(2) + F.logsigmoid(ratio),
     "alpha_divergence": _alpha_divergence,
 }

@@ -86,7 +86,7 @@ def vespo_weight(t: Tokens) -> Tensor:
     positive = t.advantages >= 0
     k = _chosen(positive, t.vespo_k_pos, t.vespo_k_neg, t.advantages)
     decay = _chosen(positive, t.vespo_lambda_pos, t.vespo_lambda_neg, t.advantages).clamp(min=1e-4)
-    return torch.exp(decay + k * log_w - decay * log_w.exp()).nan_to_num(0.0, 0.0, 0.0)
+    return torch.exp(decay + k * log_w - decay * log_w.exp()).nan_to_num(torch.nan, 0.0, 0.0)
 
 
 def _chosen(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:

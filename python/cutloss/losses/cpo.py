@@ -63,7 +63,8 @@ def cpo_loss(
         times their difference. SimPO alone is cpo_alpha=0; with more it is CPO-SimPO.
     :param label_smoothing: For "sigmoid" and "simpo", in [0, 1].
     :param alpha: Not 0: AlphaPO (Gupta et al. 2025, arXiv:2501.03884): log-probabilities l become
-        (1 - e^(-alpha l)) / alpha first. The paper has loss_type "simpo" and cpo_alpha=0.
+        (1 - e^(-alpha l)) / alpha first, -alpha l kept at 80 (700 in fp64) at most. The paper
+        has loss_type "simpo" and cpo_alpha=0.
     :return: The loss, and the means of what dpo_loss reports (rewards are beta times what the
         margin is made of), and the nll.
     """
@@ -81,7 +82,7 @@ def cpo_loss(
     chosen, rejected = (policy.mean() if loss_type in OF_MEANS else policy.sum()).chunk(2)
     rewards = chosen, rejected
     if alpha != 0:
-        rewards = tuple(-torch.expm1(-alpha * t) / alpha for t in rewards)
+        rewards = tuple(-torch.expm1(args.bounded(-alpha * t)) / alpha for t in rewards)
     margin = rewards[0] - rewards[1]
     if loss_type == "simpo":
         margin = margin - gamma / beta

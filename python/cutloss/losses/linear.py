@@ -1,16 +1,21 @@
 """From hidden states to a loss: token_log_probs and one of the losses in a call."""
 
-from collections.abc import Callable
+import enum
+import inspect
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks
+from .._implementations import LinearCrossEntropyImpl
 from ._arguments import Loss
-from .cpo import cpo_loss, orpo_loss, simpo_loss
+from ._dpo_table import DPO
+from ._policy_table import POLICY
+from .cpo import CPO, cpo_loss, orpo_loss, simpo_loss
 from .dpo import dpo_loss
-from .kto import kto_loss
+from .kto import KTO, kto_loss
 from .log_probs import TokenLogProbs, token_log_probs
 from .policy import policy_loss
 
@@ -23,6 +28,20 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "policy": policy_loss,
 }
 _WITH_REFERENCE = ("dpo", "kto", "policy")
+_TYPES: dict[str, Collection[str]] = {"dpo": DPO, "kto": KTO, "cpo": CPO, "policy": POLICY}
+# What is passed by name. Read here, once: torch.compile does not trace inspect.
+_PARAMETERS = {
+    name: {
+        option: parameter.default
+        for option, parameter in inspect.signature(loss).parameters.items()
+        if option not in ("policy", "reference")
+    }
+    for name, loss in LOSSES.items()
+}
+_NEEDED = {
+    name: [o for o, default in known.items() if default is inspect.Parameter.empty]
+    for name, known in _PARAMETERS.items()
+}
 
 
 def linear_loss(
@@ -32,7 +51,7 @@ def linear_loss(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
-    reference: tuple[Tensor, ...] | TokenLogProbs | Tensor | None = None,
+    reference: tuple[Tensor, ...] | list[Tensor] | TokenLogProbs | Tensor | None = None,
     ignore_index: int = -100,
     shift: bool | int = 0,
     temperature: float | Tensor = 1.0,
@@ -40,6 +59,8 @@ def linear_loss(
     logit_scale: float = 1.0,
     max_workspace: int | None = None,
     num_valid: int | None = None,
+    impl: str | enum.Enum = LinearCrossEntropyImpl.CCE,
+    schedule: str = "auto",
     **options: Any,
 ) -> Loss:
     """A loss of the table LOSSES from hidden states, without logits; differentiable in e, c, bias.
@@ -53,7 +74,7 @@ def linear_loss(
         made with the same targets and the same options of the logits, without a gradient; or what
         the loss itself takes as reference.
     :param options: Those of the loss, such as loss_type, beta, advantages; those above, from
-        ignore_index to num_valid, are token_log_probs'. Entropy is made where an option needs it.
+        ignore_index to schedule, are token_log_probs'. Entropy is made where an option needs it.
     :return: What the loss returns.
     """
     _checks.choice("the name of a loss", name, tuple(LOSSES))
@@ -65,13 +86,16 @@ def linear_loss(
         logit_scale=logit_scale,
         max_workspace=max_workspace,
         num_valid=num_valid,
+        impl=impl,
+        schedule=schedule,
     )
     if reference is not None and name not in _WITH_REFERENCE:
         raise ValueError(
             f"{name!r} has no reference model: leave reference out, or take one of "
             f"{', '.join(map(repr, _WITH_REFERENCE))}"
         )
-    if isinstance(reference, tuple):
+    _check_options(name, reference is not None, options)
+    if isinstance(reference, (tuple, list)):
         if len(reference) not in (2, 3):
             raise ValueError(
                 f"reference must be (e, c) or (e, c, bias), got {len(reference)} entries"
@@ -87,6 +111,30 @@ def linear_loss(
         return_log_sum_sq_probs=_asks(options, use_weighting=False),
     )  # fmt: skip
     return LOSSES[name](policy, **options)
+
+
+def _check_options(name: str, with_reference: bool, options: dict[str, Any]) -> None:
+    """What needs no log-probabilities to be wrong, before they are made."""
+    for option in options:
+        if option not in _PARAMETERS[name]:
+            raise TypeError(
+                f"{name!r} has no option {option!r}: its options are "
+                f"{', '.join(_PARAMETERS[name])}, and those of token_log_probs"
+            )
+    missing = [option for option in _NEEDED[name] if option not in options]
+    if missing:
+        given = ", ".join(options) or "none"
+        raise TypeError(f"{name!r} needs {', '.join(missing)}, got {given}: pass {missing[0]}=")
+    if "loss_type" in options:
+        kinds = options["loss_type"]
+        several = name == "dpo" and isinstance(kinds, (list, tuple))
+        for kind in kinds if several else (kinds,):
+            _checks.choice("loss_type", kind, tuple(_TYPES[name]))
+    if name == "policy" and with_reference and options.get("beta", 0.0) == 0:
+        raise ValueError(
+            "'policy' uses a reference in its KL term alone, and beta is 0: leave reference out, "
+            "or pass beta"
+        )
 
 
 def _asks(options: dict[str, Any], **unused: Any) -> bool:

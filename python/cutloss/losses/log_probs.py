@@ -1,11 +1,13 @@
 """What every loss here is made of: the log-probability of each token."""
 
 import dataclasses
+import enum
 
 import torch
 from torch import Tensor
 
 from .. import _checks
+from .._implementations import LinearCrossEntropyImpl
 from ..functional import linear_cross_entropy
 
 
@@ -13,7 +15,8 @@ from ..functional import linear_cross_entropy
 class TokenLogProbs:
     """Log-probabilities of targets, and which of them count. May be made of those of others.
 
-    Every tensor is 0 where the mask is False, whatever it was there before.
+    Every tensor is 0 where the mask is False, whatever it was there before, and at least fp32: sums
+    over a sequence in bf16 would have two or three digits.
 
     :param log_probs: log p(target), shape (..., L), at most 0.
     :param mask: Which tokens count, bool, in the shape of log_probs.
@@ -28,6 +31,12 @@ class TokenLogProbs:
     log_sum_sq_probs: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mask, Tensor):
+            raise TypeError(
+                f"the mask must be a bool tensor in the shape of log_probs, got "
+                f"{type(self.mask).__name__}: pass torch.ones_like(log_probs, dtype=torch.bool) "
+                f"where every token counts"
+            )
         for name in ("log_probs", "entropy", "log_sum_sq_probs"):
             t = getattr(self, name)
             if t is None:
@@ -37,7 +46,17 @@ class TokenLogProbs:
                     f"the mask must be bool in the shape of {name}: got {self.mask.dtype} of shape "
                     f"{_checks.shape(self.mask)}, and {name} {_checks.shape(t)}"
                 )
+            if not t.is_floating_point():
+                raise TypeError(
+                    f"{name} must be floating point, got {t.dtype}: pass {name}.float()"
+                )
+            t = t.to(torch.promote_types(t.dtype, torch.float32))
             setattr(self, name, torch.where(self.mask, t, 0.0))
+
+    def detach(self) -> "TokenLogProbs":
+        """The same without gradients, as an old policy or a reference is."""
+        rest = (None if t is None else t.detach() for t in (self.entropy, self.log_sum_sq_probs))
+        return TokenLogProbs(self.log_probs.detach(), self.mask, *rest)
 
     def lengths(self) -> Tensor:
         """How many tokens of each sequence count, shape (...), in the dtype of log_probs."""
@@ -65,6 +84,8 @@ def token_log_probs(
     logit_scale: float = 1.0,
     max_workspace: int | None = None,
     num_valid: int | None = None,
+    impl: str | enum.Enum = LinearCrossEntropyImpl.CCE,
+    schedule: str = "auto",
     return_entropy: bool = False,
     return_log_sum_sq_probs: bool = False,
 ) -> TokenLogProbs:
@@ -90,6 +111,8 @@ def token_log_probs(
         logit_scale=logit_scale,
         max_workspace=max_workspace,
         num_valid=num_valid,
+        impl=impl,
+        schedule=schedule,
         reduction="none",
     )
     results = linear_cross_entropy(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _arguments as args
+from . import _policy_options as options
 from ._arguments import Loss
 from ._policy_table import POLICY, Tokens, clipped, vespo_weight
 from .log_probs import TokenLogProbs
@@ -45,7 +46,9 @@ def policy_loss(
     Of each token: the term of its loss type, times the sampler's correction, plus beta times the
     KL term; then the sum over tokens that count, divided as the loss type says (the table POLICY).
     A sequence without such a token adds nothing and still counts as a sequence; no token at all
-    makes a loss of 0. What tensors hold where the policy's mask is False is never used.
+    makes a loss of 0. What tensors hold where the policy's mask is False is never used. What is
+    exponentiated is kept at 80 (700 in fp64) at most, without a gradient beyond: log-ratios, their
+    means over sequences, and d of the KL term.
 
     :param policy: Of B sequences, shape (B, L).
     :param advantages: (B), one of each sequence, or (B, L), one of each token (as PPO has). Takes
@@ -80,7 +83,8 @@ def policy_loss(
         term (not their KL). Wang et al. 2025, "Beyond the 80/20 Rule" (arXiv:2506.01939). The
         policy must come with entropy.
     :param entropy_coef: Times the mean entropy over tokens that count (those of the quantile) is
-        subtracted. The policy must come with entropy.
+        subtracted; with num_items_in_batch the sum divided by that. The policy must come with
+        entropy.
     :param num_items_in_batch: What "dapo", "cispo" and "vespo" divide by, at least 1: the number of
         tokens of all batches that make one step, divided by the number of processes whose gradients
         are averaged. None: the number of tokens here.
@@ -93,17 +97,24 @@ def policy_loss(
     args.choice("loss_type", loss_type, tuple(POLICY))
     args.choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
     args.flags(use_bias_correction_kl=use_bias_correction_kl)
+    options.unused(
+        loss_type, importance_sampling_level, epsilon, epsilon_high, num_items_in_batch,
+        max_completion_length,
+    )  # fmt: skip
     beta, entropy_coef = args.finite("beta", beta), args.finite("entropy_coef", entropy_coef)
     mask, now = policy.mask, policy.log_probs
-    advantages = _advantages(advantages, policy)
+    advantages_of_sequences = isinstance(advantages, Tensor) and advantages.dim() == 1
+    advantages = options.advantages(advantages, policy)
     if old_log_probs is None:
         old = now.detach()
     else:
         old = args.per_token("old_log_probs", old_log_probs, policy)
     sampling = None
     if sampling_log_probs is not None:
-        sampling = args.per_token("sampling_log_probs", sampling_log_probs, policy)
-    low, high = _clipping(loss_type, epsilon, epsilon_high, delta)
+        sampling = args.per_token(
+            "sampling_log_probs", sampling_log_probs, policy, all_known=False
+        )
+    low, high = options.clipping(loss_type, epsilon, epsilon_high, delta)
     log_ratio = now - old
     t = Tokens(
         log_probs=now,
@@ -114,8 +125,8 @@ def policy_loss(
         sampling_ratio=_sampling_ratio(
             old, sampling, sampling_correction, sampling_clip_min, sampling_clip_max, loss_type
         ),
-        num_items=_num_items(num_items_in_batch, mask),
-        max_length=_max_length(max_completion_length, loss_type),
+        num_items=options.num_items(num_items_in_batch, mask),
+        max_length=options.max_length(max_completion_length, loss_type),
         epsilon=low,
         epsilon_high=high,
         delta=None if delta is None else args.positive("delta", delta),
@@ -133,73 +144,28 @@ def policy_loss(
         most = args.positive("off_policy_mask_threshold", off_policy_mask_threshold)
         drift = _difference(old if sampling is None else sampling, now.detach())
         drift = drift.sum(-1, keepdim=True) / policy.lengths().clamp(min=1)[:, None]
-        losses = torch.where((advantages >= 0) | (drift <= most), losses, 0.0)
+        losses = torch.where((advantages < 0) & (drift > most), 0.0, losses)
     if kept is not mask:
         losses = torch.where(kept, losses, 0.0)
     if t.sampling_ratio is not None and loss_type != "vespo":
         losses = losses * t.sampling_ratio
     metrics = {}
     if beta != 0:
-        kl = _kl(now, reference, policy)
-        kl = kl * t.ratio if use_bias_correction_kl else kl
+        kl = _kl(now, reference, policy, t.ratio if use_bias_correction_kl else None)
         losses = losses + beta * kl
         metrics["kl"] = _mean(kl, mask)
     loss = POLICY[loss_type].of_batch(torch.where(mask, losses, 0.0), t)
     metrics["policy_loss"] = loss.detach()
     if entropy_coef != 0:
-        loss = loss - entropy_coef * args.masked_mean(_entropy(policy, "entropy_coef"), kept)
-    return Loss(loss, metrics | _metrics(t, policy, loss_type))
-
-
-# Arguments --------------------------------------------------------------------------------------
-
-
-def _advantages(advantages: Tensor, policy: TokenLogProbs) -> Tensor:
-    """(B, 1) or (B, L)"""
-    if isinstance(advantages, Tensor) and advantages.dim() == 1:
-        return args.per_sequence("advantages", advantages, policy)[:, None]
-    return args.per_token("advantages", advantages, policy)
-
-
-def _clipping(
-    loss_type: str, epsilon: float, epsilon_high: float | None, delta: float | None
-) -> tuple[float, float]:
-    if epsilon_high is None and loss_type == "cispo":
-        raise ValueError(
-            "loss_type 'cispo' needs epsilon_high, the most that the ratio itself may be, got "
-            "None: 5.0 is usual"
-        )
-    if delta is not None and POLICY[loss_type].of_token is not clipped:
-        taking = ", ".join(name for name, loss in POLICY.items() if loss.of_token is clipped)
-        raise ValueError(
-            f"loss_type {loss_type!r} clips no ratio on two sides and takes no delta, got {delta}; "
-            f"the loss types that do are {taking}"
-        )
-    low = args.not_negative("epsilon", epsilon)
-    return low, low if epsilon_high is None else args.not_negative("epsilon_high", epsilon_high)
-
-
-def _num_items(value: float | Tensor | None, mask: Tensor) -> Tensor | float:
-    if value is None:
-        return mask.sum().clamp(min=1)
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(
-                f"num_items_in_batch must be one number, got a tensor of shape {tuple(value.shape)}"
-            )
-        return value.detach().to(mask.device).reshape(()).clamp(min=1)
-    return max(args.not_negative("num_items_in_batch", value), 1.0)
-
-
-def _max_length(value: int | None, loss_type: str) -> float:
-    if value is not None:
-        return args.positive("max_completion_length", value)
-    if loss_type == "dr_grpo":
-        raise ValueError(
-            "loss_type 'dr_grpo' divides by max_completion_length, got None: pass the most tokens "
-            "that a completion may have"
-        )
-    return 1.0
+        entropy = torch.where(kept, _entropy(policy, "entropy_coef"), 0.0)
+        over = kept.sum().clamp(min=1) if num_items_in_batch is None else t.num_items
+        loss = loss - entropy_coef * (entropy.sum() / over)
+    of_sequences = {
+        "ratio": importance_sampling_level == "sequence",
+        "advantages": advantages_of_sequences,
+        "sampling": sampling_correction is not None and sampling_correction.startswith("sequence"),
+    }
+    return Loss(loss, metrics | _metrics(t, policy, loss_type, of_sequences))
 
 
 def _entropy(policy: TokenLogProbs, option: str) -> Tensor:
@@ -217,8 +183,9 @@ def _entropy(policy: TokenLogProbs, option: str) -> Tensor:
 def _ratio(log_ratio: Tensor, mask: Tensor, level: str) -> Tensor:
     """(B, L), or (B, 1) of sequences"""
     if level == "token":
-        return log_ratio.exp()
-    return (log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+        return args.bounded(log_ratio).exp()
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    return args.bounded(log_ratio.sum(-1, keepdim=True) / lengths).exp()
 
 
 def _difference(sampling: Tensor, of: Tensor) -> Tensor:
@@ -253,7 +220,7 @@ def _sampling_ratio(
     log_ratio = -_difference(sampling, old)
     if correction.startswith("sequence"):
         log_ratio = log_ratio.sum(-1, keepdim=True)
-    ratio = log_ratio.exp()
+    ratio = args.bounded(log_ratio).exp()
     if least is None and most is None:
         return ratio
     if correction.endswith("truncate"):
@@ -262,14 +229,24 @@ def _sampling_ratio(
     return ratio.masked_fill(outside, 0.0)
 
 
-def _kl(now: Tensor, reference: TokenLogProbs | Tensor | None, policy: TokenLogProbs) -> Tensor:
+def _kl(
+    now: Tensor,
+    reference: TokenLogProbs | Tensor | None,
+    policy: TokenLogProbs,
+    ratio: Tensor | None,
+) -> Tensor:
     if reference is None:
         raise ValueError(
             "beta is not 0, and the KL term needs a reference, got None: pass token_log_probs of "
             "the reference model, or beta=0"
         )
     difference = args.per_token("reference", reference, policy) - now
-    return torch.expm1(difference) - difference
+    within = args.bounded(difference)
+    kl = torch.expm1(within) - within
+    if ratio is None:
+        return kl
+    # Where the bound took k's gradient it takes the ratio's, of which k's is the other half.
+    return kl * torch.where(difference > within, ratio.detach(), ratio)
 
 
 def _high_entropy(policy: TokenLogProbs, share: float) -> Tensor:
@@ -278,31 +255,50 @@ def _high_entropy(policy: TokenLogProbs, share: float) -> Tensor:
     if share == 1 or policy.mask.numel() == 0:
         return policy.mask
     entropy = _entropy(policy, "top_entropy_quantile").detach()
-    threshold = entropy.masked_fill(~policy.mask, torch.nan).flatten().nanquantile(1 - share)
-    return policy.mask & (entropy >= threshold)
+    return policy.mask & (entropy >= _quantile(entropy, policy.mask, 1 - share))
+
+
+def _quantile(t: Tensor, mask: Tensor, q: float) -> Tensor:
+    """As torch.nanquantile of the entries where mask is True, without its limit of 2^24 entries and
+    without reading their number back from the device."""
+    ascending = t.masked_fill(~mask, torch.inf).flatten().sort().values
+    last = mask.sum().clamp(min=1) - 1
+    at = q * last.double()
+    low = at.floor().long()
+    values = ascending[torch.stack([low, torch.minimum(low + 1, last)])]
+    return torch.lerp(values[0], values[1], (at - low).to(t.dtype))
 
 
 # Metrics ----------------------------------------------------------------------------------------
 
 
-def _mean(x: Tensor, mask: Tensor) -> Tensor:
+def _mean(x: Tensor, mask: Tensor, of_sequences: bool = False) -> Tensor:
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    return args.mean(x) if x.shape[1] == 1 else args.masked_mean(x, mask)
+    return args.mean(x) if of_sequences else args.masked_mean(x, mask)
 
 
-def _metrics(t: Tokens, policy: TokenLogProbs, loss_type: str) -> dict[str, Tensor]:
+def _metrics(
+    t: Tokens, policy: TokenLogProbs, loss_type: str, of_sequences: dict[str, bool]
+) -> dict[str, Tensor]:
+    """of_sequences: whether these are one number a sequence."""
     metrics = {}
+    clips = of_sequences["ratio"] and of_sequences["advantages"]
     if policy.entropy is not None:
         metrics["entropy"] = _mean(policy.entropy, t.mask)
     if t.sampling_ratio is not None:
-        metrics["sampling/importance_sampling_ratio/mean"] = _mean(t.sampling_ratio, t.mask)
+        metrics["sampling/importance_sampling_ratio/mean"] = _mean(
+            t.sampling_ratio, t.mask, of_sequences["sampling"]
+        )
     if POLICY[loss_type].of_token is clipped:
         low = (t.ratio < 1 - t.epsilon) & (t.advantages < 0)
         high = (t.ratio > 1 + t.epsilon_high) & (t.advantages > 0)
         for name, x in (("low", low), ("high", high), ("region", low | high)):
-            metrics[f"clip_ratio/{name}_mean"] = _mean(x, t.mask)
+            metrics[f"clip_ratio/{name}_mean"] = _mean(x, t.mask, clips)
     elif loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = _mean((t.ratio > t.epsilon_high) & (t.advantages > 0), t.mask)
+        high = (t.ratio > t.epsilon_high) & (t.advantages > 0)
+        metrics["cispo_clip_ratio"] = _mean(high, t.mask, clips)
     elif loss_type == "vespo":
-        metrics["vespo/phi_seq_mean"] = _mean(vespo_weight(t), t.mask)
+        metrics["vespo/phi_seq_mean"] = _mean(
+            vespo_weight(t), t.mask, of_sequences["advantages"]
+        )
     return metrics
