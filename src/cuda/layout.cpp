@@ -4,6 +4,7 @@
 
 #include "core/dtype.h"
 #include "core/logit_math.h"
+#include "core/sizes.h"
 #include "core/text.h"
 #include "cuda/common/kernels.h"
 #include "cuda/device.h"
@@ -12,8 +13,6 @@ namespace cutloss::cuda {
 namespace {
 
 constexpr std::int64_t kAlign = 256;  // a cache line and more; what cuBLASLt likes best
-
-std::int64_t round_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b * b; }
 
 std::int64_t state_bytes(DType stat) {
   return stat == DType::f64 ? sizeof(RowState<double>) : sizeof(RowState<float>);

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .. import _checks
 from . import _arguments as args
 from ._policy_table import POLICY, clipped, sapo, sum_over_items, vespo
 from .log_probs import TokenLogProbs
@@ -72,13 +73,8 @@ def clipping(
 def num_items(value: float | Tensor | None, mask: Tensor) -> Tensor | float:
     if value is None:
         return mask.sum().clamp(min=1)
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(
-                f"num_items_in_batch must be one number, got a tensor of shape {tuple(value.shape)}"
-            )
-        return value.detach().to(mask.device).reshape(()).clamp(min=1)
-    return max(args.not_negative("num_items_in_batch", value), 1.0)
+    items = _checks.num_items(value)
+    return items.to(mask.device) if isinstance(items, Tensor) else items
 
 
 def max_length(value: int | None, loss_type: str) -> float:

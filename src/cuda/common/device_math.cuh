@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "core/sizes.h"
 #include "core/text.h"
 #include "cuda/device.h"
 #include "cutloss/cutloss.h"
@@ -31,8 +32,6 @@ void launch(void (*kernel)(Parameters...), const char* name, std::int64_t blocks
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
 }
-
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Calls use(pointer to an element type) for a dtype.
 template <class Use>

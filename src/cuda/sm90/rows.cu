@@ -18,7 +18,7 @@ constexpr float kLeastSum = 1e-30f, kMostSum = 1e20f;
 void check_launch() { cuda::check(cudaGetLastError(), "launch of a row kernel"); }
 
 int blocks_for(std::int64_t items, int per_block) {
-  return static_cast<int>((items + per_block - 1) / per_block);
+  return static_cast<int>(divide_up(items, per_block));
 }
 
 __device__ int listed_rows(const Listed& list) {

@@ -111,8 +111,8 @@ std::int64_t target_sort_bytes(int capacity, int V) {
 
 void launch_target_sums(const TargetSums& t, cudaStream_t stream) {
   const Order order = order_of(t);
-  cuda::launch(read_targets, "read_targets", cuda::divide_up(t.capacity, kThreads), kThreads,
-               stream, t.list, t.capacity, t.V, order);
+  cuda::launch(read_targets, "read_targets", divide_up(t.capacity, kThreads), kThreads, stream,
+               t.list, t.capacity, t.V, order);
   auto bytes = static_cast<std::size_t>(t.sort_bytes);
   cuda::check(sort(order, t.capacity, t.V, t.sort, bytes, stream), "a sort of targets");
   const bool wants_dc = t.sums != nullptr;
@@ -120,7 +120,7 @@ void launch_target_sums(const TargetSums& t, cudaStream_t stream) {
     cuda::check(cudaMemsetAsync(t.sum_of_column, 0xff, std::size_t(t.V) * 4, stream),
                 "clearing of the targets' places");
   }
-  const dim3 blocks(t.capacity, wants_dc ? cuda::divide_up(t.depth, kColumnsOfBlock) : 1);
+  const dim3 blocks(t.capacity, wants_dc ? divide_up(t.depth, kColumnsOfBlock) : 1);
   sum_targets<<<blocks, kThreads, 0, stream>>>(t, order);
   cuda::check(cudaGetLastError(), "sum_targets");
 }
