@@ -13,6 +13,7 @@ from .kto import KTO, kto_kl, kto_loss
 from .linear import LOSSES, linear_loss
 from .log_probs import TokenLogProbs, token_log_probs
 from .policy import policy_loss
+from .token import linear_token_loss
 
 __all__ = [
     "CPO",
@@ -27,6 +28,7 @@ __all__ = [
     "kto_kl",
     "kto_loss",
     "linear_loss",
+    "linear_token_loss",
     "orpo_loss",
     "policy_loss",
     "simpo_loss",
