@@ -214,7 +214,8 @@ def _normalizer(value: float | Tensor | None) -> float | Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
-        _checks.constant("normalizer", value)
+        if value.requires_grad:
+            raise ValueError("cutloss makes no gradient for normalizer: pass it detached")
         if value.numel() != 1:
             raise ValueError(f"normalizer must be one number, got {_checks.shape(value)}")
         return value.reshape(()).double()
