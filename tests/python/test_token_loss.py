@@ -86,6 +86,8 @@ def smallest(p: Problem, fn, takes) -> int:
     """Bytes of the plan by rows with the smallest chunks."""
     with pytest.raises(ValueError) as error:
         call(p, fn, takes, schedule="rows", max_workspace=0)
+    if "rows, 3 products: not by" in str(error.value):
+        pytest.skip("not by rows with these statistics")
     return int(re.search(r"smallest plan needs (\d+) bytes", str(error.value))[1])
 
 
@@ -131,10 +133,7 @@ def test_the_formula(engine, dtype, head, fn, takes):
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 def test_several_chunks(engine, dtype, fn, takes, chunks):
     p = problems.make((3, 270), V=531, D=16, dtype=dtype, bias=True, shift=1)
-    try:
-        most = smallest(p, fn, takes)
-    except NotImplementedError:
-        pytest.skip(f"{engine} does not go by rows with these statistics")
+    most = smallest(p, fn, takes)
     check(p, call(p, fn, takes, schedule="rows", max_workspace=most), fn, takes)
     assert len(chunks) == 1 and chunks[0] > 1
 
@@ -402,8 +401,8 @@ def compare(p: Problem, advantages, options, **how):
 def test_policy_losses_by_rows(options, dtype, shift, chunks):
     p, advantages, options = policy_case(dtype, options, shift)
     compare(p, advantages, options)
-    goes_by_rows = "entropy_coef" not in options or p.e.device.type == "cpu"
-    assert len(chunks) == goes_by_rows or not goes_by_rows
+    # On Hopper entropies rule out the schedule by rows.
+    assert len(chunks) == 1 or ("entropy_coef" in options and p.e.device.type == "cuda")
 
 
 @pytest.mark.usefixtures("device")
@@ -449,10 +448,11 @@ def _on_cuda(monkeypatch):
 def test_nothing_waits_on_cuda(dtype, fn, takes):
     p = problems.make((3, 40), V=1021, D=64, dtype=dtype)
     normalizer = torch.tensor(7.0, device="cuda")
-    expected = call(p, fn, takes, normalizer=normalizer)  # where the function is new, it waits
+    how = dict(inputs_of(p, takes), normalizer=normalizer)
+    expected = linear_token_loss(p.e, p.c, p.targets, fn, **how)  # a function that is new waits
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = call(p, fn, takes, normalizer=normalizer)
+        loss = linear_token_loss(p.e, p.c, p.targets, fn, **how)
         grads = torch.autograd.grad(loss, p.parameters)
     finally:
         torch.cuda.set_sync_debug_mode("default")

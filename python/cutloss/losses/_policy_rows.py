@@ -75,7 +75,7 @@ class _PolicyRows:
     def coefficients(self, rows: Tensor, at: Rows) -> Rows:
         N = self.mask.numel()
         in_chunk = self.mask.new_zeros(N + 1)  # one entry more, for those that are no row
-        in_chunk[torch.where(rows >= 0, rows, N)] = True
+        in_chunk.index_fill_(0, torch.where(rows >= 0, rows, N), True)
         taken = {
             name: torch.where(in_chunk[:N], t, 0.0).requires_grad_()
             for name, t in (("nll", at.nll), ("entropy", at.entropy))

@@ -148,7 +148,7 @@ class FunctionOfRows:
 
     def _scattered(self, d: Tensor, to: Tensor) -> Tensor:
         N = self.counts.shape[0]
-        d = d / torch.as_tensor(self.divisor, device=d.device).to(d.dtype)
+        d = d / (self.divisor.to(d.dtype) if isinstance(self.divisor, Tensor) else self.divisor)
         return d.new_empty(N + 1).index_copy_(0, to, d)[:N]
 
     def value(self, at: Rows) -> Tensor:
