@@ -124,6 +124,14 @@ def test_by_rows_it_takes_what_exponentials_suffice_for(name, kind, monkeypatch,
     assert found == {("cuda/library" if left else FUSED, "rows")}
 
 
+def test_a_schedule_that_it_refuses(monkeypatch):
+    monkeypatch.setenv("CUTLOSS_ENGINE", FUSED)
+    p = problems.make((3, 40), V=1021, D=64, dtype=BF16, label_smoothing=0.1)
+    for most in (None, 1 << 30):
+        with pytest.raises(NotImplementedError, match="no engine goes by schedule rows"):
+            everything(p, schedule="rows", max_workspace=most)
+
+
 @kinds
 @pytest.mark.parametrize("name", ["none", "softcap", "smoothing", "lse"])
 def test_forward_alone_is_its_own_too(name, kind, monkeypatch, capfd):

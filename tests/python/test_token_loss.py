@@ -84,10 +84,10 @@ def check(p: Problem, value, fn, takes, normalizer=None) -> None:
 
 def smallest(p: Problem, fn, takes) -> int:
     """Bytes of the plan by rows with the smallest chunks."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, NotImplementedError)) as error:
         call(p, fn, takes, schedule="rows", max_workspace=0)
-    if "rows, 3 products: not by" in str(error.value):
-        pytest.skip("not by rows with these statistics")
+    if "no engine goes by schedule rows" in str(error.value):
+        pytest.skip(str(error.value))
     return int(re.search(r"smallest plan needs (\d+) bytes", str(error.value))[1])
 
 
