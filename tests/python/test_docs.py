@@ -3,6 +3,7 @@
 import inspect
 import pathlib
 import re
+import runpy
 
 import pytest
 import torch
@@ -106,3 +107,8 @@ def test_a_page_runs_from_top_to_bottom(page):
     names = {}
     for where, code in found:
         run(where, code, names)
+
+
+def test_the_reference_is_what_the_docstrings_say():
+    script = runpy.run_path(str(ROOT / "scripts" / "api_reference.py"))
+    assert script["PAGE"].read_text() == script["page"](), "run scripts/api_reference.py"
