@@ -1,0 +1,104 @@
+"""What a patched model and the classifier in it share: whether logits are made just now."""
+
+import dataclasses
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _unmade
+from ._unmade import Term, UnmadeLogits
+
+NAME = "_cutloss_switch"  # the attribute of both
+
+
+@dataclasses.dataclass(eq=False)
+class Switch:
+    options: dict  # of linear_cross_entropy, always
+    training_options: dict  # of linear_cross_entropy, in training
+    on: bool = False  # the classifier's layers return UnmadeLogits
+    training: bool = False
+    losses: int = 0  # how many were computed
+    probes: list[Tensor] | None = None  # gets the inputs of the classifier's layers
+
+    def loss(self, logits: UnmadeLogits, target: Tensor, given: dict) -> Tensor:
+        options = {**given, **self.options}
+        for name, value in (self.training_options if self.training else {}).items():
+            if value and options.get(name):
+                raise ValueError(
+                    f"{name} is given twice, as {value} to cutloss.patch and as {options[name]} "
+                    f"by the model's own loss: leave one out"
+                )
+            options[name] = value or options.get(name, 0.0)
+        self.losses += 1
+        return _unmade.loss(logits, target, options)
+
+
+def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
+    """Of an nn.Linear that makes logits, in place of its own."""
+    if cutloss_inside is not None:
+        return {"cutloss": cutloss_inside(hidden, self)}
+    switch = getattr(self, NAME)
+    if switch.probes is not None:
+        hidden = hidden.detach().requires_grad_()
+        switch.probes.append(hidden)
+    if not switch.on:
+        return F.linear(hidden, self.weight, self.bias)
+    return UnmadeLogits((Term(hidden, self, 1.0),), switch.loss)
+
+
+def layers(head: nn.Module, owner: str) -> list[nn.Linear]:
+    """Those layers of a model's classifier that make logits, or a part of them: itself; of an
+    adapter the wrapped one and each lora_B."""
+    found = [m for m in head.modules() if not list(m.children())]
+    V = head.weight.shape[0]
+    found = [m for m in found if getattr(m, "weight", None) is not None and _rows(m) == V]
+    for module in found:
+        _check(module, owner)
+    if not found:
+        raise NotImplementedError(
+            f"cutloss.patch knows classifiers that are an nn.Linear, alone or under PEFT's LoRA; "
+            f"the one of {owner} is a {type(head).__name__}"
+        )
+    return found
+
+
+def _rows(module: nn.Module) -> int | None:
+    return module.weight.shape[0] if module.weight.dim() > 0 else None
+
+
+def install(module: nn.Linear, switch: Switch) -> None:
+    module.__dict__[NAME] = switch
+    of_hook = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate's
+    module.__dict__[of_hook] = MethodType(_forward, module)
+
+
+def remove(module: nn.Linear) -> None:
+    del module.__dict__[NAME]
+    if hasattr(module, "_hf_hook"):
+        module._old_forward = MethodType(type(module).forward, module)
+    else:
+        del module.__dict__["forward"]
+
+
+def _check(module: nn.Module, owner: str) -> None:
+    kind = type(module)
+    if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
+        raise NotImplementedError(
+            f"the classifier of {owner} is, or holds, a {kind.__module__}.{kind.__name__}, of "
+            f"which cutloss does not know what it makes of its weight: load the model with this "
+            f"layer in bf16 or fp32 (BitsAndBytesConfig(llm_int8_skip_modules=['lm_head']) for "
+            f"one; quantised layers elsewhere do no harm)"
+        )
+    if not module.weight.is_floating_point():
+        raise NotImplementedError(
+            f"the classifier of {owner} has a weight of {module.weight.dtype}: load the model with "
+            f"this layer in bf16, fp16 or fp32"
+        )
+    has_own = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+    if has_own and NAME not in module.__dict__:
+        raise NotImplementedError(
+            f"the classifier of {owner} has a forward of its own on the instance, which would not "
+            f"be called: remove it, or patch the model before it is put there"
+        )
