@@ -1,0 +1,59 @@
+"""cutloss.patch: loss and gradients are those of the model itself, and no logits are made."""
+
+import architectures
+import pytest
+import torch
+from architectures import ARCHITECTURES, V, batch, make
+
+import cutloss
+
+
+class NoLogits(torch.overrides.TorchFunctionMode):
+    """Every tensor that PyTorch makes has another last dimension than logits."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        rows = result.shape[:-1].numel() if isinstance(result, torch.Tensor) else 0
+        of_model = {(V, 32), (V, 16), (V,)}  # weights, and copies of them
+        if rows > 1 and result.shape[-1] == V and tuple(result.shape) not in of_model:
+            raise AssertionError(f"{function} made a tensor of shape {tuple(result.shape)}")
+        return result
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def run(model, **inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output, gradients(model)
+
+
+def assert_same(got, want, loss_of=lambda output: output.loss):
+    (output, grads), (stock, stock_grads) = got, want
+    torch.testing.assert_close(loss_of(output), loss_of(stock), rtol=2e-6, atol=2e-6)
+    assert grads.keys() == stock_grads.keys()
+    for name, want_grad in stock_grads.items():
+        scale = want_grad.abs().max().item()
+        torch.testing.assert_close(
+            grads[name], want_grad, rtol=1e-4, atol=2e-5 * scale + 1e-9, msg=lambda m: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_loss_and_gradients_are_the_models_own(name):
+    model, inputs = make(name), batch()
+    want = run(model, **inputs), run(model, **inputs, num_items_in_batch=torch.tensor(29))
+    cutloss.patch(model)
+    with NoLogits():
+        got = run(model, **inputs), run(model, **inputs, num_items_in_batch=torch.tensor(29))
+    for g, w in zip(got, want):
+        assert_same(g, w)
+        assert type(g[0]) is type(w[0])
+        assert "logits" not in g[0] and g[0].logits is None
+        assert [k for k in w[0] if k != "logits"] == list(g[0])
+    if want[0][0].get("aux_loss") is not None:
+        assert want[0][0].aux_loss > 0
+        torch.testing.assert_close(got[0][0].aux_loss, want[0][0].aux_loss)
