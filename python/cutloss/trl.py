@@ -79,7 +79,8 @@ class _WithCutloss:
 
 def _modules(trainer: type) -> list:
     """Those that define the trainer and call add_fused_lm_head by its name there."""
-    found = [sys.modules[k.__module__] for k in trainer.__mro__ if k.__module__ in sys.modules]
+    names = [k.__module__ for k in trainer.__mro__ if k.__module__ != __name__]
+    found = [sys.modules[name] for name in names if name in sys.modules]
     found = [m for m in dict.fromkeys(found) if hasattr(m, "add_fused_lm_head")]
     if not found:
         raise NotImplementedError(
