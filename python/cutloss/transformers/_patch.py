@@ -9,7 +9,7 @@ from torch import nn
 from .. import _checks
 from .._implementations import is_plain
 from . import _switch, _verify
-from ._switch import NAME, Switch
+from ._switch import Switch
 from ._unmade import UnmadeLogits
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
@@ -37,8 +37,7 @@ class _Patch:
             if not any(module is m for m in found):
                 _switch.remove(module)
         for module in found:
-            if module.__dict__.get(NAME) is not self.switch:
-                _switch.install(module, self.switch)
+            _switch.install(module, self.switch)
         self.layers = found
 
 

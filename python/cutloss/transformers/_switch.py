@@ -22,6 +22,15 @@ class Switch:
     losses: int = 0  # how many were computed
     probes: list[Tensor] | None = None  # gets the inputs of the classifier's layers
 
+    def __deepcopy__(self, memo: dict) -> "Switch":
+        return Switch(dict(self.options), dict(self.training_options))
+
+    def __getstate__(self):
+        raise TypeError(
+            "a model that cutloss patched can not be pickled whole: save_pretrained and state_dict "
+            "work as ever; for torch.save(model) call cutloss.unpatch(model) before"
+        )
+
     def loss(self, logits: UnmadeLogits, target: Tensor, given: dict) -> Tensor:
         options = {**given, **self.options}
         for name, value in (self.training_options if self.training else {}).items():
@@ -51,24 +60,22 @@ def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
 def layers(head: nn.Module, owner: str) -> list[nn.Linear]:
     """Those layers of a model's classifier that make logits, or a part of them: itself; of an
     adapter the wrapped one and each lora_B."""
-    found = [m for m in head.modules() if not list(m.children())]
-    V = head.weight.shape[0]
-    found = [m for m in found if getattr(m, "weight", None) is not None and _rows(m) == V]
-    for module in found:
-        _check(module, owner)
-    if not found:
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise NotImplementedError(
-            f"cutloss.patch knows classifiers that are an nn.Linear, alone or under PEFT's LoRA; "
-            f"the one of {owner} is a {type(head).__name__}"
+            f"the classifier of {owner} is a {type(head).__name__} without a weight (V, D): "
+            f"cutloss.patch knows an nn.Linear, alone or under PEFT's LoRA or modules_to_save"
         )
-    return found
-
-
-def _rows(module: nn.Module) -> int | None:
-    return module.weight.shape[0] if module.weight.dim() > 0 else None
+    leaves = [m for m in head.modules() if "weight" in dict(m.named_parameters(recurse=False))]
+    found = [m for m in leaves if m.weight.shape[:1] == weight.shape[:1]]
+    for module in found or [head]:
+        _check(module, owner)
+    return found or [head]
 
 
 def install(module: nn.Linear, switch: Switch) -> None:
+    if module.__dict__.get(NAME) is switch:
+        return
     module.__dict__[NAME] = switch
     of_hook = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate's
     module.__dict__[of_hook] = MethodType(_forward, module)

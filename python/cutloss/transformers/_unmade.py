@@ -246,6 +246,8 @@ def _cross_entropy(
     """F.cross_entropy's arguments."""
     if size_average is not None or reduce is not None:
         raise LogitsNotMadeError("a cross-entropy with size_average or reduce, not reduction,")
+    if logits.ndim > 2:
+        raise LogitsNotMadeError(f"a cross-entropy over dimension 1 of {logits.ndim}")
     if target.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels {_checks.shape(target)} for logits {tuple(logits.shape)}: there must be one "

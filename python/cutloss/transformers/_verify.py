@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import _patch
 from ._switch import Switch
+from ._unmade import LogitsNotMadeError
 
 # Between two ways to compute the same: of the loss relative to 1 + |loss|, of gradients relative to
 # their norm. In 16 bits the model rounds its logits, which cutloss does not.
@@ -24,15 +25,26 @@ def verify(model: nn.Module, switch: Switch, stock) -> None:
             switch.probes = []
             output = stock(**inputs)
             want = _loss(output)
-            want_grads = torch.autograd.grad(want, switch.probes)
+            want_grads = torch.autograd.grad(want, switch.probes) if switch.probes else ()
         except Exception as error:
             raise RuntimeError(
                 f"cutloss.patch compares its loss with that of {name} on a tiny batch, which the "
                 f"model itself can not take (see above): pass verify=False and compare on a batch "
                 f"of yours"
             ) from error
+        if not switch.probes:
+            raise NotImplementedError(
+                f"the forward of {name} computes its loss without a call of its classifier "
+                f"(another library may have replaced it): cutloss.patch can not take part in it"
+            )
         switch.probes = []
-        got = _loss(_patch.without_logits(switch, model, stock, (), inputs))
+        try:
+            got = _loss(_patch.without_logits(switch, model, stock, (), inputs))
+        except LogitsNotMadeError as error:
+            raise NotImplementedError(
+                f"cutloss.patch can not do the forward of {name}, and leaves the model as it was: "
+                f"{error}"
+            ) from error
         got_grads = torch.autograd.grad(got, switch.probes)
 
     of_loss, of_grads = _TOLERANCE.get(want_grads[0].dtype, _OF_16_BITS)
