@@ -91,6 +91,12 @@ def remove(module: nn.Linear) -> None:
 
 def _check(module: nn.Module, owner: str) -> None:
     kind = type(module)
+    if kind.__module__.startswith("peft."):
+        raise NotImplementedError(
+            f"the classifier of {owner} is under PEFT's {kind.__name__}, of which cutloss does not "
+            f"know what it makes of the weight: plain LoRA and modules_to_save are known; leave "
+            f"the classifier out of this adapter (target_modules), or use one of those for it"
+        )
     if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
         raise NotImplementedError(
             f"the classifier of {owner} is, or holds, a {kind.__module__}.{kind.__name__}, of "
