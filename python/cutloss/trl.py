@@ -1,9 +1,9 @@
 """TRL's trainers, whose per-token log-probabilities cutloss makes.
 
 Since 1.16 TRL's trainers all take these (and entropies, accuracies) from one place: a forward that
-``trl.trainer.utils.add_fused_lm_head`` puts on the model while a trainer is made. The trainers here
-are TRL's own with another forward put there, of the same arguments and results. Everything else, the
-losses among it, is TRL's.
+``trl.trainer.utils.add_fused_lm_head`` puts on the model while a trainer is made. The trainers
+here are TRL's own with another forward put there, of the same arguments and results. Everything
+else, the losses among it, is TRL's.
 """
 
 import contextlib
@@ -45,9 +45,9 @@ def with_cutloss(trainer: type) -> type:
         trainer = cutloss.trl.with_cutloss(MyTrainer)(model=..., args=..., ...)
 
     Losses and metrics are TRL's; log-probabilities, entropies and accuracies of tokens come from
-    the model's own forward (its scale, softcap, adapters) without its logits. What needs logits in
-    TRL itself (``compute_metrics``, ``compute_loss_func``, ``label_smoothing_factor``) gets them from
-    a forward of TRL's own, as without cutloss.
+    the model's own forward (its scale, softcap, adapters) without its logits. What needs logits
+    in TRL itself (``compute_metrics``, ``compute_loss_func``, ``label_smoothing_factor``) gets
+    them from another forward, as without cutloss.
 
     :param trainer: trl.SFTTrainer, DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, or a subclass.
     :raises NotImplementedError: where this version of TRL has no such place, and, when a trainer is
@@ -141,7 +141,7 @@ def add_fused_lm_head(
     stock = target.forward
     _install(target, switch)
     _verify.verify(target, switch, stock)
-    coefficient_of = target.config.get_text_config()
+    text_config = target.config.get_text_config()
 
     @functools.wraps(type(target).forward)  # generate reads its signature
     def forward(
@@ -176,12 +176,13 @@ def add_fused_lm_head(
         per_token = _per_token(
             output.logits, targets, shift, temperature, cast_lm_head_to_fp32, outputs
         )
-        mask = targets[:, shift:] != -100
+        mask = targets[:, shift:].to(per_token["log_probs"].device) != -100
         items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = -per_token["log_probs"].sum() / items
         aux_loss = output.get("aux_loss")
         if aux_loss is not None:
-            loss = loss + getattr(coefficient_of, "router_aux_loss_coef", 0.0) * aux_loss
+            coefficient = getattr(text_config, "router_aux_loss_coef", 0.0)
+            loss = loss + coefficient * aux_loss.to(loss.device)
         return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **per_token)
 
     target.forward = MethodType(forward, target)

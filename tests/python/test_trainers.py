@@ -51,7 +51,7 @@ def pad(batch):
         return torch.tensor([row[key] + [value] * (length - len(row[key])) for row in batch])
 
     ids = padded("input_ids", 0)
-    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (length - len(r["input_ids"])) for r in batch])
+    mask = (ids != 0).long()
     return dict(input_ids=ids, labels=padded("labels", -100), attention_mask=mask)
 
 
@@ -185,6 +185,40 @@ def test_sft(tokenizer, tmp_path, more):
     assert_same(got, want)
 
 
+def test_a_trainer_of_ones_own_with_a_patched_model(tokenizer, tmp_path):
+    class Mine(trl.SFTTrainer):
+        pass
+
+    stock = history(sft(trl.SFTTrainer, make("LlamaForCausalLM"), tokenizer, tmp_path))
+    kind = cutloss.trl.with_cutloss(Mine)
+    assert kind is cutloss.trl.with_cutloss(Mine) and kind.__name__ == "Mine"
+    ours = history(sft(kind, cutloss.patch(make("LlamaForCausalLM")), tokenizer, tmp_path))
+    assert_same(ours, stock)
+    assert trl.trainer.sft_trainer.add_fused_lm_head is trl.trainer.utils.add_fused_lm_head
+
+
+def test_what_trl_may_not_be(tokenizer, tmp_path, monkeypatch):
+    with pytest.raises(NotImplementedError, match=r"Trainer does not take its .*\(trl 1.16.0"):
+        cutloss.trl.with_cutloss(Trainer)
+    module = trl.trainer.sft_trainer
+    with monkeypatch.context() as m:
+        m.setattr(module, "add_fused_lm_head", lambda model, outputs: None)
+        with pytest.raises(NotImplementedError, match=r"takes \['model', 'outputs'\]"):
+            sft(cutloss.trl.SFTTrainer, make("LlamaForCausalLM"), tokenizer, tmp_path)
+
+    class Elsewhere(trl.SFTTrainer):
+        def __init__(self, *args, **kwargs):
+            before = module.add_fused_lm_head
+            module.add_fused_lm_head = lambda *args, **kwargs: None
+            super().__init__(*args, **kwargs)
+            module.add_fused_lm_head = before
+
+    with pytest.raises(NotImplementedError, match="without a call of add_fused_lm_head"):
+        sft(cutloss.trl.with_cutloss(Elsewhere), make("LlamaForCausalLM"), tokenizer, tmp_path)
+    with pytest.raises(NotImplementedError, match="asks for .'quantiles'.*knows nothing"):
+        cutloss.trl.add_fused_lm_head(make("LlamaForCausalLM"), outputs=("quantiles",))
+
+
 def test_sft_accumulated(tokenizer, tmp_path):
     more = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4)
     whole = history(sft(cutloss.trl.SFTTrainer, make("LlamaForCausalLM"), tokenizer, tmp_path))
@@ -234,9 +268,8 @@ def grpo(base, model, tokenizer, tmp_path, peft_config=None, **more):
     def reward(completions, **kwargs):
         return [float(len(set(c)) % 5) for c in completions]
 
-    args = arguments(
-        trl.GRPOConfig, tmp_path, num_generations=2, max_completion_length=5, temperature=0.8, **more
-    )
+    more = dict(num_generations=2, max_completion_length=5, temperature=0.8, **more)
+    args = arguments(trl.GRPOConfig, tmp_path, **more)
     data = datasets.Dataset.from_list([dict(prompt=words(i, 3)) for i in range(8)])
     transformers.set_seed(2)
     return base(
@@ -245,12 +278,65 @@ def grpo(base, model, tokenizer, tmp_path, peft_config=None, **more):
     )  # fmt: skip
 
 
+def rloo(base, model, tokenizer, tmp_path, peft_config=None, **more):
+    def reward(completions, **kwargs):
+        return [float(len(set(c)) % 5) for c in completions]
+
+    args = arguments(trl.RLOOConfig, tmp_path, num_generations=2, max_completion_length=5, **more)
+    data = datasets.Dataset.from_list([dict(prompt=words(i, 3)) for i in range(8)])
+    transformers.set_seed(2)
+    return base(
+        model=model, args=args, train_dataset=data, processing_class=tokenizer,
+        reward_funcs=reward, peft_config=peft_config,
+    )  # fmt: skip
+
+
+def kto(base, model, tokenizer, tmp_path, peft_config=None, **more):
+    data = [
+        dict(prompt=words(i, 3), completion=" " + words(50 + i, 4), label=i % 2 == 0)
+        for i in range(8)
+    ]
+    args = arguments(trl.KTOConfig, tmp_path, **more)
+    transformers.set_seed(2)
+    return base(
+        model=model, args=args, train_dataset=datasets.Dataset.from_list(data),
+        processing_class=tokenizer, peft_config=peft_config,
+    )  # fmt: skip
+
+
+def test_kto(tokenizer, tmp_path):
+    got, want = both(kto, "KTOTrainer", tokenizer, tmp_path, peft_config=LORA)
+    assert_same(got, want)
+
+
+def without_logits_in_the_loss(trainer):
+    """Generating makes them."""
+    compute = trainer._compute_loss
+
+    def checked(*args, **kwargs):
+        with NoLogits():
+            return compute(*args, **kwargs)
+
+    trainer._compute_loss = checked
+    return trainer
+
+
+def test_rloo(tokenizer, tmp_path):
+    given = (make("Gemma2ForCausalLM"), tokenizer, tmp_path, LORA)
+    want = history(rloo(trl.RLOOTrainer, *copy.deepcopy(given)))
+    got = history(without_logits_in_the_loss(rloo(cutloss.trl.RLOOTrainer, *given)))
+    assert_same(got, want)
+
+
 @pytest.mark.parametrize(
-    "more", [{}, dict(beta=0.1, top_entropy_quantile=0.5, peft_config=LORA)], ids=["dapo", "kl_and_entropies"]
+    "more",
+    [{}, dict(beta=0.1, top_entropy_quantile=0.5, peft_config=LORA)],
+    ids=["dapo", "kl_and_entropies"],
 )
 def test_grpo(tokenizer, tmp_path, more):
-    stock = history(grpo(trl.GRPOTrainer, make("Gemma2ForCausalLM"), tokenizer, tmp_path, **more))
-    trainer = grpo(cutloss.trl.GRPOTrainer, make("Gemma2ForCausalLM"), tokenizer, tmp_path, **more)
-    got = history(trainer)
+    given = (make("Gemma2ForCausalLM"), tokenizer, tmp_path)
+    stock = history(grpo(trl.GRPOTrainer, *copy.deepcopy(given), **more))
+    trainer = grpo(cutloss.trl.GRPOTrainer, *given, **more)
+    got = history(without_logits_in_the_loss(trainer))
     assert any(entry["loss"] != 0 for entry in got)
     assert_same(got, stock)

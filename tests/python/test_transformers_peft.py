@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import batch, make
 from peft import (
+    IA3Config,
     LoraConfig,
     PeftModel,
     PromptTuningConfig,
@@ -61,8 +62,8 @@ def test_adapters(config):
 
 
 def test_adapters_on_a_softcapped_and_biased_head():
-    for name, changes in (("Gemma2ForCausalLM", dict(tie_word_embeddings=False)), ("PhiForCausalLM", {})):
-        stock = adapted(LoraConfig(**HEAD), name, **changes)
+    for name in ("Gemma2ForCausalLM", "PhiForCausalLM"):
+        stock = adapted(LoraConfig(**HEAD), name, tie_word_embeddings=False)
         model = cutloss.patch(copy.deepcopy(stock))
         assert_same(seeded(model), seeded(stock))
 
@@ -120,6 +121,18 @@ def test_dora_on_the_head_is_refused():
     with pytest.raises(NotImplementedError, match="under PEFT's DoraLinearLayer.*plain LoRA"):
         cutloss.patch(adapted(LoraConfig(**HEAD, use_dora=True)))
     cutloss.patch(adapted(LoraConfig(**BODY, use_dora=True)))
+
+
+def test_other_adapters_on_the_head_are_refused():
+    known = dict(task_type=TaskType.CAUSAL_LM)
+    with pytest.raises(NotImplementedError, match="the product with a tensor"):
+        model = make("LlamaForCausalLM")
+        config = IA3Config(target_modules=["lm_head"], feedforward_modules=[], **known)
+        cutloss.patch(get_peft_model(model, config))
+    with pytest.raises(NotImplementedError, match="without a call of its classifier"):
+        model = make("LlamaForCausalLM", tie_word_embeddings=True)
+        config = LoraConfig(**BODY, trainable_token_indices=[5], **known)
+        cutloss.patch(get_peft_model(model, config))
 
 
 def test_prepared_for_quantised_training():

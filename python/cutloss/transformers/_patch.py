@@ -139,7 +139,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise TypeError(f"cutloss.patch takes a model, got {type(model).__name__}")
     if type(model).__name__ in _WRAPPERS or hasattr(model, "_orig_mod"):
         raise ValueError(
-            f"this model is inside a {type(model).__name__}: patch it before it is wrapped or "
+            f"this model is inside {type(model).__name__}: patch it before it is wrapped or "
             f"compiled"
         )
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):

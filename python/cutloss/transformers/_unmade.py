@@ -19,7 +19,8 @@ from ..functional import linear_cross_entropy
 
 
 class LogitsNotMadeError(NotImplementedError, AttributeError):
-    """Something asked for logits that cutloss did not make. (An AttributeError too: hasattr asks.)"""
+    """Something asked for logits that cutloss did not make. (An AttributeError, since hasattr may
+    be what asks.)"""
 
     def __init__(self, what: str):
         super().__init__(
@@ -125,17 +126,13 @@ class UnmadeLogits:
         items = index if isinstance(index, tuple) else (index,)
         if not all(i is Ellipsis or isinstance(i, (slice, int, Tensor)) for i in items):
             raise LogitsNotMadeError(f"the entries {index!r}")
-        takes = sum(
-            0 if i is Ellipsis else i.dim() if _is_mask(i) else 1 for i in items
-        )  # how many dimensions the index speaks of
-        reaches_the_end = any(i is Ellipsis for i in items) or takes == self.ndim
+        # How many dimensions the index speaks of: the last one must be left whole.
+        takes = sum(0 if i is Ellipsis else i.dim() if _is_mask(i) else 1 for i in items)
         last = items[-1]
-        if takes > self.ndim or (
-            reaches_the_end
-            and last is not Ellipsis
-            and not (isinstance(last, slice) and last == slice(None))
-        ):
-            raise LogitsNotMadeError(f"single columns ({index!r})")
+        whole = last is Ellipsis or (isinstance(last, slice) and last == slice(None))
+        speaks_of_last = any(i is Ellipsis for i in items) or takes >= self.ndim
+        if takes > self.ndim or (speaks_of_last and not whole):
+            raise LogitsNotMadeError(f"some of the columns ({index!r})")
         return self._of_hidden(lambda hidden: hidden[index])
 
     def view(self, *shape) -> "UnmadeLogits":
