@@ -139,7 +139,7 @@ def add_fused_lm_head(
     target = unwrapped(model)
     switch = Switch({}, {})
     stock = target.forward
-    _install(target, switch)
+    _switch.prepare(target, switch)
     _verify.verify(target, switch, stock)
     text_config = target.config.get_text_config()
 
@@ -160,7 +160,7 @@ def add_fused_lm_head(
             kwargs.update({k: v for k, v in given.items() if v is not None})
             return stock(*args, **kwargs)
         kwargs.update(use_cache=False, return_dict=True)
-        _install(self, switch)
+        _switch.prepare(self, switch)
         switch.on = True
         try:
             output = stock(*args, **kwargs)
@@ -186,11 +186,6 @@ def add_fused_lm_head(
         return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **per_token)
 
     target.forward = MethodType(forward, target)
-
-
-def _install(model: nn.Module, switch: Switch) -> None:
-    for module in _switch.layers(model.get_output_embeddings(), type(model).__name__):
-        _switch.install(module, switch)
 
 
 def _per_token(

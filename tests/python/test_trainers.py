@@ -192,8 +192,9 @@ def test_a_trainer_of_ones_own_with_a_patched_model(tokenizer, tmp_path):
     stock = history(sft(trl.SFTTrainer, make("LlamaForCausalLM"), tokenizer, tmp_path))
     kind = cutloss.trl.with_cutloss(Mine)
     assert kind is cutloss.trl.with_cutloss(Mine) and kind.__name__ == "Mine"
-    ours = history(sft(kind, cutloss.patch(make("LlamaForCausalLM")), tokenizer, tmp_path))
-    assert_same(ours, stock)
+    model = cutloss.patch(make("LlamaForCausalLM"))
+    assert_same(history(sft(kind, model, tokenizer, tmp_path)), stock)
+    assert model(**pad(rows())).logits is None  # and is as patched as it was
     assert trl.trainer.sft_trainer.add_fused_lm_head is trl.trainer.utils.add_fused_lm_head
 
 

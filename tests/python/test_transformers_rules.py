@@ -90,6 +90,14 @@ def test_no_label_counts():
     assert output.loss == 0 and all((g == 0).all() for g in grads.values())
 
 
+@pytest.mark.parametrize("name", ["CohereForCausalLM", "GraniteForCausalLM", "Gemma2ForCausalLM"])
+def test_a_bias_is_scaled_and_capped_too(name):
+    stock = make(name, tie_word_embeddings=False)
+    stock.lm_head = torch.nn.Linear(32, V)
+    model = cutloss.patch(copy.deepcopy(stock))
+    assert_same(run(model, **batch()), run(stock, **batch()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(dtype):
     exact, inputs = make("Gemma2ForCausalLM"), batch()
@@ -287,6 +295,21 @@ def test_classifiers_of_other_kinds():
         model.lm_head = Linear4bit(32, V)
 
     refused(quantised, "Linear4bit, of which cutloss does not know.*in bf16 or fp32")
+
+    class Packed(torch.Tensor):
+        """As quantisers have, and a sharded weight is."""
+
+    def of_a_subclass(model):
+        weight = model.lm_head.weight.data.as_subclass(Packed)
+        model.lm_head.weight = torch.nn.Parameter(weight)
+
+    refused(of_a_subclass, "Packed, not a tensor of its own")
+
+    def in_eight_bits(model):
+        weight = torch.zeros(V, 32, dtype=torch.int8)
+        model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    refused(in_eight_bits, "a weight of torch.int8")
 
     def sequential(model):
         model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, V))

@@ -24,21 +24,9 @@ class _Patch:
         self.before = model.__dict__.get("forward")  # the instance's own, where it has one
         names = list(inspect.signature(model.forward).parameters)
         self.place_of_labels = names.index("labels") if "labels" in names else None
-        self.layers: list[nn.Linear] = []
 
     def stock(self, model: nn.Module):
         return self.before or type(model).forward.__get__(model)
-
-    def install(self, model: nn.Module) -> None:
-        """On the classifier that the model has now: an adapter may have come since."""
-        head = model.get_output_embeddings()
-        found = _switch.layers(head, type(model).__name__)
-        for module in self.layers:
-            if not any(module is m for m in found):
-                _switch.remove(module)
-        for module in found:
-            _switch.install(module, self.switch)
-        self.layers = found
 
 
 def patch(
@@ -101,7 +89,7 @@ def patch(
         )
     switch = Switch(dict(impl=impl, max_workspace=max_workspace), training)
     held = _Patch(target, switch, return_logits)
-    held.install(target)
+    _switch.prepare(target, switch)
     target.__dict__["_cutloss_patch"] = held
     target.__dict__["forward"] = MethodType(_wrapped(type(target).forward), target)
     if verify:
@@ -125,8 +113,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             f"the forward of this {type(target).__name__} was wrapped after cutloss.patch (as "
             f"accelerator.prepare does): undo that first (accelerator.unwrap_model)"
         )
-    for module in held.layers:
-        _switch.remove(module)
+    _switch.remove(held.switch)
     del target.__dict__["_cutloss_patch"], target.__dict__["forward"]
     if held.before is not None:
         target.__dict__["forward"] = held.before
@@ -169,7 +156,7 @@ def _wrapped(of_class):
             return_logits = not self.training
         if return_logits or not has_labels:
             return stock(*args, **kwargs)
-        held.install(self)
+        _switch.prepare(self, held.switch)
         return _without_logits(without_logits(held.switch, self, stock, args, kwargs))
 
     forward._of_cutloss = True

@@ -1,6 +1,8 @@
 """What a patched model and the classifier in it share: whether logits are made just now."""
 
+import copy
 import dataclasses
+import operator
 from types import MethodType
 
 import torch
@@ -21,9 +23,12 @@ class Switch:
     training: bool = False
     losses: int = 0  # how many were computed
     probes: list[Tensor] | None = None  # gets the inputs of the classifier's layers
+    seen: list[nn.Module] = dataclasses.field(default_factory=list)  # all of the classifier
+    layers: list[nn.Linear] = dataclasses.field(default_factory=list)  # those that are changed
 
     def __deepcopy__(self, memo: dict) -> "Switch":
-        return Switch(dict(self.options), dict(self.training_options))
+        layers = copy.deepcopy(self.layers, memo)
+        return Switch(dict(self.options), dict(self.training_options), layers=layers)
 
     def __getstate__(self):
         raise TypeError(
@@ -57,23 +62,49 @@ def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
     return UnmadeLogits((Term(hidden, self, 1.0),), switch.loss)
 
 
-def layers(head: nn.Module, owner: str) -> list[nn.Linear]:
-    """Those layers of a model's classifier that make logits, or a part of them: itself; of an
-    adapter the wrapped one and each lora_B."""
+def prepare(model: nn.Module, switch: Switch) -> None:
+    """Puts the switch into the classifier that the model has now: adapters come and go."""
+    head = model.get_output_embeddings()
+    modules = list(head.modules())
+    same = len(modules) == len(switch.seen) and all(map(operator.is_, modules, switch.seen))
+    if same and all(m.__dict__.get(NAME) is switch for m in switch.layers):
+        return
+    found = _layers(head, type(model).__name__)
+    for module in switch.layers:
+        if not any(module is m for m in found):
+            _remove(module)
+    for module in found:
+        _install(module, switch)
+    switch.layers, switch.seen = found, modules
+
+
+def remove(switch: Switch) -> None:
+    for module in switch.layers:
+        _remove(module)
+
+
+def shape(weight: Tensor) -> torch.Size:
+    """Also of one that DeepSpeed's ZeRO-3 has taken apart."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+def _layers(head: nn.Module, owner: str) -> list[nn.Linear]:
+    """Those layers of a classifier that make logits, or a part of them: itself; of an adapter the
+    wrapped one and each lora_B."""
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    if not isinstance(weight, Tensor) or len(shape(weight)) != 2:
         raise NotImplementedError(
             f"the classifier of {owner} is a {type(head).__name__} without a weight (V, D): "
             f"cutloss.patch knows an nn.Linear, alone or under PEFT's LoRA or modules_to_save"
         )
     leaves = [m for m in head.modules() if "weight" in dict(m.named_parameters(recurse=False))]
-    found = [m for m in leaves if m.weight.shape[:1] == weight.shape[:1]]
+    found = [m for m in leaves if shape(m.weight)[:1] == shape(weight)[:1]]
     for module in found or [head]:
         _check(module, owner)
     return found or [head]
 
 
-def install(module: nn.Linear, switch: Switch) -> None:
+def _install(module: nn.Linear, switch: Switch) -> None:
     if module.__dict__.get(NAME) is switch:
         return
     module.__dict__[NAME] = switch
@@ -81,7 +112,7 @@ def install(module: nn.Linear, switch: Switch) -> None:
     module.__dict__[of_hook] = MethodType(_forward, module)
 
 
-def remove(module: nn.Linear) -> None:
+def _remove(module: nn.Linear) -> None:
     del module.__dict__[NAME]
     if hasattr(module, "_hf_hook"):
         module._old_forward = MethodType(type(module).forward, module)

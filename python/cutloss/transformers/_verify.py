@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _patch
-from ._switch import Switch
+from ._switch import Switch, shape
 from ._unmade import LogitsNotMadeError
 
 # Between two ways to compute the same: of the loss relative to 1 + |loss|, of gradients relative to
@@ -82,7 +82,7 @@ def _inputs(model: nn.Module, stock) -> dict:
             f"this {type(model).__name__} is on the meta device, where it can not run for "
             f"cutloss.patch to compare losses: pass verify=False, or patch it when it has weights"
         )
-    V = min(weight.shape[0], model.get_output_embeddings().weight.shape[0])
+    V = min(shape(weight)[0], shape(model.get_output_embeddings().weight)[0])
     special = _special_tokens(model.config)
     ordinary = [i for i in range(min(V, 64 + len(special))) if i not in special] or [0]
     ids = torch.tensor([ordinary[(5 * i + 3) % len(ordinary)] for i in range(8)]).view(2, 4)
