@@ -112,8 +112,9 @@ def _special_tokens(config) -> set[int]:
 def _as_it_was(model: nn.Module, switch: Switch):
     """In evaluation mode, without a gradient for the classifier; everything restored after."""
     modes = [(m, m.training) for m in model.modules()]
+    # Large buffers are masks or quantised weights, which no forward changes.
     buffers = [
-        (module, name, b, b.clone())
+        (module, name, b, b.clone() if b.numel() <= 2**20 else None)
         for module in model.modules()
         for name, b in module._buffers.items()
         if b is not None and not b.is_meta
@@ -133,5 +134,6 @@ def _as_it_was(model: nn.Module, switch: Switch):
         for module, training in modes:
             module.training = training
         for module, name, b, values in buffers:
-            b.data.copy_(values)
+            if values is not None:
+                b.data.copy_(values)
             module._buffers[name] = b
