@@ -99,7 +99,7 @@ def test_every_option_of_theirs_has_a_row(title, names):
     assert not [name for name in names if not re.search(rf"`{name}\b", rows)]
 
 
-@pytest.mark.parametrize("page", ["losses.md"])
+@pytest.mark.parametrize("page", ["losses.md", "transformers.md"])
 def test_a_page_runs_from_top_to_bottom(page):
     """Its snippets make all that they use."""
     found = snippets(ROOT / "docs" / page)
