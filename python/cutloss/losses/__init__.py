@@ -8,6 +8,7 @@ from ._arguments import Loss
 from ._dpo_table import DPO
 from ._policy_table import POLICY
 from .cpo import CPO, cpo_loss, orpo_loss, simpo_loss
+from .distillation import linear_distillation, linear_distillation_top_k
 from .dpo import dpo_loss
 from .kto import KTO, kto_kl, kto_loss
 from .linear import LOSSES, linear_loss
@@ -26,6 +27,8 @@ __all__ = [
     "dpo_loss",
     "kto_kl",
     "kto_loss",
+    "linear_distillation",
+    "linear_distillation_top_k",
     "linear_loss",
     "orpo_loss",
     "policy_loss",

@@ -43,6 +43,11 @@ def finite(name: str, value: float) -> float:
     return value
 
 
+def floating(name: str, t: Tensor) -> None:
+    if not t.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+
+
 def within(name: str, value: float, least: float, most: float) -> float:
     value = number(name, value)
     if not least <= value <= most:
