@@ -269,8 +269,8 @@ def _(t, factor):
 # Autograd ---------------------------------------------------------------------------------------
 
 _SECOND_ORDER = (
-    "cutloss makes first derivatives only: its gradients cannot be differentiated again; use "
-    "impl='torch' where a second derivative (create_graph=True) is needed"
+    "cutloss makes first derivatives only: its gradients cannot be differentiated again; where "
+    "a second derivative (create_graph=True) is needed use impl='torch', in the calls that have it"
 )
 
 
@@ -292,7 +292,7 @@ class _FirstOrder(torch.autograd.Function):
         raise NotImplementedError(_SECOND_ORDER)
 
 
-def _first_order(gradients, *sources):
+def first_order(gradients, *sources):
     if not torch.is_grad_enabled():  # no create_graph
         return gradients
     return tuple(g if g is None else _FirstOrder.apply(g, *sources) for g in gradients)
@@ -343,7 +343,7 @@ def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
         saved = (nll, row_max, log_sum, entropy, kept)
         d_rows = (d_nll, d_lse, d_lse_squared, d_entropy, d_zbar)
         gradients = call(_ops.gradients, *operands, *saved, *d_rows, **options)
-    return *_first_order(_wanted(gradients, options), *sources), *(None,) * 5
+    return *first_order(_wanted(gradients, options), *sources), *(None,) * 5
 
 
 def _traced_statistics_backward(ctx, *d_outputs):
@@ -395,7 +395,7 @@ def _immediate_backward(ctx, d_loss, *_):
     if not torch.is_grad_enabled():
         return *gradients, *(None,) * 5
     e, c, bias = inputs[:3]
-    return *_first_order(gradients, e, c, bias, d_loss), *(None,) * 5
+    return *first_order(gradients, e, c, bias, d_loss), *(None,) * 5
 
 
 # Eager code takes _Deferred and _Immediate, torch.func takes _Transformed; traced code takes the

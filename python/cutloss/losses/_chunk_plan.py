@@ -9,7 +9,8 @@ DEFAULT_WORKSPACE = 256 << 20
 CONVERTED = 16 << 20  # classes that are converted to the products' dtype at a time, in bytes
 _LIBRARY = 34 << 20  # what cuBLAS takes at its first call, on Hopper
 _BLOCK = 2048  # rows of a slab at a time: products of this size run at full speed
-_FEW = 64  # fewer rows at a time leave a GPU waiting for the classifier to be read
+_FEW = 64  # fewer rows at a time leave a GPU waiting for the classifier to be read,
+_FEW_SUMS = 512  # and fewer than these for dC's sums to be read and written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def make_plan(
     """The fewest products that fit. `known`: whether gradients are made along with the loss."""
     limit = DEFAULT_WORKSPACE if max_workspace is None else max_workspace
     sums = s.V * s.D * s.stats if dc and s.c < s.stats else 0
-    least = min(s.n, _FEW if max_workspace is None else 1)
+    least = min(s.n, _FEW_SUMS if s.on_cuda else _FEW)
     if not dc or schedule == "rows" or (schedule == "auto" and _rows(s, limit - sums) >= least):
         return Plan(_chunk(s, _rows(s, limit - sums), s.of_row, s.fixed + sums, max_workspace))
     rows = _chunk(s, _rows(s, limit), s.of_row, s.fixed, max_workspace)

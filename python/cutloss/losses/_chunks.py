@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import _ops
 from ._chunk_plan import CONVERTED, Plan, bytes_of
 
 # The logit of a class that cannot be, whose bias is -inf. Finite, so that 0 * log 0 is 0.
@@ -109,8 +109,9 @@ class Rule(Protocol):
         """The same with other tensors."""
         ...
 
-    def of_rows(self, z: Tensor, rows: Rows, gradient: bool, keep: bool) -> OfRows:
-        """z: (R,V), may be overwritten."""
+    def of_rows(self, logits: list[Tensor], rows: Rows, gradient: bool, keep: bool) -> OfRows:
+        """logits: one tensor (R,V), to be taken out of the list, so that its memory is free once it
+        is used up."""
         ...
 
     def of_slab(self, z: Tensor, rows: Rows, columns: slice, kept: Tensor) -> Tensor:
@@ -194,8 +195,9 @@ def _by_rows(
             at = rows.at
             chosen = how.rows(e, rows)
             z, tanh = _capped(how, how.before_cap(chosen, c, bias, slice(None)))
-            made = rule.of_rows(z, rows, sums is not None, keep)
+            logits = [z]
             del z
+            made = rule.of_rows(logits, rows, sums is not None, keep)
             losses[at], parts[at] = made.losses, made.parts
             if keep:
                 kept[at] = made.kept
@@ -366,13 +368,14 @@ class _Deferred(torch.autograd.Function):
         return losses, parts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_losses, _):
         e, c, bias, kept, *tensors = ctx.saved_tensors
         if d_losses is None:
             return (None,) * (4 + len(tensors))
         task = ctx.task.with_tensors(tuple(tensors))
-        made, _, _ = _gradients((e, c, bias), task, d_losses, ctx.needs_input_grad[:3], kept)
+        with torch.no_grad():
+            made, _, _ = _gradients((e, c, bias), task, d_losses, ctx.needs_input_grad[:3], kept)
+        made = _ops.first_order(made, e, c, bias, d_losses)
         return *made, *(None,) * (1 + len(tensors))
 
 
@@ -390,7 +393,6 @@ class _Immediate(torch.autograd.Function):
         return _sum(losses, factors), parts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_loss, _):
         e, c, bias, factors, *tensors = ctx.saved_tensors
         if d_loss is None:
@@ -398,8 +400,10 @@ class _Immediate(torch.autograd.Function):
         # The first backward hands over what forward made. Another one (retain_graph) makes it
         # again: the same bits, and no copy for those who never ask.
         made, ctx.made = ctx.made, None
-        if made is None:
-            task = ctx.task.with_tensors(tuple(tensors))
-            made, _, _ = _gradients((e, c, bias), task, factors, ctx.needs_input_grad[:3])
-        made = (None if t is None else t.mul_(d_loss) for t in made)
+        with torch.no_grad():
+            if made is None:
+                task = ctx.task.with_tensors(tuple(tensors))
+                made, _, _ = _gradients((e, c, bias), task, factors, ctx.needs_input_grad[:3])
+            made = tuple(None if t is None else t.mul_(d_loss) for t in made)
+        made = _ops.first_order(made, e, c, bias, d_loss)
         return *made, *(None,) * (2 + len(tensors))

@@ -4,8 +4,8 @@ Each takes log-probabilities of the same entries, (R,W): the student's s and the
 even where a class cannot be (its probability is then exactly 0, and 0 * log 0 is 0). It returns
 
     loss    (R), the sum over the entries
-    slope   (R,W), the derivative by s, as if the entries of s did not depend on each other; adding
-            a multiple of p_s changes nothing of what follows
+    slope   (R,W), the derivative by s, as if the entries of s did not depend on each other; less
+            a multiple of p_s (`omitted`), which over all classes changes nothing of what follows
 
 and from the slope the derivative by logits follows, whatever the divergence: slope - p_s sum(slope)
 (`by_logits`). All of it in place where it can be: t is used up, s is left as it is.
@@ -25,6 +25,7 @@ Result = tuple[Tensor | None, Tensor]
 class Divergence:
     of_entries: Callable[[Tensor, Tensor, float, bool], Result]  # s, t, beta, whether the loss too
     buffers: int  # tensors of (R,W) alive at most, s and t among them
+    omitted: float = 0.0
     infinite: str = ""  # which of the two may not be 0 where the other is not, if either
 
 
@@ -67,7 +68,7 @@ def tvd(s: Tensor, t: Tensor, beta: float, wants_loss: bool) -> Result:
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(forward_kl, 3, infinite="student"),
-    "reverse_kl": Divergence(reverse_kl, 3, infinite="teacher"),
+    "reverse_kl": Divergence(reverse_kl, 3, omitted=1.0, infinite="teacher"),
     "jsd": Divergence(jsd, 4),
     "tvd": Divergence(tvd, 3),
 }

@@ -113,8 +113,8 @@ class OfModel:
     def with_tensors(self, tensors: tuple[Tensor | None, ...]) -> "OfModel":
         return OfModel(self.mixture, self.logits, *tensors)
 
-    def of_rows(self, z: Tensor, rows: Rows, gradient: bool, keep: bool) -> OfRows:
-        mix = self.mixture
+    def of_rows(self, logits: list[Tensor], rows: Rows, gradient: bool, keep: bool) -> OfRows:
+        mix, z = self.mixture, logits.pop()
         kept = [] if keep else None
         target = None if self.targets is None else self.targets[rows.at, None]
         nll = once = None
@@ -131,7 +131,7 @@ class OfModel:
         del t
         nan = None if self.invalid is None else self.invalid[rows.at]
         if self.infinite is not None:
-            soft = torch.where(self.infinite, torch.inf, soft)
+            soft = torch.where(self.infinite & ~soft.isnan(), torch.inf, soft)
         if nan is not None:
             soft = soft.masked_fill(nan, torch.nan)
         g = None
@@ -218,8 +218,8 @@ class OfTopK:
     def with_tensors(self, tensors: tuple[Tensor | None, ...]) -> "OfTopK":
         return OfTopK(self.mixture, self.tail, *tensors)
 
-    def of_rows(self, z: Tensor, rows: Rows, gradient: bool, keep: bool) -> OfRows:
-        mix = self.mixture
+    def of_rows(self, logits: list[Tensor], rows: Rows, gradient: bool, keep: bool) -> OfRows:
+        mix, z = self.mixture, logits.pop()
         ids, log_t, here = self._stored(rows)
         invalid = faults(ids, log_t, here, z.shape[1], self.tail).any(0)
         if self.invalid is not None:
@@ -307,6 +307,8 @@ class OfTopK:
             s = log_p[:, :-1].contiguous()
         infinite = ((s < NEVER / 2) & (t > NEVER / 2)).any(-1)
         soft, slope = mix.of_entries(s, t)
+        if self.tail == "ignore":  # the events are not all that there is
+            slope = slope + DIVERGENCES[mix.divergence].omitted * s.exp()
         if DIVERGENCES[mix.divergence].infinite == "student":
             soft = torch.where(infinite, torch.inf, soft)
         total = slope.sum(-1, keepdim=True)
