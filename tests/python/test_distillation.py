@@ -1,6 +1,8 @@
 """linear_distillation and linear_distillation_top_k against formulas with stored logits: loss and
 gradients, every divergence and option."""
 
+import dataclasses
+
 import losses_by_hand as by_hand
 import problems
 import pytest
@@ -9,6 +11,7 @@ from problems import BF16, F32, F64
 from tolerance import assert_close
 
 from cutloss import losses
+from cutloss.losses import distillation
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -113,10 +116,6 @@ def chunks(monkeypatch):
     """Sets how many rows are worked on at a time, whatever fits."""
 
     def fixed(rows, columns=13):
-        import dataclasses
-
-        from cutloss.losses import distillation
-
         plan_of = distillation.make_plan
 
         def make_plan(*args):

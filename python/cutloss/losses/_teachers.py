@@ -73,8 +73,9 @@ def _add_at(g: Tensor, classes: Tensor, columns: slice, values: Tensor | float) 
     place (nothing is added at all others), so that the order does not matter."""
     local = classes - (columns.start or 0)
     inside = (local >= 0) & (local < g.shape[1])
-    values = torch.as_tensor(values, dtype=g.dtype, device=g.device)
-    values = torch.where(inside, values, values.new_zeros(()))
+    # A number becomes a tensor where it is used: a copy from the host would wait for the device.
+    values = values.to(g.dtype) if isinstance(values, Tensor) else g.new_full((), values)
+    values = torch.where(inside, values, g.new_zeros(()))
     g.scatter_add_(1, local.clamp(0, g.shape[1] - 1), values)
 
 
