@@ -1,5 +1,7 @@
 """Perplexity, accuracy, z-loss: sums over batches, in fp64."""
 
+import math
+
 import problems
 import pytest
 import torch
@@ -68,9 +70,8 @@ def test_perplexity_and_accuracy_of_results(dtype):
 def test_a_mean_in_fp32_would_lose_it():
     nll = torch.full((1 << 22,), 1.0)
     nll[0] = 3.0e7
-    assert losses.perplexity(nll).item() == pytest.approx(
-        torch.tensor((3.0e7 + (1 << 22) - 1) / (1 << 22), dtype=torch.float64).exp().item(), rel=1e-12
-    )
+    mean = (3.0e7 + (1 << 22) - 1) / (1 << 22)
+    assert losses.perplexity(nll).item() == pytest.approx(math.exp(mean), rel=1e-12)
 
 
 def test_z_loss():
@@ -86,7 +87,8 @@ def test_z_loss():
     lse = torch.tensor([1.0, torch.nan, 3.0], requires_grad=True)
     mask = torch.tensor([True, False, True])
     loss = losses.z_loss(lse, mask, coefficient=1.0, num_items_in_batch=4)
-    assert loss == 2.5 and torch.equal(torch.autograd.grad(loss, lse)[0], torch.tensor([0.5, 0, 1.5]))
+    (d_lse,) = torch.autograd.grad(loss, lse)
+    assert loss == 2.5 and torch.equal(d_lse, torch.tensor([0.5, 0.0, 1.5]))
     assert losses.z_loss(lse[:0]) == 0 and losses.z_loss(lse.detach()[::2], coefficient=1) == 5
 
 
@@ -97,7 +99,7 @@ def test_refused():
         (lambda: losses.perplexity(targets), TypeError, "nll must be a floating-point tensor"),
         (lambda: losses.perplexity(nll, None, nll[:3]), ValueError, r"shape \(4,\), got \(3,\)"),
         (lambda: losses.token_accuracy(targets[1:], targets), ValueError, r"pass targets\[..., sh"),
-        (lambda: losses.z_loss(nll, coefficient=-1.0), ValueError, "coefficient must be finite and"),
+        (lambda: losses.z_loss(nll, coefficient=-1.0), ValueError, "coefficient must be finite"),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):

@@ -14,7 +14,8 @@ from .log_probs import TokenLogProbs
 class Loss:
     """A loss to call backward on, and what to log.
 
-    :param loss: A scalar, fp32 (fp64 where the log-probabilities are).
+    :param loss: A scalar, fp32 (fp64 where the log-probabilities are, or the student is); with
+        reduction="none", where there is one, of each token.
     :param metrics: Scalars without gradients, on the device of the loss: reading one waits for it.
     """
 

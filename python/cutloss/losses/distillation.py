@@ -74,9 +74,10 @@ def linear_distillation(
     :param bias: (V). A class of -inf has a probability of exactly 0.
     :param divergence: "forward_kl", "reverse_kl", "jsd" or "tvd".
     :param beta: For "jsd", in [0, 1]; 0.5 where it is not given.
-    :param temperature: Divides both models' logits, after the softcap. The loss is not multiplied by
-        its square (neither TRL nor Liger do): soft_weight=temperature**2 keeps the gradients' size
-        (Hinton et al. 2015, section 2).
+    :param temperature: Divides both models' logits, after the softcap. The loss is not multiplied
+        by its square (neither TRL nor Liger do): soft_weight=temperature**2 keeps the gradients'
+        size (Hinton et al. 2015, section 2).
+    :param soft_weight: Of the divergence, > 0.
     :param hard_weight: Of the cross-entropy with the targets, at temperature 1.
     :param mask: (...), bool, where the targets lie: False where nothing counts.
     :param token_weight: (...), where the targets lie. The mean divides by the sum of the weights.
@@ -175,8 +176,9 @@ def linear_distillation_top_k(
         after position t of e (what vLLM calls prompt_logprobs stands one position later). On the
         CPU a class outside of the vocabulary, or one that is there twice, is an error; on CUDA NaN.
     :param teacher_log_probs: Their log-probabilities, (..., K). -inf: there is no such entry,
-        whatever its id. Taken as they are, so make them at the temperature that the student's logits
-        are divided by; with tail="renormalise" dividing them by it does that. Takes no gradient.
+        whatever its id. Taken as they are, so make them at the temperature that the student's
+        logits are divided by; with tail="renormalise" dividing them by it does that. Takes no
+        gradient.
     :param tail: What the probability of all other classes is.
         "bucket": one event more, all other classes together, in student and teacher (TRL's
         loss_add_tail=True). At least 1e-7 in the teacher.
@@ -300,9 +302,10 @@ def _tokens(how: _Counting, e: Tensor, V: int, reads_targets: bool, stats: torch
                 raise ValueError(
                     f"num_valid is {how.num_valid}, but {counts.sum().item()} tokens count"
                 )
-        # On CUDA the number is not asked for: those that count come first.
-        order = counts.logical_not().byte().argsort(stable=True)
-        chosen = counts.nonzero()[:, 0] if look else order[: how.num_valid]
+        if look:
+            chosen = counts.nonzero()[:, 0]
+        else:  # those that count come first; to ask for their number would wait for the device
+            chosen = counts.logical_not().byte().argsort(stable=True)[: how.num_valid]
         index, counts = index[chosen], None
     elif how.num_valid is not None and how.num_valid != n:
         raise ValueError(f"num_valid is {how.num_valid}, but without targets and mask {n} count")

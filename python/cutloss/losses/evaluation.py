@@ -79,7 +79,9 @@ def evaluate(
     return Evaluation(torch.stack(_sums([nll, predictions == scored], counts, weight)))
 
 
-def perplexity(nll: Tensor, mask: Tensor | None = None, token_weight: Tensor | None = None) -> Tensor:
+def perplexity(
+    nll: Tensor, mask: Tensor | None = None, token_weight: Tensor | None = None
+) -> Tensor:
     """e^(the mean nll of tokens), a scalar in fp64 without a gradient; NaN for no token.
 
     A mean of the perplexities of batches is not the perplexity of all: add :func:`evaluate` up.
