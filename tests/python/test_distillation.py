@@ -200,7 +200,8 @@ def test_the_same_bits_and_a_second_backward(chunks):
         for _ in range(2):
             loss = distil(p, teacher, divergence="jsd", **options).loss.sum()
             for keep in (True, False):
-                grads = torch.autograd.grad(loss, p.parameters, retain_graph=keep)
+                upstream = torch.full_like(loss, 3.0)
+                grads = torch.autograd.grad(loss, p.parameters, upstream, retain_graph=keep)
                 results.append((loss, *grads))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other))

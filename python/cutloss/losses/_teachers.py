@@ -339,7 +339,7 @@ def faults(ids: Tensor, log_t: Tensor, here: Tensor, V: int, tail: str) -> Tenso
     outside = (here & ((ids < 0) | (ids >= V))).any(-1)
     absent = -1 - torch.arange(ids.shape[1], device=ids.device)
     ordered = torch.where(here, ids, absent).sort(-1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1) & ~outside
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
     if tail == "renormalise":
         return torch.stack([outside, twice, torch.zeros_like(twice)])
     mass = torch.where(here, log_t.exp(), 0.0).sum(-1)
