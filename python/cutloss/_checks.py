@@ -96,23 +96,29 @@ def dtypes(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor) -> torch.
             f"targets must be class indices in int64 or int32, got {targets.dtype}"
             + ("; class probabilities are not supported" if targets.is_floating_point() else "")
         )
-    named = {"e": e.dtype, "c": c.dtype}
+    named = {"e": e, "c": c}
     if bias is not None:
-        named["bias"] = bias.dtype
-    for name, dtype in named.items():
-        if dtype not in DTYPES:
+        named["bias"] = bias
+    return operand_dtype(**named)
+
+
+def operand_dtype(**named: Tensor) -> torch.dtype:
+    """Of the products of these tensors: theirs, or autocast's."""
+    (first, e), *_ = named.items()
+    for name, t in named.items():
+        if t.dtype not in DTYPES:
             raise TypeError(
-                f"{name} must be float32, float64, bfloat16 or float16, got {dtype}"
+                f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}"
             )
     device = e.device.type
     autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    if autocast and torch.float64 not in named.values():  # which autocast leaves alone
+    if autocast and all(t.dtype != torch.float64 for t in named.values()):  # which it leaves alone
         return torch.get_autocast_dtype(device)
-    for name, dtype in named.items():
-        if dtype != e.dtype:
+    for name, t in named.items():
+        if t.dtype != e.dtype:
             raise TypeError(
-                f"e and {name} must have one dtype: e is {e.dtype}, {name} {dtype}; convert one "
-                f"of them, or run under torch.autocast (which leaves float64 as it is)"
+                f"{first} and {name} must have one dtype: {first} is {e.dtype}, {name} {t.dtype}; "
+                f"convert one of them, or run under torch.autocast (which leaves float64 as it is)"
             )
     return e.dtype
 

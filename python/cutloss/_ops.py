@@ -276,8 +276,8 @@ def _(t, factor):
 # Autograd ---------------------------------------------------------------------------------------
 
 _SECOND_ORDER = (
-    "cutloss makes first derivatives only: its gradients cannot be differentiated again; use "
-    "impl='torch' where a second derivative (create_graph=True) is needed"
+    "cutloss makes first derivatives only: its gradients cannot be differentiated again; where "
+    "a second derivative (create_graph=True) is needed use impl='torch', in the calls that have it"
 )
 
 
@@ -299,7 +299,7 @@ class _FirstOrder(torch.autograd.Function):
         raise NotImplementedError(_SECOND_ORDER)
 
 
-def _first_order(gradients, *sources):
+def first_order(gradients, *sources):
     if not torch.is_grad_enabled():  # no create_graph
         return gradients
     return tuple(g if g is None else _FirstOrder.apply(g, *sources) for g in gradients)
@@ -350,7 +350,7 @@ def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
         saved = (nll, row_max, log_sum, entropy, kept)
         d_rows = (d_nll, d_lse, d_lse_squared, d_entropy, d_zbar)
         gradients = call(_ops.gradients, *operands, *saved, *d_rows, **options)
-    return *_first_order(wanted(gradients, options), *sources), *(None,) * 5
+    return *first_order(wanted(gradients, options), *sources), *(None,) * 5
 
 
 def _traced_statistics_backward(ctx, *d_outputs):
@@ -396,7 +396,7 @@ def hand_over(ctx, d_loss: Tensor, operands, undefined: Tensor | None, remake) -
             gradients = remake()
         factor = _where_defined(d_loss, undefined)
         gradients = tuple(_scaled(g, factor) for g in gradients)
-    return _first_order(gradients, *operands[:3], d_loss)
+    return first_order(gradients, *operands[:3], d_loss)
 
 
 def _immediate_backward(ctx, d_loss, *_):
