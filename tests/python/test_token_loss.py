@@ -10,7 +10,7 @@ import torch
 from problems import BF16, F16, F32, F64, OPTION_SETS, Problem
 from tolerance import assert_close
 
-from cutloss import _chunks, _ops, losses
+from cutloss import _by_rows, _ops, losses
 from cutloss.losses import linear_token_loss
 
 
@@ -95,7 +95,7 @@ def smallest(p: Problem, fn, takes) -> int:
 def chunks(monkeypatch):
     """How many chunks each call went by: its length says how many calls went by rows."""
     seen = []
-    make = _chunks._make
+    make = _by_rows._make
 
     def counted(operands, options, start):
         seen.append(0)
@@ -113,7 +113,7 @@ def chunks(monkeypatch):
 
         return make(operands, options, Counted)
 
-    monkeypatch.setattr(_chunks, "_make", counted)
+    monkeypatch.setattr(_by_rows, "_make", counted)
     return seen
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _chunks, _inputs, _ops, _plan, _terms
+from .. import _by_rows, _inputs, _ops, _plan, _terms
 from .._terms import Rows
 from ._arguments import Loss
 from .log_probs import TokenLogProbs
@@ -51,12 +51,12 @@ def loss(
     of_rows = _PolicyRows(counts.reshape(shape), options)
     if not choice.immediate:
         return of_rows.evaluate(_ops.statistics(operands, call))
-    value, _ = _chunks.loss(operands, call, lambda: of_rows)
+    value, _ = _by_rows.loss(operands, call, lambda: of_rows)
     return Loss(value, of_rows.metrics)
 
 
 class _PolicyRows:
-    """A _chunks.RowLoss. A chunk's coefficients are the derivatives of the whole loss, in which
+    """A _by_rows.RowLoss. A chunk's coefficients are the derivatives of the whole loss, in which
     other chunks' log-probabilities stand as 0: they change its value, not these derivatives."""
 
     def __init__(self, mask: Tensor, options: dict[str, Any]):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import _checks, _chunks, _inputs, _ops, _plan, _terms
+from .. import _by_rows, _checks, _inputs, _ops, _plan, _terms
 from .._ops import Options
 from .._terms import Rows
 from . import _arguments, _row_function
@@ -94,7 +94,7 @@ def linear_token_loss(
     choice = _plan.choose(_plan.sizes_of(*operands), options, known)
     options["schedule"], options["kept_bytes"] = choice.schedule, choice.kept_bytes
     if choice.immediate:
-        loss, rows = _chunks.loss(operands, options, of_fn.begin, of_fn.undefined())
+        loss, rows = _by_rows.loss(operands, options, of_fn.begin, of_fn.undefined())
     else:
         rows = _ops.statistics(operands, options)
         loss = of_fn.of_all(rows, _plan.wants_gradient(options))
@@ -105,7 +105,7 @@ def linear_token_loss(
 
 
 class FunctionOfRows:
-    """A loss that is a sum of fn over rows; a _chunks.RowLoss after begin()."""
+    """A loss that is a sum of fn over rows; a _by_rows.RowLoss after begin()."""
 
     def __init__(
         self,
