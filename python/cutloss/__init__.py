@@ -12,10 +12,12 @@ from .registry import get_loss, losses_available
 __all__ = [
     "CausalLMHead",
     "CausalLMHeadOutput",
+    "CausalLMLoss",
     "LinearCrossEntropy",
     "LinearCrossEntropyImpl",
     "LinearCrossEntropyLoss",
     "VocabParallelOptions",
+    "cross_entropy",
     "get_loss",
     "linear_cross_entropy",
     "losses_available",
@@ -25,9 +27,12 @@ __version__ = _ops.version()
 
 # What most programs do not use is imported where it is: cutloss.torch_compat.linear_cross_entropy.
 _LAZY_MODULES = ("compat", "losses", "torch_compat")
+_LAZY_NAMES = {"CausalLMLoss": "logits", "cross_entropy": "logits"}
 
 
 def __getattr__(name: str):
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(f".{_LAZY_NAMES[name]}", __name__), name)
     if name in _LAZY_MODULES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
