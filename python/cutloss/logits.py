@@ -86,8 +86,9 @@ def cross_entropy(
         the logits for its own backward (``tanh``, whose result they may be) makes backward
         raise PyTorch's error about a change in place. Backward works once: a second one
         (retain_graph=True) is an error. Refused for a leaf that requires a gradient, for a view of
-        part of a tensor, for logits that are not contiguous, and under torch.compile. Where no
-        gradient is wanted nothing happens to the logits.
+        part of a tensor, and for logits that are not contiguous. torch.compile leaves the call out
+        of its graphs (with fullgraph=True an error). Where no gradient is wanted nothing happens to
+        the logits.
     :return: The loss, fp32 (fp64 for fp64 logits), or a tuple of the loss and, in this order,
         what was asked for: lse, entropy, predictions.
     """
@@ -270,8 +271,8 @@ def _check_consumable(logits: Tensor) -> None:
     """Whether the gradient may take the memory of the logits without anybody's wrong number."""
     if torch.compiler.is_compiling():
         raise NotImplementedError(
-            "consume_logits is not there under torch.compile, which decides itself what takes whose "
-            "memory: leave it out there"
+            "consume_logits cannot be part of a graph of torch.compile, which decides itself what "
+            "takes whose memory: leave it out there"
         )
     if not _ops.is_ordinary(logits):
         raise ValueError(
