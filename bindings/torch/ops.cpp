@@ -50,7 +50,7 @@ void statistics(Stack& stack) {
   call.args.kept = data(kept);
   call.args.workspace = workspace.data();
   forward(plan, call.args);
-  call.read_terms(terms);
+  call.args.upstream = call.inputs().terms(terms);
   const Tensor loss = terms ? call.sum_loss(undefined) : call.make({0}, type);
   for (const Tensor* t : {&loss, &nll, &lse, &row_max, &log_sum, &entropy, &zbar, &argmax, &kept}) {
     stack.put(*t);
@@ -70,7 +70,7 @@ void gradients(Stack& stack) {
   const Plan& plan = call.plan();
 
   const auto read_only = [&](const Tensor& t, const char* what) {
-    return const_cast<void*>(call.row_input(t, what));  // backward reads args.rows, never writes
+    return const_cast<void*>(call.inputs().row(t, what));  // backward reads args.rows, never writes
   };
   RowOutputs& rows = call.args.rows;
   rows.nll = read_only(saved[0], "nll");
@@ -83,11 +83,11 @@ void gradients(Stack& stack) {
   }
   call.args.kept = data(saved[4]);
   RowGradients& up = call.args.upstream;
-  up.d_nll = call.row_input(upstream[0], "d_nll");
-  up.d_lse = call.row_input(upstream[1], "d_lse");
-  up.d_lse_squared = call.row_input(upstream[2], "d_lse_squared");
-  up.d_entropy = call.row_input(upstream[3], "d_entropy");
-  up.d_zbar = call.row_input(upstream[4], "d_zbar");
+  up.d_nll = call.inputs().row(upstream[0], "d_nll");
+  up.d_lse = call.inputs().row(upstream[1], "d_lse");
+  up.d_lse_squared = call.inputs().row(upstream[2], "d_lse_squared");
+  up.d_entropy = call.inputs().row(upstream[3], "d_entropy");
+  up.d_zbar = call.inputs().row(upstream[4], "d_zbar");
 
   const Tensor de = call.make_de();
   const Tensor dc = call.make_dc();
@@ -131,7 +131,7 @@ void loss_and_gradients(Stack& stack) {
   out.entropy = data(entropy);
   out.zbar = data(zbar);
   out.argmax = static_cast<std::int64_t*>(data(argmax));
-  call.read_terms(terms);
+  call.args.upstream = call.inputs().terms(terms);
   call.args.gradients = {data(de), data(dc), data(dbias)};
   call.args.kept = kept.data();
   call.args.workspace = workspace.data();

@@ -12,10 +12,12 @@ from .registry import get_loss, losses_available
 __all__ = [
     "CausalLMHead",
     "CausalLMHeadOutput",
+    "CausalLMLoss",
     "LinearCrossEntropy",
     "LinearCrossEntropyImpl",
     "LinearCrossEntropyLoss",
     "VocabParallelOptions",
+    "cross_entropy",
     "get_loss",
     "linear_cross_entropy",
     "losses_available",
@@ -27,7 +29,12 @@ __version__ = _ops.version()
 
 # What most programs do not use is imported where it is: cutloss.torch_compat.linear_cross_entropy.
 _LAZY_MODULES = ("compat", "losses", "torch_compat", "transformers", "trl")
-_LAZY_NAMES = {"patch": ".transformers", "unpatch": ".transformers"}
+_LAZY_NAMES = {
+    "CausalLMLoss": ".logits",
+    "cross_entropy": ".logits",
+    "patch": ".transformers",
+    "unpatch": ".transformers",
+}
 
 
 def __getattr__(name: str):
