@@ -2,7 +2,7 @@
 // cutloss, and every few steps the same loss and gradients by torch::cross_entropy_loss. Build and
 // run:
 //
-//   cmake -S . -B build -DCMAKE_BUILD_TYPE=Release \
+//   cmake -S . -B build -DCMAKE_BUILD_TYPE=Release
 //     "-DCMAKE_PREFIX_PATH=<where cutloss was installed>;<libtorch, or what
 //      python -c 'import torch; print(torch.utils.cmake_prefix_path)' prints>"
 //   cmake --build build && build/train

@@ -62,7 +62,7 @@ struct OneDnn {
 #undef CUTLOSS_ONEDNN_MEMBER
 };
 
-// onednn_opened.cpp or onednn_linked.cpp. Throws Error(unsupported) where the library is missing.
+// In onednn_opened.cpp or onednn_linked.cpp. Calls need that there is no refusal.
 const OneDnn& onednn();
 
 }  // namespace cutloss::cpu

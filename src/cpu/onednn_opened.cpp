@@ -5,10 +5,11 @@
 #include <dlfcn.h>
 
 #include <string>
+#include <type_traits>
 
 #include "core/text.h"
+#include "cpu/gemm.h"
 #include "cpu/onednn.h"
-#include "cutloss/cutloss.h"
 
 namespace cutloss::cpu {
 namespace {
@@ -20,37 +21,44 @@ int scope() {
   return RTLD_NOW | RTLD_LOCAL | (sanitized ? 0 : RTLD_DEEPBIND);
 }
 
-OneDnn opened() {
-  std::string why;
-  void* library = nullptr;
-  for (const char* place : {CUTLOSS_ONEDNN_NAME, CUTLOSS_ONEDNN_FILE}) {
-    if (library = dlopen(place, scope()); library != nullptr) break;
-    why += text(why.empty() ? "" : "; ", dlerror());
-  }
-  if (library == nullptr) {
-    throw Error(ErrorCode::unsupported,
-                text("the CPU engine needs oneDNN, which could not be opened (", why,
-                     "): install " CUTLOSS_ONEDNN_NAME ", or put its directory into "
-                     "LD_LIBRARY_PATH"));
-  }
+struct Library {
   OneDnn functions{};
+  std::string refusal;  // why it is not there
+};
+
+Library open() {
+  Library library;
+  void* handle = nullptr;
+  std::string tried;
+  for (const char* place : {CUTLOSS_ONEDNN_NAME, CUTLOSS_ONEDNN_FILE}) {
+    if (handle = dlopen(place, scope()); handle != nullptr) break;
+    tried += text(tried.empty() ? "" : "; ", dlerror());
+  }
+  if (handle == nullptr) {
+    library.refusal =
+        text("oneDNN could not be opened (", tried,
+             "): install " CUTLOSS_ONEDNN_NAME ", or put its directory into LD_LIBRARY_PATH");
+    return library;
+  }
   const auto find = [&](auto& function, const char* name) {
-    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
-    if (function == nullptr) {
-      throw Error(ErrorCode::unsupported, text(CUTLOSS_ONEDNN_NAME " has no function ", name));
-    }
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(handle, name));
+    if (function == nullptr) library.refusal = text(CUTLOSS_ONEDNN_NAME " has no function ", name);
   };
-#define CUTLOSS_ONEDNN_FIND(name) find(functions.name, #name);
+#define CUTLOSS_ONEDNN_FIND(name) find(library.functions.name, #name);
   CUTLOSS_ONEDNN_FUNCTIONS(CUTLOSS_ONEDNN_FIND)
 #undef CUTLOSS_ONEDNN_FIND
-  return functions;
+  return library;
+}
+
+const Library& library() {
+  static const Library opened = open();
+  return opened;
 }
 
 }  // namespace
 
-const OneDnn& onednn() {
-  static const OneDnn functions = opened();
-  return functions;
-}
+const OneDnn& onednn() { return library().functions; }
+
+std::string onednn_refusal() { return library().refusal; }
 
 }  // namespace cutloss::cpu
