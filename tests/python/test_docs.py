@@ -121,11 +121,6 @@ def test_a_page_runs_from_top_to_bottom(page):
     names = {}
     for where, code in found:
         run(where, code, names)
-
-
-def test_the_reference_is_what_the_docstrings_say():
-    script = runpy.run_path(str(ROOT / "scripts" / "api_reference.py"))
-    assert script["PAGE"].read_text() == script["page"](), "run scripts/api_reference.py"
         if "expected" in names:
             torch.testing.assert_close(names["loss"], names.pop("expected"))
 
@@ -148,3 +143,8 @@ def test_cpp_snippets_are_lines_of_the_examples(where, code):
         if any(lines[i : i + len(wanted)] == wanted for i in range(len(lines))):
             return
     pytest.fail("no example has these lines, one after the other:\n" + code)
+
+
+def test_the_reference_is_what_the_docstrings_say():
+    script = runpy.run_path(str(ROOT / "scripts" / "api_reference.py"))
+    assert script["PAGE"].read_text() == script["page"](), "run scripts/api_reference.py"
