@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _errors, _load
+from . import _errors, _load, _sharded
 from ._terms import Rows, Weighting, unpacked
 
 _load.load()
@@ -329,6 +329,7 @@ def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
     options = ctx.options
     *operands, terms, undefined, nll, row_max, log_sum, entropy, kept = ctx.saved_tensors
     e, c, bias = operands[:3]
+    _check_backward(e, c, reads=True)
     # What was not asked for has no elements, and its gradient says nothing.
     d_loss = d_loss if terms is not None else None
     d_entropy = d_entropy if options["wants_entropy"] else None
@@ -368,6 +369,13 @@ def is_ordinary(t: Tensor) -> bool:
     return ordinary and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
+def _check_backward(e: Tensor, c: Tensor, reads: bool) -> None:
+    if is_ordinary(e) and is_ordinary(c):
+        _sharded.check_shape(e, c)
+        if reads:
+            _sharded.check_memory(e, c)
+
+
 def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
     """gradient * factor, in place: nobody else holds the gradient. Traced tensors are not
     changed in place, the tracer decides."""
@@ -387,6 +395,7 @@ def _immediate_backward(ctx, d_loss, *_):
     # and makes it again: the same bits, and no copy for those who never ask.
     gradients, ctx.gradients = ctx.gradients, None
     inputs = ctx.saved_tensors
+    _check_backward(*inputs[:2], reads=gradients is None)
     with torch.no_grad():
         if gradients is None:
             gradients = _wanted(call(_ops.loss_and_gradients, *inputs, **options)[2:], options)

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _checks, _ops, _plain, _plan, _terms
+from . import _checks, _ops, _plain, _plan, _sharded, _terms
 from ._implementations import LinearCrossEntropyImpl, is_plain
 
 _VOCAB_PARALLEL = (
@@ -240,6 +240,8 @@ def _evaluate(
         rows = _plain.statistics(*operands, options, needs_lse)
         return _terms.loss(terms, rows, how.reduction), rows
 
+    if not torch.compiler.is_compiling() and _ops.is_ordinary(e) and _ops.is_ordinary(c):
+        _sharded.check_memory(e, c)
     with_gradient = torch.is_grad_enabled()
     options["needs_de"] = with_gradient and e.requires_grad
     options["needs_dc"] = with_gradient and c.requires_grad
