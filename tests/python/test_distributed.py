@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from processes import checks
-from small_model import V, D, Model, batch, count, joined, make, plain_gradients
+from small_model import D, V, Model, batch, count, joined, make, plain_gradients
+from tolerance import assert_near
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -30,14 +31,11 @@ def unwrapped(name):
     return re.sub(r"_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.|module\.", "", name)
 
 
-def compare(model, expected, **tolerance):
+def compare(model, expected, products=torch.float32):
     found = {unwrapped(name): p for name, p in model.named_parameters()}
     assert found.keys() == expected.keys()
     for name, p in found.items():
-        got = whole(p.grad)
-        torch.testing.assert_close(
-            got, expected[name].to(got.dtype), **tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert_near(whole(p.grad), expected[name], name, products)
 
 
 def batches_of(world, **options):
@@ -136,7 +134,7 @@ def check_ddp_autocast(world, schedule):
         loss = parallel(*batches[world.rank])
     loss.backward()
     assert model.head.weight.grad.dtype == torch.float32
-    compare(parallel, expected, rtol=2e-2, atol=2e-3)
+    compare(parallel, expected, products=torch.bfloat16)
 
 
 class CheckpointedHead(Model):
@@ -197,7 +195,7 @@ def check_fsdp_mixed_precision(world, schedule):
     loss.backward()
     assert loss.dtype == torch.float32
     assert whole(model.head.weight.grad).dtype == torch.float32
-    compare(model, expected, rtol=2e-2, atol=2e-3)
+    compare(model, expected, products=torch.bfloat16)
 
 
 def check_fsdp_accumulates(world, schedule):
@@ -307,7 +305,7 @@ def check_tensor_parallel(world):
 
     def compare_both(e, c):
         for t, want in zip((e, c), plain):
-            torch.testing.assert_close(whole(t.grad), want.grad)
+            assert_near(whole(t.grad), want.grad, "gradient")
 
     c, e = shard(c0, 0), e0.clone().requires_grad_()
     linear_cross_entropy(e, c.full_tensor(), targets).backward()
@@ -361,7 +359,7 @@ def check_fsdp1(world, use_orig_params, schedule):
         found = {unwrapped(name): p.detach().clone() for name, p in parallel.named_parameters()}
     assert found.keys() == expected.keys()
     for name, want in expected.items():
-        torch.testing.assert_close(found[name], want)
+        assert_near(found[name], want, name)
 
 
 BOTH = (False, True)
