@@ -4,6 +4,10 @@ gradients of C only one is held, whatever the number of microbatches in flight."
 
 import copy
 import ctypes
+import json
+import pathlib
+import subprocess
+import sys
 
 import processes
 import pytest
@@ -17,6 +21,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from cutloss import LinearCrossEntropyLoss, _ops
+from cutloss._bench import record
 
 V, D, LENGTH, MICROBATCHES = 8009, 16, 9, 8
 SIZE_OF_DC = V * D * 4
@@ -243,3 +248,25 @@ def test_cpu(check, on_cpu):
 @pytest.mark.parametrize("check", CHECKS, ids=str)
 def test_cuda(check, on_cuda):
     processes.passed(on_cuda, check)
+
+
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "pipeline_memory.py"
+TINY = """--layers 4 --dim 64 --heads 4 --kv-heads 2 --ffn 128 --vocabulary 503 --sequence 32
+--microbatches 4 --dtype bf16-autocast""".split()
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="no benchmarks beside the tests")
+@pytest.mark.parametrize("stages, pipelines", [(1, ["gpipe", "1f1b"]), (2, ["1f1b"])])
+def test_the_benchmark_runs(stages, pipelines, tmp_path):
+    """It raises where the losses of its methods differ."""
+    results = tmp_path / "results.json"
+    methods = {"plain": "none", "cutloss": "rows", "cutloss-vocabulary": "vocabulary"}
+    methods = dict(list(methods.items())[: 3 if stages == 1 else 2])
+    how = ["--device", "cpu", "--stages", str(stages), "--json", str(results)]
+    how += ["--pipelines", ",".join(pipelines), "--methods", ",".join(methods)]
+    subprocess.run([sys.executable, SCRIPT, *TINY, *how], check=True, capture_output=True)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [problem for line in lines for problem in record.problems(line)] == []
+    found = [(r["pipeline"], r["schedule"], r["stage"][0]) for r in lines]
+    at = "2" if stages == 1 else "12"
+    assert found == [(p, s, stage) for p in pipelines for s in methods.values() for stage in at]

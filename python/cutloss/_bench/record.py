@@ -53,10 +53,16 @@ OPTIONAL = {
     "kernels": (list, type(None)),  # of one call: name, launches, ms
     "variant": (str,),  # the method and its settings, as the tables call it
 }
+# Of a training step in a pipeline, benchmarks/pipeline_memory.py.
+OF_A_PIPELINE = {
+    "pipeline": (str,),  # the order of forward and backward
+    "microbatches": (int,),
+    "stage": (str,),  # which, and what is in it
+}
 CHOICES = {
     "gradient": ("exact", "sampled", "filtered"),
     "schedule": ("rows", "vocabulary", "none"),
-    "pass": ("fw", "bw", "fwbw", "fwbw_frozen"),
+    "pass": ("fw", "bw", "fwbw", "fwbw_frozen", "step"),
 }
 POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms")
 NOT_NEGATIVE = (
@@ -68,7 +74,7 @@ NOT_NEGATIVE = (
 def problems(record):
     """What is wrong with a line, as a list of sentences; empty where nothing is."""
     found = [f"{key} is missing" for key in KEYS if key not in record]
-    known = {**KEYS, **OPTIONAL}
+    known = {**KEYS, **OPTIONAL, **OF_A_PIPELINE}
     found += [f"{key} is not a key of the format" for key in record if key not in known]
     for key, types in known.items():
         value = record.get(key)
