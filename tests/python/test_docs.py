@@ -98,9 +98,12 @@ def test_every_option_of_theirs_has_a_row(title, names):
     assert not [name for name in names if not re.search(rf"`{name}\b", rows)]
 
 
-@pytest.mark.parametrize("page", ["losses.md"])
-def test_a_page_runs_from_top_to_bottom(page):
-    """Its snippets make all that they use."""
+@pytest.mark.parametrize("page", ["losses.md", "training-stacks.md"])
+def test_a_page_runs_from_top_to_bottom(page, monkeypatch):
+    """Its snippets make all that they use, in one process that torchrun might have started."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "0")
     found = snippets(ROOT / "docs" / page)
     assert found
     names = {}
