@@ -106,6 +106,8 @@ class Stage(nn.Module):
 
     def forward(self, x):
         to = self.autocast_to
+        if x.is_floating_point() and not x.requires_grad:  # made up, in place of what is received
+            x = x.detach().requires_grad_()
         with torch.autocast(x.device.type, to, enabled=to is not None):
             if self.embedding is not None:
                 x = self.embedding(x).to(self.e_dtype)
@@ -144,7 +146,7 @@ def measure(o, dtype, pipeline, method):
         x = torch.randint(o.vocabulary, shape)
         labels = torch.randint(o.vocabulary, shape)
         if o.stages == 1:
-            x = torch.randn(*shape, o.dim, dtype=DTYPES[dtype][0]).requires_grad_()
+            x = torch.randn(*shape, o.dim, dtype=DTYPES[dtype][0])
     stage = PipelineStage(module, rank if o.stages > 1 else 0, o.stages, device)
     loss_fn = module.loss_by(method)
     schedule = PIPELINES[pipeline](stage, o.microbatches, loss_fn=loss_fn)
@@ -153,7 +155,6 @@ def measure(o, dtype, pipeline, method):
 
     def step():
         optimizer.zero_grad(set_to_none=False)  # so that gradients are there when a step begins
-        x.grad = None
         inputs = (x,) if stage.is_first else ()
         more = {"target": labels, "losses": losses} if stage.is_last else {}
         schedule.step(*inputs, return_outputs=False, **more)
@@ -162,7 +163,6 @@ def measure(o, dtype, pipeline, method):
     step()  # compiles, loads, and makes what AdamW keeps
     first = sum(loss.item() for loss in losses) / len(losses) if losses else None
     losses.clear()
-    x.grad = None
     settle(o)
     meter = device_memory.Meter() if o.device == "cuda" else None
     if meter:
@@ -251,16 +251,21 @@ def measure_all(o):
                 try:
                     measured = measure(o, dtype, pipeline, method)
                 except RuntimeError as error:
-                    cause = error.__cause__ or error  # pipelining wraps what it catches
-                    if o.stages > 1 or not isinstance(cause, torch.OutOfMemoryError):
+                    if o.stages > 1 or not out_of_memory(error):
                         raise  # of two processes the other waits
-                    note(f"{dtype} {pipeline} {name}: {str(cause).splitlines()[0]}")
+                    note(f"{dtype} {pipeline} {name}: {out_of_memory(error)}")
                     continue
                 losses[name] = measured.loss
                 error = agreement(losses, name)
                 lines.append(line(o, case, method, pipeline, measured, gemm_ms, error))
                 note(summary(lines[-1]))
     return lines
+
+
+def out_of_memory(error):
+    """What it says, if it is that; pipelining wraps what it catches."""
+    cause = error.__cause__ or error
+    return str(cause).splitlines()[0] if isinstance(cause, torch.OutOfMemoryError) else None
 
 
 def distinct(methods, case):

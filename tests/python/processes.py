@@ -32,14 +32,8 @@ class World:
     device: torch.device
 
     @functools.cached_property
-    def mesh(self):
-        return torch.distributed.device_mesh.init_device_mesh(self.device.type, (self.size,))
-
-    def mean(self, t: torch.Tensor) -> torch.Tensor:
-        """Over the processes."""
-        t = t.detach().clone()
-        dist.all_reduce(t)
-        return t / self.size
+    def mesh(self) -> dist.device_mesh.DeviceMesh:
+        return dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
 
 
 @dataclasses.dataclass(frozen=True)

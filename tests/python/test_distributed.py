@@ -288,6 +288,31 @@ def check_fsdp_freed_memory(world):
     refused(RuntimeError, match, lambda: linear_cross_entropy(e, held["c"], targets))
 
 
+# torch.compile ------------------------------------------------------------------------------------
+
+
+def check_compiled(world, stack):
+    torch._dynamo.reset()
+    model = make(False, world.device)
+    batches = batches_of(world)
+    expected = plain_gradients(model, batches)
+    if stack == "ddp":
+        run = torch.compile(DDP(model), backend="aot_eager")
+    else:
+        if stack == "fsdp_of_compiled_parts":
+            for part in (model.body, model.head):
+                part.compile(backend="aot_eager")
+        fully_shard(model.head, mesh=world.mesh)
+        fully_shard(model, mesh=world.mesh)
+        if stack == "compiled_fsdp":
+            model.compile(backend="aot_eager")
+        run = model
+    for _ in range(2):
+        model.zero_grad()
+        run(*batches[world.rank]).backward()
+        compare(model, expected)
+
+
 # DTensors -----------------------------------------------------------------------------------------
 
 
@@ -377,6 +402,7 @@ CHECKS = [
     *checks(check_fsdp_with_the_loss_outside, SCHEDULES),
     *checks(check_fsdp_of_output_embeddings_alone),
     *checks(check_fsdp_freed_memory),
+    *checks(check_compiled, ("ddp", "fsdp_of_compiled_parts", "compiled_fsdp")),
     *checks(check_tensor_parallel),
     *checks(check_every_dtensor_is_refused),
 ]
