@@ -155,9 +155,9 @@ def measure(o, dtype, pipeline, method):
 
     def step():
         optimizer.zero_grad(set_to_none=False)  # so that gradients are there when a step begins
-        inputs = (x,) if stage.is_first else ()
+        first = (x,) if stage.is_first else ()
         more = {"target": labels, "losses": losses} if stage.is_last else {}
-        schedule.step(*inputs, return_outputs=False, **more)
+        schedule.step(*first, return_outputs=False, **more)
         optimizer.step()
 
     step()  # compiles, loads, and makes what AdamW keeps

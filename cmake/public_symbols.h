@@ -1,7 +1,8 @@
-// Included before every source file of the library: what cutloss.h declares is exported from a
-// shared library, and, everything being compiled with -fvisibility=hidden, nothing else is.
+// Included before every source file of the library: what the public headers declare is exported
+// from a shared library, and, everything being compiled with -fvisibility=hidden, nothing else is.
 #pragma once
 
 #pragma GCC visibility push(default)
 #include "cutloss/cutloss.h"
+#include "cutloss/logits_loss.h"
 #pragma GCC visibility pop

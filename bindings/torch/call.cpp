@@ -2,7 +2,6 @@
 
 #include "place.h"
 #include "plans.h"
-#include "terms.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -15,16 +14,6 @@ namespace {
 [[noreturn]] void refuse(const std::string& message) {
   throw Error(ErrorCode::invalid_value, message);
 }
-
-std::string shape(const Tensor& t) {
-  std::string out = "(";
-  for (std::int64_t i = 0; i < t.dim(); ++i) {
-    out += (i > 0 ? ", " : "") + std::to_string(t.size(i));
-  }
-  return out + ")";
-}
-
-Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // Where the library cannot read a tensor in place, it becomes a packed copy.
 Strides settle(Tensor& t, Device device) {
@@ -182,67 +171,20 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
 
   if (!device_.is_cuda()) check_num_valid(plan_->problem, o.targets.const_data_ptr());
 
+  inputs_.emplace(device_, rows(), stats());
   args.stream = device_.stream();
   args.in.e = o.e.const_data_ptr();
   args.in.c = o.c.const_data_ptr();
   args.in.bias = o.bias ? o.bias->const_data_ptr() : nullptr;
   args.in.targets = o.targets.const_data_ptr();
-  args.in.temperature = row_input(o.row_temperature, "row_temperature");
-  if (o.class_weight) {
-    if (o.class_weight->scalar_type() != stats()) {
-      refuse("class_weight must have the dtype of the per-row outputs");
-    }
-    device_.require_here(*o.class_weight, "class_weight");
-    alive_.push_back(packed(*o.class_weight));
-    args.in.class_weight = alive_.back().const_data_ptr();
-  }
-}
-
-const void* Call::row_input(const std::optional<Tensor>& tensor, const char* what) {
-  if (!tensor) return nullptr;
-  if (tensor->dim() != 1 || tensor->size(0) != rows() || tensor->scalar_type() != stats()) {
-    refuse(std::string(what) + " must be (" + std::to_string(rows()) +
-           ") in the dtype of the per-row outputs, got shape " + shape(*tensor) + " of " +
-           torch::headeronly::toString(tensor->scalar_type()));
-  }
-  device_.require_here(*tensor, what);
-  alive_.push_back(packed(*tensor));
-  return alive_.back().const_data_ptr();
-}
-
-void Call::read_terms(const std::optional<Tensor>& terms) {
-  if (!terms) return;
-  const std::int64_t count = terms->dim() == 2 ? terms->size(0) : 0;
-  if (count < 1 || count > 4 || terms->size(1) != rows() || terms->scalar_type() != stats()) {
-    refuse("terms must be what loss_terms makes of " + std::to_string(rows()) +
-           " rows, got shape " + shape(*terms) + " of " +
-           torch::headeronly::toString(terms->scalar_type()));
-  }
-  device_.require_here(*terms, "terms");
-  alive_.push_back(packed(*terms));
-  const auto* data = static_cast<const std::byte*>(alive_.back().const_data_ptr());
-  const TermOrder order(count);
-  const auto row = [&](int at) -> const void* {
-    return at < 0 ? nullptr : data + at * rows() * terms->element_size();
-  };
-  args.upstream.d_nll = row(order.nll);
-  args.upstream.d_lse = row(order.lse);
-  args.upstream.d_zbar = row(order.zbar);
-  args.upstream.d_lse_squared = row(order.lse_squared);
+  args.in.temperature = inputs_->row(o.row_temperature, "row_temperature");
+  args.in.class_weight = inputs_->class_weight(o.class_weight);
 }
 
 Tensor Call::sum_loss(const std::optional<Tensor>& undefined) {
-  const void* flag = nullptr;
-  if (undefined) {
-    if (undefined->numel() != 1 || undefined->scalar_type() != ScalarType::Bool) {
-      refuse("undefined must be one bool, got shape " + shape(*undefined) + " of " +
-             torch::headeronly::toString(undefined->scalar_type()));
-    }
-    device_.require_here(*undefined, "undefined");
-    flag = undefined->const_data_ptr();
-  }
+  const bool* flag = inputs_->flag(undefined);
   const Tensor loss = make({}, stats());
-  weighted_loss(plan(), args, loss.mutable_data_ptr(), static_cast<const bool*>(flag));
+  weighted_loss(plan(), args, loss.mutable_data_ptr(), flag);
   return loss;
 }
 

@@ -3,10 +3,10 @@
 
 #include <memory>
 #include <optional>
-#include <vector>
 
 #include "convert.h"
 #include "device.h"
+#include "row_inputs.h"
 
 namespace cutloss::binding {
 
@@ -67,10 +67,7 @@ class Call {
   ScalarType stats() const { return stat_type(plan_->problem.compute_type); }
   std::int64_t kept_bytes() const { return plan_->keeps_logits ? plan_->kept_bytes : 0; }
 
-  // Per-row input of the call, (rows) in the stat dtype; null where absent. Kept alive here.
-  const void* row_input(const std::optional<Tensor>& tensor, const char* what);
-  // What loss_terms made, or nothing.
-  void read_terms(const std::optional<Tensor>& terms);
+  RowInputs& inputs() { return *inputs_; }
   // Sums the rows' outputs by args.upstream, to a tensor of one.
   Tensor sum_loss(const std::optional<Tensor>& undefined);
   // An uninitialised tensor of the call's device; one of no elements where it is not wanted.
@@ -87,7 +84,7 @@ class Call {
   Operands operands_;
   OnDevice device_;
   std::shared_ptr<const Plan> plan_;
-  std::vector<Tensor> alive_;
+  std::optional<RowInputs> inputs_;
 };
 
 }  // namespace cutloss::binding

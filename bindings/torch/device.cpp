@@ -37,7 +37,8 @@ GetStream get_stream() {
 
 }  // namespace
 
-OnDevice::OnDevice(const Tensor& tensor) : device_(device_of(tensor)) {
+OnDevice::OnDevice(const Tensor& tensor, const char* what)
+    : device_(device_of(tensor)), what_(what) {
   if (!is_cuda()) return;
   index_ = tensor.get_device_index();
   guard_.emplace(index_);
@@ -54,9 +55,9 @@ void OnDevice::require_here(const Tensor& tensor, const char* what) const {
   const Device device = device_of(tensor);
   const std::int32_t index = device == Device::cuda ? tensor.get_device_index() : -1;
   if (device == device_ && index == index_) return;
-  throw Error(ErrorCode::invalid_value, "all tensors must be on one device: e is on " +
-                                            place(device_, index_) + ", " + what + " on " +
-                                            place(device, index));
+  throw Error(ErrorCode::invalid_value, "all tensors must be on one device: " + std::string(what_) +
+                                            " is on " + place(device_, index_) + ", " + what +
+                                            " on " + place(device, index));
 }
 
 Error could_not_allocate(Device device, const std::string& what) {

@@ -14,7 +14,8 @@ namespace cutloss::binding {
 // Makes the device of a tensor current while it lives (nothing to do on the CPU).
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& tensor);
+  // `what`: the tensor's name in messages.
+  explicit OnDevice(const Tensor& tensor, const char* what = "e");
 
   Device device() const { return device_; }
   bool is_cuda() const { return device_ == Device::cuda; }
@@ -27,6 +28,7 @@ class OnDevice {
  private:
   Device device_ = Device::cpu;
   std::int32_t index_ = -1;
+  const char* what_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 

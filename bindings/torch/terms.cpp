@@ -46,7 +46,7 @@ void loss_terms(Stack& stack) {
     throw Error(ErrorCode::invalid_value, "targets must be (sequences, length), got " +
                                               std::to_string(targets.dim()) + " dimensions");
   }
-  const OnDevice here(targets);
+  const OnDevice here(targets, "targets");
   if (!targets.is_contiguous()) targets = torch::stable::contiguous(targets);
   p.device = here.device();
   p.sequences = targets.size(0);

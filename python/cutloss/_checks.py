@@ -33,9 +33,9 @@ def number(name: str, value: object) -> float:
 
 
 def tensors(**named: Tensor | None) -> None:
-    """Each a plain tensor, or None where it is optional (e, c and targets are not)."""
+    """Each a plain tensor, or None where it is optional (e, c, logits and targets are not)."""
     for name, t in named.items():
-        if t is None and name not in ("e", "c", "targets"):
+        if t is None and name not in ("e", "c", "logits", "targets"):
             continue
         if _sharded.is_dtensor(t):
             raise ValueError(_sharded.refusal(name, t))
@@ -43,25 +43,28 @@ def tensors(**named: Tensor | None) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
 
 
-def device(e: Tensor, has_cuda: bool) -> None:
+def device(
+    t: Tensor, has_cuda: bool, name: str = "e", instead: str = "impl='torch'"
+) -> None:
     """One that an engine of this build may know (meta: shapes only)."""
-    if e.device.type == "cuda" and not has_cuda:
+    if t.device.type == "cuda" and not has_cuda:
         raise NotImplementedError(
-            "this cutloss was built without CUDA, and e is on a CUDA device: install a build with "
-            "CUDA (`cutloss doctor` says what is missing, the README how to build), or use "
-            "impl='torch'"
+            f"this cutloss was built without CUDA, and {name} is on a CUDA device: install a build "
+            f"with CUDA (`cutloss doctor` says what is missing, the README how to build), or use "
+            f"{instead}"
         )
-    if e.device.type not in ("cpu", "cuda", "meta"):
+    if t.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(
-            f"cutloss has no engine for tensors on {e.device}: use impl='torch' there"
+            f"cutloss has no engine for tensors on {t.device}: use {instead} there"
         )
 
 
-def same_device(e: Tensor, **others: Tensor | None) -> None:
+def same_device(first: Tensor, /, *, of: str = "e", **others: Tensor | None) -> None:
     for name, t in others.items():
-        if t is not None and t.device != e.device:
+        if t is not None and t.device != first.device:
             raise ValueError(
-                f"all tensors must be on one device: e is on {e.device}, {name} on {t.device}"
+                f"all tensors must be on one device: {of} is on {first.device}, {name} on "
+                f"{t.device}"
             )
 
 
@@ -83,30 +86,56 @@ def shapes(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must be (V): got bias {shape(bias)} and c {shape(c)}")
 
 
-def dtypes(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor) -> torch.dtype:
-    """The dtype of the products' operands: that of the tensors, or autocast's."""
+def class_indices(targets: Tensor) -> None:
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"targets must be class indices in int64 or int32, got {targets.dtype}"
             + ("; class probabilities are not supported" if targets.is_floating_point() else "")
         )
-    named = {"e": e.dtype, "c": c.dtype}
+
+
+def logits(z: Tensor, targets: Tensor) -> None:
+    """Shapes and dtypes."""
+    if z.dim() < 1 or z.shape[:-1] != targets.shape:
+        classes_second = z.dim() > 2 and (z.shape[0], *z.shape[2:]) == targets.shape
+        raise ValueError(
+            f"logits must have the shape of targets and one dimension more, (..., V) and (...): got "
+            f"logits {shape(z)} and targets {shape(targets)}"
+            + ("; V comes last: pass logits.movedim(1, -1)" if classes_second else "")
+        )
+    if z.shape[-1] < 1:
+        raise ValueError(f"logits must have at least one class (..., V), got {shape(z)}")
+    if z.dtype not in DTYPES:
+        raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {z.dtype}")
+    class_indices(targets)
+
+
+def dtypes(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor) -> torch.dtype:
+    """The dtype of the products' operands: that of the tensors, or autocast's."""
+    class_indices(targets)
+    named = {"e": e, "c": c}
     if bias is not None:
-        named["bias"] = bias.dtype
-    for name, dtype in named.items():
-        if dtype not in DTYPES:
+        named["bias"] = bias
+    return operand_dtype(**named)
+
+
+def operand_dtype(**named: Tensor) -> torch.dtype:
+    """Of the products of these tensors: theirs, or autocast's."""
+    (first, e), *_ = named.items()
+    for name, t in named.items():
+        if t.dtype not in DTYPES:
             raise TypeError(
-                f"{name} must be float32, float64, bfloat16 or float16, got {dtype}"
+                f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}"
             )
     device = e.device.type
     autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    if autocast and torch.float64 not in named.values():  # which autocast leaves alone
+    if autocast and all(t.dtype != torch.float64 for t in named.values()):  # which it leaves alone
         return torch.get_autocast_dtype(device)
-    for name, dtype in named.items():
-        if dtype != e.dtype:
+    for name, t in named.items():
+        if t.dtype != e.dtype:
             raise TypeError(
-                f"e and {name} must have one dtype: e is {e.dtype}, {name} {dtype}; convert one "
-                f"of them, or run under torch.autocast (which leaves float64 as it is)"
+                f"{first} and {name} must have one dtype: {first} is {e.dtype}, {name} {t.dtype}; "
+                f"convert one of them, or run under torch.autocast (which leaves float64 as it is)"
             )
     return e.dtype
 

@@ -7,7 +7,7 @@ import shlex
 
 import torch
 
-from cutloss._bench import record, rivals
+from cutloss._bench import logits, record, rivals
 from cutloss._bench.arguments import DEFAULT_WORKSPACE_MIB, add_arguments
 from cutloss._bench.cases import Case
 from cutloss._bench.measure import Settings, measure
@@ -37,6 +37,8 @@ def run(args):
         torch.set_num_threads(args.threads)
     shapes = _shapes(args)
     _check_files(args)
+    if args.logits:
+        return _run_logits(args, shapes)
     from cutloss._bench import report
 
     methods = _methods(args, report)
@@ -68,6 +70,31 @@ def run(args):
         print(f"plot: {args.plot}")
     if args.json:
         print(f"{len(records)} lines appended to {args.json}")
+    return 0
+
+
+def _run_logits(args, shapes):
+    """Not every option has a meaning here: one that would be passed over is refused."""
+    for name, known in (("dtype", logits.DTYPES), ("passes", logits.PASSES)):
+        unknown = [value for value in getattr(args, name) if value not in known]
+        if unknown:
+            raise UserError(
+                f"--{name} {unknown[0]} has no meaning with --logits, which takes "
+                f"{', '.join(known)}"
+            )
+    unused = dict(methods=None, data=["randn"], schedule=["auto"], max_workspace=[None])
+    unused |= dict(engines=[None], ignored=[0.0], options=["none"], kernels=False, plot=None)
+    for name, default in unused.items():
+        if getattr(args, name) != default:
+            raise UserError(f"--{name.replace('_', '-')} has no meaning with --logits: leave it out")
+    lines = logits.run(args, shapes)
+    for line in lines:
+        line["command"] = shlex.join(["cutloss", *args.argv])
+    if not lines:
+        raise UserError("no method was left to measure")
+    if args.json:
+        record.append(args.json, lines)
+        print(f"{len(lines)} lines appended to {args.json}")
     return 0
 
 

@@ -115,6 +115,27 @@ struct RowCoefficients {
   T inv_temperature;
 };
 
+// The upstream gradients of a row's outputs; that of lse includes that of its square.
+template <class T>
+struct RowUpstream {
+  T d_nll = 0, d_lse = 0, d_entropy = 0, d_zbar = 0;
+};
+
+// Where nothing but the upstream gradients and the row's statistics enters. The entropy, where
+// d_entropy is not 0, and the transform are the caller's to add.
+template <class T>
+CUTLOSS_HOST_DEVICE RowCoefficients<T> row_coefficients(const RowUpstream<T>& up, T nll, T row_max,
+                                                        T log_sum, std::int64_t V) {
+  RowCoefficients<T> k{};
+  k.row_max = row_max;
+  k.log_sum = log_sum;
+  // A row without a softmax (NaN or inf among its logits) has no gradient: NaN throughout.
+  k.a = nll == nll ? up.d_nll + up.d_lse : nll;
+  k.d_entropy = up.d_entropy;
+  k.zbar = up.d_zbar / static_cast<T>(V);
+  return k;
+}
+
 // d(z)/d(logit before softcap and temperature), from z.
 template <class T>
 CUTLOSS_HOST_DEVICE T transform_slope(T z, T softcap, T inv_temperature) {

@@ -12,6 +12,18 @@ namespace cutloss {
 void cuda_loss_terms(const Problem& problem, const Weighting& weighting, const void* targets,
                      const LossTerms& terms, void* stream);
 
+// What is given to a call for row n; lse is that of the row.
+template <class T>
+CUTLOSS_HOST_DEVICE RowUpstream<T> row_upstream(const RowGradients& given, std::int64_t n, T lse) {
+  const auto read = [n](const void* array) {
+    return array == nullptr ? T(0) : static_cast<const T*>(array)[n];
+  };
+  RowUpstream<T> up{read(given.d_nll), read(given.d_lse), read(given.d_entropy),
+                    read(given.d_zbar)};
+  if (given.d_lse_squared != nullptr) up.d_lse += T(2) * read(given.d_lse_squared) * lse;
+  return up;
+}
+
 // How a row counts: 0 where it is ignored.
 template <class T>
 struct RowWeight {
@@ -76,6 +88,24 @@ CUTLOSS_HOST_DEVICE RowTerms<T> row_terms(const RowWeight<T>& weight, const Term
   const T token = weight.token / scales.total;
   return {weight.weighted / scales.total * scales.nll, token * scales.lse,
           weight.token / scales.token_total * scales.lse_squared, token * scales.zbar};
+}
+
+// weighted_loss on the host: counts(n) says whether row n does.
+template <class T, class Counts>
+T weighted_sum(std::int64_t rows, Counts counts, const RowOutputs& out, const RowGradients& up,
+               const bool* undefined) {
+  const auto at = [](const void* array, std::int64_t n) {
+    return static_cast<double>(static_cast<const T*>(array)[n]);
+  };
+  double sum = undefined != nullptr && *undefined ? std::numeric_limits<double>::quiet_NaN() : 0;
+  for (std::int64_t n = 0; n < rows; ++n) {
+    if (!counts(n)) continue;
+    if (up.d_nll) sum += at(up.d_nll, n) * at(out.nll, n);
+    if (up.d_lse) sum += at(up.d_lse, n) * at(out.lse, n);
+    if (up.d_lse_squared) sum += at(up.d_lse_squared, n) * at(out.lse, n) * at(out.lse, n);
+    if (up.d_zbar) sum += at(up.d_zbar, n) * at(out.zbar, n);
+  }
+  return static_cast<T>(sum);
 }
 
 }  // namespace cutloss

@@ -16,38 +16,14 @@ namespace {
 // Largest element count that any product of sizes may reach: 2^62 bytes / 8.
 constexpr std::int64_t kMaxElements = std::int64_t{1} << 59;
 
-void check_product(const char* what, std::int64_t a, std::int64_t b) {
-  if (a != 0 && b > kMaxElements / a) {
-    refuse_value(text(what, " = ", a, " x ", b, " elements is more than an address can hold"));
-  }
-}
-
 void check_sizes(const Problem& p) {
-  if (p.sequences < 0 || p.length < 0) {
-    refuse_value(text("sequences and length must be >= 0, got ", p.sequences, " and ", p.length));
-  }
+  check_positions(p.sequences, p.length, p.shift);
   if (p.V < 1) refuse_value(text("V (rows of C) must be >= 1, got ", p.V));
   if (p.D < 1) refuse_value(text("D (columns of E and C) must be >= 1, got ", p.D));
-  if (p.shift < 0) refuse_value(text("shift must be >= 0, got ", p.shift));
-  if (p.shift > 0 && p.shift >= p.length) {
-    refuse_value(
-        text("shift must be smaller than the sequence length ", p.length, ", got ", p.shift));
-  }
-  check_product("sequences x length", p.sequences, p.length);
   const std::int64_t rows = p.sequences * p.length;
   check_product("N x D", rows, p.D);
   check_product("N x V", rows, p.V);
   check_product("V x D", p.V, p.D);
-}
-
-// Fills in a packed stride, or checks a given one.
-void settle_stride(std::int64_t& stride, std::int64_t packed, std::int64_t count,
-                   const char* what) {
-  if (stride == 0) stride = packed;
-  if (count > 1 && stride < packed) {
-    refuse_value(text(what, " must be at least ", packed, " (0 means packed), got ", stride));
-  }
-  if (count > 1) check_product(what, count, stride);
 }
 
 void check_types(const Problem& p) {
@@ -66,24 +42,8 @@ void check_types(const Problem& p) {
   }
 }
 
-bool is_usable(double value, const Problem& p) {
-  const auto [least, most] = usable_range(stat_type(p.compute_type));
-  return std::fabs(value) >= least && std::fabs(value) <= most;
-}
-
 void check_options(const Problem& p) {
-  const auto refuse_number = [&](const char* what, const char* rule, double value) {
-    const auto [least, most] = usable_range(stat_type(p.compute_type));
-    refuse_value(text(what, " must be a finite number ", rule, ", between ", least, " and ", most,
-                      " in size, got ", value));
-  };
-  if (p.softcap && !(*p.softcap > 0 && is_usable(*p.softcap, p))) {
-    refuse_number("softcap", "> 0", *p.softcap);
-  }
-  if (!is_usable(p.logit_scale, p)) refuse_number("logit_scale", "other than 0", p.logit_scale);
-  if (!(p.temperature > 0 && is_usable(p.temperature, p))) {
-    refuse_number("temperature", "> 0", p.temperature);
-  }
+  check_transform(p.softcap, p.logit_scale, p.temperature, stat_type(p.compute_type));
   if (p.max_workspace && *p.max_workspace < 0) {
     refuse_value(text("max_workspace must be >= 0 bytes, got ", *p.max_workspace));
   }
@@ -103,9 +63,7 @@ void check_options(const Problem& p) {
   if (p.zbar_gradient && !p.wants_zbar) refuse_value("zbar_gradient needs wants_zbar");
 }
 
-void need(const void* pointer, const char* what) {
-  if (pointer == nullptr) refuse_value(text("Args::", what, " is null, but the plan needs it"));
-}
+void need(const void* pointer, const char* what) { need_pointer(pointer, "Args", what); }
 
 void need_aligned(const void* pointer, std::int64_t bytes, const char* what) {
   if (bytes == 0) return;
@@ -116,6 +74,68 @@ void need_aligned(const void* pointer, std::int64_t bytes, const char* what) {
 }
 
 }  // namespace
+
+void check_positions(std::int64_t sequences, std::int64_t length, std::int64_t shift) {
+  if (sequences < 0 || length < 0) {
+    refuse_value(text("sequences and length must be >= 0, got ", sequences, " and ", length));
+  }
+  if (shift < 0) refuse_value(text("shift must be >= 0, got ", shift));
+  if (shift > 0 && shift >= length) {
+    refuse_value(text("shift must be smaller than the sequence length ", length, ", got ", shift));
+  }
+  check_product("sequences x length", sequences, length);
+}
+
+void check_product(const char* what, std::int64_t a, std::int64_t b) {
+  if (a != 0 && b > kMaxElements / a) {
+    refuse_value(text(what, " = ", a, " x ", b, " elements is more than an address can hold"));
+  }
+}
+
+void settle_stride(std::int64_t& stride, std::int64_t packed, std::int64_t count,
+                   const char* what) {
+  if (stride == 0) stride = packed;
+  if (count > 1 && stride < packed) {
+    refuse_value(text(what, " must be at least ", packed, " (0 means packed), got ", stride));
+  }
+  if (count > 1) check_product(what, count, stride);
+}
+
+void check_transform(const std::optional<double>& softcap, double logit_scale, double temperature,
+                     DType stat) {
+  const auto [least, most] = usable_range(stat);
+  const auto is_usable = [&, least = least, most = most](double value) {
+    return std::fabs(value) >= least && std::fabs(value) <= most;
+  };
+  const auto refuse_number = [&, least = least, most = most](const char* what, const char* rule,
+                                                             double value) {
+    refuse_value(text(what, " must be a finite number ", rule, ", between ", least, " and ", most,
+                      " in size, got ", value));
+  };
+  if (softcap && !(*softcap > 0 && is_usable(*softcap))) refuse_number("softcap", "> 0", *softcap);
+  if (!is_usable(logit_scale)) refuse_number("logit_scale", "other than 0", logit_scale);
+  if (!(temperature > 0 && is_usable(temperature))) {
+    refuse_number("temperature", "> 0", temperature);
+  }
+}
+
+void need_pointer(const void* pointer, const char* args, const char* what) {
+  if (pointer == nullptr) refuse_value(text(args, "::", what, " is null, but the call needs it"));
+}
+
+void check_target(std::int64_t target, std::int64_t V, std::int64_t ignore_index, Position at) {
+  if (target >= 0 && target < V) return;
+  refuse_value(text("the target at position (", at.sequence, ", ", at.column, ") is ", target,
+                    ", outside [0, V = ", V, ") and not ignore_index = ", ignore_index));
+}
+
+void check_row_temperature(double own, double in_all, DType stat, Position at) {
+  const auto [least, most] = usable_range(stat);
+  if (in_all >= least && in_all <= most) return;
+  refuse_value(text("the temperature at position (", at.sequence, ", ", at.column, ") is ", own,
+                    ", but every temperature must be a finite number > 0, between ", least, " and ",
+                    most));
+}
 
 Problem validated(Problem p) {
   check_sizes(p);

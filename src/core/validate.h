@@ -4,6 +4,24 @@
 
 namespace cutloss {
 
+// What problems of either kind have in common. All throw Error(invalid_value).
+void check_positions(std::int64_t sequences, std::int64_t length, std::int64_t shift);
+// a x b elements must have addresses.
+void check_product(const char* what, std::int64_t a, std::int64_t b);
+// Fills in a packed stride, or checks a given one.
+void settle_stride(std::int64_t& stride, std::int64_t packed, std::int64_t count, const char* what);
+void check_transform(const std::optional<double>& softcap, double logit_scale, double temperature,
+                     DType stat);
+// `what` is a member of `args`.
+void need_pointer(const void* pointer, const char* args, const char* what);
+
+// A target and a temperature of a row, as only the data shows them.
+struct Position {
+  std::int64_t sequence, column;  // of the target
+};
+void check_target(std::int64_t target, std::int64_t V, std::int64_t ignore_index, Position at);
+void check_row_temperature(double own, double in_all, DType stat, Position at);
+
 // Every refusal that follows from the problem alone. Returns the problem with its strides filled
 // in. Throws Error(invalid_value | invalid_type).
 Problem validated(Problem problem);

@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
 #include "core/dtype.h"
 #include "core/logit_math.h"
+#include "core/loss_terms.h"
 #include "core/text.h"
 #include "core/validate.h"
 #include "cpu/convert.h"
@@ -237,21 +237,9 @@ class CpuParts final : public Parts {
   }
 
   void sum_loss(void* loss, const bool* undefined) override {
-    const RowOutputs& out = args_.rows;
-    const RowGradients& up = args_.upstream;
-    const auto at = [](const void* array, std::int64_t n) {
-      return static_cast<double>(static_cast<const T*>(array)[n]);
-    };
-    const std::int64_t rows = row_count(p_);
-    double sum = undefined != nullptr && *undefined ? std::numeric_limits<double>::quiet_NaN() : 0;
-    for (std::int64_t n = 0; n < rows; ++n) {
-      if (target_of(n) == p_.ignore_index) continue;
-      if (up.d_nll) sum += at(up.d_nll, n) * at(out.nll, n);
-      if (up.d_lse) sum += at(up.d_lse, n) * at(out.lse, n);
-      if (up.d_lse_squared) sum += at(up.d_lse_squared, n) * at(out.lse, n) * at(out.lse, n);
-      if (up.d_zbar) sum += at(up.d_zbar, n) * at(out.zbar, n);
-    }
-    *static_cast<T*>(loss) = static_cast<T>(sum);
+    const auto counts = [&](std::int64_t n) { return target_of(n) != p_.ignore_index; };
+    *static_cast<T*>(loss) =
+        weighted_sum<T>(row_count(p_), counts, args_.rows, args_.upstream, undefined);
   }
 
  private:
@@ -285,23 +273,11 @@ class CpuParts final : public Parts {
   }
 
   void check_row(std::int64_t n, std::int64_t target) const {
-    const std::int64_t sequence = n / predicted_;
-    const std::int64_t column = n % predicted_ + p_.shift;
-    if (target < 0 || target >= p_.V) {
-      throw Error(ErrorCode::invalid_value,
-                  text("the target at position (", sequence, ", ", column, ") is ", target,
-                       ", outside [0, V = ", p_.V, ") and not ignore_index = ", p_.ignore_index));
-    }
+    const Position at{n / predicted_, n % predicted_ + p_.shift};
+    check_target(target, p_.V, p_.ignore_index, at);
     if (!p_.has_row_temperature) return;
-    const double temperature = static_cast<const T*>(args_.in.temperature)[n];
-    const auto [least, most] = usable_range(stat_type(p_.compute_type));
-    const double in_all = temperature * p_.temperature;
-    if (!(in_all >= least && in_all <= most)) {
-      throw Error(ErrorCode::invalid_value,
-                  text("the temperature at position (", sequence, ", ", column, ") is ",
-                       temperature, ", but every temperature must be a finite number > 0, between ",
-                       least, " and ", most));
-    }
+    const double own = static_cast<const T*>(args_.in.temperature)[n];
+    check_row_temperature(own, own * p_.temperature, stat_type(p_.compute_type), at);
   }
 
   T inv_temperature(std::int64_t n) const {
@@ -463,29 +439,20 @@ class CpuParts final : public Parts {
     const T nll = read(args_.rows.nll);
     const T row_max = read(args_.rows.row_max);
     const T log_sum = read(args_.rows.log_sum);
-    const T d_nll = read(args_.upstream.d_nll);
-    T d_lse = read(args_.upstream.d_lse);
-    if (args_.upstream.d_lse_squared != nullptr) {
-      d_lse += T(2) * read(args_.upstream.d_lse_squared) * (row_max + log_sum);
-    }
+    const RowUpstream<T> up = row_upstream<T>(args_.upstream, n, row_max + log_sum);
     GradientRow<T> row{};
     row.columns = columns.count;
     row.class_weight = class_weight(columns);
     RowCoefficients<T>& k = row.coefficients;
-    k.row_max = row_max;
-    k.log_sum = log_sum;
-    // A row without a softmax (NaN or inf among its logits) has no gradient: NaN throughout.
-    k.a = nll == nll ? d_nll + d_lse : nll;
-    k.d_entropy = read(args_.upstream.d_entropy);
+    k = row_coefficients(up, nll, row_max, log_sum, p_.V);
     k.entropy = k.d_entropy != T(0) ? read(args_.rows.entropy) : T(0);
-    k.zbar = read(args_.upstream.d_zbar) / static_cast<T>(p_.V);
     k.softcap = static_cast<T>(p_.softcap.value_or(0));
     k.inv_temperature = inv_temperature(n);
     const std::int64_t target = target_of(n) - columns.begin;
     row.target = target >= 0 && target < columns.count ? target : -1;
     if (row.target >= 0) {
       const T weight = row.class_weight == nullptr ? T(1) : row.class_weight[row.target];
-      row.target_g = target_gradient(k, nll, d_nll, d_lse, weight);
+      row.target_g = target_gradient(k, nll, up.d_nll, up.d_lse, weight);
     }
     return row;
   }

@@ -33,6 +33,7 @@ DeviceFacts ask(int device) {
              attribute(cudaDevAttrComputeCapabilityMinor, device);
   facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   facts.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
+  facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   facts.memory_rate = memory_rate(device);
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, device), "asking a CUDA device for its name");

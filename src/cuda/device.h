@@ -13,6 +13,7 @@ struct DeviceFacts {
   int sm = 0;  // compute capability: 90 for 9.0
   int multiprocessors = 0;
   std::int64_t l2_bytes = 0;
+  std::int64_t shared_bytes = 0;  // that a block may ask for
   double memory_rate = 0;  // bytes a second that the memory's clock and width allow; 0: unknown
   std::string name;
 };

@@ -38,28 +38,38 @@ double operand(const Problem& problem, const void* array, DType type, std::int64
   return problem.compute_type == DType::bf16 ? rounded(stored, DType::bf16) : stored;
 }
 
-// Fills e, c and target.
-void read_operands(const Problem& problem, const Inputs& in, Result& r) {
-  const std::int64_t D = problem.D;
-  const std::int64_t row_stride = problem.e_row_stride != 0 ? problem.e_row_stride : D;
+// Where row n lies in E, or among logits, whose rows are `packed` elements apart if nothing is
+// said.
+std::int64_t offset_of_row(const Problem& problem, std::int64_t packed, std::int64_t n) {
+  const std::int64_t row_stride = problem.e_row_stride != 0 ? problem.e_row_stride : packed;
   const std::int64_t sequence_stride =
       problem.e_sequence_stride != 0 ? problem.e_sequence_stride : problem.length * row_stride;
+  const std::int64_t position = position_of_row(problem, n);
+  return position / problem.length * sequence_stride + position % problem.length * row_stride;
+}
+
+void read_targets(const Problem& problem, const Inputs& in, Result& r) {
+  for (std::int64_t n = 0; n < r.N; ++n) {
+    const std::int64_t position = position_of_row(problem, n) + problem.shift;
+    const std::int64_t target = load_target(problem, in, position);
+    if (target == problem.ignore_index) continue;
+    if (target < 0 || target >= problem.V) {
+      throw Error(ErrorCode::invalid_value, "target at position " + std::to_string(position) +
+                                                " is " + std::to_string(target) + ", outside [0, " +
+                                                std::to_string(problem.V) + ")");
+    }
+    r.target[n] = target;
+  }
+}
+
+void read_operands(const Problem& problem, const Inputs& in, Result& r) {
+  const std::int64_t D = problem.D;
   const std::int64_t c_stride = problem.c_row_stride != 0 ? problem.c_row_stride : D;
   for (std::int64_t n = 0; n < r.N; ++n) {
-    const std::int64_t position = position_of_row(problem, n);
-    const std::int64_t sequence = position / problem.length;
-    const std::int64_t offset = sequence * sequence_stride + position % problem.length * row_stride;
+    const std::int64_t offset = offset_of_row(problem, D, n);
     for (std::int64_t d = 0; d < D; ++d) {
       r.e[n * D + d] = operand(problem, in.e, problem.e_type, offset + d);
     }
-    const std::int64_t target = load_target(problem, in, position + problem.shift);
-    if (target == problem.ignore_index) continue;
-    if (target < 0 || target >= problem.V) {
-      throw Error(ErrorCode::invalid_value,
-                  "target at position " + std::to_string(position + problem.shift) + " is " +
-                      std::to_string(target) + ", outside [0, " + std::to_string(problem.V) + ")");
-    }
-    r.target[n] = target;
   }
   for (std::int64_t v = 0; v < problem.V; ++v) {
     for (std::int64_t d = 0; d < D; ++d) {
@@ -68,8 +78,9 @@ void read_operands(const Problem& problem, const Inputs& in, Result& r) {
   }
 }
 
-// z = transform(e . c) and slope = dz/da.
-void logits(const Problem& problem, const Inputs& in, Result& r) {
+// z = transform(product(n, v)) and slope = dz/da.
+template <class Product>
+void transform(const Problem& problem, const Inputs& in, Product product, Result& r) {
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0) continue;
     double temperature = problem.temperature;
@@ -77,9 +88,7 @@ void logits(const Problem& problem, const Inputs& in, Result& r) {
       temperature *= load(in.temperature, stat_type(problem), n);
     }
     for (std::int64_t v = 0; v < r.V; ++v) {
-      double dot = 0;
-      for (std::int64_t d = 0; d < r.D; ++d) dot += r.e[n * r.D + d] * r.c[v * r.D + d];
-      double a = problem.logit_scale * dot;
+      double a = problem.logit_scale * product(n, v);
       if (problem.has_bias) a += load(in.bias, problem.bias_type, v);
       double s = a;
       double slope = 1;
@@ -220,6 +229,26 @@ void store_all(void* array, DType type, const std::vector<double>& values) {
   }
 }
 
+Result empty_result(const Problem& problem, std::int64_t D) {
+  Result r;
+  r.N = problem.sequences * (problem.length - problem.shift);
+  r.V = problem.V;
+  r.D = D;
+  r.compute_type = problem.compute_type;
+  r.e.assign(r.N * r.D, 0);
+  r.c.assign(r.V * r.D, 0);
+  r.target.assign(r.N, -1);
+  for (auto* matrix : {&r.z, &r.slope, &r.g}) matrix->assign(r.N * r.V, 0);
+  for (auto* row : {&r.nll, &r.lse, &r.row_max, &r.log_sum, &r.entropy, &r.zbar}) {
+    row->assign(r.N, 0);
+  }
+  r.argmax.assign(r.N, -1);
+  r.de.assign(problem.sequences * problem.length * r.D, 0);
+  r.dc.assign(r.V * r.D, 0);
+  r.dbias.assign(D == 0 ? 0 : r.V, 0);
+  return r;
+}
+
 }  // namespace
 
 std::int64_t position_of_row(const Problem& problem, std::int64_t row) {
@@ -232,28 +261,30 @@ DType stat_type(const Problem& problem) {
 }
 
 Result evaluate(const Problem& problem, const Inputs& in, const RowGradients64& upstream) {
-  Result r;
-  r.N = problem.sequences * (problem.length - problem.shift);
-  r.V = problem.V;
-  r.D = problem.D;
-  r.compute_type = problem.compute_type;
-  r.e.assign(r.N * r.D, 0);
-  r.c.assign(r.V * r.D, 0);
-  r.target.assign(r.N, -1);
-  for (auto* matrix : {&r.z, &r.slope, &r.g}) matrix->assign(r.N * r.V, 0);
-  for (auto* row : {&r.nll, &r.lse, &r.row_max, &r.log_sum, &r.entropy, &r.zbar}) {
-    row->assign(r.N, 0);
-  }
-  r.argmax.assign(r.N, -1);
-  r.de.assign(problem.sequences * problem.length * r.D, 0);
-  r.dc.assign(r.V * r.D, 0);
-  r.dbias.assign(r.V, 0);
-
+  Result r = empty_result(problem, problem.D);
+  read_targets(problem, in, r);
   read_operands(problem, in, r);
-  logits(problem, in, r);
+  const auto product = [&](std::int64_t n, std::int64_t v) {
+    double dot = 0;
+    for (std::int64_t d = 0; d < r.D; ++d) dot += r.e[n * r.D + d] * r.c[v * r.D + d];
+    return dot;
+  };
+  transform(problem, in, product, r);
   statistics(problem, in, r);
   logit_gradients(problem, in, upstream, r);
   problem.compute_type == DType::f64 ? products<Sum>(problem, r) : products<double>(problem, r);
+  return r;
+}
+
+Result evaluate_logits(const Problem& problem, const Inputs& in, const RowGradients64& upstream) {
+  Result r = empty_result(problem, 0);
+  read_targets(problem, in, r);
+  const auto logit = [&](std::int64_t n, std::int64_t v) {
+    return load(in.e, problem.e_type, offset_of_row(problem, problem.V, n) + v);
+  };
+  transform(problem, in, logit, r);
+  statistics(problem, in, r);
+  logit_gradients(problem, in, upstream, r);
   return r;
 }
 

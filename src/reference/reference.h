@@ -48,6 +48,12 @@ struct Result {
 // Throws Error(invalid_value) for a target that is neither ignore_index nor in [0, V).
 Result evaluate(const Problem& problem, const Inputs& in, const RowGradients64& upstream = {});
 
+// The same where the logits are given: in.e is (sequences, length, V) in e_type, with E's strides
+// (packed: V), and bias and C are none. The Result has D = 0, no e, c, de, dc or dbias; the
+// gradient of a logit is g * slope * logit_scale.
+Result evaluate_logits(const Problem& problem, const Inputs& in,
+                       const RowGradients64& upstream = {});
+
 // The contract of cutloss::forward and cutloss::backward, without a plan, kept or workspace.
 void forward(const Problem& problem, const Args& args);
 void backward(const Problem& problem, const Args& args);

@@ -3,6 +3,7 @@
 import inspect
 import pathlib
 import re
+import runpy
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 from cutloss import torch_compat
 from cutloss.compat.liger import LigerFusedLinearCrossEntropyLoss as OfLiger
+from cutloss.compat.liger import LigerFusedLinearJSD as JSD
+from cutloss.compat.liger import LigerFusedLinearJSDLoss as JSDLoss
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMING_FROM = ROOT / "docs" / "coming-from.md"
@@ -59,8 +62,9 @@ def test_snippets_agree():
     got, want = (run(*s, namespace()) for s in (ours, plain))
     torch.testing.assert_close(got["loss"], want["expected"])
     of_liger = [s for s in snippets(COMING_FROM) if "Liger" in s[1] or "same = " in s[1]]
-    theirs, own = (run(*s, namespace()) for s in of_liger)
+    theirs, own, jsd = (run(*s, namespace()) for s in of_liger)
     torch.testing.assert_close(theirs["loss"], own["same"])
+    torch.testing.assert_close(jsd["loss"], jsd["theirs"])
 
 
 def section(title):
@@ -80,6 +84,9 @@ def parameters(*functions):
 OF_TORCHS_OPTIONS = """batch_chunk_size chunking_method acc_policy allow_retain_graph
 acc_dtype""".split()
 
+OF_TRLS_JSD = """student_logits teacher_logits labels beta temperature reduction
+num_items_in_batch""".split()
+
 
 @pytest.mark.parametrize(
     "title, names",
@@ -87,18 +94,22 @@ acc_dtype""".split()
         ("cut-cross-entropy", OF_CUT_CROSS_ENTROPY),
         ("Liger", [*parameters(OfLiger, OfLiger.forward), "chunk_mem_const"]),
         (
+            "Distillation: TRL, Liger",
+            parameters(JSD, JSD.forward, JSDLoss, JSDLoss.forward) + OF_TRLS_JSD,
+        ),
+        (
             "torch's F.linear_cross_entropy",
             parameters(torch_compat.linear_cross_entropy) + OF_TORCHS_OPTIONS,
         ),
     ],
-    ids=["cut_cross_entropy", "liger", "torch"],
+    ids=["cut_cross_entropy", "liger", "distillation", "torch"],
 )
 def test_every_option_of_theirs_has_a_row(title, names):
     rows = "".join(line for line in section(title).splitlines() if line.startswith("|"))
     assert not [name for name in names if not re.search(rf"`{name}\b", rows)]
 
 
-@pytest.mark.parametrize("page", ["losses.md", "training-stacks.md"])
+@pytest.mark.parametrize("page", ["losses.md", "transformers.md", "training-stacks.md"])
 def test_a_page_runs_from_top_to_bottom(page, monkeypatch):
     """Its snippets make all that they use, in one process that torchrun might have started."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -109,3 +120,8 @@ def test_a_page_runs_from_top_to_bottom(page, monkeypatch):
     names = {}
     for where, code in found:
         run(where, code, names)
+
+
+def test_the_reference_is_what_the_docstrings_say():
+    script = runpy.run_path(str(ROOT / "scripts" / "api_reference.py"))
+    assert script["PAGE"].read_text() == script["page"](), "run scripts/api_reference.py"

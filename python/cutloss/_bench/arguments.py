@@ -3,6 +3,7 @@
 import argparse
 import re
 
+from cutloss._bench import logits
 from cutloss._bench.cases import ALL_DATA, DTYPES, OPTIONS, PASSES
 from cutloss._bench.methods import DEFAULT_METHODS, ENGINE_VARIABLE, LOSSES, METHODS
 from cutloss._bench.plan import WORKSPACES
@@ -30,6 +31,12 @@ def add_arguments(parser):
         default=[],
         metavar="N,D,V",
         help="one or more, separated by spaces or semicolons",
+    )
+    add(
+        "--logits",
+        action="store_true",
+        help=f"losses over logits that exist instead, N and V of the shapes: "
+        f"{', '.join(f'{name} ({about})' for name, about in logits.ABOUT.items())}",
     )
     add("--list-models", action="store_true", help="list the named models and stop")
     _add_list(add, "--dtype", DTYPES, ["fp32"], "Of E and C; autocast: C is fp32")

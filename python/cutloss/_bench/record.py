@@ -59,22 +59,33 @@ OF_A_PIPELINE = {
     "microbatches": (int,),
     "stage": (str,),  # which, and what is in it
 }
+# Of losses over logits that exist; a line that has copy_ms is one.
+LOGITS_KEYS = {
+    **{key: KEYS[key] for key in ("device", "date", "commit", "versions", "N", "V", "dtype")},
+    **{key: KEYS[key] for key in ("method", "pass", "ms", "peak_mib", "command")},
+    "first_ms": MEASURED,
+    "copy_ms": NUMBER,  # one read and one write of the logits
+    "copies": NUMBER,
+    "gradient_err": MEASURED,  # over a few rows
+}
 CHOICES = {
     "gradient": ("exact", "sampled", "filtered"),
     "schedule": ("rows", "vocabulary", "none"),
     "pass": ("fw", "bw", "fwbw", "fwbw_frozen", "step"),
 }
-POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms")
+POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms", "copy_ms", "copies")
 NOT_NEGATIVE = (
     *("workspace_mib", "peak_mib", "de_err", "dc_err", "first_ms", "total_mib", "outside_mib"),
-    *("kept_mib", "loss_err", "nll_err", "ignored"),
+    *("kept_mib", "loss_err", "nll_err", "ignored", "gradient_err"),
 )
 
 
 def problems(record):
     """What is wrong with a line, as a list of sentences; empty where nothing is."""
-    found = [f"{key} is missing" for key in KEYS if key not in record]
-    known = {**KEYS, **OPTIONAL, **OF_A_PIPELINE}
+    of_logits = "copy_ms" in record
+    needed = LOGITS_KEYS if of_logits else KEYS
+    found = [f"{key} is missing" for key in needed if key not in record]
+    known = needed if of_logits else {**KEYS, **OPTIONAL, **OF_A_PIPELINE}
     found += [f"{key} is not a key of the format" for key in record if key not in known]
     for key, types in known.items():
         value = record.get(key)

@@ -44,12 +44,16 @@ def heading(shared):
     console().print(f"{shared['device']}; {versions}; commit {shared['commit']}", markup=False)
 
 
-@contextlib.contextmanager
 def progress(case, calls, rounds):
+    return progress_of(case.label, calls, rounds)
+
+
+@contextlib.contextmanager
+def progress_of(label, calls, rounds):
     """Yields a function to call after each measured call."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console(), transient=True) as bar:
-        task = bar.add_task(case.label, total=(rounds + 1) * calls)
+        task = bar.add_task(label, total=(rounds + 1) * calls)
         yield lambda: bar.advance(task)
 
 
@@ -68,6 +72,27 @@ def table(case, lines):
         plan = (r["engine"], r["schedule"]) if ours else ("", "")
         cells = (_number(r[key], form) for _, key, form in columns)
         shown.add_row(r["pass"], method.label, *plan, *cells)
+    console().print(shown)
+
+
+def logits_table(label, copy_ms, rate, lines):
+    """`rate`: of the copy, in GB/s, read and written."""
+    shown = Table(title=f"{label}   (1 copy = {copy_ms:.3f} ms, {rate:.0f} GB/s)")
+    shown.title_justify = "left"
+    columns = [
+        ("ms", "ms", "{:.3f}"),
+        ("copies", "copies", "{:.2f}"),
+        ("first ms", "first_ms", "{:.0f}"),
+        ("peak MiB", "peak_mib", "{:.1f}"),
+        ("gradient error", "gradient_err", "{:.1e}"),
+    ]
+    for name in ("pass", "method"):
+        shown.add_column(name)
+    for name, *_ in columns:
+        shown.add_column(name, justify="right")
+    for r in lines:
+        cells = (_number(r[key], form) for _, key, form in columns)
+        shown.add_row(r["pass"], r["method"], *cells)
     console().print(shown)
 
 

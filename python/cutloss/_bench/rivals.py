@@ -45,7 +45,7 @@ class Loss:
     package: str = "torch"
 
 
-def _lacks(package, module, device):
+def lacks(package, module, device):
     """Why a package that needs a GPU cannot be used, or None."""
     if importlib.util.find_spec(module) is None:
         return f"{package} is not installed (benchmarks/rivals.txt)"
@@ -60,7 +60,7 @@ def _lacks(package, module, device):
 
 def _lacks_dsl(package, module, device):
     """The same of a package whose kernels are compiled by nvidia-cutlass-dsl."""
-    return _lacks(package, module, device) or _lacks("nvidia-cutlass-dsl", "cutlass", device)
+    return lacks(package, module, device) or lacks("nvidia-cutlass-dsl", "cutlass", device)
 
 
 def _lacks_hopper(package, module, device):
@@ -114,7 +114,7 @@ def _cce_loss(impl, about, gradient="exact"):
     return Loss(
         functools.partial(_cce, impl=impl),
         about,
-        functools.partial(_lacks, "cut-cross-entropy", "cut_cross_entropy"),
+        functools.partial(lacks, "cut-cross-entropy", "cut_cross_entropy"),
         frozenset({"bias", "softcap"}),
         gradient=gradient,
         package="cut-cross-entropy",
@@ -163,7 +163,7 @@ def _liger_sm90_stored(e, c, targets, asked):
     )
 
 
-_liger_missing = functools.partial(_lacks, "liger-kernel", "liger_kernel")
+_liger_missing = functools.partial(lacks, "liger-kernel", "liger_kernel")
 _liger_sm90_missing = functools.partial(_lacks_hopper, "liger-kernel", "liger_kernel")
 
 

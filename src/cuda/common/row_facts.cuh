@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/device_math.cuh"
 #include "cuda/common/kernels.h"
 
 namespace cutloss::cuda {
@@ -20,6 +21,15 @@ __device__ inline std::int64_t target_at(const RowFacts& f, std::int64_t positio
 
 __device__ inline bool counts(const RowFacts& f, int n) {
   return target_at(f, position_of(f, n)) != f.ignore_index;
+}
+
+// NaN where the row's temperature is not usable.
+template <class T>
+__device__ T inv_temperature(const RowFacts& f, int n) {
+  const double own =
+      f.temperature != nullptr ? static_cast<double>(static_cast<const T*>(f.temperature)[n]) : 1.0;
+  const double in_all = own * f.temperature_scale;
+  return in_all >= f.least && in_all <= f.most ? static_cast<T>(1.0 / in_all) : not_a_number<T>();
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "core/loss_terms.h"
 #include "cuda/common/device_math.cuh"
 #include "cuda/common/kernels.h"
 #include "cuda/common/row_facts.cuh"
@@ -11,14 +12,6 @@ namespace {
 
 constexpr int kScanThreads = 1024;
 constexpr int kScanRows = 4;  // a thread takes at a time
-
-template <class T>
-__device__ T inv_temperature(const RowFacts& f, int n) {
-  const double own =
-      f.temperature != nullptr ? static_cast<double>(static_cast<const T*>(f.temperature)[n]) : 1.0;
-  const double in_all = own * f.temperature_scale;
-  return in_all >= f.least && in_all <= f.most ? static_cast<T>(1.0 / in_all) : not_a_number<T>();
-}
 
 template <class T>
 __device__ void write_entry(const RowFacts& f, const RowTable& table, int entry, int n) {
@@ -151,17 +144,6 @@ __global__ void __launch_bounds__(kThreads)
   if (out.argmax != nullptr) out.argmax[n] = result.argmax;
 }
 
-// The upstream gradient of lse, that of its square included.
-template <class T>
-__device__ T lse_gradient(const Coefficients& c, std::int64_t n) {
-  T d_lse = read<T>(c.upstream.d_lse, n);
-  if (c.upstream.d_lse_squared != nullptr) {
-    d_lse += T(2) * read<T>(c.upstream.d_lse_squared, n) *
-             (read<T>(c.rows.row_max, n) + read<T>(c.rows.log_sum, n));
-  }
-  return d_lse;
-}
-
 template <class T>
 __device__ T block_max(T value) {
   __shared__ T most[32];
@@ -189,10 +171,12 @@ __global__ void __launch_bounds__(kScanThreads)
     const std::int64_t n = c.table.row[c.first + i];
     if (n < 0) continue;
     // p |log p + H| <= 1 + H
-    float g = fabsf(read<float>(c.upstream.d_nll, n)) + fabsf(lse_gradient<float>(c, n)) +
-              fabsf(read<float>(c.upstream.d_zbar, n)) / static_cast<float>(c.V) * weight;
+    const float lse = read<float>(c.rows.row_max, n) + read<float>(c.rows.log_sum, n);
+    const RowUpstream<float> up = row_upstream<float>(c.upstream, n, lse);
+    float g =
+        fabsf(up.d_nll) + fabsf(up.d_lse) + fabsf(up.d_zbar) / static_cast<float>(c.V) * weight;
     if (c.upstream.d_entropy != nullptr) {
-      g += fabsf(read<float>(c.upstream.d_entropy, n)) * (1 + read<float>(c.rows.entropy, n));
+      g += fabsf(up.d_entropy) * (1 + read<float>(c.rows.entropy, n));
     }
     most = fmaxf(most, g * static_cast<const float*>(c.table.inv_temperature)[c.first + i]);
   }
@@ -214,22 +198,17 @@ __global__ void __launch_bounds__(kThreads)
   if (n < 0) return;
   const T scale = scalars != nullptr ? static_cast<T>(scalars->scale) : T(1);
   const T nll = read<T>(c.rows.nll, n);
-  const T d_nll = read<T>(c.upstream.d_nll, n) * scale;
-  const T d_lse = lse_gradient<T>(c, n) * scale;
-  RowCoefficients<T> k{};
-  k.row_max = read<T>(c.rows.row_max, n);
-  k.log_sum = read<T>(c.rows.log_sum, n);
-  // A row without a softmax (NaN or inf among its logits) has no gradient: NaN throughout.
-  k.a = nll == nll ? d_nll + d_lse : nll;
-  k.d_entropy = read<T>(c.upstream.d_entropy, n) * scale;
-  k.entropy = k.d_entropy != T(0) ? read<T>(c.rows.entropy, n) : T(0);
-  k.zbar = read<T>(c.upstream.d_zbar, n) / static_cast<T>(c.V) * scale;
+  const T row_max = read<T>(c.rows.row_max, n), log_sum = read<T>(c.rows.log_sum, n);
+  RowUpstream<T> up = row_upstream<T>(c.upstream, n, row_max + log_sum);
+  up = {up.d_nll * scale, up.d_lse * scale, up.d_entropy * scale, up.d_zbar * scale};
+  RowCoefficients<T> k = row_coefficients(up, nll, row_max, log_sum, c.V);
+  if (k.d_entropy != T(0)) k.entropy = read<T>(c.rows.entropy, n);
   k.inv_temperature = static_cast<const T*>(c.table.inv_temperature)[c.first + i];
   const int target = c.table.target[c.first + i];
   const T weight = c.class_weight == nullptr || target < 0
                        ? T(1)
                        : static_cast<const T*>(c.class_weight)[target];
-  const T target_g = target_gradient(k, nll, d_nll, d_lse, weight);
+  const T target_g = target_gradient(k, nll, up.d_nll, up.d_lse, weight);
   rows[i] = {k.row_max,   k.log_sum, k.a,    target_g,
              k.d_entropy, k.entropy, k.zbar, k.inv_temperature};
 }

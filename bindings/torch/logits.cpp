@@ -1,0 +1,296 @@
+// The operators over logits that exist, torch.ops.cutloss.logits_*. Fakes and autograd are in
+// python/cutloss/_logits_ops.py. Those whose name ends in an underscore write the gradient over the
+// logits.
+#include "cutloss/logits_loss.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <cstdlib>
+#include <string>
+
+#include "device.h"
+#include "place.h"
+#include "row_inputs.h"
+
+namespace cutloss::binding {
+namespace {
+
+#define CUTLOSS_LOGITS "Tensor targets, Tensor? row_temperature, Tensor? class_weight"
+#define CUTLOSS_LOGITS_OPTIONS                                                          \
+  "int shift, int ignore_index, float? softcap, float logit_scale, float temperature, " \
+  "bool wants_entropy, bool wants_zbar, bool wants_argmax"
+
+[[noreturn]] void refuse(const std::string& message) {
+  throw Error(ErrorCode::invalid_value, message);
+}
+
+void* data(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
+
+// The tensors that describe the loss, first in every schema. Logits are (sequences, length, V).
+struct Operands {
+  Tensor logits;
+  Tensor targets;
+  std::optional<Tensor> row_temperature;
+  std::optional<Tensor> class_weight;
+};
+
+Operands read_operands(Stack& s) {
+  Operands o;
+  o.logits = s.next<Tensor>();
+  o.targets = s.next<Tensor>();
+  o.row_temperature = s.next<std::optional<Tensor>>();
+  o.class_weight = s.next<std::optional<Tensor>>();
+  return o;
+}
+
+// The keyword arguments, last in every schema.
+LogitsProblem read_options(Stack& s) {
+  LogitsProblem p;
+  p.shift = s.next<std::int64_t>();
+  p.ignore_index = s.next<std::int64_t>();
+  p.softcap = s.next<std::optional<double>>();
+  p.logit_scale = s.next<double>();
+  p.temperature = s.next<double>();
+  p.wants_entropy = s.next<bool>();
+  p.wants_zbar = s.next<bool>();
+  p.wants_argmax = s.next<bool>();
+  // For tests and measurements.
+  if (const char* blocks = std::getenv("CUTLOSS_BLOCKS_PER_ROW")) {
+    p.blocks_per_row = std::atoi(blocks);
+  }
+  return p;
+}
+
+void check_shapes(const Operands& o) {
+  const Tensor& z = o.logits;
+  if (z.dim() != 3) refuse("logits must be (sequences, length, V), got shape " + shape(z));
+  if (o.targets.dim() != 2 || o.targets.size(0) != z.size(0) || o.targets.size(1) != z.size(1)) {
+    refuse("targets must be (sequences, length) of the logits, got shape " + shape(o.targets) +
+           " and logits of shape " + shape(z));
+  }
+  const auto& w = o.class_weight;
+  if (w && (w->dim() != 1 || w->size(0) != z.size(2))) {
+    refuse("class_weight must be (V), got shape " + shape(*w) + " and logits of shape " + shape(z));
+  }
+}
+
+// One call: the device made current, the logits where the library can read them.
+class Call {
+ public:
+  Call(Operands operands, const LogitsProblem& options, bool in_place)
+      : problem(options), o_(std::move(operands)), device_(o_.logits, "logits") {
+    // PyTorch hands its number of threads to OpenMP thread by thread, when first asked there.
+    if (!device_.is_cuda()) torch::stable::get_num_threads();
+    check_shapes(o_);
+    device_.require_here(o_.targets, "targets");
+    settle(in_place);
+    o_.targets = packed(o_.targets);
+    problem.sequences = o_.logits.size(0);
+    problem.length = o_.logits.size(1);
+    problem.V = o_.logits.size(2);
+    problem.type = dtype_of(o_.logits.scalar_type(), "logits");
+    problem.target_type = index_type_of(o_.targets.scalar_type());
+    problem.device = device_.device();
+    problem.has_row_temperature = o_.row_temperature.has_value();
+    problem.has_class_weight = o_.class_weight.has_value();
+    inputs.emplace(device_, rows(), stats());
+    args.stream = device_.stream();
+    args.logits = o_.logits.const_data_ptr();
+    args.targets = o_.targets.const_data_ptr();
+    args.temperature = inputs->row(o_.row_temperature, "row_temperature");
+    args.class_weight = inputs->class_weight(o_.class_weight);
+    if (in_place) {
+      problem.gradient_sequence_stride = problem.sequence_stride;
+      problem.gradient_row_stride = problem.row_stride;
+      args.gradient = data(o_.logits);
+    }
+  }
+
+  std::int64_t rows() const { return row_count(problem); }
+  ScalarType stats() const { return stat_type(problem.type); }
+
+  Tensor make(std::initializer_list<std::int64_t> sizes, ScalarType type,
+              bool wanted = true) const {
+    return wanted ? new_tensor(o_.logits, sizes, type) : new_tensor(o_.logits, {0}, type);
+  }
+
+  // A gradient in memory of its own.
+  Tensor make_gradient() {
+    const Tensor made =
+        make({problem.sequences, problem.length, problem.V}, o_.logits.scalar_type());
+    args.gradient = data(made);
+    return made;
+  }
+
+  Tensor sum_loss(const std::optional<Tensor>& undefined) {
+    const bool* flag = inputs->flag(undefined);
+    const Tensor loss = make({}, stats());
+    weighted_loss(problem, args, loss.mutable_data_ptr(), flag);
+    return loss;
+  }
+
+  LogitsProblem problem;
+  LogitsArgs args;
+  std::optional<RowInputs> inputs;
+
+ private:
+  // Rows may begin anywhere and lie apart; only what is not in rows is read from a packed copy.
+  void settle(bool in_place) {
+    Tensor& z = o_.logits;
+    if (const auto strides = strides_in_place(place_of(z), Device::cpu)) {
+      problem.sequence_stride = strides->sequence;
+      problem.row_stride = strides->row;
+      return;
+    }
+    if (in_place && z.numel() > 0) {
+      std::string strides;
+      for (int i = 0; i < 3; ++i) strides += (i > 0 ? ", " : "") + std::to_string(z.stride(i));
+      refuse(
+          "the gradient cannot be written over logits whose rows do not lie one after the other: "
+          "their strides are (" +
+          strides +
+          "); pass logits.contiguous(), or leave the logits "
+          "alone");
+    }
+    z = z.is_contiguous() ? torch::stable::clone(z) : torch::stable::contiguous(z);
+  }
+
+  Operands o_;
+  OnDevice device_;
+};
+
+// Per-row outputs of a call, on the device of its logits.
+struct Rows {
+  Tensor nll, lse, row_max, log_sum, entropy, zbar, argmax;
+
+  explicit Rows(Call& call) {
+    const LogitsProblem& p = call.problem;
+    const std::int64_t rows = call.rows();
+    const ScalarType type = call.stats();
+    nll = call.make({rows}, type);
+    lse = call.make({rows}, type);
+    row_max = call.make({rows}, type);
+    log_sum = call.make({rows}, type);
+    entropy = call.make({rows}, type, p.wants_entropy);
+    zbar = call.make({rows}, type, p.wants_zbar);
+    argmax = call.make({rows}, ScalarType::Long, p.wants_argmax);
+    call.args.rows = {data(nll),
+                      data(lse),
+                      data(row_max),
+                      data(log_sum),
+                      data(entropy),
+                      data(zbar),
+                      static_cast<std::int64_t*>(data(argmax))};
+  }
+};
+
+// logits_statistics(operands, terms, undefined, *, options)
+//   -> (loss, nll, lse, row_max, log_sum, entropy, zbar, argmax); no terms, no loss
+void statistics(Stack& stack) {
+  Operands operands = read_operands(stack);
+  const auto terms = stack.next<std::optional<Tensor>>();
+  const auto undefined = stack.next<std::optional<Tensor>>();
+  Call call(std::move(operands), read_options(stack), /*in_place=*/false);
+  const Rows rows(call);
+  forward(call.problem, call.args);
+  call.args.upstream = call.inputs->terms(terms);
+  const Tensor loss = terms ? call.sum_loss(undefined) : call.make({0}, call.stats());
+  for (const Tensor* t : {&loss, &rows.nll, &rows.lse, &rows.row_max, &rows.log_sum, &rows.entropy,
+                          &rows.zbar, &rows.argmax}) {
+    stack.put(*t);
+  }
+}
+
+// logits_gradient(operands, nll, row_max, log_sum, entropy, d_nll, d_lse, d_lse_squared, d_entropy,
+//                 d_zbar, *, options) -> gradient, or nothing in place
+template <bool in_place>
+void gradient(Stack& stack) {
+  Operands operands = read_operands(stack);
+  std::array<Tensor, 4> saved;
+  for (Tensor& t : saved) t = stack.next<Tensor>();
+  std::array<std::optional<Tensor>, 5> upstream;
+  for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
+  const LogitsProblem options = read_options(stack);
+  Call call(std::move(operands), options, in_place);
+
+  RowInputs& in = *call.inputs;
+  const auto read_only = [&](const Tensor& t, const char* what) {
+    return const_cast<void*>(in.row(t, what));  // backward reads args.rows, never writes
+  };
+  RowOutputs& rows = call.args.rows;
+  rows.nll = read_only(saved[0], "nll");
+  rows.row_max = read_only(saved[1], "row_max");
+  rows.log_sum = read_only(saved[2], "log_sum");
+  if (options.wants_entropy) rows.entropy = read_only(saved[3], "entropy");
+  RowGradients& up = call.args.upstream;
+  up.d_nll = in.row(upstream[0], "d_nll");
+  up.d_lse = in.row(upstream[1], "d_lse");
+  up.d_lse_squared = in.row(upstream[2], "d_lse_squared");
+  up.d_entropy = in.row(upstream[3], "d_entropy");
+  up.d_zbar = in.row(upstream[4], "d_zbar");
+  if constexpr (in_place) {
+    backward(call.problem, call.args);
+  } else {
+    const Tensor made = call.make_gradient();
+    backward(call.problem, call.args);
+    stack.put(made);
+  }
+}
+
+// logits_loss_and_gradient(operands, terms, undefined, *, options) -> (loss, argmax, gradient), or
+// without the gradient in place
+template <bool in_place>
+void loss_and_gradient(Stack& stack) {
+  Operands operands = read_operands(stack);
+  const Tensor terms = stack.next<Tensor>();
+  const auto undefined = stack.next<std::optional<Tensor>>();
+  Call call(std::move(operands), read_options(stack), in_place);
+  const Rows rows(call);
+  call.args.upstream = call.inputs->terms(terms);
+  std::optional<Tensor> made;
+  if (!in_place) made = call.make_gradient();
+  forward_backward(call.problem, call.args);
+  stack.put(call.sum_loss(undefined));
+  stack.put(rows.argmax);
+  if (made) stack.put(*made);
+}
+
+#define CUTLOSS_SAVED                                                           \
+  "Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor? d_nll, " \
+  "Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, Tensor? d_zbar"
+
+template <Device device, class Library>
+void implement(Library& m) {
+  m.impl("logits_statistics", &boxed<statistics, device>);
+  m.impl("logits_gradient", &boxed<gradient<false>, device>);
+  m.impl("logits_gradient_", &boxed<gradient<true>, device>);
+  m.impl("logits_loss_and_gradient", &boxed<loss_and_gradient<false>, device>);
+  m.impl("logits_loss_and_gradient_", &boxed<loss_and_gradient<true>, device>);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cutloss, m) {
+  m.def("logits_statistics(Tensor logits, " CUTLOSS_LOGITS
+        ", Tensor? terms=None, Tensor? undefined=None, *, " CUTLOSS_LOGITS_OPTIONS
+        ") -> (Tensor loss, Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, "
+        "Tensor entropy, Tensor zbar, Tensor argmax)");
+  m.def("logits_gradient(Tensor logits, " CUTLOSS_LOGITS ", " CUTLOSS_SAVED
+        ", *, " CUTLOSS_LOGITS_OPTIONS ") -> Tensor");
+  m.def("logits_gradient_(Tensor(a!) logits, " CUTLOSS_LOGITS ", " CUTLOSS_SAVED
+        ", *, " CUTLOSS_LOGITS_OPTIONS ") -> ()");
+  m.def("logits_loss_and_gradient(Tensor logits, " CUTLOSS_LOGITS
+        ", Tensor terms, Tensor? undefined=None, *, " CUTLOSS_LOGITS_OPTIONS
+        ") -> (Tensor loss, Tensor argmax, Tensor gradient)");
+  m.def("logits_loss_and_gradient_(Tensor(a!) logits, " CUTLOSS_LOGITS
+        ", Tensor terms, Tensor? undefined=None, *, " CUTLOSS_LOGITS_OPTIONS
+        ") -> (Tensor loss, Tensor argmax)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cutloss, CPU, m) { implement<Device::cpu>(m); }
+
+// In every build: one without CUDA says so.
+STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) { implement<Device::cuda>(m); }
+
+}  // namespace cutloss::binding

@@ -1,0 +1,491 @@
+// Losses over logits that exist, on every device, against the reference in fp64: sizes, options,
+// layouts, the gradient in memory of its own and in the logits' place.
+#include "cutloss/logits_loss.h"
+
+#include "check.h"
+#include "core/text.h"
+
+namespace cutloss::test {
+namespace {
+
+std::vector<Device> devices() {
+  for (const std::string& engine : engine_names()) {
+    if (runs_on_gpu(engine)) return {Device::cpu, Device::cuda};
+  }
+  return {Device::cpu};
+}
+
+// How the logits, and a gradient beside them, lie in memory.
+struct Layout {
+  const char* name;
+  std::int64_t offset, extra_row, extra_sequence;
+};
+constexpr Layout kLayouts[] = {{"packed", 0, 0, 0}, {"odd", 3, 5, 7}, {"wide", 8, 16, 24}};
+
+// The elements from the first to the last row, `offset` beyond the beginning of an array.
+struct Logits3d {
+  Array array;
+  std::int64_t offset = 0;
+  std::int64_t row_stride = 0, sequence_stride = 0;
+
+  Logits3d() = default;
+  Logits3d(const Problem& p, DType type, const Layout& layout)
+      : offset(layout.offset),
+        row_stride(p.V + layout.extra_row),
+        sequence_stride(p.length * row_stride + layout.extra_sequence) {
+    array = Array(type, offset + p.sequences * sequence_stride);
+  }
+  std::int64_t at(const Problem& p, std::int64_t position) const {
+    return offset + position / p.length * sequence_stride + position % p.length * row_stride;
+  }
+  void* on(Device device) const {
+    return static_cast<std::byte*>(array.on(device)) + offset * reference::bytes_of(array.type);
+  }
+};
+
+struct LogitsData {
+  Data data;  // targets, temperatures, weights, upstream gradients
+  LogitsProblem problem;
+  Logits3d logits;
+  reference::Result want;
+  Bounds bound;
+};
+
+LogitsProblem problem_of(const Problem& p, DType type) {
+  LogitsProblem q;
+  q.sequences = p.sequences;
+  q.length = p.length;
+  q.V = p.V;
+  q.shift = p.shift;
+  q.type = type;
+  q.target_type = p.target_type;
+  q.ignore_index = p.ignore_index;
+  q.softcap = p.softcap;
+  q.logit_scale = p.logit_scale;
+  q.temperature = p.temperature;
+  q.has_row_temperature = p.has_row_temperature;
+  q.has_class_weight = p.has_class_weight;
+  q.wants_entropy = p.wants_entropy;
+  q.wants_zbar = p.wants_zbar;
+  q.wants_argmax = p.wants_argmax;
+  return q;
+}
+
+// Logits are the products of a case's E and C. Those of rows that do not count, and what lies
+// between rows, are NaN: reading them would show.
+LogitsData make_logits(Case c, DType type, const Layout& layout) {
+  c.problem.has_bias = c.problem.needs_dbias = false;
+  const DType stat = type == DType::f64 ? DType::f64 : DType::f32;
+  set_types(c.problem, {"", stat, stat, stat, stat});
+  LogitsData made;
+  Data& data = made.data;
+  data = make_data(c);
+  Problem& p = data.problem;
+  made.logits = Logits3d(p, type, layout);
+  for (std::int64_t n = 0; n < row_count(p); ++n) {
+    if (!data.counts(n)) continue;
+    const std::int64_t position = reference::position_of_row(p, n);
+    const std::int64_t e = data.e_offset(position), to = made.logits.at(p, position);
+    for (std::int64_t v = 0; v < p.V; ++v) {
+      double z = 0;
+      for (std::int64_t d = 0; d < p.D; ++d) z += data.e.get(e + d) * data.c.get(v * p.D + d);
+      made.logits.array.set(to + v, z);
+    }
+  }
+  made.problem = problem_of(p, type);
+  made.problem.row_stride = p.e_row_stride = made.logits.row_stride;
+  made.problem.sequence_stride = p.e_sequence_stride = made.logits.sequence_stride;
+  p.e_type = type;
+  return made;
+}
+
+void evaluate(LogitsData& made) {
+  Inputs in = made.data.inputs();
+  in.e = made.logits.on(Device::cpu);
+  made.want = reference::evaluate_logits(made.data.problem, in, made.data.upstream64());
+  made.bound = bounds(made.data, made.want);
+}
+
+// The gradient with respect to the logits, and how far off it may be: (N, V).
+std::vector<double> gradient_of(const LogitsData& made, std::vector<double>& allowed) {
+  const reference::Result& r = made.want;
+  const Problem& p = made.data.problem;
+  const double u = detail::rounding_units(p, r.compute_type).accumulator;
+  const double scale = std::fabs(p.logit_scale);
+  std::vector<double> want(r.N * r.V);
+  allowed.assign(r.N * r.V, 0);
+  for (std::int64_t n = 0; n < r.N; ++n) {
+    if (r.target[n] < 0) continue;
+    const double cap_error = p.softcap ? 8 * u / detail::row_temperature(made.data, n) : 0;
+    for (std::int64_t v = 0; v < r.V; ++v) {
+      const std::int64_t i = n * r.V + v;
+      want[i] = r.g[i] * r.slope[i] * p.logit_scale;
+      const double exact = detail::g_bound(made.data, r, made.bound, n, v) * r.slope[i] +
+                           std::fabs(r.g[i]) * (cap_error + 4 * u * r.slope[i]);
+      allowed[i] = scale * exact + 1.01 * reference::unit_roundoff(p.e_type) * std::fabs(want[i]) +
+                   std::max(reference::smallest(p.e_type), kUnderflow);
+    }
+  }
+  return want;
+}
+
+enum class Way { forward_then_backward, at_once };
+
+struct Result {
+  Outputs rows;
+  Logits3d gradient;
+};
+
+// `in_place`: the gradient takes the place of a copy of the logits.
+Result run(const LogitsData& made, Device device, Way way, bool in_place, const Layout& layout,
+           int blocks_per_row = 0) {
+  const Problem& p = made.data.problem;
+  Problem rows_only = p;
+  rows_only.needs_de = rows_only.needs_dc = false;
+  Result result{outputs_for(rows_only), {}};
+  Logits3d copy = made.logits;
+  copy.array = Array(made.logits.array.type, made.logits.array.count);
+  std::memcpy(copy.array.pointer(), made.logits.array.pointer(), copy.array.buffer.bytes());
+  result.gradient = Logits3d(p, p.e_type, layout);
+  Logits3d& gradient = in_place ? copy : result.gradient;
+
+  LogitsProblem problem = made.problem;
+  problem.device = device;
+  problem.blocks_per_row = blocks_per_row;
+  problem.gradient_row_stride = gradient.row_stride;
+  problem.gradient_sequence_stride = gradient.sequence_stride;
+  const Inputs in = made.data.inputs(device);
+  LogitsArgs args;
+  args.logits = copy.on(device);
+  args.targets = in.targets;
+  args.temperature = in.temperature;
+  args.class_weight = in.class_weight;
+  args.rows = result.rows.rows(device);
+  args.upstream = made.data.upstream(device);
+  args.gradient = gradient.on(device);
+  if (way == Way::at_once) {
+    forward_backward(problem, args);
+  } else {
+    forward(problem, args);
+    backward(problem, args);
+  }
+  result.rows.fetch();
+  gradient.array.buffer.fetch();
+  EXPECT_TRUE(result.rows.guards_intact() && gradient.array.buffer.guards_intact());
+  if (in_place) result.gradient = std::move(copy);
+  return result;
+}
+
+std::vector<double> rows_of(const LogitsData& made, const Logits3d& gradient) {
+  const Problem& p = made.data.problem;
+  std::vector<double> values;
+  for (std::int64_t n = 0; n < row_count(p); ++n) {
+    const std::int64_t at = gradient.at(p, reference::position_of_row(p, n));
+    for (std::int64_t v = 0; v < p.V; ++v) values.push_back(gradient.array.get(at + v));
+  }
+  return values;
+}
+
+// Zeros where nothing is predicted, and what lay between the rows as it was: NaN.
+void expect_the_rest_alone(const LogitsData& made, const Logits3d& gradient) {
+  const Problem& p = made.data.problem;
+  std::vector<bool> seen(gradient.array.count, false);
+  for (std::int64_t position = 0; position < p.sequences * p.length; ++position) {
+    const std::int64_t at = gradient.at(p, position);
+    std::fill_n(seen.begin() + at, p.V, true);
+    if (position % p.length < p.length - p.shift) continue;
+    for (std::int64_t v = 0; v < p.V; ++v) ASSERT_EQ(gradient.array.get(at + v), 0);
+  }
+  for (std::int64_t i = 0; i < gradient.array.count; ++i) {
+    if (!seen[i]) ASSERT_TRUE(std::isnan(gradient.array.get(i))) << "element " << i;
+  }
+}
+
+void expect_accurate(const LogitsData& made, const Result& got) {
+  const auto& [want, bound] = std::tie(made.want, made.bound);
+  const Outputs& rows = got.rows;
+  const Problem& p = made.data.problem;
+  const auto check = [&](const char* what, const Array& array, const std::vector<double>& expected,
+                         const std::vector<double>& allowed) {
+    EXPECT_EQ(outside(what, array.values(), expected, allowed), "");
+  };
+  check("nll", rows.nll, want.nll, bound.nll);
+  check("lse", rows.lse, want.lse, bound.lse);
+  for (std::int64_t n = 0; n < want.N; ++n) EXPECT_GE(rows.nll.get(n), 0) << "row " << n;
+  if (p.wants_entropy) check("entropy", rows.entropy, want.entropy, bound.entropy);
+  if (p.wants_zbar) check("zbar", rows.zbar, want.zbar, bound.zbar);
+  if (p.wants_argmax) {
+    EXPECT_EQ(wrong_argmax(rows.argmax, want, bound), "");
+  }
+  std::vector<double> allowed;
+  const std::vector<double> g = gradient_of(made, allowed);
+  EXPECT_EQ(outside("gradient", rows_of(made, got.gradient), g, allowed), "");
+  expect_the_rest_alone(made, got.gradient);
+}
+
+// Every way to the gradient; all have the same bits where the logits lie alike.
+void expect_accurate_everywhere(const Case& c, DType type, const Layout& layout) {
+  LogitsData made = make_logits(c, type, layout);
+  evaluate(made);
+  for (const Device device : devices()) {
+    SCOPED_TRACE(device == Device::cuda ? "cuda" : "cpu");
+    const Result first = run(made, device, Way::at_once, false, layout);
+    expect_accurate(made, first);
+    const std::vector<double> gradient = rows_of(made, first.gradient);
+    for (const Way way : {Way::at_once, Way::forward_then_backward}) {
+      for (const bool in_place : {false, true}) {
+        for (const Layout& of_gradient : kLayouts) {
+          const Result other = run(made, device, way, in_place, of_gradient);
+          EXPECT_EQ(other.rows.first_difference(first.rows), "");
+          EXPECT_EQ(rows_of(made, other.gradient), gradient) << in_place << of_gradient.name;
+          expect_the_rest_alone(made, other.gradient);
+          if (in_place) break;  // where it lies is settled
+        }
+      }
+    }
+  }
+}
+
+constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
+
+TEST(Logits, Sizes) {
+  std::vector<Case> cases = size_cases();
+  cases.push_back(with_size(1, 3, 2049, 3));
+  cases.push_back(with_size(2, 2, 4097, 2, 1));
+  for (const Case& c : cases) {
+    for (const DType type : kDTypes) {
+      SCOPED_TRACE(text(c.name, " ", name(type)));
+      expect_accurate_everywhere(c, type, kLayouts[0]);
+    }
+  }
+}
+
+TEST(Logits, Options) {
+  for (const Option& option : kOptions) {
+    Case c = with_size(3, 11, 97, 8, 2);
+    option.apply(c);
+    for (const DType type : kDTypes) {
+      for (const Layout& layout : kLayouts) {
+        SCOPED_TRACE(text(option.name, " ", name(type), " ", layout.name));
+        expect_accurate_everywhere(c, type, layout);
+      }
+    }
+  }
+}
+
+TEST(Logits, KindsOfLogits) {
+  for (const Logits kind : {Logits::random, Logits::peaked, Logits::flat, Logits::offset}) {
+    for (const bool all : {false, true}) {
+      Case c = with_size(1, 37, 211, 16);
+      if (all) add_everything(c);
+      c.logits = kind;
+      for (const DType type : kDTypes) {
+        SCOPED_TRACE(text(static_cast<int>(kind), " ", all, " ", name(type)));
+        expect_accurate_everywhere(c, type, kLayouts[1]);
+      }
+    }
+  }
+}
+
+// On a GPU with clusters a row is shared by blocks, any number of them; without, and beyond what
+// blocks can hold, it is read twice. Rows that begin and end anywhere.
+TEST(Logits, LongRows) {
+  for (const std::int64_t V : {40009, 131072, 524289}) {
+    Case c = with_size(1, V > 500000 ? 2 : 3, V, 1);
+    c.ignored = 0;
+    c.lse_gradient = true;
+    for (const DType type : kDTypes) {
+      for (const Layout& layout : kLayouts) {
+        SCOPED_TRACE(text(c.name, " ", name(type), " ", layout.name));
+        LogitsData made = make_logits(c, type, layout);
+        evaluate(made);
+        for (const Device device : devices()) {
+          for (const int blocks : {0, 1, 2, 4, 8}) {
+            if (device == Device::cpu && blocks > 0) break;
+            SCOPED_TRACE(blocks);
+            try {
+              const Result got = run(made, device, Way::at_once, true, layout, blocks);
+              expect_accurate(made, got);
+              const Result again = run(made, device, Way::at_once, true, layout, blocks);
+              EXPECT_EQ(again.rows.first_difference(got.rows), "");
+              EXPECT_TRUE(again.gradient.array.buffer.same_bytes(got.gradient.array.buffer));
+            } catch (const Error& error) {  // a GPU without clusters says so
+              EXPECT_EQ(error.code(), ErrorCode::unsupported) << error.what();
+              EXPECT_GT(blocks, 1) << error.what();
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// As cutloss.h has them, but for these rows.
+TEST(Logits, LossFromTerms) {
+  Case c = with_size(2, 9, 33, 4, 1);
+  c.problem.wants_zbar = true;
+  LogitsData made = make_logits(c, DType::f32, kLayouts[1]);
+  evaluate(made);
+  const std::int64_t N = row_count(made.problem);
+  for (const Device device : devices()) {
+    LogitsProblem p = made.problem;
+    p.device = device;
+    Array nll(DType::f32, N), lse(DType::f32, N), zbar(DType::f32, N), loss(DType::f32, 1);
+    Buffer undefined(1);
+    Weighting weighting;
+    weighting.mean = true;
+    weighting.label_smoothing = 0.25;
+    auto* flag = reinterpret_cast<bool*>(undefined.on(device));
+    const LossTerms terms{nll.on(device), lse.on(device), nullptr, zbar.on(device), flag};
+    const Inputs in = made.data.inputs(device);
+    loss_terms(p, weighting, in.targets, terms, nullptr);
+    Outputs out = outputs_for(made.data.problem);
+    LogitsArgs args;
+    args.logits = made.logits.on(device);
+    args.targets = in.targets;
+    args.rows = out.rows(device);
+    forward(p, args);
+    args.upstream.d_nll = terms.nll;
+    args.upstream.d_lse = terms.lse;
+    args.upstream.d_zbar = terms.zbar;
+    weighted_loss(p, args, loss.on(device), flag);
+    loss.buffer.fetch();
+    double want = 0, count = 0;
+    for (std::int64_t n = 0; n < N; ++n) {
+      if (made.want.target[n] < 0) continue;
+      want += 0.75 * made.want.nll[n] + 0.25 * (made.want.lse[n] - made.want.zbar[n]);
+      ++count;
+    }
+    EXPECT_NEAR(loss.get(0), want / count, 1e-5);
+  }
+}
+
+// --- refusals -----------------------------------------------------------------------------------
+
+struct Call {
+  LogitsProblem p;
+  LogitsArgs args;
+};
+
+struct Refusal {
+  const char* name;
+  void (*spoil)(Call&);
+  std::vector<const char*> message;  // all of these are in it
+};
+
+void* beyond(const void* pointer, std::int64_t bytes) {
+  return const_cast<std::byte*>(static_cast<const std::byte*>(pointer)) + bytes;
+}
+
+const Refusal kRefusals[] = {
+    {"length", [](Call& c) { c.p.length = -1; }, {"length", ">= 0", "-1"}},
+    {"vocabulary", [](Call& c) { c.p.V = 0; }, {"V", ">= 1", "0"}},
+    {"shift", [](Call& c) { c.p.shift = 4; }, {"shift", "length 4", "got 4"}},
+    {"row_stride", [](Call& c) { c.p.row_stride = 6; }, {"row_stride", "at least 7", "6"}},
+    {"gradient_stride",
+     [](Call& c) { c.p.gradient_row_stride = 6; },
+     {"gradient_row_stride", "at least 7", "6"}},
+    {"sequence_stride",
+     [](Call& c) { c.p.sequence_stride = 27; },
+     {"sequence_stride", "at least 28", "27"}},
+    {"softcap", [](Call& c) { c.p.softcap = -1; }, {"softcap", "> 0", "-1"}},
+    {"scale", [](Call& c) { c.p.logit_scale = 0; }, {"logit_scale", "other than 0"}},
+    {"temperature", [](Call& c) { c.p.temperature = 0; }, {"temperature", "> 0"}},
+    {"scale_over_temperature",
+     [](Call& c) {
+       c.p.logit_scale = 1e30;
+       c.p.temperature = 1e-30;
+     },
+     {"logit_scale / temperature", "1e+60"}},
+    {"blocks", [](Call& c) { c.p.blocks_per_row = 3; }, {"blocks_per_row", "0, 1, 2, 4 or 8", "3"}},
+    {"no_logits", [](Call& c) { c.args.logits = nullptr; }, {"LogitsArgs::logits", "null"}},
+    {"no_targets", [](Call& c) { c.args.targets = nullptr; }, {"LogitsArgs::targets", "null"}},
+    {"no_nll", [](Call& c) { c.args.rows.nll = nullptr; }, {"rows.nll", "null"}},
+    {"no_gradient", [](Call& c) { c.args.gradient = nullptr; }, {"gradient", "null"}},
+    {"no_weight",
+     [](Call& c) { c.p.has_class_weight = true; },
+     {"LogitsArgs::class_weight", "null"}},
+    {"no_zbar", [](Call& c) { c.p.wants_zbar = true; }, {"rows.zbar", "null"}},
+    {"entropy",
+     [](Call& c) {
+       c.args.upstream.d_entropy = c.args.rows.nll;
+       c.args.rows.entropy = c.args.rows.nll;
+     },
+     {"d_entropy", "wants_entropy = false"}},
+    {"overlap",
+     [](Call& c) { c.args.gradient = beyond(c.args.logits, 8); },
+     {"overlaps", "does not begin where they do"}},
+    {"place_with_other_strides",
+     [](Call& c) {
+       c.args.gradient = beyond(c.args.logits, 0);
+       c.p.gradient_row_stride = 9;
+     },
+     {"strides", "the same", "9", "7"}},
+};
+
+TEST(LogitsRefusals, NameBothValues) {
+  const LogitsData made = make_logits(with_size(2, 4, 7, 2), DType::f32, kLayouts[0]);
+  for (const Refusal& refusal : kRefusals) {
+    SCOPED_TRACE(refusal.name);
+    Outputs out = outputs_for(made.data.problem);
+    Logits3d gradient(made.data.problem, DType::f32, kLayouts[0]);
+    Call call{made.problem, {}};
+    call.p.row_stride = call.p.sequence_stride = 0;
+    call.args.logits = made.logits.on(Device::cpu);
+    call.args.targets = made.data.inputs().targets;
+    call.args.rows = out.rows(Device::cpu);
+    call.args.gradient = gradient.on(Device::cpu);
+    EXPECT_NO_THROW(forward_backward(call.p, call.args));
+    refusal.spoil(call);
+    try {
+      forward_backward(call.p, call.args);
+      ADD_FAILURE() << "not refused";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::invalid_value);
+      for (const char* part : refusal.message) {
+        EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+      }
+    }
+  }
+}
+
+// The host names a target outside of the vocabulary before it writes; a device makes its row NaN.
+TEST(Logits, TargetsOutsideOfTheVocabulary) {
+  for (const Layout& layout : kLayouts) {
+    Case c = with_size(2, 5, 100, 3, 1);
+    c.ignored = 0;
+    LogitsData made = make_logits(c, DType::bf16, layout);
+    const std::int64_t bad = 2, N = row_count(made.problem);
+    for (const Device device : devices()) {
+      const Result good = run(made, device, Way::at_once, true, layout);
+      LogitsData spoilt = make_logits(c, DType::bf16, layout);
+      spoilt.data.set_target(bad + 1, 100);
+      if (device == Device::cpu) {
+        try {
+          run(spoilt, device, Way::at_once, true, layout);
+          ADD_FAILURE() << "not refused";
+        } catch (const Error& error) {
+          const std::string message = error.what();
+          EXPECT_NE(message.find("position (0, 3) is 100, outside [0, V = 100)"), std::string::npos)
+              << message;
+        }
+        continue;
+      }
+      const Result got = run(spoilt, device, Way::at_once, true, layout);
+      const std::vector<double> a = rows_of(made, good.gradient), b = rows_of(made, got.gradient);
+      for (std::int64_t n = 0; n < N; ++n) {
+        EXPECT_EQ(std::isnan(got.rows.nll.get(n)), n == bad);
+        for (std::int64_t i = n * 100; i < (n + 1) * 100; ++i) {
+          if (n == bad) {
+            EXPECT_TRUE(std::isnan(b[i]));
+          } else {
+            EXPECT_EQ(a[i], b[i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cutloss::test
