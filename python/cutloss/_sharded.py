@@ -15,8 +15,8 @@ _OF_A_WEIGHT = (
     "a batch of its own, {0}.full_tensor() if all have the same"
 )
 _OF_ROWS = (
-    "pass {0}.full_tensor() with all targets, or {0}.to_local() with the targets of its own rows, if "
-    "every row is whole (then each process has a part of the loss)"
+    "pass {0}.full_tensor() with all targets, or {0}.to_local() with the targets of its own rows, "
+    "if every row is whole (then each process has a part of the loss)"
 )
 _ADVICE = {"c": _OF_A_WEIGHT, "bias": _OF_A_WEIGHT, "e": _OF_ROWS}
 

@@ -17,15 +17,16 @@ from cutloss.compat.liger import LigerFusedLinearJSDLoss as JSDLoss
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMING_FROM = ROOT / "docs" / "coming-from.md"
 README = ROOT / "README.md"
+CPP = ROOT / "docs" / "cpp.md"
 
 pytestmark = pytest.mark.skipif(not COMING_FROM.exists(), reason="no docs beside the tests")
 
 
-def snippets(path):
+def snippets(path, language="python"):
     if not path.exists():
         return []
     text = path.read_text()
-    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [(f"{path.name}:{text[: m.start()].count(chr(10)) + 2}", m.group(1)) for m in found]
 
 
@@ -109,19 +110,46 @@ def test_every_option_of_theirs_has_a_row(title, names):
     assert not [name for name in names if not re.search(rf"`{name}\b", rows)]
 
 
-@pytest.mark.parametrize("page", ["losses.md", "transformers.md", "training-stacks.md"])
+PAGES = [p.name for p in sorted(COMING_FROM.parent.glob("*.md")) if snippets(p)]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in ("api.md", COMING_FROM.name)])
 def test_a_page_runs_from_top_to_bottom(page, monkeypatch):
-    """Its snippets make all that they use, in one process that torchrun might have started."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", "0")
+    """Its snippets make all that they use; those of training stacks in one process, which torchrun
+    might have started."""
+    if page == "training-stacks.md":
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     found = snippets(ROOT / "docs" / page)
     assert found
     names = {}
     for where, code in found:
         run(where, code, names)
+        if "expected" in names:
+            torch.testing.assert_close(names["loss"], names.pop("expected"))
 
 
 def test_the_reference_is_what_the_docstrings_say():
     script = runpy.run_path(str(ROOT / "scripts" / "api_reference.py"))
     assert script["PAGE"].read_text() == script["page"](), "run scripts/api_reference.py"
+
+
+def lines_of(code):
+    return [line.strip() for line in code.splitlines() if line.strip()]
+
+
+CPP_SNIPPETS = snippets(CPP, "cpp") + snippets(CPP, "cmake") + snippets(README, "cpp")
+
+
+@pytest.mark.parametrize("where, code", CPP_SNIPPETS, ids=[where for where, _ in CPP_SNIPPETS])
+def test_cpp_snippets_are_lines_of_the_examples(where, code):
+    """Which are built and run by ctest (tests/CMakeLists.txt)."""
+    wanted = lines_of(code)
+    sources = [path for folder in ("cpp_cpu", "cpp_cuda", "cpp_libtorch")
+               for path in (ROOT / "examples" / folder).iterdir()]  # fmt: skip
+    for source in sources:
+        lines = lines_of(source.read_text())
+        if any(lines[i : i + len(wanted)] == wanted for i in range(len(lines))):
+            return
+    pytest.fail("no example has these lines, one after the other:\n" + code)

@@ -101,6 +101,7 @@ class Rule(Protocol):
 
     parts: int  # P
     kept: int  # K
+    buffers: int  # tensors of (R,V) alive at most, the logits among them
     scale: float  # what g is yet to be multiplied by
 
     def tensors(self) -> tuple[Tensor | None, ...]: ...
@@ -129,7 +130,7 @@ class Task:
     counts: Tensor | None  # (n), bool; None: all
     plan: Plan
 
-    def rows(self, width: int) -> Iterator["Rows"]:
+    def rows(self, width: int) -> Iterator[Rows]:
         for at in _slices(self.index.numel(), width):
             yield Rows(at, self.index[at], None if self.counts is None else self.counts[at])
 
