@@ -62,7 +62,7 @@ void use(Call& call, const State& state) {
   const Problem& p = plan.problem;
   const std::int64_t rows = call.rows();
   const auto row_output = [&](const Tensor& t, const char* what) {
-    return const_cast<void*>(call.row_input(t, what));
+    return const_cast<void*>(call.inputs().row(t, what));
   };
   RowOutputs& out = call.args.rows;
   out.nll = row_output(state.nll, "nll");
@@ -119,9 +119,9 @@ void chunk_gradients(Stack& stack) {
   Call call(std::move(operands), options, Upstream::at_forward);
   use(call, state);
   RowGradients& up = call.args.upstream;
-  up.d_nll = call.row_input(upstream[0], "d_nll");
-  up.d_lse = call.row_input(upstream[1], "d_lse");
-  up.d_entropy = call.row_input(upstream[2], "d_entropy");
+  up.d_nll = call.inputs().row(upstream[0], "d_nll");
+  up.d_lse = call.inputs().row(upstream[1], "d_lse");
+  up.d_entropy = call.inputs().row(upstream[2], "d_entropy");
   gradients(call.plan(), call.args, chunk);
 }
 

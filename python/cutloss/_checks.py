@@ -8,10 +8,11 @@ would wait for the device, so there it is checked where the user asks for it, CU
 import math
 import numbers
 import os
-import sys
 
 import torch
 from torch import Tensor
+
+from . import _sharded
 
 REDUCTIONS = ("mean", "sum", "none")
 _MOST_BYTES = 2**63 - 1
@@ -31,21 +32,13 @@ def number(name: str, value: object) -> float:
     return float(value)
 
 
-def _is_dtensor(t: object) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
-
-
 def tensors(**named: Tensor | None) -> None:
     """Each a plain tensor, or None where it is optional (e, c, logits and targets are not)."""
     for name, t in named.items():
         if t is None and name not in ("e", "c", "logits", "targets"):
             continue
-        if _is_dtensor(t):
-            raise ValueError(
-                f"{name} is a DTensor, which cutloss does not take: pass {name}.full_tensor(), or "
-                f"{name}.to_local() where each rank holds all of it"
-            )
+        if _sharded.is_dtensor(t):
+            raise ValueError(_sharded.refusal(name, t))
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
 
@@ -82,9 +75,10 @@ def shapes(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
             f"{shape(e)} and targets {shape(targets)}"
         )
     if c.dim() != 2 or c.shape[1] != e.shape[-1]:
+        is_transposed = c.dim() == 2 and c.shape[0] == e.shape[-1]
         raise ValueError(
             f"c must be (V, D) with the D of e: got c {shape(c)} and e {shape(e)}"
-            + ("; transpose c" if c.dim() == 2 and c.shape[0] == e.shape[-1] else "")
+            + ("; transpose c" if is_transposed else _sharded.of_shape(c))
         )
     if c.shape[0] < 1 or c.shape[1] < 1:
         raise ValueError(f"c must have at least one row and one column (V, D), got {shape(c)}")

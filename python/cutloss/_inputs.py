@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _checks, _ops, _terms
+from . import _checks, _ops, _sharded, _terms
 
 
 def options(
@@ -82,6 +82,9 @@ def operands(
     """The operators' tensors: e (sequences, length, D), targets (sequences, length), the
     temperature of each row."""
     shift, ignore_index = options["shift"], options["ignore_index"]
+    traced = torch.compiler.is_compiling()
+    if not (plain or traced) and _ops.is_ordinary(e) and _ops.is_ordinary(c):
+        _sharded.check_memory(e, c)
     labels = by_sequence(targets)
     row_temperature = None
     if isinstance(temperature, Tensor):

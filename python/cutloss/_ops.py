@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _errors, _load
+from . import _errors, _load, _sharded
 from ._terms import Rows, Weighting, unpacked
 
 _load.load()
@@ -336,6 +336,7 @@ def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
     options = ctx.options
     *operands, terms, undefined, nll, row_max, log_sum, entropy, kept = ctx.saved_tensors
     e, c, bias = operands[:3]
+    _check_backward(e, c, reads=True)
     # What was not asked for has no elements, and its gradient says nothing.
     d_loss = d_loss if terms is not None else None
     d_entropy = d_entropy if options["wants_entropy"] else None
@@ -375,6 +376,13 @@ def is_ordinary(t: Tensor) -> bool:
     return ordinary and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
+def _check_backward(e: Tensor, c: Tensor, reads: bool) -> None:
+    if is_ordinary(e) and is_ordinary(c):
+        _sharded.check_shape(e, c)
+        if reads:
+            _sharded.check_memory(e, c)
+
+
 def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
     """gradient * factor, in place: nobody else holds the gradient. Traced tensors are not
     changed in place, the tracer decides."""
@@ -391,6 +399,7 @@ def hand_over(ctx, d_loss: Tensor, operands, undefined: Tensor | None, remake) -
     (retain_graph) finds nothing and makes it again: the same bits, and no copy for those who never
     ask."""
     gradients, ctx.gradients = ctx.gradients, None
+    _check_backward(*operands[:2], reads=gradients is None)
     with torch.no_grad():
         if gradients is None:
             gradients = remake()
