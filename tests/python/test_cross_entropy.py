@@ -348,7 +348,7 @@ def test_operators(name):
         torch.library.opcheck(op, (z.clone(), *operands, *more), options, test_utils=CHECKS)
 
 
-# Data that is out of the ordinary ------------------------------------------------------------------
+# Data that is out of the ordinary ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
