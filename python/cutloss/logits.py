@@ -131,8 +131,8 @@ def _cross_entropy(
     consume_logits: bool,
     over: float | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """`over`: what a sum is divided by. It goes into the gradient while that is made, where dividing
-    the loss would multiply the gradient in another read and write."""
+    """`over`: what a sum is divided by. It goes into the gradient while that is made; dividing the
+    loss would multiply the gradient in another read and write."""
     _checks.tensors(logits=logits, targets=targets, weight=weight, token_weight=token_weight)
     _checks.logits(logits, targets)
     _checks.device(logits, _ops.HAS_CUDA, "logits", "torch.nn.functional.cross_entropy")
@@ -291,8 +291,8 @@ def _check_consumable(logits: Tensor) -> None:
         )
     if not logits.is_contiguous():
         raise ValueError(
-            f"consume_logits takes contiguous logits, got strides {tuple(logits.stride())} of shape "
-            f"{_checks.shape(logits)}: pass logits.contiguous(), or leave consume_logits out"
+            f"consume_logits takes contiguous logits, got strides {tuple(logits.stride())} of "
+            f"shape {_checks.shape(logits)}: pass logits.contiguous(), or leave consume_logits out"
         )
 
 

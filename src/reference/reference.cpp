@@ -245,7 +245,7 @@ Result empty_result(const Problem& problem, std::int64_t D) {
   r.argmax.assign(r.N, -1);
   r.de.assign(problem.sequences * problem.length * r.D, 0);
   r.dc.assign(r.V * r.D, 0);
-  r.dbias.assign(D == 0 ? 0 : r.V, 0);
+  r.dbias.assign(r.V, 0);
   return r;
 }
 

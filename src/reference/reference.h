@@ -49,7 +49,7 @@ struct Result {
 Result evaluate(const Problem& problem, const Inputs& in, const RowGradients64& upstream = {});
 
 // The same where the logits are given: in.e is (sequences, length, V) in e_type, with E's strides
-// (packed: V), and bias and C are none. The Result has D = 0, no e, c, de, dc or dbias; the
+// (packed: V), and bias and C are none. The Result has D = 0 and no products; the
 // gradient of a logit is g * slope * logit_scale.
 Result evaluate_logits(const Problem& problem, const Inputs& in,
                        const RowGradients64& upstream = {});

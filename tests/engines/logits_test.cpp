@@ -46,6 +46,7 @@ struct Logits3d {
 struct LogitsData {
   Data data;  // targets, temperatures, weights, upstream gradients
   LogitsProblem problem;
+  Layout layout;
   Logits3d logits;
   reference::Result want;
   Bounds bound;
@@ -81,6 +82,7 @@ LogitsData make_logits(Case c, DType type, const Layout& layout) {
   Data& data = made.data;
   data = make_data(c);
   Problem& p = data.problem;
+  made.layout = layout;
   made.logits = Logits3d(p, type, layout);
   for (std::int64_t n = 0; n < row_count(p); ++n) {
     if (!data.counts(n)) continue;
@@ -88,7 +90,9 @@ LogitsData make_logits(Case c, DType type, const Layout& layout) {
     const std::int64_t e = data.e_offset(position), to = made.logits.at(p, position);
     for (std::int64_t v = 0; v < p.V; ++v) {
       double z = 0;
-      for (std::int64_t d = 0; d < p.D; ++d) z += data.e.get(e + d) * data.c.get(v * p.D + d);
+      for (std::int64_t d = 0; d < p.D; ++d)
+        z += data.e.get(e + d) * data.c.get(v * p.c_row_stride + d);
+      EXPECT_TRUE(std::isfinite(z));
       made.logits.array.set(to + v, z);
     }
   }
@@ -143,8 +147,7 @@ Result run(const LogitsData& made, Device device, Way way, bool in_place, const 
   Problem rows_only = p;
   rows_only.needs_de = rows_only.needs_dc = false;
   Result result{outputs_for(rows_only), {}};
-  Logits3d copy = made.logits;
-  copy.array = Array(made.logits.array.type, made.logits.array.count);
+  Logits3d copy(p, p.e_type, made.layout);
   std::memcpy(copy.array.pointer(), made.logits.array.pointer(), copy.array.buffer.bytes());
   result.gradient = Logits3d(p, p.e_type, layout);
   Logits3d& gradient = in_place ? copy : result.gradient;
@@ -197,7 +200,8 @@ void expect_the_rest_alone(const LogitsData& made, const Logits3d& gradient) {
     for (std::int64_t v = 0; v < p.V; ++v) ASSERT_EQ(gradient.array.get(at + v), 0);
   }
   for (std::int64_t i = 0; i < gradient.array.count; ++i) {
-    if (!seen[i]) ASSERT_TRUE(std::isnan(gradient.array.get(i))) << "element " << i;
+    if (seen[i]) continue;
+    ASSERT_TRUE(std::isnan(gradient.array.get(i))) << "element " << i;
   }
 }
 
@@ -248,7 +252,7 @@ void expect_accurate_everywhere(const Case& c, DType type, const Layout& layout)
 
 constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
 
-TEST(Logits, Sizes) {
+TEST(GivenLogits, Sizes) {
   std::vector<Case> cases = size_cases();
   cases.push_back(with_size(1, 3, 2049, 3));
   cases.push_back(with_size(2, 2, 4097, 2, 1));
@@ -260,7 +264,7 @@ TEST(Logits, Sizes) {
   }
 }
 
-TEST(Logits, Options) {
+TEST(GivenLogits, Options) {
   for (const Option& option : kOptions) {
     Case c = with_size(3, 11, 97, 8, 2);
     option.apply(c);
@@ -273,7 +277,7 @@ TEST(Logits, Options) {
   }
 }
 
-TEST(Logits, KindsOfLogits) {
+TEST(GivenLogits, KindsOfLogits) {
   for (const Logits kind : {Logits::random, Logits::peaked, Logits::flat, Logits::offset}) {
     for (const bool all : {false, true}) {
       Case c = with_size(1, 37, 211, 16);
@@ -289,7 +293,7 @@ TEST(Logits, KindsOfLogits) {
 
 // On a GPU with clusters a row is shared by blocks, any number of them; without, and beyond what
 // blocks can hold, it is read twice. Rows that begin and end anywhere.
-TEST(Logits, LongRows) {
+TEST(GivenLogits, LongRows) {
   for (const std::int64_t V : {40009, 131072, 524289}) {
     Case c = with_size(1, V > 500000 ? 2 : 3, V, 1);
     c.ignored = 0;
@@ -302,6 +306,7 @@ TEST(Logits, LongRows) {
         for (const Device device : devices()) {
           for (const int blocks : {0, 1, 2, 4, 8}) {
             if (device == Device::cpu && blocks > 0) break;
+            if (V > 500000 && blocks != 0 && blocks != 8) continue;
             SCOPED_TRACE(blocks);
             try {
               const Result got = run(made, device, Way::at_once, true, layout, blocks);
@@ -321,7 +326,7 @@ TEST(Logits, LongRows) {
 }
 
 // As cutloss.h has them, but for these rows.
-TEST(Logits, LossFromTerms) {
+TEST(GivenLogits, LossFromTerms) {
   Case c = with_size(2, 9, 33, 4, 1);
   c.problem.wants_zbar = true;
   LogitsData made = make_logits(c, DType::f32, kLayouts[1]);
@@ -423,7 +428,7 @@ const Refusal kRefusals[] = {
      {"strides", "the same", "9", "7"}},
 };
 
-TEST(LogitsRefusals, NameBothValues) {
+TEST(GivenLogits, RefusalsNameBothValues) {
   const LogitsData made = make_logits(with_size(2, 4, 7, 2), DType::f32, kLayouts[0]);
   for (const Refusal& refusal : kRefusals) {
     SCOPED_TRACE(refusal.name);
@@ -450,7 +455,7 @@ TEST(LogitsRefusals, NameBothValues) {
 }
 
 // The host names a target outside of the vocabulary before it writes; a device makes its row NaN.
-TEST(Logits, TargetsOutsideOfTheVocabulary) {
+TEST(GivenLogits, TargetsOutsideOfTheVocabulary) {
   for (const Layout& layout : kLayouts) {
     Case c = with_size(2, 5, 100, 3, 1);
     c.ignored = 0;

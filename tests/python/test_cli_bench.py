@@ -19,6 +19,7 @@ from cutloss._bench import (
     device_memory,
     errors,
     kernels,
+    logits,
     memory,
     methods,
     plan,
@@ -555,3 +556,31 @@ def test_the_command_line_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_logits_are_measured_against_a_copy(capsys, tmp_path, monkeypatch):
+    for name in ("compile", "compile_fp32"):  # test_compile.py has those
+        monkeypatch.delitem(logits.METHODS, name)
+    path = tmp_path / "out.json"
+    arguments = ["--logits", "--shape", "33,1,500", "--rounds", 1, "--dtype", "bf16", "fp32"]
+    done = run_cli(capsys, "bench", *arguments, "--json", path)
+    assert done.code == 0, done.err
+    if rivals.lacks("liger-kernel", "liger_kernel", "cpu"):
+        assert "liger is left out: liger-kernel" in done.out
+    found = lines(path)
+    assert [p for line in found for p in record.problems(line)] == []
+    measured = [(line["dtype"], line["pass"], line["method"]) for line in found]
+    names = {"fw": ["cutloss", "torch", "torch_fp32"]}
+    names["fwbw"] = ["cutloss", "cutloss_consumed", "torch", "torch_fp32"]
+    assert measured == [(d, p, n) for d in ("bf16", "fp32") for p in names for n in names[p]]
+    for line in found:
+        assert line["copies"] == pytest.approx(line["ms"] / line["copy_ms"], rel=0.05)
+        assert (line["gradient_err"] is None) == (line["pass"] == "fw")
+        if line["pass"] == "fwbw":
+            assert line["gradient_err"] < (1e-2 if line["dtype"] == "bf16" else 1e-6)
+
+
+def test_options_without_a_meaning_for_logits_are_refused(capsys):
+    for option, value in (("--dtype", "fp64"), ("--passes", "fwbw_frozen"), ("--ignored", "0.5")):
+        done = run_cli(capsys, "bench", "--logits", "--shape", "5,1,50", option, value)
+        assert_refused(done, option, "--logits")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._untraced import untraced
 from . import _arguments as args
 from ._arguments import Loss
 from ._chunk_plan import Sizes, bytes_of, converted, make_plan
@@ -15,7 +16,7 @@ from ._divergences import DIVERGENCES
 from ._teachers import MOST_MASS, TAILS, Mixture, OfModel, OfTopK, faults
 
 
-@torch.compiler.disable
+@untraced
 def linear_distillation(
     e: Tensor,
     c: Tensor,
@@ -141,7 +142,7 @@ def linear_distillation(
     )  # fmt: skip
 
 
-@torch.compiler.disable
+@untraced
 def linear_distillation_top_k(
     e: Tensor,
     c: Tensor,

@@ -173,7 +173,7 @@ __device__ __forceinline__ void add_vector(const LogitRows<T>& s, const RowView<
 #pragma unroll
   for (int i = 1; i < kVector; ++i) top = larger(top, z[i]);
   if (top > state.max) {
-    const T scale = rescale(state.max, top);
+    const T scale = exp_nonpositive(state.max - top);  // -inf - top is no NaN here
     if (!kPlain) {
       const T shift = state.sum == T(0) ? T(0) : state.max - top;
       state.weighted_sum = scale * (state.weighted_sum + shift * state.sum);

@@ -1,0 +1,19 @@
+"""Functions that torch.compile leaves alone."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+
+def untraced(fn: Callable) -> Callable:
+    """What torch.compiler.disable makes, without importing the compiler before somebody uses it."""
+    left_alone = torch._disable_dynamo(fn)
+
+    @functools.wraps(fn)
+    def call(*args, **options):
+        if torch.compiler.is_compiling():
+            return left_alone(*args, **options)
+        return fn(*args, **options)
+
+    return call
