@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "call.h"
+#include "chunks.h"
 #include "place.h"
 #include "plans.h"
 #include "terms.h"
@@ -301,6 +302,17 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
       "loss_terms(Tensor targets, Tensor? token_weight, Tensor? class_weight, "
       "ScalarType compute_dtype, SymInt V, int shift, int ignore_index, bool mean, "
       "float label_smoothing, float z_loss) -> (Tensor terms, Tensor undefined)");
+  m.def("chunks_begin(" CUTLOSS_OPERANDS ", *, " CUTLOSS_OPTIONS
+        ") -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor de, "
+        "Tensor dc, Tensor dbias, Tensor memory, int chunks)");
+  m.def("chunk_statistics(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE
+        ", int chunk, *, " CUTLOSS_OPTIONS ") -> int[]");
+  m.def("chunk_gradients(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE
+        ", Tensor? d_nll, Tensor? d_lse, Tensor? d_entropy, int chunk, *, " CUTLOSS_OPTIONS
+        ") -> ()");
+  m.def("chunks_finish(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE ", *, " CUTLOSS_OPTIONS
+        ") -> ()");
+  m.def("is_read_in_place(Tensor t) -> bool");
   m.def("scale_(Tensor(a!) t, Tensor factor) -> ()");
   m.def("plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> int[]");
   m.def("describe_plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> str");
@@ -314,6 +326,11 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CPU, m) {
   m.impl("gradients", &boxed<gradients>);
   m.impl("loss_and_gradients", &boxed<loss_and_gradients>);
   m.impl("loss_terms", &boxed<loss_terms>);
+  m.impl("chunks_begin", &boxed<chunks_begin>);
+  m.impl("chunk_statistics", &boxed<chunk_statistics>);
+  m.impl("chunk_gradients", &boxed<chunk_gradients>);
+  m.impl("chunks_finish", &boxed<chunks_finish>);
+  m.impl("is_read_in_place", &boxed<is_read_in_place>);
   m.impl("scale_", &boxed<scale>);
 }
 
@@ -323,6 +340,11 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) {
   m.impl("gradients", &boxed<gradients, Device::cuda>);
   m.impl("loss_and_gradients", &boxed<loss_and_gradients, Device::cuda>);
   m.impl("loss_terms", &boxed<loss_terms, Device::cuda>);
+  m.impl("chunks_begin", &boxed<chunks_begin, Device::cuda>);
+  m.impl("chunk_statistics", &boxed<chunk_statistics, Device::cuda>);
+  m.impl("chunk_gradients", &boxed<chunk_gradients, Device::cuda>);
+  m.impl("chunks_finish", &boxed<chunks_finish, Device::cuda>);
+  m.impl("is_read_in_place", &boxed<is_read_in_place, Device::cuda>);
   m.impl("scale_", &boxed<scale, Device::cuda>);
 }
 

@@ -5,7 +5,8 @@
 //   cmake --build build && build/successor
 //
 // E holds one embedding for each token and C one classifier row, so N = V. Each step asks for the
-// mean loss and the gradients of E and C in one call.
+// mean loss and the gradients of E and C. token_loss.cpp has a loss of your own.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -46,20 +47,22 @@ int main() try {
   constexpr std::int64_t V = 1000, D = 32, N = V;
 
   // 1. Plain facts. The gradients' upstream coefficients (1/N each, for the mean) are known when
-  //    the loss is asked for, so one call gives both.
+  //    the loss is asked for, so one call may give both.
   cutloss::Problem problem;
   problem.length = N;
   problem.V = V;
   problem.D = D;
   problem.needs_de = problem.needs_dc = true;
   problem.upstream = cutloss::Upstream::at_forward;
-  problem.schedule = cutloss::Schedule::rows;
 
-  // 2. The plan says how it will be done, and how much memory that takes.
+  // 2. The plan says how it will be done, and how much memory that takes. By rows the gradients are
+  //    made along with the loss, by vocabulary (where memory is short) after it.
   const cutloss::Plan plan = cutloss::make_plan(problem);
   std::printf("%s\n", cutloss::describe(plan).c_str());
   const Bytes kept = allocate(plan.kept_bytes);
-  const Bytes workspace = allocate(plan.forward_workspace_bytes);
+  const Bytes workspace =
+      allocate(std::max(plan.forward_workspace_bytes, plan.backward_workspace_bytes));
+  const bool at_once = plan.schedule == cutloss::Schedule::rows && !plan.keeps_logits;
 
   std::vector<float> e = random_matrix(N * D, 1), c = random_matrix(V * D, 2);
   std::vector<float> de(e.size()), dc(c.size());
@@ -85,7 +88,12 @@ int main() try {
   // 4. Steps.
   double first = 0, mean = 0;
   for (int step = 0; step <= 60; ++step) {
-    cutloss::forward_backward(plan, args);
+    if (at_once) {
+      cutloss::forward_backward(plan, args);
+    } else {
+      cutloss::forward(plan, args);
+      cutloss::backward(plan, args);
+    }
     mean = 0;
     for (const float x : nll) mean += x / N;
     if (step == 0) first = mean;

@@ -21,18 +21,25 @@ __all__ = [
     "get_loss",
     "linear_cross_entropy",
     "losses_available",
+    "patch",
+    "unpatch",
 ]
 
 __version__ = _ops.version()
 
 # What most programs do not use is imported where it is: cutloss.torch_compat.linear_cross_entropy.
-_LAZY_MODULES = ("compat", "losses", "torch_compat")
-_LAZY_NAMES = {"CausalLMLoss": "logits", "cross_entropy": "logits"}
+_LAZY_MODULES = ("compat", "losses", "torch_compat", "transformers", "trl")
+_LAZY_NAMES = {
+    "CausalLMLoss": ".logits",
+    "cross_entropy": ".logits",
+    "patch": ".transformers",
+    "unpatch": ".transformers",
+}
 
 
 def __getattr__(name: str):
-    if name in _LAZY_NAMES:
-        return getattr(importlib.import_module(f".{_LAZY_NAMES[name]}", __name__), name)
     if name in _LAZY_MODULES:
         return importlib.import_module(f".{name}", __name__)
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,10 +8,11 @@ would wait for the device, so there it is checked where the user asks for it, CU
 import math
 import numbers
 import os
-import sys
 
 import torch
 from torch import Tensor
+
+from . import _sharded
 
 REDUCTIONS = ("mean", "sum", "none")
 _MOST_BYTES = 2**63 - 1
@@ -31,21 +32,13 @@ def number(name: str, value: object) -> float:
     return float(value)
 
 
-def _is_dtensor(t: object) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
-
-
 def tensors(**named: Tensor | None) -> None:
     """Each a plain tensor, or None where it is optional (e, c, logits and targets are not)."""
     for name, t in named.items():
         if t is None and name not in ("e", "c", "logits", "targets"):
             continue
-        if _is_dtensor(t):
-            raise ValueError(
-                f"{name} is a DTensor, which cutloss does not take: pass {name}.full_tensor(), or "
-                f"{name}.to_local() where each rank holds all of it"
-            )
+        if _sharded.is_dtensor(t):
+            raise ValueError(_sharded.refusal(name, t))
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
 
@@ -82,9 +75,10 @@ def shapes(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
             f"{shape(e)} and targets {shape(targets)}"
         )
     if c.dim() != 2 or c.shape[1] != e.shape[-1]:
+        is_transposed = c.dim() == 2 and c.shape[0] == e.shape[-1]
         raise ValueError(
             f"c must be (V, D) with the D of e: got c {shape(c)} and e {shape(e)}"
-            + ("; transpose c" if c.dim() == 2 and c.shape[0] == e.shape[-1] else "")
+            + ("; transpose c" if is_transposed else _sharded.of_shape(c))
         )
     if c.shape[0] < 1 or c.shape[1] < 1:
         raise ValueError(f"c must have at least one row and one column (V, D), got {shape(c)}")
@@ -119,23 +113,29 @@ def logits(z: Tensor, targets: Tensor) -> None:
 def dtypes(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor) -> torch.dtype:
     """The dtype of the products' operands: that of the tensors, or autocast's."""
     class_indices(targets)
-    named = {"e": e.dtype, "c": c.dtype}
+    named = {"e": e, "c": c}
     if bias is not None:
-        named["bias"] = bias.dtype
-    for name, dtype in named.items():
-        if dtype not in DTYPES:
+        named["bias"] = bias
+    return operand_dtype(**named)
+
+
+def operand_dtype(**named: Tensor) -> torch.dtype:
+    """Of the products of these tensors: theirs, or autocast's."""
+    (first, e), *_ = named.items()
+    for name, t in named.items():
+        if t.dtype not in DTYPES:
             raise TypeError(
-                f"{name} must be float32, float64, bfloat16 or float16, got {dtype}"
+                f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}"
             )
     device = e.device.type
     autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    if autocast and torch.float64 not in named.values():  # which autocast leaves alone
+    if autocast and all(t.dtype != torch.float64 for t in named.values()):  # which it leaves alone
         return torch.get_autocast_dtype(device)
-    for name, dtype in named.items():
-        if dtype != e.dtype:
+    for name, t in named.items():
+        if t.dtype != e.dtype:
             raise TypeError(
-                f"e and {name} must have one dtype: e is {e.dtype}, {name} {dtype}; convert one "
-                f"of them, or run under torch.autocast (which leaves float64 as it is)"
+                f"{first} and {name} must have one dtype: {first} is {e.dtype}, {name} {t.dtype}; "
+                f"convert one of them, or run under torch.autocast (which leaves float64 as it is)"
             )
     return e.dtype
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import _ops
-from ._ops import _first_order, _scaled, _sum, _where_defined, call, stat_dtype
+from ._ops import _scaled, _sum, _where_defined, call, first_order, stat_dtype
 from ._terms import Rows, unpacked
 
 _operators = torch.ops.cutloss
@@ -151,7 +151,7 @@ def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
         else:
             gradient = call(_operators.logits_gradient, *operands, *rows, **options)
     sources = (operands[0], d_loss, d_nll, d_lse, d_entropy, d_zbar)
-    return *_first_order((gradient,), *sources), *(None,) * 5
+    return *first_order((gradient,), *sources), *(None,) * 5
 
 
 def _statistics_context(ctx, inputs, keyword_only_inputs, output):
@@ -198,7 +198,7 @@ def _immediate_backward(ctx, d_loss, *_):
         gradient = _scaled(gradient, _where_defined(d_loss, inputs[-1]))
     if torch.is_grad_enabled():
         source = () if getattr(ctx, "consume", False) else inputs[:1]
-        (gradient,) = _first_order((gradient,), *source, d_loss)
+        (gradient,) = first_order((gradient,), *source, d_loss)
     return gradient, *(None,) * 5
 
 

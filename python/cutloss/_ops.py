@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _errors, _load
+from . import _errors, _load, _sharded
 from ._terms import Rows, Weighting, unpacked
 
 _load.load()
@@ -182,10 +182,17 @@ def have_tangent(*tensors: Tensor | None) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def is_differentiated_by_others(*operands: Tensor | None) -> bool:
+    """Whether a tracer, a transform or forward mode differentiates what is done, so that gradients
+    made in forward are of no use."""
+    is_traced = torch.compiler.is_compiling() or is_transformed()
+    return is_traced or have_tangent(*operands)
+
+
 def _is_differentiated(options: Options) -> bool:
     """Whether a derivative may be asked for: one that is made, or one that is refused."""
-    wanted = options["needs_de"] or options["needs_dc"] or options["needs_dbias"]
-    return wanted or forward_ad._current_level >= 0
+    needed = options["needs_de"] or options["needs_dc"] or options["needs_dbias"]
+    return needed or forward_ad._current_level >= 0
 
 
 # Shapes -----------------------------------------------------------------------------------------
@@ -269,8 +276,8 @@ def _(t, factor):
 # Autograd ---------------------------------------------------------------------------------------
 
 _SECOND_ORDER = (
-    "cutloss makes first derivatives only: its gradients cannot be differentiated again; use "
-    "impl='torch' where a second derivative (create_graph=True) is needed"
+    "cutloss makes first derivatives only: its gradients cannot be differentiated again; where "
+    "a second derivative (create_graph=True) is needed use impl='torch', in the calls that have it"
 )
 
 
@@ -292,13 +299,13 @@ class _FirstOrder(torch.autograd.Function):
         raise NotImplementedError(_SECOND_ORDER)
 
 
-def _first_order(gradients, *sources):
+def first_order(gradients, *sources):
     if not torch.is_grad_enabled():  # no create_graph
         return gradients
     return tuple(g if g is None else _FirstOrder.apply(g, *sources) for g in gradients)
 
 
-def _wanted(gradients, options: Options):
+def wanted(gradients, options: Options):
     needs = (options["needs_de"], options["needs_dc"], options["needs_dbias"])
     return tuple(g if needed else None for g, needed in zip(gradients, needs))
 
@@ -329,6 +336,7 @@ def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
     options = ctx.options
     *operands, terms, undefined, nll, row_max, log_sum, entropy, kept = ctx.saved_tensors
     e, c, bias = operands[:3]
+    _check_backward(e, c, reads=True)
     # What was not asked for has no elements, and its gradient says nothing.
     d_loss = d_loss if terms is not None else None
     d_entropy = d_entropy if options["wants_entropy"] else None
@@ -343,7 +351,7 @@ def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
         saved = (nll, row_max, log_sum, entropy, kept)
         d_rows = (d_nll, d_lse, d_lse_squared, d_entropy, d_zbar)
         gradients = call(_ops.gradients, *operands, *saved, *d_rows, **options)
-    return *_first_order(_wanted(gradients, options), *sources), *(None,) * 5
+    return *first_order(wanted(gradients, options), *sources), *(None,) * 5
 
 
 def _traced_statistics_backward(ctx, *d_outputs):
@@ -354,7 +362,7 @@ def _immediate_context(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs)
     ctx.set_materialize_grads(False)
     ctx.options = keyword_only_inputs
-    ctx.gradients = _wanted(output[2:], keyword_only_inputs)
+    ctx.gradients = wanted(output[2:], keyword_only_inputs)
 
 
 def _traced_immediate_context(ctx, inputs, keyword_only_inputs, output):
@@ -368,6 +376,13 @@ def is_ordinary(t: Tensor) -> bool:
     return ordinary and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
+def _check_backward(e: Tensor, c: Tensor, reads: bool) -> None:
+    if is_ordinary(e) and is_ordinary(c):
+        _sharded.check_shape(e, c)
+        if reads:
+            _sharded.check_memory(e, c)
+
+
 def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
     """gradient * factor, in place: nobody else holds the gradient. Traced tensors are not
     changed in place, the tracer decides."""
@@ -379,30 +394,37 @@ def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
     return gradient
 
 
-def _immediate_backward(ctx, d_loss, *_):
-    options = ctx.options
-    if d_loss is None:
-        return (None,) * 8
-    # The first backward hands over what forward made. Another one (retain_graph) finds nothing
-    # and makes it again: the same bits, and no copy for those who never ask.
+def hand_over(ctx, d_loss: Tensor, operands, undefined: Tensor | None, remake) -> tuple:
+    """ctx.gradients times d_loss. The first backward hands over what forward made. Another one
+    (retain_graph) finds nothing and makes it again: the same bits, and no copy for those who never
+    ask."""
     gradients, ctx.gradients = ctx.gradients, None
-    inputs = ctx.saved_tensors
+    _check_backward(*operands[:2], reads=gradients is None)
     with torch.no_grad():
         if gradients is None:
-            gradients = _wanted(call(_ops.loss_and_gradients, *inputs, **options)[2:], options)
-        factor = _where_defined(d_loss, inputs[-1])
+            gradients = remake()
+        factor = _where_defined(d_loss, undefined)
         gradients = tuple(_scaled(g, factor) for g in gradients)
-    if not torch.is_grad_enabled():
-        return *gradients, *(None,) * 5
-    e, c, bias = inputs[:3]
-    return *_first_order(gradients, e, c, bias, d_loss), *(None,) * 5
+    return first_order(gradients, *operands[:3], d_loss)
+
+
+def _immediate_backward(ctx, d_loss, *_):
+    if d_loss is None:
+        return (None,) * 8
+    inputs = ctx.saved_tensors
+
+    def remake():
+        made = call(_ops.loss_and_gradients, *inputs, **ctx.options)
+        return wanted(made[2:], ctx.options)
+
+    return *hand_over(ctx, d_loss, inputs, inputs[-1], remake), *(None,) * 5
 
 
 # Eager code takes _Deferred and _Immediate, torch.func takes _Transformed; traced code takes the
 # operators, to which the same functions are registered. Eager functions have no setup_context: it
 # costs more than the smallest loss, and only torch.func needs it.
 
-_FORWARD_MODE = (
+NO_FORWARD_MODE = (
     "cutloss has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode (grad, vjp, "
     "jacrev), or impl='torch'"
 )
@@ -424,7 +446,7 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *_):
-        raise NotImplementedError(_FORWARD_MODE)
+        raise NotImplementedError(NO_FORWARD_MODE)
 
 
 class _Transformed(torch.autograd.Function):
@@ -445,7 +467,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *_):
-        raise NotImplementedError(_FORWARD_MODE)
+        raise NotImplementedError(NO_FORWARD_MODE)
 
 
 class _Immediate(torch.autograd.Function):
@@ -464,7 +486,7 @@ class _Immediate(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *_):
-        raise NotImplementedError(_FORWARD_MODE)
+        raise NotImplementedError(NO_FORWARD_MODE)
 
 
 torch.library.register_autograd(

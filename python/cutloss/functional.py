@@ -1,12 +1,11 @@
 """``linear_cross_entropy``: the loss of a large-vocabulary model without its logits."""
 
 import enum
-import math
 
 import torch
 from torch import Tensor
 
-from . import _checks, _ops, _plain, _plan, _terms
+from . import _checks, _inputs, _ops, _plain, _plan, _terms
 from ._implementations import LinearCrossEntropyImpl, is_plain
 
 _VOCAB_PARALLEL = (
@@ -130,36 +129,19 @@ def linear_cross_entropy(
     if vocab_parallel_options is not None:
         raise NotImplementedError(_VOCAB_PARALLEL)
     plain = is_plain(impl)
-    _checks.tensors(e=e, c=c, targets=targets, bias=bias, weight=weight, token_weight=token_weight)
-    _checks.shapes(e, c, targets, bias)
-    compute_dtype = _checks.dtypes(e, c, bias, targets)
-    if not plain:
-        _checks.device(e, _ops.HAS_CUDA)
-    _checks.same_device(
-        e,
-        c=c,
-        targets=targets,
-        bias=bias,
-        weight=weight,
-        token_weight=token_weight,
-        temperature=temperature if isinstance(temperature, Tensor) else None,
-    )
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
-    _checks.flags(
-        return_lse=return_lse, return_entropy=return_entropy, return_predictions=return_predictions
-    )
     _checks.filter_eps(filter_eps)
-    _checks.ignore_index(ignore_index, targets)
-    _checks.max_workspace(max_workspace)
-    _checks.temperature(temperature, targets)
+    options = _inputs.options(
+        e, c, targets, bias, ignore_index=ignore_index, softcap=softcap, shift=shift,
+        logit_scale=logit_scale, temperature=temperature, max_workspace=max_workspace,
+        schedule=schedule, num_valid=num_valid, plain=plain, return_lse=return_lse,
+        return_entropy=return_entropy, return_predictions=return_predictions,
+        weight=weight, token_weight=token_weight,
+    )  # fmt: skip
     if weight is not None:
         _checks.weight(weight, c)
     if token_weight is not None:
         _checks.token_weight(token_weight, targets)
-    _checks.plain_options(plain, schedule, max_workspace)
-    shift = _checks.shift(shift, targets)
-    _checks.num_valid(num_valid, math.prod(_row_shape(targets, shift)), ignore_index)
     how = _terms.Weighting(
         reduction=reduction,
         label_smoothing=_checks.label_smoothing(label_smoothing),
@@ -167,38 +149,18 @@ def linear_cross_entropy(
         weight=weight,
         token_weight=token_weight,
     )
-    options = _ops.options(
-        compute_dtype,
-        shift=shift,
-        ignore_index=ignore_index,
-        softcap=_checks.softcap(softcap),
-        logit_scale=_checks.logit_scale(logit_scale),
-        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
-        wants_entropy=return_entropy,
-        wants_zbar=how.label_smoothing > 0,
-        wants_argmax=return_predictions,
-        schedule=_ops.SCHEDULES[schedule],
-        max_workspace=max_workspace,
-        num_valid=num_valid,
-        allow_tf32=_ops.allow_tf32(e, compute_dtype),
-    )
+    options["wants_zbar"] = how.label_smoothing > 0
     loss, rows = _evaluate(
         e, c, targets, bias, temperature, how, options, plain=plain, wants_lse=return_lse
     )
 
-    row_shape = _row_shape(targets, shift)
+    row_shape = _inputs.row_shape(targets, options["shift"])
     if reduction == "none":
         loss = loss.reshape(row_shape)
     extras = ((return_lse, rows.lse), (return_entropy, rows.entropy))
     extras += ((return_predictions, rows.argmax),)
     results = tuple(t.reshape(row_shape) for wanted, t in extras if wanted)
     return (loss, *results) if results else loss
-
-
-def _row_shape(targets: Tensor, shift: int) -> tuple[int, ...]:
-    if targets.dim() == 0:
-        return ()
-    return (*targets.shape[:-1], targets.shape[-1] - shift)
 
 
 def _evaluate(
@@ -216,23 +178,13 @@ def _evaluate(
     stats = _ops.stat_dtype(options["compute_dtype"])
     shift, ignore_index = options["shift"], options["ignore_index"]
     V = c.shape[0]
-    by_sequence = _by_sequence(targets)
-    row_temperature = None
-    if isinstance(temperature, Tensor):
-        # Ignored rows may hold anything there, a padding of 0 for one.
-        t = temperature.expand(targets.shape).reshape(by_sequence.shape)
-        counts = _terms.of_rows(by_sequence, shift) != ignore_index
-        row_temperature = torch.where(counts, _terms.of_rows(t, shift).to(stats), 1.0)
     class_weight = how.weight if options["wants_zbar"] else None
     if class_weight is not None:
         class_weight = class_weight.to(stats)
+    operands = _inputs.operands(e, c, targets, bias, temperature, class_weight, options, plain)
+    by_sequence = operands[3]
     if how.token_weight is not None:
-        how.token_weight = _by_sequence(how.token_weight)
-
-    e = e.reshape(*by_sequence.shape, e.shape[-1]) if e.dim() != 3 else e
-    operands = (e, c, bias, by_sequence, row_temperature, class_weight)
-    if not plain and e.device.type == "cuda" and _checks.may_look(e.device):
-        _checks.values(by_sequence, row_temperature, shift, V, ignore_index, options["num_valid"])
+        how.token_weight = _inputs.by_sequence(how.token_weight)
 
     if plain:
         terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
@@ -240,12 +192,9 @@ def _evaluate(
         rows = _plain.statistics(*operands, options, needs_lse)
         return _terms.loss(terms, rows, how.reduction), rows
 
-    with_gradient = torch.is_grad_enabled()
-    options["needs_de"] = with_gradient and e.requires_grad
-    options["needs_dc"] = with_gradient and c.requires_grad
-    options["needs_dbias"] = with_gradient and bias is not None and bias.requires_grad
+    _inputs.want_gradients(options, *operands[:3])
     weights_have_gradient = (
-        with_gradient and how.token_weight is not None and how.token_weight.requires_grad
+        torch.is_grad_enabled() and how.token_weight is not None and how.token_weight.requires_grad
     )
     weighs_in_torch = (
         weights_have_gradient
@@ -276,8 +225,3 @@ def _evaluate(
         rows = _ops.statistics(operands, options)
         return _terms.loss(_terms.unpacked(terms), rows, "none"), rows
     return _ops.loss(operands, terms, undefined, options, choice.immediate)
-
-
-def _by_sequence(t: Tensor) -> Tensor:
-    """(sequences, length): what has the shape of targets."""
-    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 1)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _sharded
 from .module import LinearCrossEntropy
 
 
@@ -67,6 +67,11 @@ class _Head(nn.Module):
             return self.own_bias
         return getattr(self.output_embeddings, "bias", None)
 
+    def _check_whole(self) -> None:
+        _check_classifier(self.output_embeddings)
+        if _sharded.is_dtensor(self.weight):
+            raise ValueError(_sharded.refusal_of_head(type(self).__name__, self.weight))
+
     def reset_parameters(self) -> None:
         """Of what is its own, as modules made on the meta device need: the bias is zero."""
         if self.own_bias is not None:
@@ -110,10 +115,10 @@ def _check_classifier(module: nn.Module) -> None:
             f"remove_hook_from_module), or call linear_cross_entropy with the weight instead"
         )
     # What comes out of a shared nn.Embedding are rows of its weight, which hooks may change.
-    hooks = module._forward_pre_hooks
+    hooks = list(module._forward_pre_hooks.values())
     if isinstance(module, nn.Linear):
-        hooks = hooks or module._forward_hooks
-    if hooks:
+        hooks += module._forward_hooks.values()
+    if not all(map(_sharded.only_gathers, hooks)):
         raise TypeError(
             f"output_embeddings, of type {type(module).__name__}, has forward hooks or forward "
             f"pre-hooks (as nn.utils.weight_norm has), which would not be called: remove them, use "
@@ -190,7 +195,7 @@ class LinearCrossEntropyLoss(_Head):
     ) -> Tensor | tuple[Tensor, ...]:
         """As :func:`linear_cross_entropy` returns it; with num_items_in_batch the sum over that
         number, as in :class:`CausalLMHead`."""
-        _check_classifier(self.output_embeddings)
+        self._check_whole()
         more = dict(token_weight=token_weight, temperature=temperature, num_valid=num_valid)
         result = self._loss(e, targets, num_items_in_batch, more)
         return result if len(result) > 1 else result[0]
@@ -290,7 +295,7 @@ class CausalLMHead(_Head):
         :param token_weight: (...), of each label.
         :param num_valid: As in :func:`linear_cross_entropy`.
         """
-        _check_classifier(self.output_embeddings)
+        self._check_whole()
         if return_logits is None:
             return_logits = self.return_logits
         if return_logits is None:

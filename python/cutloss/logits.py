@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _checks, _logits_ops, _ops, _terms
-from .functional import _by_sequence, _row_shape
+from . import _checks, _inputs, _logits_ops, _ops, _terms
 from .module import _class_weights
 
 
@@ -170,7 +169,7 @@ def _cross_entropy(
         label_smoothing=_checks.label_smoothing(label_smoothing),
         z_loss=_checks.z_loss(z_loss),
         weight=weight,
-        token_weight=None if token_weight is None else _by_sequence(token_weight),
+        token_weight=None if token_weight is None else _inputs.by_sequence(token_weight),
     )
     options = {
         "shift": shift,
@@ -196,7 +195,7 @@ def _cross_entropy(
     if consume:
         _empty(logits)
 
-    row_shape = _row_shape(targets, shift)
+    row_shape = _inputs.row_shape(targets, shift)
     if reduction == "none":
         loss = loss.reshape(row_shape)
     extras = ((return_lse, rows.lse), (return_entropy, rows.entropy))
@@ -219,7 +218,7 @@ def _evaluate(
     stats = _ops.stat_dtype(logits.dtype)
     shift, ignore_index = options["shift"], options["ignore_index"]
     V = logits.shape[-1]
-    by_sequence = _by_sequence(targets)
+    by_sequence = _inputs.by_sequence(targets)
     row_temperature = None
     if isinstance(temperature, Tensor):
         # Ignored rows may hold anything there, a padding of 0 for one.

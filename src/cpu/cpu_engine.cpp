@@ -61,18 +61,22 @@ void set_sizes(Plan& plan, Tile tile, std::int64_t chunk_rows) {
 class CpuEngine final : public Engine {
  public:
   CpuEngine() {
+    if (!onednn_refusal().empty()) return;
     if (!has_avx512()) forbid_avx512();  // one switch, oneDNN's, for both libraries
   }
 
   std::string_view name() const override { return "cpu"; }
 
   std::string description() const override {
+    if (const std::string refusal = onednn_refusal(); !refusal.empty()) {
+      return "not here: " + refusal;
+    }
     return text(describe_onednn(), "; ", describe_openblas(), "; vectors ", vector_target(), "; ",
                 omp_get_max_threads(), " threads");
   }
 
   std::string refusal(const Problem& p) const override {
-    return p.device == Device::cpu ? "" : "the tensors are not in host memory";
+    return p.device == Device::cpu ? onednn_refusal() : "the tensors are not in host memory";
   }
 
   bool fit(Plan& plan, std::int64_t budget, std::int64_t& smallest) const override {

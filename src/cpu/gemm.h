@@ -27,6 +27,10 @@ struct Product {
   bool accumulate = false;
 };
 
+// Why oneDNN is not there, in words; empty where it is. Where it is not, only products in f64 and
+// the descriptions may be asked for.
+std::string onednn_refusal();
+
 // Throws Error(out_of_memory | internal) when the library fails.
 void multiply_onednn(const Product& product);    // f32, bf16
 void multiply_openblas(const Product& product);  // f64

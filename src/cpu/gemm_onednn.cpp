@@ -5,12 +5,12 @@
 #include <algorithm>
 #include <map>
 #include <new>
-#include <oneapi/dnnl/dnnl.hpp>
 #include <string_view>
 #include <tuple>
 
 #include "core/text.h"
 #include "cpu/gemm.h"
+#include "cpu/onednn.h"
 
 namespace cutloss::cpu {
 namespace {
@@ -139,7 +139,7 @@ bool has_native_bf16() {
 bool has_avx512() { return has_isa(dnnl::cpu_isa::avx512_core); }
 
 std::string describe_onednn() {
-  const dnnl_version_t* v = dnnl_version();
+  const dnnl_version_t* v = onednn().dnnl_version();
   return text("oneDNN ", v->major, ".", v->minor, ".", v->patch,
               has_native_bf16() ? ", bf16 products" : ", bf16 widened to f32 (no AVX512_BF16)");
 }

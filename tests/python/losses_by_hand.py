@@ -271,3 +271,76 @@ def kto(
         else:
             losses.append(undesirable_weight * (1 - torch.sigmoid(beta * (kl - u))))
     return mean(losses)
+
+
+# Distillation ---------------------------------------------------------------------------------
+
+
+def logits(e, c, bias, softcap=None, logit_scale=1.0) -> Tensor:
+    z = (e @ c.T).to(torch.float64 if e.dtype == torch.float64 else torch.float32) * logit_scale
+    z = z if bias is None else z + bias
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def divergence(log_s: Tensor, log_t: Tensor, kind: str, beta: float) -> Tensor:
+    """Over the last dimension; an entry of probability 0 in both adds nothing."""
+    s, t = log_s.exp(), log_t.exp()
+
+    def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        there = p > 0
+        difference = torch.where(there, log_p, 0.0) - torch.where(there, log_q, 0.0)
+        return (p * difference).sum(-1)
+
+    if kind == "tvd":
+        return (s - t).abs().sum(-1) / 2
+    if kind == "forward_kl" or (kind == "jsd" and beta == 0):
+        return kl(t, log_t, log_s)
+    if kind == "reverse_kl" or (kind == "jsd" and beta == 1):
+        return kl(s, log_s, log_t)
+    log_m = torch.log(beta * t + (1 - beta) * s)
+    return beta * kl(t, log_t, log_m) + (1 - beta) * kl(s, log_s, log_m)
+
+
+def top_k(z: Tensor, ids: Tensor, log_t: Tensor, tail: str) -> tuple[Tensor, Tensor]:
+    """Of one row, z (V): log-probabilities of the events, the student's and the teacher's."""
+    here = log_t > -math.inf
+    ids, log_t = ids[here], log_t[here].to(z.dtype)
+    log_s = F.log_softmax(z, -1)
+    if tail == "ignore":
+        return log_s[ids], log_t
+    if tail == "renormalise":
+        return F.log_softmax(z[ids], -1), F.log_softmax(log_t, -1)
+    others = torch.tensor([v for v in range(len(z)) if v not in ids.tolist()], dtype=torch.long)
+    left = torch.log1p(-log_t.exp().sum()).reshape(1)
+    return (
+        torch.cat([log_s[ids], torch.logsumexp(log_s[others], -1).reshape(1)]),
+        torch.cat([log_t, left]),
+    )
+
+
+def distilled(
+    z: Tensor, targets: Tensor | None, pair, kind="forward_kl", beta=0.5, temperature=1.0,
+    soft_weight=1.0, hard_weight=0.0, token_weight=None, reduction="mean", num_items=None,
+    ignore_index=-100,
+) -> Tensor:  # fmt: skip
+    """z: (N,V), the student's; pair: from a row's number and its logits over the temperature to
+    the two rows of log-probabilities."""
+    losses, weights = [], []
+    for n in range(z.shape[0]):
+        counts = targets is None or targets[n] != ignore_index
+        weight = (1.0 if token_weight is None else token_weight[n]) if counts else 0.0
+        weights.append(weight)
+        if not counts:
+            losses.append(z.new_zeros(()))
+            continue
+        loss = soft_weight * divergence(*pair(n, z[n] / temperature), kind, beta)
+        if hard_weight:
+            loss = loss + hard_weight * F.cross_entropy(z[n], targets[n])
+        losses.append(weight * loss)
+    losses = torch.stack(losses)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    over = sum(weights) if num_items is None else num_items
+    return losses.sum() / (over if over else 1.0)

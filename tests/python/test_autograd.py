@@ -10,7 +10,7 @@ import torch
 from problems import BF16, F16, F32, F64
 from torch.utils.checkpoint import checkpoint
 
-from cutloss import LinearCrossEntropy, linear_cross_entropy
+from cutloss import LinearCrossEntropy, _ops, linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -151,6 +151,49 @@ def test_checkpoint(options, use_reentrant):
     checkpoint(f, *p.parameters, use_reentrant=use_reentrant).backward()
     for t, want in zip(p.parameters, expected):
         torch.testing.assert_close(t.grad, want)
+
+
+@pytest.mark.parametrize(
+    "use_reentrant, expected",
+    [(False, ["loss_and_gradients"] * 2), (True, ["statistics", "loss_and_gradients"])],
+)
+def test_what_a_checkpoint_costs(use_reentrant, expected, monkeypatch):
+    """docs/training-stacks.md says it in matrix products."""
+    p = problems.make()
+    called, call = [], _ops.call
+    monkeypatch.setattr(_ops, "call", lambda op, *a, **k: (called.append(op), call(op, *a, **k))[1])
+    loss = checkpoint(lambda e: loss_of(p, schedule="rows"), p.e, use_reentrant=use_reentrant)
+    loss.backward()
+    names = [str(op).removeprefix("cutloss.") for op in called]
+    assert [n for n in names if n in ("statistics", "gradients", "loss_and_gradients")] == expected
+
+
+@pytest.mark.parametrize("name", ["e", "c"])
+@ways
+def test_memory_that_was_freed(name, options):
+    """As FSDP frees a weight, which keeps its shape: an error where it would be read."""
+    p = problems.make()
+    whole = {"e": p.e, "c": p.c}
+    rows = torch.cat([torch.zeros(1, 16).to(problems.device), whole[name].detach()])
+    gone = rows[1:].requires_grad_()  # not at the beginning of its storage
+    arguments = {**whole, name: gone}
+
+    def loss():
+        result = linear_cross_entropy(**arguments, targets=p.targets, **options)
+        return result[0] + result[1].sum() if isinstance(result, tuple) else result
+
+    expected = torch.autograd.grad(loss(), arguments.values())
+    waiting = loss()
+    gone.untyped_storage().resize_(0)
+    match = rf"memory of {name}, .* has been freed.* in the forward of the module"
+    with pytest.raises(RuntimeError, match=match):
+        loss()
+    if not options:  # gradients that forward made need nothing more
+        for got, want in zip(torch.autograd.grad(waiting, arguments.values()), expected):
+            assert torch.equal(got, want)
+        return
+    with pytest.raises(RuntimeError, match=match):
+        torch.autograd.grad(waiting, arguments.values())
 
 
 def test_saved_tensors_can_be_moved_away():

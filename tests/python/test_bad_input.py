@@ -218,23 +218,6 @@ def test_gradients_of_targets():
         tensors()["targets"].requires_grad_()
 
 
-def test_sharded_tensors_are_refused(tmp_path):
-    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
-
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for name in ("e", "c"):
-            arguments = tensors()
-            arguments[name] = DTensor.from_local(arguments[name], mesh, [Replicate()])
-            with pytest.raises(ValueError, match=f"{name} is a DTensor.*{name}.full_tensor"):
-                linear_cross_entropy(**arguments)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("device")
 def test_the_number_of_tokens():
     """A number that is checked where looking costs nothing, or is asked for."""

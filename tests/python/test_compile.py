@@ -1,12 +1,17 @@
 """torch.compile, torch.export, fake tensors, and what torch.library can check of an operator."""
 
+import copy
+
 import problems
 import pytest
+import small_model
 import torch
 from problems import BF16, F32, OPTION_SETS
+from tolerance import assert_near
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils.checkpoint import checkpoint
 
 from cutloss import LinearCrossEntropy, _ops, _plan, linear_cross_entropy
 
@@ -146,6 +151,40 @@ def test_module_and_retain_graph():
     first = torch.autograd.grad(loss, p.parameters, retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(loss, p.parameters)):
         assert torch.equal(a, b)
+
+
+class Checkpointed(small_model.Model):
+    """All but the head runs again in backward."""
+
+    def forward(self, x, labels):
+        hidden = checkpoint(self.body, x, use_reentrant=False)
+        return self.head(hidden, labels).loss
+
+
+@pytest.mark.parametrize(
+    "kind, tied, schedule, backend",
+    [
+        (small_model.Model, True, "auto", "inductor"),
+        (small_model.Model, False, "vocabulary", "aot_eager"),
+        (Checkpointed, True, "auto", "aot_eager"),
+    ],
+)
+def test_a_whole_model(kind, tied, schedule, backend):
+    """With the loss inside, in one graph: as eager, through two steps of training."""
+    torch.manual_seed(1)
+    eager = kind(tied, schedule=schedule).to(problems.device)
+    traced = copy.deepcopy(eager)
+    both = eager, torch.compile(traced, fullgraph=True, backend=backend)
+    x, labels = small_model.batch(0, ignored=0.3, device=problems.device)
+    for _ in range(2):
+        losses = [model(x, labels) for model in both]
+        torch.testing.assert_close(*losses)
+        for model, loss in zip((eager, traced), losses):
+            model.zero_grad()
+            loss.backward()
+            torch.optim.SGD(model.parameters(), lr=0.5).step()
+        for (name, p), q in zip(traced.named_parameters(), eager.parameters(), strict=True):
+            assert_near(p.grad, q.grad, name)
 
 
 def test_nothing_counts():

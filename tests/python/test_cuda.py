@@ -1,14 +1,16 @@
 """What only CUDA has: streams, graphs, nothing that waits for the device, its memory. What the
 loss and its gradients are, the other files test on every device."""
 
+import copy
 import re
 
 import problems
 import pytest
 import reference
+import small_model
 import torch
 from problems import BF16, F16, F32, F64, OPTION_SETS
-from tolerance import assert_close
+from tolerance import assert_close, assert_near
 
 from cutloss import _ops, _plan, linear_cross_entropy
 
@@ -86,6 +88,52 @@ def test_a_graph(dtype, options):
                 mine.copy_(other)
         graph.replay()
         assert_same(captured, everything(data))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("schedule", ["rows", "vocabulary"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_graph_of_a_training_step(tied, schedule, autocast):
+    """Forward, backward and optimizer, captured once; then other data, with other tokens ignored,
+    and the weights that the steps before have left."""
+    batches = [small_model.batch(i, ignored=0.2 * i, device="cuda") for i in range(4)]
+    eager = small_model.make(tied, "cuda", schedule=schedule)
+    captured = copy.deepcopy(eager)
+    products = BF16 if autocast else F32
+
+    def stepper(model):
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-3, capturable=True)
+
+        def step(x, labels):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", BF16, enabled=autocast, cache_enabled=False):
+                loss = model(x, labels)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    step, x, labels = stepper(captured), *(t.clone() for t in batches[0])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # which train as well
+            step(x, labels)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(x, labels)
+    step = stepper(eager)
+    for _ in range(3):
+        step(*batches[0])
+    for batch in batches:
+        x.copy_(batch[0])
+        labels.copy_(batch[1])
+        graph.replay()
+        assert_near(loss, step(*batch), "loss", products)
+    for (name, p), q in zip(captured.named_parameters(), eager.parameters(), strict=True):
+        assert_near(p, q, name, products)
 
 
 @ways

@@ -182,7 +182,8 @@ def test_number_of_items_as_a_tensor(name):
     loss = head(hidden(), tokens(), num_items_in_batch=items).loss
     assert loss.shape == () and loss.dtype == F32 and loss.device == want.device
     loss.backward()
-    assert items.grad is None and torch.equal(loss, want)
+    assert items.grad is None
+    torch.testing.assert_close(loss, want)  # a device may divide by a number in another way
 
 
 @pytest.mark.parametrize("where", ["cpu", "cuda"])

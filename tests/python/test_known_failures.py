@@ -14,7 +14,7 @@ from problems import BF16, F16, F32, F64
 from tolerance import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cutloss import CausalLMHead, LinearCrossEntropyLoss, linear_cross_entropy
+from cutloss import CausalLMHead, LinearCrossEntropyLoss, linear_cross_entropy, losses
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -138,6 +138,21 @@ def test_accumulation_steps_do_not_scale_the_loss():
     total = sum(part / items for part in parts)
     torch.testing.assert_close(total, whole)
     for a, b in zip(gradients_of(total, p), gradients_of(whole, p)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ignored_tokens_are_left_out_of_distillation(reduction):
+    """Of the sum, and of the number that the mean divides by."""
+    p = problems.make((40,), V=211, D=24, ignored=0.4)
+    e, c = p.e.detach().roll(1, 0), p.c.detach()
+    counts = p.targets != -100
+    loss = losses.linear_distillation(p.e, p.c, e, c, p.targets, divergence="jsd",
+                                      reduction=reduction).loss  # fmt: skip
+    few = losses.linear_distillation(p.e[counts], p.c, e[counts], c, divergence="jsd",
+                                     reduction=reduction).loss  # fmt: skip
+    torch.testing.assert_close(loss, few)
+    for a, b in zip(gradients_of(loss, p), gradients_of(few, p)):
         torch.testing.assert_close(a, b)
 
 

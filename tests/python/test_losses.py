@@ -63,7 +63,8 @@ def check(p: Problem, loss: losses.Loss, hand) -> None:
         if p.e.dtype == F64:
             torch.testing.assert_close(value, true, rtol=1e-10, atol=1e-10)
         else:
-            assert_close(value, true, simple, name, lenience=4)
+            # One number is luck of either side's rounding more than many are.
+            assert_close(value, true, simple, name, lenience=8 if value.dim() == 0 else 4)
     for name, metric in loss.metrics.items():
         assert metric.dim() == 0 and not metric.requires_grad and metric.isfinite(), name
 

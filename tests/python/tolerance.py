@@ -19,6 +19,10 @@ FACTOR = 2
 ULPS = {torch.float32: 8, torch.float64: 1000}
 TRUTH_F64 = 1e-13
 
+# Of a whole model's gradients in another order of layers, batches and processes: relative to their
+# norm, some hundred roundings of fp32, or five of bf16 where products are in it.
+OF_A_MODEL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
 
 def rms(t: Tensor) -> float:
     return t.double().square().mean().sqrt().item()
@@ -55,3 +59,12 @@ def assert_close(
             f"{what}: {measure.__name__} error {ours:.3e}, of the plain path {theirs:.3e}, "
             f"allowed {allowed:.3e}"
         )
+
+
+def assert_near(
+    value: Tensor, other: Tensor, what: str, products: torch.dtype = torch.float32
+) -> None:
+    """`value` and `other` are both the gradient of a parameter of a model."""
+    assert value.shape == other.shape, f"{what}: shape {value.shape}, expected {other.shape}"
+    error, allowed = rms(value.double() - other.double()), OF_A_MODEL[products] * rms(other)
+    assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"

@@ -53,6 +53,12 @@ OPTIONAL = {
     "kernels": (list, type(None)),  # of one call: name, launches, ms
     "variant": (str,),  # the method and its settings, as the tables call it
 }
+# Of a training step in a pipeline, benchmarks/pipeline_memory.py.
+OF_A_PIPELINE = {
+    "pipeline": (str,),  # the order of forward and backward
+    "microbatches": (int,),
+    "stage": (str,),  # which, and what is in it
+}
 # Of losses over logits that exist; a line that has copy_ms is one.
 LOGITS_KEYS = {
     **{key: KEYS[key] for key in ("device", "date", "commit", "versions", "N", "V", "dtype")},
@@ -65,7 +71,7 @@ LOGITS_KEYS = {
 CHOICES = {
     "gradient": ("exact", "sampled", "filtered"),
     "schedule": ("rows", "vocabulary", "none"),
-    "pass": ("fw", "bw", "fwbw", "fwbw_frozen"),
+    "pass": ("fw", "bw", "fwbw", "fwbw_frozen", "step"),
 }
 POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms", "copy_ms", "copies")
 NOT_NEGATIVE = (
@@ -79,7 +85,7 @@ def problems(record):
     of_logits = "copy_ms" in record
     needed = LOGITS_KEYS if of_logits else KEYS
     found = [f"{key} is missing" for key in needed if key not in record]
-    known = needed if of_logits else {**KEYS, **OPTIONAL}
+    known = needed if of_logits else {**KEYS, **OPTIONAL, **OF_A_PIPELINE}
     found += [f"{key} is not a key of the format" for key in record if key not in known]
     for key, types in known.items():
         value = record.get(key)

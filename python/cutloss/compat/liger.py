@@ -1,4 +1,4 @@
-"""The fused linear cross-entropy of liger-kernel 0.8: its names, its order of arguments::
+"""The fused linear cross-entropy and JSD of liger-kernel 0.8: its names, its order of arguments::
 
     from cutloss.compat.liger import LigerFusedLinearCrossEntropyLoss
 
@@ -22,10 +22,13 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..functional import linear_cross_entropy
+from ._liger_jsd import LigerFusedLinearJSD, LigerFusedLinearJSDLoss
 
 __all__ = [
     "CrossEntropyOutput",
     "LigerFusedLinearCrossEntropyLoss",
+    "LigerFusedLinearJSD",
+    "LigerFusedLinearJSDLoss",
     "liger_fused_linear_cross_entropy",
 ]
 

@@ -14,7 +14,8 @@ from .log_probs import TokenLogProbs
 class Loss:
     """A loss to call backward on, and what to log.
 
-    :param loss: A scalar, fp32 (fp64 where the log-probabilities are).
+    :param loss: A scalar, fp32 (fp64 where the log-probabilities are, or the student is); with
+        reduction="none", where there is one, of each token.
     :param metrics: Scalars without gradients, on the device of the loss: reading one waits for it.
     """
 
@@ -41,6 +42,11 @@ def finite(name: str, value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     return value
+
+
+def floating(name: str, t: Tensor) -> None:
+    if not t.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
 
 
 def within(name: str, value: float, least: float, most: float) -> float:

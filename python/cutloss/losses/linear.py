@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._implementations import LinearCrossEntropyImpl
+from .._implementations import LinearCrossEntropyImpl, is_plain
+from . import _policy_rows
 from ._arguments import Loss
 from ._dpo_table import DPO
 from ._policy_table import POLICY
@@ -76,6 +77,11 @@ def linear_loss(
     :param options: Those of the loss, such as loss_type, beta, advantages; those above, from
         ignore_index to schedule, are token_log_probs'. Entropy is made where an option needs it.
     :return: What the loss returns.
+
+    "policy" costs three matrix products, two with a frozen c, where each token's term is a function
+    of its own log-probability: ratios of tokens, and none of "vespo", off_policy_mask_threshold,
+    top_entropy_quantile, or a "sequence_..." sampling_correction without old_log_probs. Those, and
+    the other losses, need every token's before the first gradient: four, or memory for the logits.
     """
     _checks.choice("the name of a loss", name, tuple(LOSSES))
     logits = dict(
@@ -105,9 +111,13 @@ def linear_loss(
             reference = token_log_probs(of_e, of_c, targets, *of_bias, **logits)
     if name in _WITH_REFERENCE:
         options["reference"] = reference
+    needs_entropy = _asks(options, entropy_coef=0.0, top_entropy_quantile=1.0)
+    if name == "policy" and not is_plain(impl) and _policy_rows.keeps_tokens_apart(options):
+        del logits["impl"]
+        return _policy_rows.loss(e, c, targets, bias, logits, options, needs_entropy)
     policy = token_log_probs(
         e, c, targets, bias, **logits,
-        return_entropy=_asks(options, entropy_coef=0.0, top_entropy_quantile=1.0),
+        return_entropy=needs_entropy,
         return_log_sum_sq_probs=_asks(options, use_weighting=False),
     )  # fmt: skip
     return LOSSES[name](policy, **options)

@@ -1,0 +1,142 @@
+#include "chunks.h"
+
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "call.h"
+#include "place.h"
+
+namespace cutloss::binding {
+namespace {
+
+constexpr std::int64_t kAlignment = 256;  // of kept and workspace in `memory`
+
+std::int64_t workspace_at(const Plan& plan) {
+  return (plan.kept_bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+struct State {
+  Tensor nll, lse, row_max, log_sum, entropy, de, dc, dbias, memory;
+
+  std::array<Tensor*, 9> all() {
+    return {&nll, &lse, &row_max, &log_sum, &entropy, &de, &dc, &dbias, &memory};
+  }
+};
+
+State read_state(Stack& stack) {
+  State state;
+  for (Tensor* t : state.all()) *t = stack.next<Tensor>();
+  return state;
+}
+
+State make_state(const Call& call, const Options& options) {
+  const Plan& plan = call.plan();
+  const std::int64_t rows = call.rows();
+  const ScalarType type = call.stats();
+  State state;
+  for (Tensor* t : {&state.nll, &state.lse, &state.row_max, &state.log_sum}) {
+    *t = call.make({rows}, type);
+  }
+  state.entropy = call.make({rows}, type, options.wants_entropy);
+  state.de = call.make_de();
+  state.dc = call.make_dc();
+  state.dbias = call.make_dbias();
+  state.memory =
+      call.make({workspace_at(plan) + plan.forward_workspace_bytes}, ScalarType::Byte);
+  return state;
+}
+
+void* data(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
+
+void need(const Tensor& t, std::int64_t count, const char* what) {
+  if (t.numel() == count && t.is_contiguous()) return;
+  throw Error(ErrorCode::invalid_value, std::string(what) + " must be what chunks_begin made, of " +
+                                            std::to_string(count) + " elements, got " +
+                                            std::to_string(t.numel()));
+}
+
+void use(Call& call, const State& state) {
+  const Plan& plan = call.plan();
+  const Problem& p = plan.problem;
+  const std::int64_t rows = call.rows();
+  const auto row_output = [&](const Tensor& t, const char* what) {
+    return const_cast<void*>(call.inputs().row(t, what));
+  };
+  RowOutputs& out = call.args.rows;
+  out.nll = row_output(state.nll, "nll");
+  out.lse = row_output(state.lse, "lse");
+  out.row_max = row_output(state.row_max, "row_max");
+  out.log_sum = row_output(state.log_sum, "log_sum");
+  need(state.entropy, p.wants_entropy ? rows : 0, "entropy");
+  out.entropy = data(state.entropy);
+  need(state.de, p.needs_de ? p.sequences * p.length * p.D : 0, "de");
+  need(state.dc, p.needs_dc ? p.V * p.D : 0, "dc");
+  need(state.dbias, p.needs_dbias ? p.V : 0, "dbias");
+  call.args.gradients = {data(state.de), data(state.dc), data(state.dbias)};
+  need(state.memory, workspace_at(plan) + plan.forward_workspace_bytes, "memory");
+  auto* memory = static_cast<std::byte*>(data(state.memory));
+  call.args.kept = plan.kept_bytes > 0 ? memory : nullptr;
+  call.args.workspace = memory == nullptr ? nullptr : memory + workspace_at(plan);
+}
+
+}  // namespace
+
+void chunks_begin(Stack& stack) {
+  Operands operands = read_operands(stack);
+  const Options options = read_options(stack);
+  Call call(std::move(operands), options, Upstream::at_forward);
+  State state = make_state(call, options);
+  use(call, state);
+  begin(call.plan(), call.args);
+  for (const Tensor* t : state.all()) stack.put(*t);
+  stack.put(chunk_count(call.plan()));
+}
+
+void chunk_statistics(Stack& stack) {
+  Operands operands = read_operands(stack);
+  const State state = read_state(stack);
+  const auto chunk = stack.next<std::int64_t>();
+  const Options options = read_options(stack);
+  Call call(std::move(operands), options, Upstream::at_forward);
+  use(call, state);
+  statistics(call.plan(), call.args, chunk);
+  const RowList list = chunk_rows(call.plan(), call.args, chunk);
+  const auto* memory = static_cast<const std::byte*>(state.memory.const_data_ptr());
+  const std::int64_t offset =
+      list.count == 0 ? 0 : reinterpret_cast<const std::byte*>(list.rows) - memory;
+  stack.put(std::vector<std::int64_t>{offset, list.count});
+}
+
+void chunk_gradients(Stack& stack) {
+  Operands operands = read_operands(stack);
+  const State state = read_state(stack);
+  std::array<std::optional<Tensor>, 3> upstream;
+  for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
+  const auto chunk = stack.next<std::int64_t>();
+  const Options options = read_options(stack);
+  Call call(std::move(operands), options, Upstream::at_forward);
+  use(call, state);
+  RowGradients& up = call.args.upstream;
+  up.d_nll = call.inputs().row(upstream[0], "d_nll");
+  up.d_lse = call.inputs().row(upstream[1], "d_lse");
+  up.d_entropy = call.inputs().row(upstream[2], "d_entropy");
+  gradients(call.plan(), call.args, chunk);
+}
+
+void chunks_finish(Stack& stack) {
+  Operands operands = read_operands(stack);
+  const State state = read_state(stack);
+  const Options options = read_options(stack);
+  Call call(std::move(operands), options, Upstream::at_forward);
+  use(call, state);
+  finish(call.plan(), call.args);
+}
+
+void is_read_in_place(Stack& stack) {
+  const Tensor t = stack.next<Tensor>();
+  stack.put(strides_in_place(place_of(t), OnDevice(t).device()).has_value());
+}
+
+}  // namespace cutloss::binding

@@ -1,0 +1,119 @@
+"""From the arguments that users give to the operands and options of the operators."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _checks, _ops, _sharded, _terms
+
+
+def options(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    ignore_index: int,
+    softcap: float | None,
+    shift: bool | int,
+    logit_scale: float,
+    temperature: float | Tensor,
+    max_workspace: int | None,
+    schedule: str,
+    num_valid: int | None,
+    plain: bool = False,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_predictions: bool = False,
+    **others: Tensor | None,
+) -> _ops.Options:
+    """Checks what describes the loss, and puts it into the operators' words. `others`: tensors that
+    must be where e is."""
+    _checks.tensors(e=e, c=c, targets=targets, bias=bias, **others)
+    _checks.shapes(e, c, targets, bias)
+    compute_dtype = _checks.dtypes(e, c, bias, targets)
+    if not plain:
+        _checks.device(e, _ops.HAS_CUDA)
+    _checks.same_device(
+        e,
+        c=c,
+        targets=targets,
+        bias=bias,
+        temperature=temperature if isinstance(temperature, Tensor) else None,
+        **others,
+    )
+    _checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
+    _checks.flags(
+        return_lse=return_lse, return_entropy=return_entropy, return_predictions=return_predictions
+    )
+    _checks.ignore_index(ignore_index, targets)
+    _checks.max_workspace(max_workspace)
+    _checks.temperature(temperature, targets)
+    _checks.plain_options(plain, schedule, max_workspace)
+    shift = _checks.shift(shift, targets)
+    _checks.num_valid(num_valid, math.prod(row_shape(targets, shift)), ignore_index)
+    return _ops.options(
+        compute_dtype,
+        shift=shift,
+        ignore_index=ignore_index,
+        softcap=_checks.softcap(softcap),
+        logit_scale=_checks.logit_scale(logit_scale),
+        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
+        wants_entropy=return_entropy,
+        wants_argmax=return_predictions,
+        schedule=_ops.SCHEDULES[schedule],
+        max_workspace=max_workspace,
+        num_valid=num_valid,
+        allow_tf32=_ops.allow_tf32(e, compute_dtype),
+    )
+
+
+def operands(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    class_weight: Tensor | None,
+    options: _ops.Options,
+    plain: bool = False,
+) -> tuple:
+    """The operators' tensors: e (sequences, length, D), targets (sequences, length), the
+    temperature of each row."""
+    shift, ignore_index = options["shift"], options["ignore_index"]
+    traced = torch.compiler.is_compiling()
+    if not (plain or traced) and _ops.is_ordinary(e) and _ops.is_ordinary(c):
+        _sharded.check_memory(e, c)
+    labels = by_sequence(targets)
+    row_temperature = None
+    if isinstance(temperature, Tensor):
+        # Ignored rows may hold anything there, a padding of 0 for one.
+        stats = _ops.stat_dtype(options["compute_dtype"])
+        t = temperature.expand(targets.shape).reshape(labels.shape)
+        counts = _terms.of_rows(labels, shift) != ignore_index
+        row_temperature = torch.where(counts, _terms.of_rows(t, shift).to(stats), 1.0)
+    e = e.reshape(*labels.shape, e.shape[-1]) if e.dim() != 3 else e
+    if not plain and e.device.type == "cuda" and _checks.may_look(e.device):
+        num_valid = options["num_valid"]
+        _checks.values(labels, row_temperature, shift, c.shape[0], ignore_index, num_valid)
+    return e, c, bias, labels, row_temperature, class_weight
+
+
+def want_gradients(options: _ops.Options, e: Tensor, c: Tensor, bias: Tensor | None) -> None:
+    enabled = torch.is_grad_enabled()
+    options["needs_de"] = enabled and e.requires_grad
+    options["needs_dc"] = enabled and c.requires_grad
+    options["needs_dbias"] = enabled and bias is not None and bias.requires_grad
+
+
+def row_shape(targets: Tensor, shift: int) -> tuple[int, ...]:
+    """The shape of per-token results."""
+    if targets.dim() == 0:
+        return ()
+    return (*targets.shape[:-1], targets.shape[-1] - shift)
+
+
+def by_sequence(t: Tensor) -> Tensor:
+    """(sequences, length): what has the shape of targets."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 1)

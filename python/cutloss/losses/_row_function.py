@@ -1,0 +1,132 @@
+"""A user's function of a row's statistics: calling it, its derivatives, and whether its rows are
+independent of each other."""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+RowFunction = Callable[..., Tensor]
+
+# Code that was seen to keep rows apart, on a device where looking waits.
+_known: weakref.WeakSet = weakref.WeakSet()
+
+
+def evaluate(fn: RowFunction, statistics: dict[str, Tensor], slices: dict[str, Tensor]) -> Tensor:
+    """fn of some rows, (R). NaN on CUDA, an error elsewhere, where a row's result depends on other
+    rows; on CUDA an error too where looking is allowed, or the function is called for the first
+    time and nothing is being captured."""
+    out = _call(fn, statistics | slices)
+    _check(out, statistics)
+    if out.shape[0] < 2:
+        return out
+    coupled = _couples(fn, statistics, slices, out)
+    if torch.compiler.is_compiling():
+        return torch.where(coupled, torch.nan, out)
+    if out.device.type == "cuda":
+        code = _code(fn)
+        is_new = code is not None and code not in _known
+        may_wait = not torch.cuda.is_current_stream_capturing()
+        if not (may_wait and (is_new or _checks.may_look(out.device))):
+            return torch.where(coupled, torch.nan, out)
+        if is_new and not coupled:
+            _known.add(code)
+    if coupled:
+        raise ValueError(
+            f"fn's result for a row depends on other rows of the chunk (seen with {out.shape[0]} "
+            f"rows), or differs from call to call: rows come in chunks, so it may use the row's "
+            f"own numbers only. Make means and normalisers of all tokens beforehand and pass them "
+            f"by per_token or normalizer; losses that couple tokens of a sequence take "
+            f"cutloss.losses.token_log_probs"
+        )
+    return out
+
+
+def _call(fn: RowFunction, rows: dict[str, Tensor]) -> Tensor:
+    named = dict(rows)
+    return fn(named.pop("nll"), **named)
+
+
+def check_gradient(out: Tensor, statistics: dict[str, Tensor]) -> None:
+    """That what `out` depends on are the statistics, and nothing beside them."""
+    if not out.requires_grad:
+        raise ValueError(
+            "fn's result has no gradient: it uses none of nll, lse and entropy, or detaches all of "
+            "them; call linear_token_loss under torch.no_grad() where only the loss is wanted"
+        )
+    for leaf in _leaves(out, statistics):
+        raise NotImplementedError(
+            f"fn uses a tensor of shape {_checks.shape(leaf)} that requires a gradient, and "
+            f"linear_token_loss makes those of e, c and bias alone: detach it, or make the loss "
+            f"of cutloss.losses.token_log_probs"
+        )
+
+
+def derivatives(total: Tensor, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of `total`, by each of the statistics that it depends on."""
+    grads = torch.autograd.grad(total, list(statistics.values()), allow_unused=True)
+    return {k: g for k, g in zip(statistics, grads, strict=True) if g is not None}
+
+
+def _check(out: Tensor, statistics: dict[str, Tensor]) -> None:
+    rows = next(iter(statistics.values()))
+    if not isinstance(out, Tensor):
+        raise TypeError(f"fn must return a tensor, got {type(out).__name__}")
+    if out.shape != rows.shape:
+        raise ValueError(
+            f"fn must return one loss of each row, of shape {_checks.shape(rows)}, got "
+            f"{_checks.shape(out)}: leave sums and means over rows to normalizer"
+        )
+    if not out.is_floating_point():
+        raise TypeError(f"fn must return floating point numbers, got {out.dtype}")
+
+
+def _couples(
+    fn: RowFunction, statistics: dict[str, Tensor], slices: dict[str, Tensor], out: Tensor
+) -> Tensor:
+    """Whether even rows change, in a single bit, with what odd rows hold; or their derivatives
+    reach odd rows."""
+    odd = torch.arange(out.shape[0], device=out.device) % 2 == 1
+
+    def changed(t: Tensor) -> Tensor:
+        return torch.where(odd.view(-1, *[1] * (t.dim() - 1)), t[:1], t).detach()
+
+    with torch.no_grad():
+        again = _call(fn, {k: changed(t) for k, t in (statistics | slices).items()})
+        same = (again == out) | (again.isnan() & out.isnan())
+        coupled = ~(same | odd).all()
+    if out.requires_grad and not torch.compiler.is_compiling():
+        leaves = [t for t in statistics.values() if t.requires_grad]
+        even = (~odd).to(out.dtype)
+        grads = torch.autograd.grad(out, leaves, even, retain_graph=True, allow_unused=True)
+        for g in grads:
+            if g is not None:
+                coupled = coupled | (odd & (g != 0) & ~g.isnan()).any()
+    return coupled
+
+
+def _leaves(out: Tensor, statistics: dict[str, Tensor]):
+    """The tensors that autograd would give gradients to, but for the statistics and what those are
+    made of."""
+    seen = {t.grad_fn for t in statistics.values()}  # where the search ends
+    own = {id(t) for t in statistics.values()}
+    todo = [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and id(node.variable) not in own:
+            yield node.variable
+        todo.extend(following for following, _ in node.next_functions)
+
+
+def _code(fn: RowFunction):
+    """What two functions of one definition share; None where that is not known."""
+    fn = getattr(fn, "func", fn)  # functools.partial
+    if not hasattr(fn, "__code__"):
+        fn = getattr(fn, "__call__", fn)
+    return getattr(fn, "__code__", None)

@@ -1,0 +1,66 @@
+"""A patched model under DistributedDataParallel and fully_shard, in two processes on the CPU."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from architectures import batch, make
+from test_transformers import NoLogits
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import cutloss
+
+
+def wrapped(model, how):
+    if how == "ddp":
+        return DistributedDataParallel(model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if how == "fsdp_head":  # its weight is whole only while it is called
+        fully_shard(model.lm_head)
+    return fully_shard(model)
+
+
+def largest_difference(how):
+    """Of loss and gradients, from one process with all sequences."""
+    rank = dist.get_rank()
+    stock, inputs = make("LlamaForCausalLM"), batch()
+    items = (inputs["labels"][:, 1:] != -100).sum().item()
+    loss = stock(**inputs, num_items_in_batch=items).loss
+    loss.backward()
+    model = wrapped(cutloss.patch(make("LlamaForCausalLM")), how)
+    mine = {k: v[rank : rank + 1] for k, v in inputs.items()}
+    with NoLogits():
+        part = model(**mine, num_items_in_batch=items / 2).loss  # gradients are averaged over two
+        part.backward()
+    whole = part.detach().clone()
+    dist.all_reduce(whole)
+    worst = abs(whole.item() / 2 - loss.item())
+    for p, q in zip(model.parameters(), stock.parameters(), strict=True):
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        worst = max(worst, (grad - q.grad).abs().max().item())
+    return worst
+
+
+def process(rank, port, results):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for how in ("ddp", "fsdp_root", "fsdp_head"):
+        results[f"{how}, rank {rank}"] = largest_difference(how)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
+def test_two_processes():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(process, (port, results), nprocs=2)
+        results = dict(results)
+    assert len(results) == 6
+    assert max(results.values()) < 1e-5, results
