@@ -228,6 +228,7 @@ void expect_accurate(const LogitsData& made, const Result& got) {
 }
 
 // Every way to the gradient; all have the same bits where the logits lie alike.
+// Large ones are seen with a gradient that lies as they do.
 void expect_accurate_everywhere(const Case& c, DType type, const Layout& layout) {
   LogitsData made = make_logits(c, type, layout);
   evaluate(made);
@@ -239,6 +240,7 @@ void expect_accurate_everywhere(const Case& c, DType type, const Layout& layout)
     for (const Way way : {Way::at_once, Way::forward_then_backward}) {
       for (const bool in_place : {false, true}) {
         for (const Layout& of_gradient : kLayouts) {
+          if (gradient.size() > 100000 && &of_gradient != &layout) continue;
           const Result other = run(made, device, way, in_place, of_gradient);
           EXPECT_EQ(other.rows.first_difference(first.rows), "");
           EXPECT_EQ(rows_of(made, other.gradient), gradient) << in_place << of_gradient.name;
@@ -294,12 +296,14 @@ TEST(GivenLogits, KindsOfLogits) {
 // On a GPU with clusters a row is shared by blocks, any number of them; without, and beyond what
 // blocks can hold, it is read twice. Rows that begin and end anywhere.
 TEST(GivenLogits, LongRows) {
-  for (const std::int64_t V : {40009, 131072, 524289}) {
+  for (const std::int64_t V : {40009, 131073, 524288}) {
     Case c = with_size(1, V > 500000 ? 2 : 3, V, 1);
     c.ignored = 0;
     c.lse_gradient = true;
     for (const DType type : kDTypes) {
       for (const Layout& layout : kLayouts) {
+        const bool odd = &layout == &kLayouts[1];  // of the longest, only these
+        if (V > 50000 && (!odd || type == DType::f64 || type == DType::f16)) continue;
         SCOPED_TRACE(text(c.name, " ", name(type), " ", layout.name));
         LogitsData made = make_logits(c, type, layout);
         evaluate(made);
