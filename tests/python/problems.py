@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import os
 from typing import Any
 
@@ -69,6 +70,13 @@ def _has_engine(dtype: torch.dtype, device: str, only: str | None) -> bool:
 
 def has_engine(dtype: torch.dtype) -> bool:
     return _has_engine(dtype, device, os.environ.get("CUTLOSS_ENGINE"))
+
+
+def graph() -> torch.cuda.CUDAGraph:
+    """An empty one. Other tests' graphs that wait for the garbage collector go first: one that is
+    freed while another is captured spoils it."""
+    gc.collect()
+    return torch.cuda.CUDAGraph()
 
 
 def widest() -> torch.dtype:

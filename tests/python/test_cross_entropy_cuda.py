@@ -109,14 +109,10 @@ def test_nothing_waits_for_the_device(options, consume):
     z, targets = make(40, 1021)
     z, targets = z.view(2, 20, 1021), targets.view(2, 20)
     want = loss_and_gradient(z, targets, consume, **options)
+    items = torch.tensor(30, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         got = loss_and_gradient(z, targets, consume, **options)
-        items = torch.tensor(30, device="cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
         CausalLMLoss(1021)(z, targets, num_items_in_batch=items)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -135,7 +131,7 @@ def test_a_graph(options, consume):
         for _ in range(3):
             loss_and_gradient(z, targets, consume, **options)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph = problems.graph()
     with torch.cuda.graph(graph):
         got = loss_and_gradient(z, targets, consume, **options)
     for data in ((z.clone(), targets.clone()), (other, other_targets)):

@@ -79,7 +79,7 @@ def test_a_graph(dtype, options):
         for _ in range(3):
             everything(p)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph = problems.graph()
     with torch.cuda.graph(graph):
         captured = everything(p)
     for data in (p, q):  # p's own, then q's in p's place
@@ -121,7 +121,7 @@ def test_a_graph_of_a_training_step(tied, schedule, autocast):
         for _ in range(3):  # which train as well
             step(x, labels)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph = problems.graph()
     with torch.cuda.graph(graph):
         loss = step(x, labels)
     step = stepper(eager)

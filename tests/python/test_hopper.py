@@ -234,7 +234,7 @@ def test_a_graph_of_chunks_that_are_done_again(options):
         for _ in range(3):
             everything(p, **how)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph = problems.graph()
     with torch.cuda.graph(graph):
         captured = everything(p, **how)
     for data in (*sets, sets[0]):

@@ -490,7 +490,7 @@ def test_graph_on_cuda(fn, takes):
         for _ in range(3):
             step(p)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph = problems.graph()
     with torch.cuda.graph(graph):
         captured = step(p)
     with torch.no_grad():
