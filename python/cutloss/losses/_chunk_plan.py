@@ -9,6 +9,7 @@ DEFAULT_WORKSPACE = 256 << 20
 CONVERTED = 16 << 20  # classes that are converted to the products' dtype at a time, in bytes
 _LIBRARY = 34 << 20  # what cuBLAS takes at its first call, on Hopper
 _BLOCK = 2048  # rows of a slab at a time: products of this size run at full speed
+_UNIT = 64  # of rows and columns: on a GPU other numbers of 16-bit columns have slow products only
 _FEW = 64  # fewer rows at a time leave a GPU waiting for the classifier to be read,
 _FEW_SUMS = 512  # and fewer than these for dC's sums to be read and written
 
@@ -85,7 +86,7 @@ def make_plan(
 
 def _rows(s: Sizes, limit: int) -> int:
     rows = min(s.n, (limit - s.fixed) // s.of_row)
-    return rows - rows % _FEW if _FEW < rows < s.n else rows
+    return rows - rows % _UNIT if _UNIT < rows < s.n else rows
 
 
 def _chunk(s: Sizes, rows: int, of_row: int, fixed: int, given: int | None) -> int:
@@ -118,7 +119,7 @@ def _tile(s: Sizes, limit: int) -> tuple[int, int]:
     while columns < min(s.V, 64) and block > 1:
         block = math.ceil(block / 2)
         columns = min(s.V, (left - block * _of_block(s)) // _of_column(s, block))
-    return block, columns
+    return block, columns - columns % _UNIT if _UNIT < columns < s.V else columns
 
 
 def converted(c: torch.Tensor, operands: torch.dtype) -> int:
