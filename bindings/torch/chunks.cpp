@@ -43,8 +43,7 @@ State make_state(const Call& call, const Options& options) {
   state.de = call.make_de();
   state.dc = call.make_dc();
   state.dbias = call.make_dbias();
-  state.memory =
-      call.make({workspace_at(plan) + plan.forward_workspace_bytes}, ScalarType::Byte);
+  state.memory = call.make({workspace_at(plan) + plan.forward_workspace_bytes}, ScalarType::Byte);
   return state;
 }
 

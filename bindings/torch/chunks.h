@@ -6,7 +6,7 @@
 
 namespace cutloss::binding {
 
-#define CUTLOSS_CHUNK_STATE                                                                   \
+#define CUTLOSS_CHUNK_STATE                                                                      \
   "Tensor(a!) nll, Tensor(b!) lse, Tensor(c!) row_max, Tensor(d!) log_sum, Tensor(e!) entropy, " \
   "Tensor(f!) de, Tensor(g!) dc, Tensor(h!) dbias, Tensor(i!) memory"
 

@@ -23,9 +23,15 @@
 namespace cutloss::cuda {
 namespace {
 
-// A thread has 64 registers (128 for doubles) where a block has this many threads.
-template <class T>
-constexpr int kMostRowThreads = sizeof(T) == 8 ? 512 : 1024;
+constexpr int kMostRowThreads = 512;
+
+// Blocks of so many threads on a multiprocessor, for which the compiler limits registers. Where the
+// sum alone is wanted 40 do: with 62 fewer blocks are there, and a row of 131072 takes 1.54 times
+// the time of its copy instead of 1.31 (H200).
+template <class T, bool kPlain>
+constexpr int kBlocksAtOnce = sizeof(T) == 8 ? 1
+                              : kPlain       ? 3
+                                             : 2;
 
 constexpr int kAhead = 8;  // copies to shared memory that a thread has under way
 
@@ -305,10 +311,10 @@ __device__ void write_row(const RowOutputs& out, int n, const RowResult<T>& row)
 // `held`: vectors that a block has shared memory for. Blocks that make statistics together are a
 // cluster.
 template <class E, class T, bool kPlain>
-__global__ void __launch_bounds__(kMostRowThreads<T>, 1)
+__global__ void __launch_bounds__(kMostRowThreads, (kBlocksAtOnce<T, kPlain>))
     logit_rows_kernel(LogitRows<T> s, int blocks_per_row, int held) {
   constexpr int kVector = kVectorOf<E>;
-  constexpr int kAtOnce = kPlain ? 4 : 2;
+  constexpr int kAtOnce = 2;
   extern __shared__ uint4 shared_vectors[];
   auto* kept = reinterpret_cast<Vector<E>*>(shared_vectors);
   // Bytes, because a RowState has initialisers, which shared memory may not have.
@@ -445,8 +451,10 @@ __global__ void __launch_bounds__(kMostRowThreads<T>, 1)
 
 // Shared memory beside the vectors, the system's kilobyte included.
 constexpr std::int64_t kOtherShared = 3 << 10;
-// Four blocks of these share a multiprocessor of Hopper (228 KB).
-constexpr std::int64_t kGoodSlice = 54 << 10;
+// Three blocks of these share a multiprocessor of Hopper (228 KB). On an H200, in units of a copy:
+// rows of 64 KB take 1.18 in one block and 1.25 in two, rows of 100 KB 1.40 in one and 1.31 in two,
+// rows of 256 KB 1.87 in two, 1.31 in four, 1.30 in eight.
+constexpr std::int64_t kGoodSlice = 66 << 10;
 constexpr int kMostBlocksPerRow = 8;  // of a cluster that every GPU with clusters allows
 // A slice that is worth a block, and blocks that fill a large GPU; the same on every GPU, so that
 // all make the same bits.
@@ -480,7 +488,7 @@ inline int round_threads(std::int64_t threads, int most) {
 }
 
 inline LogitLaunch launch_for(std::int64_t positions, std::int64_t vectors, bool statistics,
-                              int asked, bool clusters, int most_threads) {
+                              int asked, bool clusters) {
   LogitLaunch launch;
   if (!statistics) {
     launch.blocks_per_row = divide_up(vectors, kGradientVectors);
@@ -498,11 +506,12 @@ inline LogitLaunch launch_for(std::int64_t positions, std::int64_t vectors, bool
   const std::int64_t room = current_device().shared_bytes - kOtherShared;
   launch.blocks_per_row = blocks;
   launch.held = std::min(bytes, room) / 16;
-  // About as many threads as registers allow on a multiprocessor, whatever the number of blocks.
+  // With more threads each has too few vectors; a block that has its multiprocessor for itself
+  // takes what it can (rows of 1 MB: 1.80 with 512, 2.03 with 256).
   const std::int64_t fit = (current_device().shared_bytes + 1024) / (bytes + kOtherShared);
-  const std::int64_t on_each = std::min<std::int64_t>(4, std::max<std::int64_t>(1, fit));
   const std::int64_t for_vectors = round_up(divide_up(divide_up(vectors, blocks), 4), 32);
-  launch.threads = round_threads(std::min(most_threads / on_each, for_vectors), most_threads);
+  launch.threads = round_threads(
+      std::min<std::int64_t>(fit > 1 ? kThreads : kMostRowThreads, for_vectors), kMostRowThreads);
   return launch;
 }
 
@@ -523,8 +532,7 @@ void run_logit_rows(const LogitRows<T>& s, int asked, cudaStream_t stream) {
   }
   constexpr int kVector = kVectorOf<E>;
   const std::int64_t vectors = divide_up(std::int64_t{f.V} + kVector - 1, kVector);
-  const LogitLaunch how =
-      launch_for(s.positions, vectors, s.statistics, asked, clusters, kMostRowThreads<T>);
+  const LogitLaunch how = launch_for(s.positions, vectors, s.statistics, asked, clusters);
   const std::int64_t blocks = s.positions * how.blocks_per_row;
   if (blocks > INT_MAX) {
     throw Error(ErrorCode::unsupported,
