@@ -47,8 +47,9 @@ def markdown(doc: str) -> str:
         block = inspect.cleandoc("\n" + match[2])
         return f"{match[1].rstrip()}\n\n```python\n{block}\n```\n"
 
+    text = re.sub(r"^::$", "", text, flags=re.MULTILINE)
     text = re.sub(r"([^\n]*):(?=:\n)", r"\1", text)  # "::" ends the sentence with ":"
-    return re.sub(r"([^\n]*:)\n\n((?:(?:    [^\n]*)?\n)*(?:    [^\n]+)(?:\n|$))", code, text).strip()
+    return re.sub(r"([^\n]*)\n\n((?:(?:    [^\n]*)?\n)*(?:    [^\n]+)(?:\n|$))", code, text).strip()
 
 
 def signature(name: str, of) -> str:
@@ -88,6 +89,9 @@ def entry(name: str, of, level: str = "###") -> str:
         names = ", ".join(f'`"{key}"`' for key in of)
         return f"{level} `{name}`\n\n{names}\n"
     doc = inspect.cleandoc(of.__doc__ or "")
+    if inspect.isclass(of) and any(base.__doc__ == of.__doc__ for base in of.__mro__[1:]):
+        base = next(b for b in of.__mro__[1:] if b.__name__ == name)
+        doc = f"``{base.__module__.partition('.')[0]}.{name}``, by its own documentation."
     parts = [f"{level} `{name}`\n\n```python\n{signature(name, of)}\n```\n", markdown(doc) + "\n"]
     if inspect.isclass(of):
         for member, value in vars(of).items():

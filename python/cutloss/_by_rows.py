@@ -4,7 +4,7 @@ The operators do a chunk of rows up to its statistics; what the loss makes of th
 asked of it there; then the operators make the chunk's gradients (docs/math.md, "Two schedules").
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -30,20 +30,25 @@ class RowLoss(Protocol):
 
 
 def loss(
-    operands: tuple, options: Options, start: Callable[[], RowLoss], undefined: Tensor | None = None
+    operands: tuple,
+    options: Options,
+    start: Callable[[], RowLoss],
+    undefined: Tensor | None = None,
+    reads: Iterable[Tensor] = (),
 ) -> tuple[Tensor, Rows]:
     """The loss, differentiable in e, c and bias, and the rows' statistics. `start` begins a
     RowLoss; it is called again where a second backward makes the gradients again. `options`: of a
     plan that goes by rows, with gradients made in forward. Where `undefined` is true gradients are
-    zero."""
-    value, *statistics = _Chunked.apply(*operands, undefined, options, start)
+    zero. `reads`: tensors that the RowLoss takes, which must not have changed by then."""
+    versions = [(t, t._version) for t in reads if not t.is_inference()]
+    value, *statistics = _Chunked.apply(*operands, undefined, options, start, versions)
     return value, Rows(*statistics)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, undefined, options, start = inputs
+        *tensors, undefined, options, start, ctx.versions = inputs
         operands = tuple(tensors)
         ctx.save_for_backward(*operands, undefined)
         ctx.set_materialize_grads(False)
@@ -56,13 +61,20 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, *_):
         if d_loss is None:
-            return (None,) * 9
+            return (None,) * 10
         *operands, undefined = ctx.saved_tensors
 
         def remake():
+            for t, version in ctx.versions:
+                if t._version != version:
+                    raise RuntimeError(
+                        f"a second backward makes the gradients again, and a tensor of shape "
+                        f"{tuple(t.shape)} that the loss takes has been changed in place since "
+                        f"forward: pass a copy (clone()), or leave retain_graph out"
+                    )
             return _make(tuple(operands), ctx.options, ctx.start)[0]
 
-        return *_ops.hand_over(ctx, d_loss, operands, undefined, remake), *(None,) * 6
+        return *_ops.hand_over(ctx, d_loss, operands, undefined, remake), *(None,) * 7
 
     @staticmethod
     def jvp(ctx, *_):

@@ -40,7 +40,19 @@ def tensors(**named: Tensor | None) -> None:
         if _sharded.is_dtensor(t):
             raise ValueError(_sharded.refusal(name, t))
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}{_hint(t)}")
+
+
+def _hint(given: object) -> str:
+    """What to pass instead of something that is no tensor."""
+    if isinstance(given, torch.nn.Module) and hasattr(given, "weight"):
+        return ": pass its weight (and its bias as bias)"
+    if type(given).__name__ == "UnmadeLogits":
+        return (
+            ": this model is patched and makes no logits; leave the loss function to "
+            "cutloss.patch (it takes z_loss and label_smoothing), or call cutloss.unpatch(model)"
+        )
+    return ": pass torch.as_tensor(...)" if hasattr(given, "__len__") else ""
 
 
 def device(
@@ -311,6 +323,8 @@ def num_items(value: float | Tensor) -> float | Tensor:
                 f"num_items_in_batch must be one number, got a tensor of shape {shape(value)}: "
                 f"pass its sum"
             )
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+            num_items(value.item())
         return value.detach().reshape(()).clamp(min=1)
     if isinstance(value, bool) or not isinstance(value, (torch.SymInt, numbers.Real)):
         raise TypeError(f"num_items_in_batch must be a number or a tensor, got {value!r}")

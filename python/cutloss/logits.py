@@ -277,12 +277,18 @@ def _check_consumable(logits: Tensor) -> None:
         raise ValueError(
             f"consume_logits takes an ordinary tensor, got {type(logits).__name__}: leave it out"
         )
-    if logits.is_leaf:
+    base = logits._base
+    if logits.is_leaf or (base is not None and base.is_leaf):
         raise ValueError(
             "consume_logits would overwrite a leaf that requires a gradient, which is yours to "
             "keep: leave it out, or pass what a model has computed"
         )
-    base = logits._base
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        raise ValueError(
+            "consume_logits cannot work under torch.utils.checkpoint or other hooks of saved "
+            "tensors, with which PyTorch does not notice that saved logits were overwritten: leave "
+            "it out there, or leave the loss out of the region"
+        )
     if base is not None and base.numel() != logits.numel():
         raise ValueError(
             f"consume_logits takes whole tensors, got a view {_checks.shape(logits)} of a tensor "
@@ -407,7 +413,7 @@ class CausalLMLoss:
             ignore_index = self.ignore_index
         given = given.to(logits.device).reshape(rows)
         shift = 1 if shift_labels is None else 0
-        if shift and (not rows or rows[-1] == 1):  # nothing is predicted
+        if shift and (not rows or rows[-1] <= 1):  # nothing is predicted
             given, shift = torch.full_like(given, ignore_index), 0
         return _cross_entropy(
             logits,

@@ -150,9 +150,8 @@ Plan make_plan(const Problem& problem) {
     throw Error(ErrorCode::unsupported, "no engine supports this problem:" + all);
   }
   if (smallest == std::numeric_limits<std::int64_t>::max()) {
-    throw Error(ErrorCode::unsupported,
-                text("no engine goes by schedule ", name(p.schedule),
-                     " here; leave the schedule to the plan:", all));
+    throw Error(ErrorCode::unsupported, text("no engine goes by schedule ", name(p.schedule),
+                                             " here; leave the schedule to the plan:", all));
   }
   throw Error(ErrorCode::workspace,
               text("max_workspace is ", p.max_workspace.value_or(default_workspace(p)),

@@ -139,3 +139,7 @@ def test_in_a_model_of_transformers(consume):
     model.eval()
     with torch.no_grad():
         assert model(input_ids=ids, labels=labels).logits.shape == (2, 9, V)
+
+
+def test_no_position_is_no_loss():
+    assert CausalLMLoss(11)(torch.randn(2, 0, 11), torch.zeros(2, 0).long()).isnan()

@@ -448,3 +448,23 @@ def test_refusals(change, error, message):
     p = make((4, 9))
     with pytest.raises(error, match=message):
         cross_entropy(**{"logits": p.e, "targets": p.targets, **change(p)})
+
+
+def test_consumed_logits_of_a_parameter_are_refused():
+    """Nothing is emptied."""
+    weight = torch.nn.Parameter(torch.randn(6, 11))
+    for view in (weight.view(2, 3, 11), weight[:]):
+        with pytest.raises(ValueError, match="would overwrite a leaf"):
+            cross_entropy(view, torch.zeros(view.shape[:-1]).long(), consume_logits=True)
+    assert weight.shape == (6, 11)
+
+
+def test_consumed_logits_in_a_checkpoint_are_refused():
+    """There PyTorch does not see that what tanh has saved was overwritten."""
+    x, w = torch.randn(4, 5), torch.randn(11, 5, requires_grad=True)
+
+    def region(x, w):
+        return cross_entropy(torch.tanh(x @ w.T), torch.arange(4), consume_logits=True)
+
+    with pytest.raises(ValueError, match="under torch.utils.checkpoint"):
+        torch.utils.checkpoint.checkpoint(region, x, w, use_reentrant=False)

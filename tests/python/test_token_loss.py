@@ -190,6 +190,23 @@ def test_backward_twice_and_scaled(schedule):
         torch.testing.assert_close(a, 3 * b)
 
 
+def test_what_a_second_backward_reads_may_not_change():
+    """The first is made with the loss: it may."""
+    p = problems.make((64,), V=101)
+    w, advantages = torch.ones(64), torch.ones(1)
+    weighted = linear_token_loss(p.e, p.c, p.targets, lambda nll, w: nll * w, per_token={"w": w})
+    policy = losses.linear_loss(
+        "policy", p.e[None], p.c, p.targets[None], advantages=advantages, loss_type="bnpo"
+    ).loss
+    for loss, tensor in ((weighted, w), (policy, advantages)):
+        first = torch.autograd.grad(loss, p.e, retain_graph=True)[0]
+        again = torch.autograd.grad(loss, p.e, retain_graph=True)[0]
+        assert torch.equal(first, again)
+        tensor.mul_(2)
+        with pytest.raises(RuntimeError, match="changed in place since forward"):
+            torch.autograd.grad(loss, p.e)
+
+
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("frozen", ["e", "c", "bias"])
 def test_frozen(frozen):
@@ -277,8 +294,14 @@ REFUSED = {
     "mean": (lambda nll: nll / nll.mean().detach(), ValueError, "depends on other rows"),
     "gradient_of_mean": (lambda nll: nll + (nll.sum() - nll.sum().detach()), ValueError, "depends on other rows"),
     "order": (lambda nll: nll.cumsum(0), ValueError, "depends on other rows"),
+    "number": (lambda nll: nll / nll.numel(), ValueError, "depends on other rows"),
+    "first": (lambda nll: nll - nll[0].detach(), ValueError, "depends on other rows"),
+    "place": (lambda nll: nll * torch.arange(len(nll)), ValueError, "depends on other rows"),
+    "largest": (lambda nll: nll / nll.max().detach(), ValueError, "depends on other rows"),
+    "least": (lambda nll: nll - nll.min().detach(), ValueError, "depends on other rows"),
+    "neighbours": (lambda nll: nll * nll.detach().roll(2), ValueError, "depends on other rows"),
     "chance": (lambda nll: nll * torch.rand_like(nll), ValueError, "differs from call to call"),
-    "one_number": (lambda nll: nll.mean(), ValueError, r"shape \(24,\), got \(\): leave sums"),
+    "one_number": (lambda nll: nll.mean(), ValueError, r"shape \(\d+,\), got \(\): leave sums"),
     "detached": (lambda nll: nll.detach(), ValueError, "has no gradient"),
     "whole": (lambda nll: nll.long(), TypeError, "got torch.int64"),
     "no_tensor": (lambda nll: 3.0, TypeError, "got float"),
@@ -288,10 +311,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("schedule", ["rows", "vocabulary"])
 @pytest.mark.parametrize("fn, error, message", REFUSED.values(), ids=REFUSED.keys())
-def test_functions_that_are_refused(fn, error, message, schedule):
-    p = problems.make(ignored=0.0)
-    with pytest.raises(error, match=message):
-        call(p, fn, {}, schedule=schedule)
+@pytest.mark.parametrize("rows", [2, 24, 77])
+def test_functions_that_are_refused(fn, error, message, schedule, rows):
+    if rows == 2 and fn is REFUSED["neighbours"][0]:
+        return  # rolls onto itself
+    for seed in range(4):
+        p = problems.make((rows,), ignored=0.0, seed=seed)
+        with pytest.raises(error, match=message):
+            call(p, fn, {}, schedule=schedule)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +333,8 @@ def test_functions_that_are_refused(fn, error, message, schedule):
         (dict(normalizer=torch.ones(2)), ValueError, r"one number, got \(2,\)"),
         (dict(entropy=1), TypeError, "entropy"),
         (dict(fn=3), TypeError, "function of nll, got int"),
+        (dict(fn=lambda nll, entropy: nll), TypeError, "called with nll .*: entropy=True"),
+        (dict(per_token={"w": torch.ones(24)}), TypeError, "called with nll, w"),
         (dict(schedule="columns"), ValueError, "columns"),
     ],
     ids=str,

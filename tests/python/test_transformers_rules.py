@@ -399,3 +399,32 @@ def test_label_smoothing_given_twice():
     cutloss.patch(model, label_smoothing=0.2)
     with pytest.raises(ValueError, match="label_smoothing is given twice, as 0.2 .* and as 0.1"):
         model(**batch())
+
+
+HOOKS = {
+    "pre": lambda head: head.register_forward_pre_hook(lambda m, a: (a[0] * 2,)),
+    "forward": lambda head: head.register_forward_hook(lambda m, a, out: out),
+    "backward": lambda head: head.register_full_backward_hook(lambda m, i, o: (i[0] * 2,)),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_of_the_classifier_are_refused(name):
+    """They are for logits, which are not made."""
+    model = make("LlamaForCausalLM")
+    HOOKS[name](model.lm_head)
+    with pytest.raises(NotImplementedError, match="has a hook"):
+        cutloss.patch(model)
+    model = cutloss.patch(make("LlamaForCausalLM")).train()
+    HOOKS[name](model.lm_head)
+    ids = torch.randint(5, 40, (2, 6))
+    with pytest.raises(NotImplementedError, match="has a hook"):
+        model(ids, labels=ids)
+
+
+def test_a_loss_of_logits_on_a_patched_model_is_an_error():
+    model = cutloss.patch(make("LlamaForCausalLM")).train()
+    model.loss_function = cutloss.CausalLMLoss(model.config.vocab_size)
+    ids = torch.randint(5, 40, (2, 6))
+    with pytest.raises(TypeError, match="this model is patched and makes no logits"):
+        model(ids, labels=ids)

@@ -22,6 +22,10 @@ class Loss:
     loss: Tensor
     metrics: dict[str, Tensor]
 
+    def backward(self, *args, **options) -> None:
+        """That of the loss."""
+        self.loss.backward(*args, **options)
+
 
 def positive(name: str, value: float) -> float:
     value = number(name, value)

@@ -170,7 +170,8 @@ def _wants_gradient(student: Student) -> bool:
 
 def _sum(losses: Tensor, factors: Tensor) -> Tensor:
     """What a row with the factor 0 holds does not count."""
-    terms = torch.where(factors == 0, 0.0, losses * factors)
+    # Of a row that counts nothing infinity is nothing; its gradient is NaN where its loss is.
+    terms = torch.where((factors == 0) & ~losses.isnan(), 0.0, losses * factors)
     return terms.sum(dtype=torch.float64).to(losses.dtype)
 
 

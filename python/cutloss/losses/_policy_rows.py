@@ -51,7 +51,9 @@ def loss(
     of_rows = _PolicyRows(counts.reshape(shape), options)
     if not choice.immediate:
         return of_rows.evaluate(_ops.statistics(operands, call))
-    value, _ = _by_rows.loss(operands, call, lambda: of_rows)
+    given = [getattr(t, "log_probs", t) for t in options.values()]
+    reads = [t for t in given if isinstance(t, Tensor)]
+    value, _ = _by_rows.loss(operands, call, lambda: of_rows, reads=reads)
     return Loss(value, of_rows.metrics)
 
 

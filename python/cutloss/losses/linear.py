@@ -83,6 +83,12 @@ def linear_loss(
     top_entropy_quantile, or a "sequence_..." sampling_correction without old_log_probs. Those, and
     the other losses, need every token's before the first gradient: four, or memory for the logits.
     """
+    for other, types in _TYPES.items():
+        if name in types and name not in LOSSES:
+            raise ValueError(
+                f"{name!r} is a loss_type, not the name of a loss: call "
+                f"linear_loss({other!r}, ..., loss_type={name!r})"
+            )
     _checks.choice("the name of a loss", name, tuple(LOSSES))
     logits = dict(
         ignore_index=ignore_index,

@@ -11,6 +11,7 @@ from .._ops import Options
 from .._terms import Rows
 from . import _arguments, _row_function
 from ._row_function import RowFunction
+from .log_probs import TokenLogProbs
 
 
 def linear_token_loss(
@@ -55,7 +56,8 @@ def linear_token_loss(
         call: rows arrive in chunks. That is checked. Where it does not hold there is a ValueError;
         on CUDA, where looking waits for the device, at the first call of a function and with
         CUTLOSS_CHECK=1, else the loss is NaN. Parameters of its own get no gradient (an error). It
-        may be called with rows that do not count, whose results are left out.
+        may be called with rows that do not count, whose results are left out, and again by a
+        second backward: then what it closes over must be as it was. Autocast is off around it.
     :param per_token: Tensors in the shape of targets (the entry of the target's position counts),
         or of targets less ``shift``; they may have more dimensions after those. fn is called with
         their rows, by name. They take no gradient.
@@ -81,12 +83,16 @@ def linear_token_loss(
     _checks.flags(return_rows=return_rows)
     if not callable(fn):
         raise TypeError(f"fn must be a function of nll, got {type(fn).__name__}")
+    slices = _slices(per_token, targets, options)
+    names = tuple(name for name, is_taken in (("entropy", entropy), ("lse", lse)) if is_taken)
+    if not torch.compiler.is_compiling():
+        _row_function.check_parameters(fn, (*names, *slices))
     operands = _inputs.operands(e, c, targets, bias, temperature, None, options)
     _inputs.want_gradients(options, *operands[:3])
     of_fn = FunctionOfRows(
         fn,
-        tuple(name for name, is_taken in (("entropy", entropy), ("lse", lse)) if is_taken),
-        _slices(per_token, targets, options),
+        names,
+        slices,
         _terms.of_rows(operands[3], options["shift"]) != ignore_index,
         _normalizer(normalizer),
     )
@@ -94,7 +100,8 @@ def linear_token_loss(
     choice = _plan.choose(_plan.sizes_of(*operands), options, known)
     options["schedule"], options["kept_bytes"] = choice.schedule, choice.kept_bytes
     if choice.immediate:
-        loss, rows = _by_rows.loss(operands, options, of_fn.begin, of_fn.undefined())
+        reads = [t for t in (*slices.values(), normalizer) if isinstance(t, Tensor)]
+        loss, rows = _by_rows.loss(operands, options, of_fn.begin, of_fn.undefined(), reads)
     else:
         rows = _ops.statistics(operands, options)
         loss = of_fn.of_all(rows, _plan.wants_gradient(options))
@@ -191,6 +198,8 @@ def _slices(
         if name in ("nll", "entropy", "lse"):
             raise ValueError(f"per_token must not have an entry {name!r}: fn has its own")
         what = f"per_token[{name!r}]"
+        if isinstance(t, TokenLogProbs):
+            raise TypeError(f"{what} must be a tensor, got TokenLogProbs: pass its log_probs")
         _checks.tensors(**{what: t})
         if t.requires_grad:
             raise ValueError(
@@ -202,7 +211,7 @@ def _slices(
             raise ValueError(
                 f"{what} must begin with the shape of targets, {shapes[0]}"
                 + (f", or of targets less the shift, {shapes[1]}" if shift else "")
-                + f": got {_checks.shape(t)}"
+                + f": got {_checks.shape(t)}; one number a sequence is x[:, None].expand(B, L)"
             )
         if shift and t.shape[: targets.dim()] == shapes[0]:
             t = t.movedim(targets.dim() - 1, 0)[shift:].movedim(0, targets.dim() - 1)
@@ -218,5 +227,7 @@ def _normalizer(value: float | Tensor | None) -> float | Tensor | None:
             raise ValueError("cutloss makes no gradient for normalizer: pass it detached")
         if value.numel() != 1:
             raise ValueError(f"normalizer must be one number, got {_checks.shape(value)}")
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+            _arguments.positive("normalizer", value.item())
         return value.reshape(()).double()
     return _arguments.positive("normalizer", value)

@@ -56,7 +56,7 @@ def patch(
     forward. A call with ``return_logits=True`` or ``False`` decides for itself.
 
     Patch before the model is wrapped or compiled (DDP, FSDP, ``accelerator.prepare``,
-    ``torch.compile``), and after an adapter is put on the classifier itself. Under DataParallel a
+    ``torch.compile``); an adapter may come before or after. Under DataParallel a
     patched model does not work: start one process for each GPU.
 
     :param model: A model of Transformers that has ``get_output_embeddings()``, an nn.Linear (with

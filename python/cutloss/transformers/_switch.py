@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _sharded
 from . import _unmade
 from ._unmade import Term, UnmadeLogits
 
@@ -68,14 +69,32 @@ def prepare(model: nn.Module, switch: Switch) -> None:
     modules = list(head.modules())
     same = len(modules) == len(switch.seen) and all(map(operator.is_, modules, switch.seen))
     if same and all(m.__dict__.get(NAME) is switch for m in switch.layers):
+        _check_hooks(switch.layers, type(model).__name__)
         return
     found = _layers(head, type(model).__name__)
+    _check_hooks(found, type(model).__name__)
     for module in switch.layers:
         if not any(module is m for m in found):
             _remove(module)
     for module in found:
         _install(module, switch)
     switch.layers, switch.seen = found, modules
+
+
+def _check_hooks(layers: list[nn.Linear], owner: str) -> None:
+    """The layers are called once for their promise and once for the loss, whose inputs and outputs
+    are not logits: hooks would run twice, or not see what they are for."""
+    for module in layers:
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        hooks += [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
+        for hook in hooks:
+            if not _sharded.only_gathers(hook):
+                raise NotImplementedError(
+                    f"the classifier of {owner}, of type {type(module).__name__}, has a hook "
+                    f"({getattr(hook, '__qualname__', type(hook).__name__)}), which a loss without "
+                    f"logits can not call as it is meant: remove it, put it on another module, or "
+                    f"leave this model as it is"
+                )
 
 
 def remove(switch: Switch) -> None:
@@ -113,11 +132,11 @@ def _install(module: nn.Linear, switch: Switch) -> None:
 
 
 def _remove(module: nn.Linear) -> None:
-    del module.__dict__[NAME]
+    module.__dict__.pop(NAME, None)  # a model with the same classifier may have been first
     if hasattr(module, "_hf_hook"):
         module._old_forward = MethodType(type(module).forward, module)
     else:
-        del module.__dict__["forward"]
+        module.__dict__.pop("forward", None)
 
 
 def _check(module: nn.Module, owner: str) -> None:

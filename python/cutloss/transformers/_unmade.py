@@ -94,6 +94,9 @@ class UnmadeLogits:
     def __repr__(self) -> str:
         return f"UnmadeLogits(shape={tuple(self.shape)}, softcap={self.softcap})"
 
+    def __bool__(self) -> bool:
+        raise LogitsNotMadeError("their truth value")
+
     # What changes no number: logits are in fp32 wherever they exist ------------------------------
 
     def float(self) -> "UnmadeLogits":
