@@ -278,7 +278,7 @@ def _check_consumable(logits: Tensor) -> None:
             f"consume_logits takes an ordinary tensor, got {type(logits).__name__}: leave it out"
         )
     base = logits._base
-    if logits.is_leaf or (base is not None and base.is_leaf):
+    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "consume_logits would overwrite a leaf that requires a gradient, which is yours to "
             "keep: leave it out, or pass what a model has computed"
