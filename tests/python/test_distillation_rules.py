@@ -546,3 +546,14 @@ def test_faults_where_nothing_may_look(schedule, number, monkeypatch):
     p.targets[5] = 53
     made = distil(p, teacher_of(p), hard_weight=0.5, **options).loss
     assert made[5].isnan() and made.isnan().sum() == 1 and gradients(made.sum(), p)[1].isnan().all()
+
+
+def test_transforms_are_refused():
+    p = problems.make((6,), V=11)
+    e, c = p.e.detach(), p.c.detach()
+
+    def of(x):
+        return losses.linear_distillation(x, c, e, c, p.targets).loss
+
+    with pytest.raises(NotImplementedError, match="no transforms of torch.func"):
+        torch.func.grad(of)(e)

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _ops, _sharded
 from .._untraced import untraced
 from . import _arguments as args
 from ._arguments import Loss
@@ -445,6 +445,13 @@ def _head(e: Tensor, c: Tensor, bias: Tensor | None, prefix: str) -> None:
             f"{prefix}bias must be (V): got {prefix}bias {args.shape(bias)} and {prefix}c "
             f"{args.shape(c)}"
         )
+    if _ops.is_differentiated_by_others(e, c, bias):
+        raise NotImplementedError(
+            "distillation has gradients of reverse mode by PyTorch's autograd alone: no transforms "
+            "of torch.func and no forward mode; take stored logits and PyTorch's own functions there"
+        )
+    if _ops.is_ordinary(e) and _ops.is_ordinary(c):
+        _sharded.check_memory(e, c)
 
 
 def _no_gradient(**named: Tensor) -> None:
