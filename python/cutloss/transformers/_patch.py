@@ -157,27 +157,10 @@ def _wrapped(of_class):
         if return_logits or not has_labels:
             return stock(*args, **kwargs)
         _switch.prepare(self, held.switch)
-        return _without_logits(without_logits(held.switch, self, stock, args, kwargs))
+        return _without_logits(_switch.without_logits(held.switch, self, stock, args, kwargs))
 
     forward._of_cutloss = True
     return forward
-
-
-def without_logits(switch: Switch, model: nn.Module, stock, args: tuple, kwargs: dict):
-    """The outputs of a forward that computes its loss on UnmadeLogits."""
-    before = switch.losses
-    switch.on, switch.training = True, model.training
-    try:
-        output = stock(*args, **kwargs)
-    finally:
-        switch.on = False
-    if switch.losses == before:
-        raise NotImplementedError(
-            f"the forward of {type(model).__name__} returned without taking a cross-entropy of "
-            f"what its classifier makes (another library may have replaced it, or it reads the "
-            f"classifier's weight itself): cutloss.patch can not compute its loss"
-        )
-    return output
 
 
 def _without_logits(output):

@@ -102,6 +102,23 @@ def remove(switch: Switch) -> None:
         _remove(module)
 
 
+def without_logits(switch: Switch, model: nn.Module, stock, args: tuple, kwargs: dict):
+    """The outputs of a forward that computes its loss on UnmadeLogits."""
+    before = switch.losses
+    switch.on, switch.training = True, model.training
+    try:
+        output = stock(*args, **kwargs)
+    finally:
+        switch.on = False
+    if switch.losses == before:
+        raise NotImplementedError(
+            f"the forward of {type(model).__name__} returned without taking a cross-entropy of "
+            f"what its classifier makes (another library may have replaced it, or it reads the "
+            f"classifier's weight itself): cutloss.patch can not compute its loss"
+        )
+    return output
+
+
 def shape(weight: Tensor) -> torch.Size:
     """Also of one that DeepSpeed's ZeRO-3 has taken apart."""
     return getattr(weight, "ds_shape", weight.shape)

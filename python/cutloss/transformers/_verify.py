@@ -6,7 +6,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from . import _patch
+from . import _switch
 from ._switch import Switch, shape
 from ._unmade import LogitsNotMadeError
 
@@ -39,7 +39,7 @@ def verify(model: nn.Module, switch: Switch, stock) -> None:
             )
         switch.probes = []
         try:
-            got = _loss(_patch.without_logits(switch, model, stock, (), inputs))
+            got = _loss(_switch.without_logits(switch, model, stock, (), inputs))
         except LogitsNotMadeError as error:
             raise NotImplementedError(
                 f"cutloss.patch can not do the forward of {name}, and leaves the model as it was: "
