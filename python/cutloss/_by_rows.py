@@ -63,6 +63,7 @@ class _Chunked(torch.autograd.Function):
         if d_loss is None:
             return (None,) * 10
         *operands, undefined = ctx.saved_tensors
+        _ops.check_backward(*operands[:2], reads=ctx.gradients is None)
 
         def remake():
             for t, version in ctx.versions:
@@ -74,7 +75,7 @@ class _Chunked(torch.autograd.Function):
                     )
             return _make(tuple(operands), ctx.options, ctx.start)[0]
 
-        return *_ops.hand_over(ctx, d_loss, operands, undefined, remake), *(None,) * 7
+        return *_ops.hand_over(ctx, d_loss, operands[:3], undefined, remake), *(None,) * 7
 
     @staticmethod
     def jvp(ctx, *_):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import _ops
-from ._ops import _scaled, _sum, _where_defined, call, first_order, stat_dtype
-from ._terms import Rows, unpacked
+from ._ops import call, first_order, hand_over, of_rows, stat_dtype
+from ._terms import Rows
 
 _operators = torch.ops.cutloss
 
@@ -130,28 +130,19 @@ def _own(logits: Tensor) -> Tensor:
     return logits.detach()
 
 
-def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
+def _statistics_backward(ctx, *d_outputs):
     options = ctx.options
     *operands, terms, undefined, nll, row_max, log_sum, entropy = ctx.saved_tensors
-    # What was not asked for has no elements, and its gradient says nothing.
-    d_loss = d_loss if terms is not None else None
-    d_entropy = d_entropy if options["wants_entropy"] else None
-    d_zbar = d_zbar if options["wants_zbar"] else None
     with torch.no_grad():
-        d_lse_squared = None
-        if d_loss is not None:
-            t = unpacked(terms * _where_defined(d_loss, undefined))
-            d_nll, d_lse, d_zbar = _sum(d_nll, t.nll), _sum(d_lse, t.lse), _sum(d_zbar, t.zbar)
-            d_lse_squared = t.lse_squared
-        rows = (nll, row_max, log_sum, entropy, d_nll, d_lse, d_lse_squared, d_entropy, d_zbar)
+        d_rows = of_rows(options, terms, undefined, *d_outputs[:5])
+        rows = (nll, row_max, log_sum, entropy, *d_rows)
         if getattr(ctx, "consume", False):
             gradient = operands[0]
             call(_operators.logits_gradient_, *operands, *rows, **options)
             increment_version(gradient)
         else:
             gradient = call(_operators.logits_gradient, *operands, *rows, **options)
-    sources = (operands[0], d_loss, d_nll, d_lse, d_entropy, d_zbar)
-    return *first_order((gradient,), *sources), *(None,) * 5
+    return *first_order((gradient,), operands[0], *d_outputs[:5]), *(None,) * 5
 
 
 def _statistics_context(ctx, inputs, keyword_only_inputs, output):
@@ -175,7 +166,7 @@ def _immediate_context(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs)
     ctx.set_materialize_grads(False)
     ctx.options = keyword_only_inputs
-    ctx.gradient = output[2]
+    ctx.gradients = (output[2],)
 
 
 def _traced_immediate_context(ctx, inputs, keyword_only_inputs, output):
@@ -186,20 +177,15 @@ def _traced_immediate_context(ctx, inputs, keyword_only_inputs, output):
 def _immediate_backward(ctx, d_loss, *_):
     if d_loss is None:
         return (None,) * 6
-    # The first backward hands over what forward made. Another one (retain_graph) finds nothing
-    # and makes it again: the same bits, and no copy for those who never ask.
-    gradient, ctx.gradient = ctx.gradient, None
-    if gradient is None and getattr(ctx, "consume", False):
-        raise RuntimeError(_TWICE)
-    inputs = ctx.saved_tensors
-    with torch.no_grad():
-        if gradient is None:
-            gradient = call(_operators.logits_loss_and_gradient, *inputs, **ctx.options)[2]
-        gradient = _scaled(gradient, _where_defined(d_loss, inputs[-1]))
-    if torch.is_grad_enabled():
-        source = () if getattr(ctx, "consume", False) else inputs[:1]
-        (gradient,) = first_order((gradient,), *source, d_loss)
-    return gradient, *(None,) * 5
+    inputs, consume = ctx.saved_tensors, getattr(ctx, "consume", False)
+
+    def remake():
+        if consume:
+            raise RuntimeError(_TWICE)
+        return (call(_operators.logits_loss_and_gradient, *inputs, **ctx.options)[2],)
+
+    sources = () if consume else inputs[:1]
+    return *hand_over(ctx, d_loss, sources, inputs[-1], remake), *(None,) * 5
 
 
 class _Deferred(torch.autograd.Function):

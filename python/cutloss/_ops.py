@@ -332,25 +332,29 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _statistics_backward(ctx, d_loss, d_nll, d_lse, d_entropy, d_zbar, *_):
-    options = ctx.options
-    *operands, terms, undefined, nll, row_max, log_sum, entropy, kept = ctx.saved_tensors
-    e, c, bias = operands[:3]
-    _check_backward(e, c, reads=True)
+def of_rows(options: Options, terms, undefined, d_loss, d_nll, d_lse, d_entropy, d_zbar) -> tuple:
+    """The upstream gradients of the rows, in the operators' order: what comes back for the loss and
+    for each output of `statistics`. Called under no_grad."""
     # What was not asked for has no elements, and its gradient says nothing.
-    d_loss = d_loss if terms is not None else None
     d_entropy = d_entropy if options["wants_entropy"] else None
     d_zbar = d_zbar if options["wants_zbar"] else None
-    sources = (e, c, bias, d_loss, d_nll, d_lse, d_entropy, d_zbar)
+    d_lse_squared = None
+    if terms is not None and d_loss is not None:
+        t = unpacked(terms * _where_defined(d_loss, undefined))
+        d_nll, d_lse, d_zbar = _sum(d_nll, t.nll), _sum(d_lse, t.lse), _sum(d_zbar, t.zbar)
+        d_lse_squared = t.lse_squared
+    return d_nll, d_lse, d_lse_squared, d_entropy, d_zbar
+
+
+def _statistics_backward(ctx, *d_outputs):
+    options = ctx.options
+    *operands, terms, undefined, nll, row_max, log_sum, entropy, kept = ctx.saved_tensors
+    check_backward(*operands[:2], reads=True)
     with torch.no_grad():
-        d_lse_squared = None
-        if d_loss is not None:
-            t = unpacked(terms * _where_defined(d_loss, undefined))
-            d_nll, d_lse, d_zbar = _sum(d_nll, t.nll), _sum(d_lse, t.lse), _sum(d_zbar, t.zbar)
-            d_lse_squared = t.lse_squared
         saved = (nll, row_max, log_sum, entropy, kept)
-        d_rows = (d_nll, d_lse, d_lse_squared, d_entropy, d_zbar)
+        d_rows = of_rows(options, terms, undefined, *d_outputs[:5])
         gradients = call(_ops.gradients, *operands, *saved, *d_rows, **options)
+    sources = (*operands[:3], *d_outputs[:5])
     return *first_order(wanted(gradients, options), *sources), *(None,) * 5
 
 
@@ -376,7 +380,7 @@ def is_ordinary(t: Tensor) -> bool:
     return ordinary and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-def _check_backward(e: Tensor, c: Tensor, reads: bool) -> None:
+def check_backward(e: Tensor, c: Tensor, reads: bool) -> None:
     if is_ordinary(e) and is_ordinary(c):
         _sharded.check_shape(e, c)
         if reads:
@@ -394,30 +398,30 @@ def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
     return gradient
 
 
-def hand_over(ctx, d_loss: Tensor, operands, undefined: Tensor | None, remake) -> tuple:
-    """ctx.gradients times d_loss. The first backward hands over what forward made. Another one
-    (retain_graph) finds nothing and makes it again: the same bits, and no copy for those who never
-    ask."""
+def hand_over(ctx, d_loss: Tensor, sources, undefined: Tensor | None, remake) -> tuple:
+    """ctx.gradients, of `sources`, times d_loss. The first backward hands over what forward made.
+    Another one (retain_graph) finds nothing and makes it again: the same bits, and no copy for
+    those who never ask."""
     gradients, ctx.gradients = ctx.gradients, None
-    _check_backward(*operands[:2], reads=gradients is None)
     with torch.no_grad():
         if gradients is None:
             gradients = remake()
         factor = _where_defined(d_loss, undefined)
         gradients = tuple(_scaled(g, factor) for g in gradients)
-    return first_order(gradients, *operands[:3], d_loss)
+    return first_order(gradients, *sources, d_loss)
 
 
 def _immediate_backward(ctx, d_loss, *_):
     if d_loss is None:
         return (None,) * 8
     inputs = ctx.saved_tensors
+    check_backward(*inputs[:2], reads=ctx.gradients is None)
 
     def remake():
         made = call(_ops.loss_and_gradients, *inputs, **ctx.options)
         return wanted(made[2:], ctx.options)
 
-    return *hand_over(ctx, d_loss, inputs, inputs[-1], remake), *(None,) * 5
+    return *hand_over(ctx, d_loss, inputs[:3], inputs[-1], remake), *(None,) * 5
 
 
 # Eager code takes _Deferred and _Immediate, torch.func takes _Transformed; traced code takes the
