@@ -11,6 +11,20 @@ function(cutloss_target target)
   endif()
 endfunction()
 
+# The directory of a shared library where it is not one that the loader looks in, else empty.
+function(cutloss_find_run_path result target)
+  set(${result} "" PARENT_SCOPE)
+  get_target_property(type ${target} TYPE)
+  get_target_property(file ${target} LOCATION)
+  if(type STREQUAL "STATIC_LIBRARY" OR NOT file)
+    return()
+  endif()
+  get_filename_component(directory "${file}" DIRECTORY)
+  if(NOT directory IN_LIST CMAKE_CXX_IMPLICIT_LINK_DIRECTORIES)
+    set(${result} "${directory}" PARENT_SCOPE)
+  endif()
+endfunction()
+
 # oneDNN must share its threads with the rest: a build on TBB or SYCL fights them.
 function(cutloss_require_openmp_dnnl)
   if(NOT DNNL_CPU_RUNTIME STREQUAL "OMP")

@@ -48,19 +48,8 @@ install_cuda_headers() { # nvcc
     .venv/bin/python -m pip download -q --disable-pip-version-check --no-deps -d $wheels \
       "$(grep "^$name==" scripts/requirements-cuda.txt)"
   done
-  .venv/bin/python - $wheels/*.whl $CUDA_HEADERS <<'PYTHON'
-import pathlib, sys, zipfile
-*wheels, to = sys.argv[1:]
-roots = {"cutlass_library/source/include/": "cutlass", "nvidia/cu13/include/": "cublas"}
-for wheel in wheels:
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            for root, folder in roots.items():
-                if name.startswith(root) and not name.endswith("/"):
-                    path = pathlib.Path(to, folder, name.removeprefix(root))
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(archive.read(name))
-PYTHON
+  .venv/bin/python scripts/unpack.py $CUDA_HEADERS $wheels/*.whl \
+    cutlass_library/source/include=cutlass nvidia/cu13/include=cublas
   rm -rf $wheels
   printf '%s\n' "$want" >$stamp
 }

@@ -7,7 +7,8 @@
 #   CUTLOSS_WERROR  ON: the compiler's warnings are errors, until it is OFF
 #   JOBS            compilations at a time (one for each processor)
 #
-# Where nvcc is found the CUDA engines are built too; scripts/cuda.sh has their settings.
+# Where nvcc is found the CUDA engines are built too; scripts/cuda.sh has their settings, and
+# scripts/onednn.sh that of another oneDNN.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,6 +22,7 @@ die() {
 }
 
 source scripts/cuda.sh
+source scripts/onednn.sh
 
 # --- system packages ---------------------------------------------------------------------------
 # package  |  how to see that it is not needed (empty: ask dpkg)  |  why
@@ -29,8 +31,6 @@ system_packages() {
 g++|command -v c++|the C++20 compiler
 cmake|command -v cmake|configures the build
 ninja-build|command -v ninja|runs the build
-libdnnl-dev||oneDNN: matrix products in fp32 and bf16
-ocl-icd-opencl-dev||asked for by Debian's oneDNN when a build is configured
 libopenblas-openmp-dev||OpenBLAS: matrix products in fp64
 libhwy-dev||Highway: vector instructions chosen at run time
 libgtest-dev||GoogleTest: the C++ tests
@@ -92,7 +92,7 @@ build_operators() {
   say "building the PyTorch operators in $BUILD"
   local log
   log=$(cmake --preset release ${CUTLOSS_WERROR:+-DCUTLOSS_WERROR=$CUTLOSS_WERROR} \
-    "${cuda_flags[@]}" 2>&1) ||
+    "${onednn_flags[@]}" "${cuda_flags[@]}" 2>&1) ||
     die "CMake could not configure the build:"$'\n'"$log"
   cmake --build $BUILD --target cutloss_torch -j "${JOBS:-$(nproc)}"
 }
@@ -110,6 +110,7 @@ install_package() {
 
 install_system_packages
 install_python_packages
+settle_onednn
 if [[ ${1:-} == --packages ]]; then exit; fi
 for setting in CUTLOSS_CUDA CUTLOSS_CUDA_ARCHITECTURES CUDACXX; do recall $setting; done
 settle_cuda

@@ -11,8 +11,10 @@ die() {
   exit 1
 }
 source scripts/cuda.sh
+source scripts/onednn.sh
 recall CUDACXX
 settle_cuda
+settle_onednn
 
 BUILT=build/wheel
 rm -rf $BUILT dist/cutloss-*.whl
@@ -20,7 +22,7 @@ mkdir -p $BUILT
 
 say "building the wheel"
 settings=()
-for flag in "${cuda_flags[@]}"; do settings+=(-C "cmake.define.${flag#-D}"); done
+for flag in "${onednn_flags[@]}" "${cuda_flags[@]}"; do settings+=(-C "cmake.define.${flag#-D}"); done
 CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-$(nproc)} .venv/bin/python -m pip wheel -q \
   --disable-pip-version-check --no-build-isolation --no-deps -w $BUILT "${settings[@]}" .
 

@@ -3,8 +3,11 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cctype>
+#include <cstdlib>
 #include <map>
 #include <new>
+#include <string>
 #include <string_view>
 #include <tuple>
 
@@ -17,7 +20,30 @@ namespace {
 
 using dnnl::memory;
 
+// Before 3.2 (2.6.3 was seen to be wrong, 3.2 is right) bf16 products on AMX can run with another
+// product's tiles: the numbers are wrong, or the process dies (docs/decisions/0012).
+bool amx_is_right() {
+  static const bool right = onednn_has_right_amx(onednn().dnnl_version()->major,
+                                                 onednn().dnnl_version()->minor);
+  return right;
+}
+
+// The library takes a limit only before it is first used; DNNL_MAX_CPU_ISA may have set a lower one.
+void leave_wrong_amx_alone() {
+  static const bool done = [] {
+    if (amx_is_right()) return true;
+    const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
+    if (limit == nullptr) limit = std::getenv("DNNL_MAX_CPU_ISA");
+    if (onednn_limit_allows_amx(limit == nullptr ? "" : limit)) {
+      onednn().dnnl_set_max_cpu_isa(dnnl_cpu_isa_avx512_core_bf16);
+    }
+    return true;
+  }();
+  static_cast<void>(done);
+}
+
 const dnnl::engine& library_engine() {
+  leave_wrong_amx_alone();
   static const dnnl::engine engine(dnnl::engine::kind::cpu, 0);
   return engine;
 }
@@ -103,6 +129,7 @@ const Prepared& prepared(const Product& p) {
 
 // An instruction set's bits hold those of all that it includes.
 bool has_isa(dnnl::cpu_isa wanted) {
+  leave_wrong_amx_alone();
   const auto there = static_cast<int>(dnnl::get_effective_cpu_isa());
   return (there & static_cast<int>(wanted)) == static_cast<int>(wanted);
 }
@@ -132,8 +159,20 @@ void multiply_onednn(const Product& p) {
 }
 
 bool has_native_bf16() {
-  static const bool native = has_isa(dnnl::cpu_isa::avx512_core_bf16);
+  // With AMX still on, since another part of the process had used the library before, f32 is right.
+  static const bool native = has_isa(dnnl::cpu_isa::avx512_core_bf16) &&
+                             (amx_is_right() || !has_isa(dnnl::cpu_isa::avx512_core_amx));
   return native;
+}
+
+bool onednn_has_right_amx(int major, int minor) { return major > 3 || (major == 3 && minor >= 2); }
+
+bool onednn_limit_allows_amx(std::string_view limit) {
+  std::string upper(limit);
+  std::transform(upper.begin(), upper.end(), upper.begin(),
+                 [](unsigned char letter) { return static_cast<char>(std::toupper(letter)); });
+  return upper.empty() || upper == "ALL" || upper == "DEFAULT" ||
+         upper.find("AMX") != std::string::npos;
 }
 
 bool has_avx512() { return has_isa(dnnl::cpu_isa::avx512_core); }
@@ -141,6 +180,7 @@ bool has_avx512() { return has_isa(dnnl::cpu_isa::avx512_core); }
 std::string describe_onednn() {
   const dnnl_version_t* v = onednn().dnnl_version();
   return text("oneDNN ", v->major, ".", v->minor, ".", v->patch,
+              amx_is_right() ? "" : " without AMX (its bf16 products are wrong there before 3.2)",
               has_native_bf16() ? ", bf16 products" : ", bf16 widened to f32 (no AVX512_BF16)");
 }
 

@@ -23,6 +23,7 @@
   X(dnnl_primitive_desc_query)        \
   X(dnnl_primitive_destroy)           \
   X(dnnl_primitive_execute)           \
+  X(dnnl_set_max_cpu_isa)             \
   X(dnnl_stream_create)               \
   X(dnnl_stream_destroy)              \
   X(dnnl_stream_wait)                 \
