@@ -1,8 +1,12 @@
 """cutloss doctor: what was found here, and what a loss of a given shape would get."""
 
 import importlib.util
+import os
 import platform
 import re
+import signal
+import subprocess
+import sys
 
 import torch
 
@@ -21,6 +25,7 @@ FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", 
 TYPICAL = {"N": 8192, "D": 4096, "V": 128256}
 # Sizes that are a multiple of nothing.
 SELF_CHECK = {"N": 67, "D": 45, "V": 1021}
+ODD_SIZES = (sys.executable, "-m", "cutloss._bench.odd_sizes")
 
 
 def add_arguments(parser):
@@ -58,6 +63,8 @@ def run(args):
     _section("a loss", _plan(args))
     broken = []
     _section("self-check against fp64", _self_check(args.device, broken))
+    if args.device == "cpu":
+        _section("self-check of odd sizes", _odd_sizes(broken))
     if broken:
         print(f"\nBroken: {'; '.join(broken)}.")
         print("Please report this with all of the above; until then, impl='torch' is plain PyTorch.")
@@ -191,6 +198,27 @@ def _self_check(device, broken):
             errors = ", ".join(f"{e:.1e}" for e in named["cutloss"])
             plain = ", ".join(f"{e:.1e}" for e in named["plain"])
             yield f"{dtype:5} {data:7} errors of loss, dE, dC: {errors}   (plain PyTorch: {plain})"
+
+
+def _odd_sizes(broken):
+    """In a process of its own: a wrong matrix library can end it."""
+    done = subprocess.run(ODD_SIZES, capture_output=True, text=True, env=_of_the_child())
+    wrong = done.stdout.splitlines()
+    if done.returncode < 0:
+        wrong.append(f"the process was ended by {signal.Signals(-done.returncode).name}")
+    elif done.returncode != 0 and not wrong:
+        wrong.append(f"the check failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    broken.extend(wrong)
+    yield from wrong or ["products and gradients of 6 sizes, 3 dtypes, 4 plans: right"]
+
+
+def _of_the_child():
+    """This process's environment, with the package that it has imported. Small products on many
+    threads: passive waiting."""
+    place = os.path.dirname(cutloss.__path__[0])
+    old = os.environ.get("PYTHONPATH")
+    path = place if not old else f"{place}{os.pathsep}{old}"
+    return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path}
 
 
 def _loss_error(method, case):

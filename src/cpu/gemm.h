@@ -46,7 +46,8 @@ bool has_native_bf16();
 // Whether oneDNN may use AVX-512: the processor has it and DNNL_MAX_CPU_ISA does not forbid it.
 bool has_avx512();
 
-// Whether that version of oneDNN multiplies bf16 rightly on AMX. Where it does not, ours runs without.
+// Whether that version of oneDNN multiplies bf16 rightly on AMX. Where it does not, ours runs
+// without.
 bool onednn_has_right_amx(int major, int minor);
 // Whether DNNL_MAX_CPU_ISA, as it is set (empty: not), lets oneDNN use AMX.
 bool onednn_limit_allows_amx(std::string_view limit);

@@ -1,6 +1,6 @@
-// The matrix library's products, of the kinds that the CPU engine asks for, against sums in fp64: odd
-// and even sizes, few columns and many, on as many threads as there are. oneDNN 2.6 is wrong at K = 63
-// on processors with AMX.
+// The matrix library's products, of the kinds that the CPU engine asks for, against sums in fp64:
+// odd and even sizes, few columns and many, on as many threads as there are. oneDNN 2.6 is wrong at
+// K = 63 on processors with AMX.
 #include <cmath>
 #include <limits>
 #include <random>
@@ -16,8 +16,8 @@ struct Kind {
   bool a_transposed, b_transposed;  // as it lies in memory
 };
 constexpr Kind kKinds[] = {{"logits", false, true}, {"dE", false, false}, {"dC", true, false}};
-constexpr std::int64_t kRows[] = {1, 17, 63, 64, 129, 257};        // M
-constexpr std::int64_t kColumns[] = {1, 33, 64, 511};               // N
+constexpr std::int64_t kRows[] = {1, 17, 63, 64, 129, 257};           // M
+constexpr std::int64_t kColumns[] = {1, 33, 64, 511};                 // N
 constexpr std::int64_t kInner[] = {1, 31, 33, 45, 63, 65, 127, 129};  // K
 
 class Products : public testing::TestWithParam<std::tuple<DType, Kind>> {};
@@ -34,8 +34,8 @@ double error_of(const cpu::Product& p, const Array& a, const Array& b, const Arr
     for (std::int64_t n = 0; n < p.N; ++n) {
       double sum = p.accumulate ? before.get(m * p.N + n) : 0;
       for (std::int64_t k = 0; k < p.K; ++k) {
-        sum += p.alpha * at(a, p.a.transposed, p.M, p.K, m, k) *
-               at(b, p.b.transposed, p.K, p.N, k, n);
+        sum +=
+            p.alpha * at(a, p.a.transposed, p.M, p.K, m, k) * at(b, p.b.transposed, p.K, p.N, k, n);
       }
       difference += std::pow(c.get(m * p.N + n) - sum, 2);
     }

@@ -1,6 +1,7 @@
 """cutloss doctor."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,14 @@ from cli_helpers import assert_refused, run_cli
 
 import cutloss
 from cutloss import doctor
-from cutloss._bench import methods
+from cutloss._bench import methods, odd_sizes
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Without the odd sizes, which take seconds, where they are not what is tested."""
+    if "odd_sizes" not in request.node.name:
+        monkeypatch.setattr(doctor, "ODD_SIZES", (sys.executable, "-c", ""))
 
 
 def test_doctor_says_what_it_found(capsys):
@@ -42,6 +50,36 @@ def test_doctor_says_why_nothing_takes_a_loss(capsys):
     assert done.code == 0, done.out
     assert "no engine takes it" in done.out
     assert "max_workspace is 1048576" in done.out
+
+
+def test_doctor_tries_odd_sizes(capsys):
+    done = run_cli(capsys, "doctor", "--device", "cpu")
+    assert done.code == 0, done.out
+    assert "self-check of odd sizes:\n  products and gradients of 6 sizes" in done.out
+
+
+def test_odd_sizes_finds_wrong_gradients(monkeypatch):
+    monkeypatch.setattr(odd_sizes, "SIZES", ((63, 33, 511),))
+    assert list(odd_sizes.wrong()) == []
+    factor_on_the_loss(monkeypatch, 1.01)
+    found = list(odd_sizes.wrong())
+    assert len(found) == 12, found  # 3 dtypes, 2 schedules, 2 workspaces
+    assert "N 63, D 33, V 511, bf16, cutloss rows" in found[0]
+
+
+@pytest.mark.parametrize(
+    "child, expected",
+    [
+        ("print('dE is wrong'); raise SystemExit(1)", "Broken: dE is wrong."),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "was ended by SIGILL"),
+        ("raise RuntimeError('no library')", "the check failed: RuntimeError: no library"),
+    ],
+)
+def test_doctor_survives_odd_sizes(capsys, monkeypatch, child, expected):
+    monkeypatch.setattr(doctor, "ODD_SIZES", (sys.executable, "-c", child))
+    done = run_cli(capsys, "doctor", "--device", "cpu")
+    assert done.code == 1
+    assert expected in done.out
 
 
 def factor_on_the_loss(monkeypatch, factor):
