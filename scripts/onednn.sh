@@ -1,7 +1,7 @@
 # Sourced by setup.sh and wheel.sh, in the root of the checkout, after the Python packages: the oneDNN
 # that cutloss is built with (onednn_flags for CMake).
 #
-#   DNNL_DIR  the folder of another oneDNN's CMake files (dnnl-config.cmake): nothing is fetched then
+#   dnnl_DIR  the folder of another oneDNN's CMake files (dnnl-config.cmake): nothing is fetched then
 
 ONEDNN=.venv/onednn
 
@@ -24,8 +24,8 @@ install_onednn() {
 }
 
 settle_onednn() {
-  if [[ -n ${DNNL_DIR:-} ]]; then
-    onednn_flags=(-Ddnnl_DIR="$DNNL_DIR")
+  if [[ -n ${dnnl_DIR:-} ]]; then
+    onednn_flags=(-Ddnnl_DIR="$dnnl_DIR")
     return
   fi
   install_onednn
