@@ -153,20 +153,24 @@ def operand_dtype(**named: Tensor) -> torch.dtype:
 
 
 def shift(value: bool | int, targets: Tensor | None = None) -> int:
-    """Without targets what can be said of any, as in what follows."""
+    """Without targets what can be said of any, as in what follows. With them, what of it tells: a
+    sequence that is no longer than the shift predicts nothing, however long the shift is."""
     if not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"shift must be a bool or an int, got {value!r}")
     value = int(value)
     if value == 0:
         return 0
+    if value < 0:
+        raise ValueError(f"shift must be >= 0, got {value}")
     if targets is None:
-        if value < 0:
-            raise ValueError(f"shift must be >= 0, got {value}")
         return value
-    length = targets.shape[-1] if targets.dim() > 0 else 1
-    if value < 0 or value >= length:
-        raise ValueError(f"shift must be in [0, {length}), the last size of targets, got {value}")
-    return value
+    if targets.dim() == 0:
+        raise ValueError(
+            f"shift must be 0 for targets of shape (), which are no sequence, got {value}: pass "
+            f"targets of shape (..., length)"
+        )
+    length = targets.shape[-1]
+    return value if value <= length else int(length)
 
 
 def softcap(value: float | None) -> float | None:

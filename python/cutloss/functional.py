@@ -86,7 +86,8 @@ def linear_cross_entropy(
     :param shift: Predict the target ``shift`` positions later, without copying ``e``: position t
         of ``e`` is scored against target t + shift and the last ``shift`` positions of each
         sequence predict nothing. True is 1. The last dimension of targets is the sequence; it
-        is ``shift`` shorter in per-token results.
+        is ``shift`` shorter in per-token results. Sequences of ``shift`` tokens or fewer predict
+        nothing at all, which is no error: see ignore_index for the mean of nothing.
     :param return_lse: Also return the log-sum-exp of each token's logits; it carries a gradient.
         Asked for while gradients are wanted, it (as return_entropy, and reduction="none") rules
         out making the gradients along with the loss, which costs memory or a fourth product; for

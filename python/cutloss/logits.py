@@ -64,7 +64,8 @@ def cross_entropy(
     :param shift: Predict the target ``shift`` positions later, without copying or slicing the
         logits: position t is scored against target t + shift, and the last ``shift`` positions of
         each sequence predict nothing. True is 1. The last dimension of targets is the sequence; it
-        is ``shift`` shorter in per-token results.
+        is ``shift`` shorter in per-token results. Sequences of ``shift`` tokens or fewer predict
+        nothing at all, which is no error: see ignore_index for the mean of nothing.
     :param return_lse: Also return the log-sum-exp of each token's logits, with a gradient.
     :param logit_scale: A number that multiplies the logits.
     :param temperature: Divides the logits: a number, or a tensor that broadcasts to targets' shape
@@ -413,8 +414,8 @@ class CausalLMLoss:
             ignore_index = self.ignore_index
         given = given.to(logits.device).reshape(rows)
         shift = 1 if shift_labels is None else 0
-        if shift and (not rows or rows[-1] <= 1):  # nothing is predicted
-            given, shift = torch.full_like(given, ignore_index), 0
+        if shift and not rows:  # one position is a sequence of one
+            logits, given = logits[None], given[None]
         return _cross_entropy(
             logits,
             given,

@@ -112,8 +112,7 @@ TABLE = {
     "list": ({"e": lambda t: t.tolist()}, TypeError, "e must be a torch.Tensor, got list"),
     "none": ({"c": None}, TypeError, "c must be a torch.Tensor, got NoneType"),
     # options
-    "shift_negative": ({"shift": -1}, ValueError, r"shift must be in \[0, 24\).*got -1"),
-    "shift_too_large": ({"shift": 24}, ValueError, r"shift must be in \[0, 24\).*got 24"),
+    "shift_negative": ({"shift": -1}, ValueError, "shift must be >= 0, got -1"),
     "shift_float": ({"shift": 1.0}, TypeError, "shift must be a bool or an int, got 1.0"),
     "softcap_zero": ({"softcap": 0.0}, ValueError, "softcap must be finite and > 0.*got 0.0"),
     "softcap_negative": ({"softcap": -2}, ValueError, "got -2.0"),
