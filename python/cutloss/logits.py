@@ -401,6 +401,7 @@ class CausalLMLoss:
         given, name = (labels, "labels") if shift_labels is None else (shift_labels, "shift_labels")
         if not isinstance(given, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+        _checks.layout(name, given)
         rows = logits.shape[:-1]
         if given.numel() != rows.numel() or (shift_labels is None and given.shape != rows):
             raise ValueError(
