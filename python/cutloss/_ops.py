@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _errors, _load, _sharded
+from . import _errors, _flops, _load, _sharded
 from ._terms import Rows, Weighting, unpacked
 
 _load.load()
+_flops.register_when_imported()
 _ops = torch.ops.cutloss
 
 HAS_CUDA: bool = _ops.has_cuda()  # whether this build has CUDA engines; says nothing of a device

@@ -338,7 +338,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, scale: Tensor | None) -> Non
         _product(product, a, b)
         out.add_(product.div_(scale))
     elif a.dtype == out.dtype:
-        out.addmm_(a, b)
+        torch.addmm(out, a, b, out=out)  # which FlopCounterMode counts, and not addmm_
     else:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
