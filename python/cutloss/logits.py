@@ -73,7 +73,9 @@ def cross_entropy(
     :param label_smoothing: As in F.cross_entropy, in [0, 1].
     :param weight: Class weights, shape (V), as in F.cross_entropy. Takes no gradient.
     :param token_weight: Weight of each token, in the shape of targets. May carry a gradient.
-        The mean divides by the sum of the weights of the tokens that count.
+        The mean divides by the sum of the weights of the tokens that count. Where that is 0 though
+        tokens count, the mean is NaN, with gradients of zero: a warning says so, once, on the CPU,
+        and on CUDA with CUTLOSS_CHECK=1.
     :param return_entropy: Also return the entropy of each token's distribution, with a gradient.
     :param return_predictions: Also return the largest logit's index of each token.
     :param z_loss: Adds ``z_loss * lse**2`` of each token to its loss; under "mean" the mean over
@@ -241,6 +243,7 @@ def _evaluate(
     if weights_have_gradient or _ops.have_tangent(how.token_weight, how.weight):
         rows = _logits_ops.statistics(operands, options, consume)
         terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
+        _inputs.warn_of_no_weight(terms.undefined, how, by_sequence, options)
         loss = _terms.loss(terms, rows, how.reduction)
         return (loss if over is None else loss / over), rows
     if how.changes_nothing():
@@ -250,6 +253,7 @@ def _evaluate(
     terms, undefined = _ops.loss_terms(
         by_sequence, V, how, {**options, "compute_dtype": logits.dtype}
     )
+    _inputs.warn_of_no_weight(undefined, how, by_sequence, options)
     if over is not None:
         terms = terms / over
     if how.reduction == "none":
