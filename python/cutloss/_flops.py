@@ -5,13 +5,14 @@ whether they are ignored or not, 2 N V D for the logits, as much for each of the
 c that is wanted, and nothing for logits that a schedule makes a second time. So it is what the same
 loss counts in PyTorch. Operators that make gradients along with the loss count both.
 
-Losses over logits that exist have no products, as F.cross_entropy has none. What cutloss writes in
-PyTorch's own operators (distillation, impl="torch") PyTorch counts.
+Losses over logits that exist have no products, as F.cross_entropy has none. Distillation, which is
+made of PyTorch's own operators, says what is to be counted in place of them (counted_as).
 """
 
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 
 _COUNTER = "torch.utils.flop_counter"
+
+Product = tuple[int, int, int]  # of (m, k) and (k, n)
 
 
 def _product(e: Sequence[int], c: Sequence[int], shift: int) -> int:
@@ -44,6 +47,13 @@ def _of_gradients(
     return (int(needs_de) + int(needs_dc)) * _product(e, c, shift)
 
 
+def products_of_gradients(e: torch.Tensor, c: torch.Tensor, options: dict[str, Any]) -> list[Product]:
+    """Those of an operator that makes the gradients again, and with them the loss."""
+    sequences, length, D = e.shape
+    made = (sequences * max(length - options["shift"], 0), D, c.shape[0])
+    return [made] * (int(options["needs_de"]) + int(options["needs_dc"]))
+
+
 def _of_both(*args: Any, **options: Any) -> int:
     return _of_forward(*args, **options) + _of_gradients(*args, **options)
 
@@ -55,6 +65,31 @@ def _register() -> None:
     register(ops.gradients)(_of_gradients)
     # The whole of a loss by chunks of rows: the operators that do the chunks count nothing.
     register([ops.loss_and_gradients, ops.chunks_begin])(_of_both)
+
+
+@contextlib.contextmanager
+def counted_as(products: Sequence[Product]) -> Iterator[None]:
+    """What is multiplied in here counts as these products do."""
+    counters = _counters()
+    before = [{of: dict(counts) for of, counts in c.flop_counts.items()} for c in counters]
+    yield
+    if not counters:
+        return
+    for counter, counted in zip(counters, before):
+        for of, counts in counter.flop_counts.items():
+            counts.clear()
+            counts.update(counted.get(of, {}))
+    for m, k, n in products:  # on a device where a product is counted and nothing is done
+        torch.mm(torch.empty(m, k, device="meta"), torch.empty(k, n, device="meta"))
+
+
+def _counters() -> list[Any]:
+    """The counters at work."""
+    module = sys.modules.get(_COUNTER)
+    if module is None:
+        return []
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return [m.counter for m in modes if isinstance(m, module._FlopCounterMode)]
 
 
 class _WhenImported(MetaPathFinder):

@@ -104,15 +104,60 @@ def test_losses_of_tokens(schedule, frozen):
         assert flops(lambda: backward(call())) == (3 - len(frozen)) * PRODUCT
 
 
-@pytest.mark.parametrize("frozen", [(), ("e",), ("c",)], ids=str)
-def test_distillation(frozen):
-    """By rows: products of the student and the teacher's logits, and of the student's gradients."""
-    e, c, targets, _ = inputs()
+@pytest.mark.parametrize("frozen", [(), ("e",), ("c",), ("e", "c")], ids=str)
+@pytest.mark.parametrize("schedule", ["rows", "vocabulary"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_distillation(frozen, schedule, reduction):
+    """The logits of the student and the teacher, and the student's gradients; once each, of all
+    that is predicted."""
+    e, c, targets, _ = inputs((4, 7))
+    targets[:, 3:5] = -100
     e.requires_grad_("e" not in frozen), c.requires_grad_("c" not in frozen)
+    teacher = torch.randn(4, 7, T, device=e.device), torch.randn(V, T, device=e.device)
+    ids = torch.arange(3, device=e.device).expand(4, 7, 3)
+    log_probs = torch.full(ids.shape, -2.0, device=e.device)
+    how = dict(schedule=schedule, reduction=reduction, shift=1)
+    assert 4 * (7 - 1) == N
+
+    def of_model():
+        backward((losses.linear_distillation(e, c, *teacher, targets, **how).loss,))
+
+    def of_top_k():
+        made = losses.linear_distillation_top_k(e, c, ids, log_probs, targets, **how)
+        backward((made.loss,))
+
+    assert flops(of_model) == (3 - len(frozen)) * PRODUCT + 2 * N * V * T
+    assert flops(of_top_k) == (3 - len(frozen)) * PRODUCT
+
+
+def test_distillation_counts_beside_what_else_is_counted():
+    """Also where backward comes twice, as PyTorch counts two."""
+    e, c, targets, _ = inputs()
+    c.requires_grad_()
     teacher = torch.randn(N, T, device=e.device), torch.randn(V, T, device=e.device)
-    got = flops(lambda: losses.linear_distillation(
-        e, c, *teacher, targets, schedule="rows").loss.backward())  # fmt: skip
-    assert got == (3 - len(frozen)) * PRODUCT + 2 * N * V * T
+
+    def twice():
+        hidden = e @ torch.eye(D, device=e.device)
+        loss = losses.linear_distillation(hidden, c, *teacher, targets).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    assert flops(twice) == 3 * PRODUCT + 2 * N * V * T + 2 * N * D * D
+
+
+def test_a_second_backward_counts_as_one():
+    """Though gradients that were handed over are made again, and the loss with them."""
+    e, c, targets, _ = inputs()
+    e.requires_grad_(), c.requires_grad_()
+
+    def twice(loss):
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    want = flops(lambda: twice(F.cross_entropy(F.linear(e, c), targets)))
+    assert want == 5 * PRODUCT
+    assert flops(lambda: twice(cutloss.linear_cross_entropy(e, c, targets))) == want
+    assert flops(lambda: twice(losses.linear_token_loss(e, c, targets, torch.exp))) == want
 
 
 def test_in_a_module():
