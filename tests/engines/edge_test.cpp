@@ -80,8 +80,8 @@ TEST_P(Edge, NoRowsMakeZeroGradients) {
 
 // Sequences of one token, say: the shift leaves no row, and all of dE is nobody's.
 TEST_P(Edge, AShiftOfTheLengthOrMoreMakesZeroGradients) {
-  for (const auto& [length, shift] : {std::pair{1, 1}, std::pair{1, 5}, std::pair{3, 3},
-                                      std::pair{3, 4}, std::pair{0, 1}}) {
+  for (const auto& [length, shift] :
+       {std::pair{1, 1}, std::pair{1, 5}, std::pair{3, 3}, std::pair{3, 4}, std::pair{0, 1}}) {
     SCOPED_TRACE(shift);
     Case c = GetParam().problem;
     c.problem.sequences = 4;
