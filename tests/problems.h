@@ -235,7 +235,7 @@ inline void fill_embeddings(const Case& c, Data& data, std::mt19937_64& random) 
   const Problem& p = data.problem;
   std::normal_distribution<double> normal;
   data.e = Array(p.e_type, p.sequences * p.e_sequence_stride);
-  for (std::int64_t row = 0; row < p.sequences * (p.length - p.shift); ++row) {
+  for (std::int64_t row = 0; row < row_count(p); ++row) {
     // E of rows that do not count stays NaN: it must have no effect.
     if (!data.counts(row)) continue;
     const std::int64_t position = reference::position_of_row(p, row);
@@ -293,7 +293,7 @@ inline Data make_data(const Case& c) {
   detail::fill_embeddings(c, data, random);
 
   const DType stat = reference::stat_type(p);
-  const std::int64_t N = p.sequences * (p.length - p.shift);
+  const std::int64_t N = row_count(p);
   if (p.has_bias) data.bias = detail::random_array(p.bias_type, p.V, -1, 1, random);
   if (p.has_bias && c.logits == Logits::flat) {
     for (std::int64_t v = 0; v < p.V; ++v) data.bias.set(v, 0.25);

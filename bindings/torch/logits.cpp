@@ -85,7 +85,7 @@ class Call {
     check_shapes(o_);
     device_.require_here(o_.targets, "targets");
     settle(in_place);
-    o_.targets = packed(o_.targets);
+    o_.targets = packed(o_.targets, "targets");
     problem.sequences = o_.logits.size(0);
     problem.length = o_.logits.size(1);
     problem.V = o_.logits.size(2);
@@ -153,7 +153,7 @@ class Call {
           "); pass logits.contiguous(), or leave the logits "
           "alone");
     }
-    z = z.is_contiguous() ? torch::stable::clone(z) : torch::stable::contiguous(z);
+    z = packed_copy(z, "the logits");
   }
 
   Operands o_;

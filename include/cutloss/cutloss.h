@@ -69,7 +69,8 @@ struct Problem {
   // E is (sequences, length, D); targets are (sequences, length), contiguous. With shift = k the
   // row at position p of a sequence predicts the target at position p + k, and the last k
   // positions of each sequence predict nothing. The rows of the loss are therefore
-  // (sequences, length - shift), in that order; every per-row array has that many entries.
+  // (sequences, length - shift), in that order; every per-row array has that many entries. Where
+  // length <= shift there are none.
   std::int64_t sequences = 1;
   std::int64_t length = 0;
   std::int64_t V = 0;
@@ -127,12 +128,12 @@ struct Problem {
 
 inline constexpr std::int64_t kDefaultWorkspace = std::int64_t{512} << 20;
 
-// sequences * (length - shift): the length of every per-row array.
+// sequences * (length - shift), or 0 where length <= shift: the length of every per-row array.
 std::int64_t row_count(const Problem& problem);
 
 // What was decided for a problem, and why. Made by make_plan, read by anybody.
 struct Plan {
-  Problem problem;  // with every stride filled in
+  Problem problem;  // with every stride filled in, and a shift of at most the length
   std::string engine;
   Schedule schedule = Schedule::none;
   // rows, upstream known at backward: forward keeps the logits, backward makes the gradients.

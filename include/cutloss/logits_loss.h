@@ -19,7 +19,8 @@ struct LogitsProblem {
   // Logits are (sequences, length, V), targets (sequences, length), contiguous. With shift = k the
   // logits at position p of a sequence are scored against the target at position p + k, and the
   // last k positions predict nothing: they are not rows, and their gradient is 0. The rows are
-  // (sequences, length - shift); every per-row array has that many entries.
+  // (sequences, length - shift); every per-row array has that many entries. Where length <= shift
+  // there are none, and the gradient is 0.
   std::int64_t sequences = 1;
   std::int64_t length = 0;
   std::int64_t V = 0;
@@ -68,7 +69,7 @@ struct LogitsArgs {
   void* stream = nullptr;  // CUDA: the cudaStream_t all work is ordered on
 };
 
-// sequences * (length - shift): the length of every per-row array.
+// sequences * (length - shift), or 0 where length <= shift: the length of every per-row array.
 std::int64_t row_count(const LogitsProblem& problem);
 
 // All throw Error(invalid_value, invalid_type, unsupported) before anything is written. A target

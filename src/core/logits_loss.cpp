@@ -39,9 +39,10 @@ void settle_strides(const LogitsProblem& p, std::int64_t& sequence, std::int64_t
   settle_stride(sequence, packed, p.sequences, (which + "sequence_stride").c_str());
 }
 
-// The problem with its strides filled in.
+// The problem with its strides filled in and its shift settled.
 LogitsProblem validated(LogitsProblem p) {
   check_positions(p.sequences, p.length, p.shift);
+  p.shift = settled_shift(p.length, p.shift);
   if (p.V < 1) refuse(text("V must be >= 1, got ", p.V));
   check_product("N x V", p.sequences * p.length, p.V);
   settle_strides(p, p.sequence_stride, p.row_stride, "");
@@ -134,7 +135,9 @@ Problem rows_of(const LogitsProblem& p) {
 
 }  // namespace
 
-std::int64_t row_count(const LogitsProblem& p) { return p.sequences * (p.length - p.shift); }
+std::int64_t row_count(const LogitsProblem& p) {
+  return p.sequences * (p.length - settled_shift(p.length, p.shift));
+}
 
 void forward(const LogitsProblem& problem, const LogitsArgs& args) {
   run(problem, args, {true, false});

@@ -1,9 +1,12 @@
 #include "cutloss/cutloss.h"
 
+#include "core/validate.h"
+
 namespace cutloss {
 
 std::int64_t row_count(const Problem& problem) {
-  return problem.sequences * (problem.length - problem.shift);
+  const Problem& p = problem;
+  return p.sequences * (p.length - settled_shift(p.length, p.shift));
 }
 
 std::string_view name(DType type) {

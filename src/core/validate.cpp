@@ -1,5 +1,6 @@
 #include "core/validate.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -80,10 +81,11 @@ void check_positions(std::int64_t sequences, std::int64_t length, std::int64_t s
     refuse_value(text("sequences and length must be >= 0, got ", sequences, " and ", length));
   }
   if (shift < 0) refuse_value(text("shift must be >= 0, got ", shift));
-  if (shift > 0 && shift >= length) {
-    refuse_value(text("shift must be smaller than the sequence length ", length, ", got ", shift));
-  }
   check_product("sequences x length", sequences, length);
+}
+
+std::int64_t settled_shift(std::int64_t length, std::int64_t shift) {
+  return std::min(shift, length);
 }
 
 void check_product(const char* what, std::int64_t a, std::int64_t b) {
@@ -139,6 +141,7 @@ void check_row_temperature(double own, double in_all, DType stat, Position at) {
 
 Problem validated(Problem p) {
   check_sizes(p);
+  p.shift = settled_shift(p.length, p.shift);
   settle_stride(p.e_row_stride, p.D, p.length, "e_row_stride");
   settle_stride(p.e_sequence_stride, (p.length > 0 ? p.length - 1 : 0) * p.e_row_stride + p.D,
                 p.sequences, "e_sequence_stride");

@@ -6,6 +6,9 @@ namespace cutloss {
 
 // What problems of either kind have in common. All throw Error(invalid_value).
 void check_positions(std::int64_t sequences, std::int64_t length, std::int64_t shift);
+// A sequence that is no longer than the shift predicts nothing, however long the shift is. Engines
+// see shifts of at most the length.
+std::int64_t settled_shift(std::int64_t length, std::int64_t shift);
 // a x b elements must have addresses.
 void check_product(const char* what, std::int64_t a, std::int64_t b);
 // Fills in a packed stride, or checks a given one.
@@ -23,7 +26,7 @@ void check_target(std::int64_t target, std::int64_t V, std::int64_t ignore_index
 void check_row_temperature(double own, double in_all, DType stat, Position at);
 
 // Every refusal that follows from the problem alone. Returns the problem with its strides filled
-// in. Throws Error(invalid_value | invalid_type).
+// in and its shift settled. Throws Error(invalid_value | invalid_type).
 Problem validated(Problem problem);
 
 // The sizes of numbers that have a reciprocal in a stat dtype: an option outside would silently
