@@ -3,7 +3,7 @@ of the model itself, logits are as without the compiler, and nothing of ours mak
 
 import copy
 import functools
-import os
+import threading
 import types
 import warnings
 
@@ -173,6 +173,26 @@ def test_nothing_is_compiled_again():
     for _ in range(4):
         compiled(**inputs)
     assert counter.frame_count == first
+
+
+def test_code_compiled_in_one_thread_asks_the_state_of_another():
+    """While a training call runs here, another thread calls what was compiled here."""
+    model, inputs = cutloss.patch(make(LLAMA, num_hidden_layers=1)), batch()
+    without = {k: v for k, v in inputs.items() if k != "labels"}
+    compiled, plain = torch.compile(model, backend="eager"), type(model).loss_function.fget(model)
+    want, seen = compiled(**without).logits, []
+
+    @torch.compiler.disable
+    def loss_function(logits, labels, vocab_size, **kwargs):
+        thread = threading.Thread(target=lambda: seen.append(compiled(**without).logits))
+        thread.start()
+        thread.join(60)
+        return plain(logits, labels, vocab_size, **kwargs)
+
+    model.loss_function = loss_function
+    output = compiled(**inputs)
+    assert output.logits is None and output.loss > 0
+    torch.testing.assert_close(seen[0], want)
 
 
 def test_a_patch_that_is_gone_is_said():

@@ -12,6 +12,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from architectures import V, batch, make
 from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from test_transformers import NoLogits, assert_same, run
+from trl.trainer.utils import add_fused_lm_head
 
 import cutloss
 
@@ -54,7 +55,9 @@ def test_accelerates_mixed_precision(keep):
     inner = accelerator.unwrap_model(prepared, keep_fp32_wrapper=keep)
     assert inner is model and inner(**batch()).logits is None
     if keep:
+        over = inner.__dict__["forward"]
         cutloss.unpatch(inner)
+        assert inner.__dict__["forward"] is over  # and does its work still
         assert inner(**batch()).logits.shape == (2, 10, V)
         inner = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
         assert_stock(inner)
@@ -111,6 +114,7 @@ def wrapped(model):
     """As somebody does who knows nothing of us. Returns what was there."""
     inner = model.forward
 
+    @functools.wraps(inner)
     def forward(*args, **kwargs):
         return inner(*args, **kwargs)
 
@@ -153,31 +157,32 @@ def test_a_forward_of_ones_own_comes_back():
     assert model.forward is own
 
 
+def under_a_hook(model):
+    """Which calls the model's own forward, and not what was there."""
+    add_hook_to_module(model, ModelHook())
+    model._old_forward = types.MethodType(type(model).forward, model)
+
+
 TAKEN_OFF = {
     "deleted": lambda m: m.__dict__.pop("forward"),
     "put back": lambda m: setattr(m, "forward", types.MethodType(type(m).forward, m)),
     "replaced": lambda m: setattr(m, "forward", functools.partial(type(m).forward, m)),
+    "under a hook": under_a_hook,
 }
 
 
 @pytest.mark.parametrize("how", TAKEN_OFF)
-@pytest.mark.parametrize("hooked", [False, True])
-def test_taken_off_is_said(how, hooked):
+def test_taken_off_is_said(how):
     """In the first training call with labels; other calls need no patch."""
     model, stock, inputs = cutloss.patch(make(LLAMA)), make(LLAMA), batch()
-    if hooked:  # which calls the model's own forward, and not what was there
-        add_hook_to_module(model, ModelHook())
-        model._old_forward = types.MethodType(type(model).forward, model)
-    else:
-        TAKEN_OFF[how](model)
+    TAKEN_OFF[how](model)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="no part in this call of LlamaFor.*unpatch"):
+        with pytest.raises(RuntimeError, match="no part in .* is now .*forward.*unpatch"):
             model(**inputs)
     ids = inputs["input_ids"]
     assert torch.equal(model(ids).logits, stock(ids).logits)
     assert torch.equal(model.eval()(**inputs).logits, stock.eval()(**inputs).logits)
-    if not hooked:
-        assert_leads_back(model.train())
+    assert_leads_back(model.train())
 
 
 def test_labels_by_position_are_seen():
@@ -214,6 +219,18 @@ def test_taken_off_under_an_adapter(name):
         cutloss.unpatch(each)
         assert each(**inputs).logits is not None
         assert cutloss.patch(each)(**inputs).logits is None
+
+
+def test_the_forward_of_trl_is_said():
+    """It reads the classifier's weight, and never calls the model's own forward."""
+    model, inputs = cutloss.patch(make(LLAMA)), batch()
+    add_fused_lm_head(model)
+    assert_patched(model)  # without fused_lm_head it calls the patch
+    with pytest.raises(RuntimeError, match="is now .*/trl/trainer/utils.py.*trainers of cutloss.trl"):
+        model(**inputs, fused_lm_head=True)
+    cutloss.unpatch(model)
+    assert model(**inputs, fused_lm_head=True).loss > 0
+    assert_stock(model)
 
 
 def test_a_copy_is_told_for_itself():

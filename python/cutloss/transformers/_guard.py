@@ -1,7 +1,7 @@
 """Hooks on a patched model that notice a training call in which the patch had no part.
 
-The patch is a forward on the instance. Other libraries put theirs over it, which calls it, or in its
-place, which does not: then the loss would be made from logits again, and nobody told.
+The patch is a forward on the instance. Other libraries put theirs over it, which calls it, or in
+its place, which does not: then the loss would be made from logits again, and nobody told.
 """
 
 import functools
@@ -61,15 +61,17 @@ def _after(place: int | None, module: nn.Module, args: tuple, kwargs: dict, outp
         raise RuntimeError(
             f"cutloss.patch had no part in this call of {type(module).__name__} with labels: "
             f"after it was patched its forward was replaced, or put back to what it was "
-            f"before, and is now {_described(module)}. Call cutloss.unpatch(model), then "
-            f"cutloss.patch(model) again if the loss is to be made by cutloss"
+            f"before, and is now {_described(module)}. Call cutloss.unpatch(model) if that forward "
+            f"is the one you want, and cutloss.patch(model) after it for a loss by cutloss; with "
+            f"TRL take the trainers of cutloss.trl"
         )
 
 
 def _described(module: nn.Module) -> str:
+    """Its forward. A wrapper may have the name of what it wraps; where its code is tells more."""
     if hasattr(module, "get_base_model"):
         module = module.get_base_model()
-    forward = module.forward
-    forward = getattr(forward, "func", forward)  # of a functools.partial
+    forward = getattr(module.forward, "func", module.forward)  # of a functools.partial
     name = getattr(forward, "__qualname__", type(forward).__qualname__)
-    return f"{forward.__module__}.{name}"
+    code = getattr(forward, "__code__", None)
+    return f"{name} of {code.co_filename}, line {code.co_firstlineno}" if code else name

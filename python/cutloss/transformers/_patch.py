@@ -25,6 +25,7 @@ class _Patch:
         is_of_class = getattr(before, "__func__", None) is type(model).forward
         self.before = None if is_of_class else before  # the instance's own, where it has one
         self.place_of_labels = _guard.place_of_labels(model)
+        self.forward = None  # the function that was put there, as no wrapper of it is
         self.guards: list = []  # what removes the hooks
 
     def stock(self, model: nn.Module):
@@ -59,7 +60,9 @@ def patch(
 
     Patch before the model is wrapped or compiled (DDP, FSDP, ``accelerator.prepare``,
     ``torch.compile``); an adapter may come before or after. Under DataParallel a
-    patched model does not work: start one process for each GPU.
+    patched model does not work: start one process for each GPU. What other libraries put over the
+    model's forward later they may take off again. Where their forward takes the place of the patch,
+    the next training call with labels raises RuntimeError.
 
     :param model: A model of Transformers that has ``get_output_embeddings()``, an nn.Linear (with
         or without bias, tied or not, under PEFT's LoRA or modules_to_save), or a PeftModel of one.
@@ -94,8 +97,8 @@ def patch(
     _switch.prepare(target, switch)
     patches = target.__dict__.setdefault(_guard.NAME, [])
     patches.append(held)
-    forward = _forward_of(len(patches) - 1, type(target).forward)
-    target.__dict__[place_of_forward(target)] = MethodType(forward, target)
+    held.forward = _forward_of(len(patches) - 1, type(target).forward)
+    target.__dict__[place_of_forward(target)] = MethodType(held.forward, target)
     for module in [target] if model is target else [target, model]:
         held.guards += _guard.install(module)
     if verify:
@@ -128,18 +131,18 @@ def _active(target: nn.Module) -> _Patch | None:
 
 def _take_off(target: nn.Module) -> None:
     """Forwards of undone patches, where nobody has wrapped them."""
-    patches = target.__dict__.get(_guard.NAME, [])
+    patches: list[_Patch] = target.__dict__.get(_guard.NAME, [])
     place = place_of_forward(target)
     while True:
-        level = getattr(target.__dict__.get(place), "_level_of_cutloss", None)
-        if level is None or patches[level].switch is not None:
+        function = getattr(target.__dict__.get(place), "__func__", None)
+        found = [p for p in patches if p.forward is function and p.switch is None]
+        if not found:
             break
-        before = patches[level].before
-        if before is not None or place != "forward":
-            target.__dict__[place] = before or MethodType(type(target).forward, target)
+        if found[0].before is not None or place != "forward":
+            target.__dict__[place] = found[0].stock(target)
         else:
             del target.__dict__[place]
-        if level == len(patches) - 1:
+        if found[0] is patches[-1]:
             patches.pop()
     if not patches:
         target.__dict__.pop(_guard.NAME, None)
@@ -199,7 +202,6 @@ def _forward_of(level: int, of_class):
     functools.update_wrapper(forward, of_class)
     del forward.__wrapped__
     forward.__signature__ = inspect.signature(of_class)  # generate and Trainer read it
-    forward._level_of_cutloss = level
     return forward
 
 
