@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import operator
+import threading
 from types import MethodType
 
 import torch
@@ -20,12 +21,16 @@ NAME = "_cutloss_switch"  # the attribute of both
 class Switch:
     options: dict  # of linear_cross_entropy, always
     training_options: dict  # of linear_cross_entropy, in training
-    on: bool = False  # the classifier's layers return UnmadeLogits
     training: bool = False
     losses: int = 0  # how many were computed
     probes: list[Tensor] | None = None  # gets the inputs of the classifier's layers
     seen: list[nn.Module] = dataclasses.field(default_factory=list)  # all of the classifier
     layers: list[nn.Linear] = dataclasses.field(default_factory=list)  # those that are changed
+
+    @property
+    def on(self) -> bool:
+        """Whether the classifier's layers return UnmadeLogits, for the call that is running."""
+        return _CALL.switch is self
 
     def __deepcopy__(self, memo: dict) -> "Switch":
         layers = copy.deepcopy(self.layers, memo)
@@ -48,6 +53,27 @@ class Switch:
             options[name] = value or options.get(name, 0.0)
         self.losses += 1
         return _unmade.loss(logits, target, options)
+
+
+class _Call(threading.local):
+    """What belongs to the call that a thread is in, and not to the model: another thread, and a
+    call inside of this one, get logits. (torch.compile traces a threading.local, and graph-breaks
+    at a ContextVar.)"""
+
+    switch: Switch | None = None  # the one that is on
+
+
+_CALL = _Call()
+
+
+def turned_on(switch: Switch | None, function, *args, **kwargs):
+    """``function(*args, **kwargs)`` with this switch on and every other off; None: all off."""
+    before = _CALL.switch
+    _CALL.switch = switch
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _CALL.switch = before
 
 
 def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
@@ -105,11 +131,8 @@ def remove(switch: Switch) -> None:
 def without_logits(switch: Switch, model: nn.Module, stock, args: tuple, kwargs: dict):
     """The outputs of a forward that computes its loss on UnmadeLogits."""
     before = switch.losses
-    switch.on, switch.training = True, model.training
-    try:
-        output = stock(*args, **kwargs)
-    finally:
-        switch.on = False
+    switch.training = model.training
+    output = turned_on(switch, stock, *args, **kwargs)
     if switch.losses == before:
         raise NotImplementedError(
             f"the forward of {type(model).__name__} returned without taking a cross-entropy of "
