@@ -1,4 +1,4 @@
-"""The forward that cutloss puts on a model in place of ``trl.trainer.utils.add_fused_lm_head``'s."""
+"""The forward that cutloss puts on a model in place of that of TRL's ``add_fused_lm_head``."""
 
 import contextlib
 import functools
@@ -30,8 +30,8 @@ class Use:
 
     def __init__(self):
         self.refusal = ""  # of a step whose loss comes from elsewhere
-        self.called = False  # in this step
-        self.in_backward = False  # in this step
+        self.called = False  # for this loss
+        self.in_backward = False  # of this step
 
     def watch(self, result: Tensor) -> None:
         self.called = True
@@ -45,13 +45,13 @@ class Use:
 
     def check_logits(self) -> None:
         """Before they are made, with gradients, and perhaps find no memory."""
-        if _CALL.step is self and not self.called and torch.is_grad_enabled():
+        if _CALL.loss_of is self and not self.called and torch.is_grad_enabled():
             raise NotImplementedError(self.refusal)
 
 
 class _Call(threading.local):
     label_smoothing = 0.0
-    step: "Use | None" = None
+    loss_of: "Use | None" = None
 
 
 _CALL = _Call()
@@ -71,16 +71,23 @@ def label_smoothing(value: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def training_step(use: Use) -> Iterator[None]:
-    """Within, in this thread, gradients have to come from the forward of cutloss: the error comes
-    before logits are made for them where that is what happens first, and else after backward."""
-    use.called = use.in_backward = False
-    _CALL.step = use
+    """Within, some gradient has to come from the forward of cutloss."""
+    use.in_backward = False
+    yield
+    if not use.in_backward:
+        raise NotImplementedError(use.refusal)
+
+
+@contextlib.contextmanager
+def loss_of(use: Use) -> Iterator[None]:
+    """Within, in this thread, a loss is made: a first call of the model that makes logits, with
+    gradients, is not for something else."""
+    before, _CALL.loss_of = _CALL.loss_of, use
+    use.called = False
     try:
         yield
     finally:
-        _CALL.step = None
-    if not use.in_backward:
-        raise NotImplementedError(use.refusal)
+        _CALL.loss_of = before
 
 
 def add_fused_lm_head(

@@ -14,7 +14,7 @@ import inspect
 import sys
 
 from . import _trl_losses
-from ._trl_head import Use, add_fused_lm_head, training_step, version
+from ._trl_head import Use, add_fused_lm_head, loss_of, training_step, version
 from .transformers._patch import unwrapped
 
 _TRAINERS = {
@@ -85,6 +85,10 @@ class _WithCutloss:
     def training_step(self, *args, **kwargs):
         with training_step(self._cutloss_use):
             return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args, **kwargs):
+        with loss_of(self._cutloss_use):
+            return super().compute_loss(*args, **kwargs)
 
 
 def _loss_of_its_own(trainer: type) -> str:

@@ -106,7 +106,10 @@ def test_gkd_in_evaluation(tokenizer, tmp_path):
     """Logits are made where metrics want them."""
     from trl.experimental.gkd import GKDTrainer
 
-    want = gkd(GKDTrainer, make(LLAMA), tokenizer, tmp_path).evaluate()["eval_loss"]
+    stock = gkd(GKDTrainer, make(LLAMA), tokenizer, tmp_path)
+    want = stock.evaluate()["eval_loss"]
+    with NoLogitsOfSequences(), pytest.raises(AssertionError, match="made a tensor"):
+        stock.evaluate()
     trainer = gkd(cutloss.trl.GKDTrainer, make(LLAMA), tokenizer, tmp_path)
     with NoLogitsOfSequences():
         assert trainer.evaluate()["eval_loss"] == pytest.approx(want, rel=1e-5)
@@ -271,6 +274,21 @@ def test_calls_of_other_threads_and_inside_get_logits(tokenizer, tmp_path):
     log_p = torch.log_softmax(want[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
     counts = inputs["labels"][:, 1:] != -100
     torch.testing.assert_close(outputs.log_probs, log_p * counts, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reward_that_calls_the_policy(tokenizer, tmp_path):
+    """With gradients, though nobody wants them: it is in the step, and not in the loss."""
+    trainer = grpo(cutloss.trl.GRPOTrainer, make(LLAMA), tokenizer, tmp_path)
+    shapes = []
+
+    def reward(completion_ids, **_):
+        with torch.enable_grad():
+            logits = [trainer.model(torch.tensor([ids])).logits for ids in completion_ids]
+        shapes.extend(z.shape for z in logits)
+        return [z.mean().item() for z in logits]
+
+    trainer.reward_funcs[0] = reward
+    assert history(trainer) and all(shape[-1] == 97 for shape in shapes) and shapes
 
 
 def test_grpo_with_a_step_of_accumulation(tokenizer, tmp_path):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import trl
+from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import V, batch, make
 from test_trainers import assert_same, grpo, history, tokenizer, without_logits_in_the_loss
 from test_transformers import NoLogits, run
@@ -137,6 +138,25 @@ def test_a_wider_input():
     want = model(**batch()).loss
     cutloss.patch(model)
     torch.testing.assert_close(model(**batch()).loss, want, rtol=2e-3, atol=0)
+
+
+def test_under_a_hook_of_accelerate():
+    """Which keeps the forward that it finds."""
+    model = cast_model(forward_of_instance)
+    want = model(**batch()).loss
+    add_hook_to_module(model.lm_head, ModelHook())
+    cutloss.patch(model)
+    with NoLogits():
+        got = model(**batch()).loss
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    cutloss.unpatch(model)
+    torch.testing.assert_close(model(**batch()).loss, want, rtol=0, atol=0)
+
+    model = make(LLAMA)
+    model.lm_head.forward = lambda x: F.linear(x, model.lm_head.weight) * 2
+    add_hook_to_module(model.lm_head, ModelHook())
+    with pytest.raises(NotImplementedError, match="a forward of its own on the instance"):
+        cutloss.patch(model)
 
 
 # What does more -----------------------------------------------------------------------------------
