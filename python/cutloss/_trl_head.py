@@ -135,10 +135,11 @@ def add_fused_lm_head(
                 labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
             )
             kwargs.update({k: v for k, v in given.items() if v is not None})
-            return _switch.turned_on(None, stock, *args, **kwargs)
+            return _switch.with_logits(switch, stock, args, kwargs)
         kwargs.update(use_cache=False, return_dict=True)
         _switch.prepare(self, switch)
-        output = _switch.turned_on(switch, stock, *args, **kwargs)
+        training = self.training
+        output, _ = _switch.without_logits(switch, training, stock, args, kwargs)
         if not isinstance(output.logits, UnmadeLogits):
             raise NotImplementedError(
                 f"the forward of {type(self).__name__} returned logits that are not its "

@@ -237,7 +237,7 @@ def refused(change, match, name=LLAMA, error=NotImplementedError):
     with pytest.raises(error, match=match):
         cutloss.patch(model)
     if isinstance(model, transformers.LlamaForCausalLM):
-        assert "forward" not in model.__dict__ and "_cutloss_patch" not in model.__dict__
+        assert "forward" not in model.__dict__ and "_cutloss_patches" not in model.__dict__
         head = model.get_output_embeddings()
         assert not any("cutloss" in key for m in head.modules() for key in m.__dict__)
 
@@ -342,9 +342,6 @@ def test_wrapped_models():
     model = cutloss.patch(make(LLAMA))
     with pytest.raises(ValueError, match="patched already"):
         cutloss.patch(model)
-    model.forward = lambda **inputs: None
-    with pytest.raises(ValueError, match="was wrapped after cutloss.patch"):
-        cutloss.unpatch(model)
     with pytest.raises(ValueError, match="is not patched"):
         cutloss.unpatch(make(LLAMA))
 

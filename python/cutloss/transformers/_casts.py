@@ -59,9 +59,10 @@ def result(layer: nn.Linear, value: object) -> dict:
 def of_layer(layer: nn.Linear, own: Callable[[Tensor], Tensor] | None) -> Cast | None:
     """None where its forward, which is not nn.Linear's, does more than to cast, or nothing."""
     found = layer.__dict__.get(NAME)
-    if found is not None and found.checked == id(layer):
-        return found
-    own = own if found is None else found.own
+    if found is not None and own is None:
+        if found.checked == id(layer):
+            return found
+        own = found.own
     if not _is_all(layer, layer):
         return None
     forward = own or (lambda x: type(layer).forward(layer, x))

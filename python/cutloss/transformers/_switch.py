@@ -20,19 +20,44 @@ NAME = "_cutloss_switch"  # the attribute of both
 
 
 @dataclasses.dataclass(eq=False)
+class Now:
+    """What holds for the innermost call of the model that is running in this thread."""
+
+    on: bool = False  # the classifier's layers return UnmadeLogits
+    training: bool = False
+    took_loss: bool = False
+    probes: list[Tensor] | None = None  # gets the inputs of the classifier's layers
+    reached: bool = False  # the patch took part in the call that ended last
+
+
+class _OfThread(threading.local):
+    """A thread's Now, made once and then changed in place: torch.compile follows changes of a plain
+    object, loses assignments to a threading.local where the graph breaks, and can not read a
+    ContextVar."""
+
+    def __init__(self):
+        self.now = Now()
+
+
+@dataclasses.dataclass(eq=False)
 class Switch:
     options: dict  # of linear_cross_entropy, always
     training_options: dict  # of linear_cross_entropy, in training
-    training: bool = False
-    losses: int = 0  # how many were computed
-    probes: list[Tensor] | None = None  # gets the inputs of the classifier's layers
+    of_thread: _OfThread = dataclasses.field(default_factory=_OfThread)
     seen: list[nn.Module] = dataclasses.field(default_factory=list)  # all of the classifier
     layers: list[nn.Linear] = dataclasses.field(default_factory=list)  # those that are changed
 
     @property
+    def now(self) -> Now:
+        return self.of_thread.now
+
+    @property
     def on(self) -> bool:
-        """Whether the classifier's layers return UnmadeLogits, for the call that is running."""
-        return _CALL.switch is self
+        return self.now.on
+
+    @on.setter
+    def on(self, value: bool) -> None:
+        self.now.on = value
 
     def __deepcopy__(self, memo: dict) -> "Switch":
         layers = copy.deepcopy(self.layers, memo)
@@ -46,36 +71,15 @@ class Switch:
 
     def loss(self, logits: UnmadeLogits, target: Tensor, given: dict) -> Tensor:
         options = {**given, **self.options}
-        for name, value in (self.training_options if self.training else {}).items():
+        for name, value in (self.training_options if self.now.training else {}).items():
             if value and options.get(name):
                 raise ValueError(
                     f"{name} is given twice, as {value} to cutloss.patch and as {options[name]} "
                     f"by the model's own loss: leave one out"
                 )
             options[name] = value or options.get(name, 0.0)
-        self.losses += 1
+        self.now.took_loss = True
         return _unmade.loss(logits, target, options)
-
-
-class _Call(threading.local):
-    """What belongs to the call that a thread is in, and not to the model: another thread, and a
-    call inside of this one, get logits. (torch.compile traces a threading.local, and graph-breaks
-    at a ContextVar.)"""
-
-    switch: Switch | None = None  # the one that is on
-
-
-_CALL = _Call()
-
-
-def turned_on(switch: Switch | None, function, *args, **kwargs):
-    """``function(*args, **kwargs)`` with this switch on and every other off; None: all off."""
-    before = _CALL.switch
-    _CALL.switch = switch
-    try:
-        return function(*args, **kwargs)
-    finally:
-        _CALL.switch = before
 
 
 def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
@@ -84,11 +88,14 @@ def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
     if cutloss_inside is not None:
         with cast.autocast(hidden.device) if cast else contextlib.nullcontext():
             return _casts.result(self, cutloss_inside(hidden, self))
-    switch = getattr(self, NAME)
-    if switch.probes is not None:
+    switch = self.__dict__.get(NAME)
+    if switch is None:  # what wraps this forward kept it after it was removed
+        return cast.logits(self, hidden) if cast else F.linear(hidden, self.weight, self.bias)
+    now = switch.now
+    if now.probes is not None:
         hidden = hidden.detach().requires_grad_()
-        switch.probes.append(hidden)
-    if not switch.on:
+        now.probes.append(hidden)
+    if not now.on:
         return cast.logits(self, hidden) if cast else F.linear(hidden, self.weight, self.bias)
     hidden = cast.operand(self, hidden) if cast else hidden
     return UnmadeLogits((Term(hidden, self, 1.0),), switch.loss)
@@ -135,18 +142,39 @@ def remove(switch: Switch) -> None:
         _remove(module)
 
 
-def without_logits(switch: Switch, model: nn.Module, stock, args: tuple, kwargs: dict):
-    """The outputs of a forward that computes its loss on UnmadeLogits."""
-    before = switch.losses
-    switch.training = model.training
-    output = turned_on(switch, stock, *args, **kwargs)
-    if switch.losses == before:
+def without_logits(switch: Switch, training: bool, function, args: tuple, kwargs: dict):
+    """The outputs of ``function(*args, **kwargs)``, a model's forward, in which the classifier
+    makes no logits; and whether a loss was taken of them. Another call of the model inside of it,
+    as a loss function may make, has a state of its own."""
+    return _with(switch, True, training, function, args, kwargs)
+
+
+def with_logits(switch: Switch, function, args: tuple, kwargs: dict):
+    """The outputs of a forward in which the classifier makes logits, whatever it does outside."""
+    if not switch.now.on:
+        return function(*args, **kwargs)
+    return _with(switch, False, False, function, args, kwargs)[0]
+
+
+def _with(switch: Switch, on: bool, training: bool, function, args: tuple, kwargs: dict):
+    now = switch.now
+    before = now.on, now.training, now.took_loss
+    now.on, now.training, now.took_loss = on, training, False
+    try:
+        output = function(*args, **kwargs)
+        took_loss = now.took_loss
+    finally:
+        now.on, now.training, now.took_loss = before
+    return output, took_loss
+
+
+def check_loss(took_loss: bool, model: nn.Module) -> None:
+    if not took_loss:
         raise NotImplementedError(
             f"the forward of {type(model).__name__} returned without taking a cross-entropy of "
             f"what its classifier makes (another library may have replaced it, or it reads the "
             f"classifier's weight itself): cutloss.patch can not compute its loss"
         )
-    return output
 
 
 def shape(weight: Tensor) -> torch.Size:
@@ -185,32 +213,43 @@ def _layers(head: nn.Module, owner: str) -> dict[nn.Linear, Cast | None]:
     return casts
 
 
+def place_of_forward(module: nn.Module) -> str:
+    """The attribute of an instance whose function runs innermost: under a hook of accelerate, which
+    keeps there what it found, and puts it back when it is removed."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
 def _install(module: nn.Linear, switch: Switch, cast: Cast | None) -> None:
     if module.__dict__.get(NAME) is switch:
         return
+    place = place_of_forward(module)
+    if NAME not in module.__dict__ or place not in module.__dict__:
+        module.__dict__[place] = MethodType(_forward, module)
     module.__dict__[NAME] = switch
     if cast is not None:
         module.__dict__[_casts.NAME] = cast
-    of_hook = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate's
-    module.__dict__[of_hook] = MethodType(_forward, module)
 
 
 def _remove(module: nn.Linear) -> None:
     module.__dict__.pop(NAME, None)  # a model with the same classifier may have been first
+    place = place_of_forward(module)
+    if getattr(module.__dict__.get(place), "__func__", None) is not _forward:
+        return  # of somebody else, who may call ours
     cast = _casts.forget(module)
     own = cast.own if cast else None
-    if hasattr(module, "_hf_hook"):
-        module._old_forward = own or MethodType(type(module).forward, module)
-    elif own:
-        module.forward = own
+    if own is not None:
+        module.__dict__[place] = own
+    elif place == "_old_forward":
+        module._old_forward = MethodType(type(module).forward, module)
     else:
-        module.__dict__.pop("forward", None)
+        del module.__dict__["forward"]
 
 
 def _own_forward(module: nn.Linear):
-    """That of the instance, under what accelerate puts there; None where it is the class's."""
-    own = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
-    known = own is None or getattr(own, "__func__", None) in (type(module).forward, _forward)
+    """That of the instance before it was patched; None where it was the class's."""
+    own = module.__dict__.get(place_of_forward(module))
+    known = NAME in vars(module) or own is None
+    known = known or getattr(own, "__func__", None) in (type(module).forward, _forward)
     return None if known else own
 
 

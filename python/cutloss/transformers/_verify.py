@@ -22,30 +22,32 @@ def verify(model: nn.Module, switch: Switch, stock) -> None:
     name = type(model).__name__
     with _as_it_was(model, switch):
         try:
-            switch.probes = []
+            switch.now.probes = []
             output = stock(**inputs)
             want = _loss(output)
-            want_grads = torch.autograd.grad(want, switch.probes) if switch.probes else ()
+            want_grads = torch.autograd.grad(want, switch.now.probes) if switch.now.probes else ()
         except Exception as error:
             raise RuntimeError(
                 f"cutloss.patch compares its loss with that of {name} on a tiny batch, which the "
                 f"model itself can not take (see above): pass verify=False and compare on a batch "
                 f"of yours"
             ) from error
-        if not switch.probes:
+        if not switch.now.probes:
             raise NotImplementedError(
                 f"the forward of {name} computes its loss without a call of its classifier "
                 f"(another library may have replaced it): cutloss.patch can not take part in it"
             )
-        switch.probes = []
+        switch.now.probes = []
         try:
-            got = _loss(_switch.without_logits(switch, model, stock, (), inputs))
+            output, took_loss = _switch.without_logits(switch, model.training, stock, (), inputs)
+            _switch.check_loss(took_loss, model)
+            got = _loss(output)
         except LogitsNotMadeError as error:
             raise NotImplementedError(
                 f"cutloss.patch can not do the forward of {name}, and leaves the model as it was: "
                 f"{error}"
             ) from error
-        got_grads = torch.autograd.grad(got, switch.probes)
+        got_grads = torch.autograd.grad(got, switch.now.probes)
 
     # A classifier that casts its input may be in fewer bits than that.
     dtypes = {want_grads[0].dtype, switch.layers[0].weight.dtype}
@@ -130,7 +132,7 @@ def _as_it_was(model: nn.Module, switch: Switch):
                 p.requires_grad_(False)
             yield
     finally:
-        switch.probes = None
+        switch.now.probes = None
         for p in wanted:
             p.requires_grad_(True)
         for module, training in modes:
