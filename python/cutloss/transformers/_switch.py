@@ -1,5 +1,6 @@
 """What a patched model and the classifier in it share: whether logits are made just now."""
 
+import contextlib
 import copy
 import dataclasses
 import operator
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _sharded
-from . import _unmade
+from . import _casts, _unmade
+from ._casts import Cast
 from ._unmade import Term, UnmadeLogits
 
 NAME = "_cutloss_switch"  # the attribute of both
@@ -82,17 +84,20 @@ class Switch:
 
 def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
     """Of an nn.Linear that makes logits, in place of its own."""
+    cast: Cast | None = self.__dict__.get(_casts.NAME)
     if cutloss_inside is not None:
-        return {"cutloss": cutloss_inside(hidden, self)}
+        with cast.autocast(hidden.device) if cast else contextlib.nullcontext():
+            return _casts.result(self, cutloss_inside(hidden, self))
     switch = self.__dict__.get(NAME)
     if switch is None:  # what wraps this forward kept it after it was removed
-        return F.linear(hidden, self.weight, self.bias)
+        return cast.logits(self, hidden) if cast else F.linear(hidden, self.weight, self.bias)
     now = switch.now
     if now.probes is not None:
         hidden = hidden.detach().requires_grad_()
         now.probes.append(hidden)
     if not now.on:
-        return F.linear(hidden, self.weight, self.bias)
+        return cast.logits(self, hidden) if cast else F.linear(hidden, self.weight, self.bias)
+    hidden = cast.operand(self, hidden) if cast else hidden
     return UnmadeLogits((Term(hidden, self, 1.0),), switch.loss)
 
 
@@ -104,29 +109,31 @@ def prepare(model: nn.Module, switch: Switch) -> None:
     if same and all(m.__dict__.get(NAME) is switch for m in switch.layers):
         _check_hooks(switch.layers, type(model).__name__)
         return
-    found = _layers(head, type(model).__name__)
+    casts = _layers(head, type(model).__name__)
+    found = list(casts)
     _check_hooks(found, type(model).__name__)
     for module in switch.layers:
         if not any(module is m for m in found):
             _remove(module)
-    for module in found:
-        _install(module, switch)
+    for module, cast in casts.items():
+        _install(module, switch, cast)
     switch.layers, switch.seen = found, modules
 
 
 def _check_hooks(layers: list[nn.Linear], owner: str) -> None:
     """The layers are called once for their promise and once for the loss, whose inputs and outputs
-    are not logits: hooks would run twice, or not see what they are for."""
+    are not logits: hooks would run twice, or not see what they are for. Casts do no harm."""
     for module in layers:
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        hooks += [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
-        for hook in hooks:
+        hooks = [(hook, True) for hook in module._forward_pre_hooks.values()]
+        hooks += [(hook, False) for hook in module._forward_hooks.values()]
+        odd = [h for h, of_input in hooks if not _casts.is_cast(module, h, of_input)]
+        for hook in [*odd, *module._backward_pre_hooks.values(), *module._backward_hooks.values()]:
             if not _sharded.only_gathers(hook):
                 raise NotImplementedError(
                     f"the classifier of {owner}, of type {type(module).__name__}, has a hook "
                     f"({getattr(hook, '__qualname__', type(hook).__name__)}), which a loss without "
-                    f"logits can not call as it is meant: remove it, put it on another module, or "
-                    f"leave this model as it is"
+                    f"logits can not call as it is meant (one that only casts its input or output "
+                    f"is known): remove it, put it on another module, or leave this model as it is"
                 )
 
 
@@ -175,20 +182,35 @@ def shape(weight: Tensor) -> torch.Size:
     return getattr(weight, "ds_shape", weight.shape)
 
 
-def _layers(head: nn.Module, owner: str) -> list[nn.Linear]:
+def _layers(head: nn.Module, owner: str) -> dict[nn.Linear, Cast | None]:
     """Those layers of a classifier that make logits, or a part of them: itself; of an adapter the
-    wrapped one and each lora_B."""
+    wrapped one and each lora_B; of a wrapper that casts the wrapped one. And how they cast."""
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or len(shape(weight)) != 2:
-        raise NotImplementedError(
-            f"the classifier of {owner} is a {type(head).__name__} without a weight (V, D): "
-            f"cutloss.patch knows an nn.Linear, alone or under PEFT's LoRA or modules_to_save"
-        )
+        wrapped = _casts.of_wrapper(head)
+        if wrapped is None:
+            raise NotImplementedError(
+                f"the classifier of {owner} is a {type(head).__name__} without a weight (V, D): "
+                f"cutloss.patch knows an nn.Linear, alone, under PEFT's LoRA or modules_to_save, "
+                f"or in a module that does nothing but cast what goes in or comes out"
+            )
+        layer, cast = wrapped
+        if _check(layer, owner) is not None:
+            raise NotImplementedError(
+                f"the classifier of {owner} casts in its {type(head).__name__} and in the "
+                f"{type(layer).__name__} inside of it: leave one of them out"
+            )
+        return {layer: cast}
     leaves = [m for m in head.modules() if "weight" in dict(m.named_parameters(recurse=False))]
     found = [m for m in leaves if shape(m.weight)[:1] == shape(weight)[:1]]
-    for module in found or [head]:
-        _check(module, owner)
-    return found or [head]
+    casts = {module: _check(module, owner) for module in found or [head]}
+    if len(casts) > 1 and any(cast and cast.outside_autocast for cast in casts.values()):
+        raise NotImplementedError(
+            f"the classifier of {owner} is under an adapter and has a forward of its own that "
+            f"leaves autocast, which cutloss can not do for the sum of both: leave the classifier "
+            f"out of the adapter (target_modules), or out of autocast the model"
+        )
+    return casts
 
 
 def place_of_forward(module: nn.Module) -> str:
@@ -197,13 +219,15 @@ def place_of_forward(module: nn.Module) -> str:
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
-def _install(module: nn.Linear, switch: Switch) -> None:
+def _install(module: nn.Linear, switch: Switch, cast: Cast | None) -> None:
     if module.__dict__.get(NAME) is switch:
         return
     place = place_of_forward(module)
     if NAME not in module.__dict__ or place not in module.__dict__:
         module.__dict__[place] = MethodType(_forward, module)
     module.__dict__[NAME] = switch
+    if cast is not None:
+        module.__dict__[_casts.NAME] = cast
 
 
 def _remove(module: nn.Linear) -> None:
@@ -211,13 +235,25 @@ def _remove(module: nn.Linear) -> None:
     place = place_of_forward(module)
     if getattr(module.__dict__.get(place), "__func__", None) is not _forward:
         return  # of somebody else, who may call ours
-    if place == "_old_forward":
+    cast = _casts.forget(module)
+    own = cast.own if cast else None
+    if own is not None:
+        module.__dict__[place] = own
+    elif place == "_old_forward":
         module._old_forward = MethodType(type(module).forward, module)
     else:
         del module.__dict__["forward"]
 
 
-def _check(module: nn.Module, owner: str) -> None:
+def _own_forward(module: nn.Linear):
+    """That of the instance before it was patched; None where it was the class's."""
+    own = module.__dict__.get(place_of_forward(module))
+    known = NAME in vars(module) or own is None
+    known = known or getattr(own, "__func__", None) in (type(module).forward, _forward)
+    return None if known else own
+
+
+def _check(module: nn.Module, owner: str) -> Cast | None:
     kind = type(module)
     if kind.__module__.startswith("peft."):
         raise NotImplementedError(
@@ -225,7 +261,13 @@ def _check(module: nn.Module, owner: str) -> None:
             f"know what it makes of the weight: plain LoRA and modules_to_save are known; leave "
             f"the classifier out of this adapter (target_modules), or use one of those for it"
         )
-    if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
+    own, cast = _own_forward(module), None
+    plain = kind.forward is nn.Linear.forward and own is None and _casts.NAME not in vars(module)
+    if isinstance(module, nn.Linear) and not plain:
+        cast = _casts.of_layer(module, own)
+    if not isinstance(module, nn.Linear) or (
+        kind.forward is not nn.Linear.forward and cast is None
+    ):
         raise NotImplementedError(
             f"the classifier of {owner} is, or holds, a {kind.__module__}.{kind.__name__}, of "
             f"which cutloss does not know what it makes of its weight: load the model with this "
@@ -237,10 +279,10 @@ def _check(module: nn.Module, owner: str) -> None:
             f"the classifier of {owner} has a weight of {module.weight.dtype}: load the model with "
             f"this layer in bf16, fp16 or fp32"
         )
-    own = module.__dict__.get(place_of_forward(module))
-    known = own is None or getattr(own, "__func__", None) in (nn.Linear.forward, _forward)
-    if not known and NAME not in module.__dict__:
+    if own is not None and cast is None:
         raise NotImplementedError(
             f"the classifier of {owner} has a forward of its own on the instance, which would not "
-            f"be called: remove it, or patch the model before it is put there"
+            f"be called, and does more than to cast: remove it, or patch the model before it is "
+            f"put there"
         )
+    return cast
