@@ -51,14 +51,6 @@ class Switch:
     def now(self) -> Now:
         return self.of_thread.now
 
-    @property
-    def on(self) -> bool:
-        return self.now.on
-
-    @on.setter
-    def on(self, value: bool) -> None:
-        self.now.on = value
-
     def __deepcopy__(self, memo: dict) -> "Switch":
         layers = copy.deepcopy(self.layers, memo)
         return Switch(dict(self.options), dict(self.training_options), layers=layers)
