@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _sharded
-from . import _unmade
-from ._unmade import Term, UnmadeLogits
+from . import _operands
+from ._operands import Term
+from ._unmade import UnmadeLogits
 
 NAME = "_cutloss_switch"  # the attribute of both
 
@@ -47,7 +48,7 @@ class Switch:
                 )
             options[name] = value or options.get(name, 0.0)
         self.losses += 1
-        return _unmade.loss(logits, target, options)
+        return _operands.loss(logits, target, options)
 
 
 def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
