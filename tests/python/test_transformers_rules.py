@@ -321,16 +321,29 @@ def test_classifiers_of_other_kinds():
 
     refused(of_instance, "a forward of its own on the instance")
 
+    def other(model):
+        model.lm_head = torch.nn.Bilinear(1, 32, V)
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(V, 32))
+
+    refused(other, "a torch.nn.modules.linear.Bilinear, of which .* it is no nn.Linear. Put an")
+
 
 def test_models_of_other_kinds():
-    size = dict(vocab_size=V, d_model=32, encoder_layers=1, decoder_layers=1)
-    bart = transformers.BartForConditionalGeneration(transformers.BartConfig(**size))
-    with pytest.raises(NotImplementedError, match=r"BartFor.* the sum with a tensor of .*1, 97"):
-        cutloss.patch(bart)
     size = dict(vocab_size=V, hidden_size=32, num_hidden_layers=1, pad_token_id=0, bos_token_id=1)
     config = transformers.MusicgenDecoderConfig(**size, ffn_dim=32)
     with pytest.raises(NotImplementedError, match="ModuleList without a weight"):
         cutloss.patch(transformers.MusicgenForCausalLM(config))
+
+
+def test_an_embedding_in_place_of_the_classifier():
+    """As FSMT names it. Nothing there is quantised; and what the message says to do works."""
+    stock = make("FSMTForConditionalGeneration")
+    model = copy.deepcopy(stock)
+    with pytest.raises(NotImplementedError, match="of FSMT.* gives an nn.Embedding, .*what makes") as e:
+        cutloss.patch(model)
+    assert "bits" not in str(e.value).lower()
+    model.get_output_embeddings = lambda: model.model.decoder.output_projection
+    assert_same(run(cutloss.patch(model), **batch()), run(stock, **batch()))
 
 
 def test_wrapped_models():

@@ -58,7 +58,7 @@ def moved(ndim: int, source: int | tuple[int, ...], destination: int | tuple[int
 
 def viewed(shape: torch.Size, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
     """With a number in place of -1. None where a tensor of logits could not be viewed so."""
-    known = math.prod(size for size in sizes if size != -1)
+    known = math.prod([size for size in sizes if size != -1])
     if sizes.count(-1) == 1 and known != 0:
         missing = math.prod(shape) // known
         sizes, known = tuple(missing if s == -1 else s for s in sizes), known * missing

@@ -34,10 +34,10 @@ def operands(terms: tuple[Term, ...], vector: Tensor | None) -> Operands:
     """
     first = terms[0]
     dtype = first.linear.weight.dtype
-    biases = [scaled(t.linear.bias, t.scale) for t in terms if t.linear.bias is not None]
+    biases = [(t.linear.bias, t.scale) for t in terms if t.linear.bias is not None]
     if vector is not None:
-        biases.append(vector.to(first.linear.weight.device))
-    bias = sum(biases[1:], biases[0]).to(dtype) if biases else None
+        biases.append((vector.to(first.linear.weight.device), 1.0))
+    bias = _sum(biases).to(dtype) if biases else None
     if len(terms) == 1 and not isinstance(first.scale, Tensor):
         return Operands(first.hidden, first.linear.weight, bias, first.scale)
     # A scale that is a tensor goes into the hidden states, and gets its gradient through them.
@@ -98,6 +98,12 @@ def check(c: Tensor) -> None:
             f"the weight of the classifier has shape {tuple(c.shape)} where the loss is computed: "
             f"it is sharded or offloaded, and was not gathered for the call of the head"
         )
+
+
+def _sum(biases: list[tuple[Tensor, float | Tensor]]) -> Tensor:
+    """In fp32 at least, so that it is rounded once."""
+    wide = [scaled(t.to(torch.promote_types(t.dtype, torch.float32)), s) for t, s in biases]
+    return sum(wide[1:], wide[0])
 
 
 def scaled(t: Tensor, scale: float | Tensor) -> Tensor:

@@ -165,12 +165,21 @@ def _check(module: nn.Module, owner: str) -> None:
             f"know what it makes of the weight: plain LoRA and modules_to_save are known; leave "
             f"the classifier out of this adapter (target_modules), or use one of those for it"
         )
+    if isinstance(module, nn.Embedding):
+        raise NotImplementedError(
+            f"get_output_embeddings() of {owner} gives an nn.Embedding, which has the weight of the "
+            f"classifier and is not what makes logits: if an nn.Linear with this weight does, let "
+            f"it give that (model.get_output_embeddings = lambda: ...), and patch again"
+        )
     if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
+        is_linear = isinstance(module, nn.Linear)
+        it_is = "an nn.Linear with a forward of its own" if is_linear else "no nn.Linear"
         raise NotImplementedError(
             f"the classifier of {owner} is, or holds, a {kind.__module__}.{kind.__name__}, of "
-            f"which cutloss does not know what it makes of its weight: load the model with this "
-            f"layer in bf16 or fp32 (BitsAndBytesConfig(llm_int8_skip_modules=['lm_head']) for "
-            f"one; quantised layers elsewhere do no harm)"
+            f"which cutloss does not know what it makes of its weight: it is {it_is}. Put an "
+            f"nn.Linear there; if this layer is quantised, load the model with it in bf16 or fp32 "
+            f"(BitsAndBytesConfig(llm_int8_skip_modules=['lm_head']) for one; quantised layers "
+            f"elsewhere do no harm)"
         )
     if not module.weight.is_floating_point():
         raise NotImplementedError(
