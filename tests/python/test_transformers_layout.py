@@ -273,7 +273,8 @@ def test_numbers_and_renamings(data):
         elif kind == "tensor":
             x = parameter(*data.draw(st.sampled_from([(), (1,), (1, 1)])))
             forms = [lambda z: z * x, lambda z: x * z, lambda z: z / x, lambda z: torch.mul(x, z),
-                     lambda z: torch.true_divide(z, x), lambda z: torch.multiply(z, x)]  # fmt: skip
+                     lambda z: torch.true_divide(z, x), lambda z: torch.multiply(z, x),
+                     lambda z: torch.Tensor.__rtruediv__(x, z)]  # fmt: skip
             logits.parameters.append(x)
             if x.dim() <= logits.made.dim():
                 assert logits.do(data.draw(st.sampled_from(forms)), renames=False)
@@ -282,7 +283,8 @@ def test_numbers_and_renamings(data):
             a = data.draw(st.sampled_from([1, 0.5]))
             more = (1,) * (b.dim() - logits.made.dim())
             forms = [lambda z: z + b, lambda z: b + z, lambda z: z - b, lambda z: torch.add(b, z),
-                     lambda z: torch.sub(z, b, alpha=a), lambda z: z.add(b, alpha=a)]  # fmt: skip
+                     lambda z: torch.sub(z, b, alpha=a), lambda z: z.add(b, alpha=a),
+                     lambda z: torch.Tensor.__rsub__(b, z)]  # fmt: skip
             logits.parameters.append(b)
             logits.classes, logits.rows = (
                 t.view(*more, *t.shape) for t in (logits.classes, logits.rows)

@@ -135,6 +135,29 @@ def test_compiles_whole():
     assert_same((transformers.utils.ModelOutput(loss=loss), gradients(model)), want)
 
 
+def test_a_forward_of_ones_own_compiles_whole():
+    def own(self, input_ids, labels, **others):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        logits = (self.scale * logits[:, :-1] - self.vector) / self.scale.exp() + self.vector
+        loss = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:])
+        halves = zip(logits.flatten(0, 1).log_softmax(-1).split(labels.shape[1] - 1), labels[:, 1:])
+        loss = loss + sum(F.nll_loss(z, y) for z, y in halves)
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+    stock, inputs = make(LLAMA), batch()
+    stock.scale = torch.nn.Parameter(torch.tensor(0.4))
+    stock.vector = torch.nn.Parameter(torch.linspace(-1, 2, V)[None])
+    replaced(stock, own)
+    want = run(stock, **inputs)
+    model = cutloss.patch(copy.deepcopy(stock))
+    with NoLogits():
+        assert_same(run(model, **inputs), want)
+    model.zero_grad()
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)(**inputs).loss
+    loss.backward()
+    assert_same((transformers.utils.ModelOutput(loss=loss), gradients(model)), want)
+
+
 @pytest.mark.parametrize("reduced_by", [None, 11])
 def test_regularisers_count_in_training(reduced_by):
     stock, inputs = make(LLAMA), batch()

@@ -62,7 +62,7 @@ def viewed(shape: torch.Size, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
     if sizes.count(-1) == 1 and known != 0:
         missing = math.prod(shape) // known
         sizes, known = tuple(missing if s == -1 else s for s in sizes), known * missing
-    return sizes if known == math.prod(shape) and min(sizes, default=0) >= 0 else None
+    return sizes if known == math.prod(shape) and all(size >= 0 for size in sizes) else None
 
 
 def flattened(shape: torch.Size, start_dim: int, end_dim: int) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ def indexed(shape: torch.Size, class_dim: int, index) -> tuple[tuple, int]:
     between = items[tensors[0] : tensors[-1] + 1] if tensors else []
     if any(item is None or isinstance(item, slice) for item in between):
         raise LogitsNotMadeError("entries by tensors with a slice between them")
-    of_tensors = max((1 if _is_mask(items[k]) else items[k].dim() for k in tensors), default=0)
+    of_tensors = max([0, *[1 if _is_mask(items[k]) else items[k].dim() for k in tensors]])
     taken = given = found = 0
     picks = []
     for k, item in enumerate(items):

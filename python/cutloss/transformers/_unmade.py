@@ -362,9 +362,13 @@ class UnmadeLogits:
         if isinstance(first, cls) and function is F.nll_loss:
             return _nll_loss(first, *rest, **given)
         method = _METHODS.get(function)
-        if method in ("add", "mul", "multiply") and not isinstance(first, cls) and len(rest) == 1:
-            first, rest = rest[0], [first]  # a tensor, and logits behind it
-            method = None if given else method
+        if not isinstance(first, cls) and len(rest) == 1 and not given:
+            first, rest = rest[0], [first]
+            method = method if method in ("add", "mul", "multiply") else None
+            if function is Tensor.__rtruediv__:  # as torch.compile calls logits / tensor
+                method = "div"
+            elif function is Tensor.__rsub__:
+                method = "sub"
         if method is None or not isinstance(first, cls):
             raise LogitsNotMadeError(getattr(function, "__name__", str(function)))
         return getattr(first, method)(*rest, **given)
