@@ -27,7 +27,7 @@ def dimension(dim: int, ndim: int) -> int:
     return dim % ndim
 
 
-# Orders of dimensions: the i-th of the result is the order[i]-th of what is permuted. --------------
+# Orders of dimensions: the i-th of the result is the order[i]-th of what is permuted. -------------
 
 
 def swapped(ndim: int, first: int, second: int) -> list[int]:
@@ -45,7 +45,8 @@ def moved(ndim: int, source: int | tuple[int, ...], destination: int | tuple[int
     )
     if not len(set(sources)) == len(sources) == len(destinations) == len(set(destinations)):
         raise ValueError(
-            f"movedim takes as many dimensions from as to, each once: got {source} and {destination}"
+            f"movedim takes as many dimensions from as to, each once: got {source} and "
+            f"{destination}"
         )
     order = [d for d in range(ndim) if d not in sources]
     for to, d in sorted(zip(destinations, sources)):
@@ -53,7 +54,7 @@ def moved(ndim: int, source: int | tuple[int, ...], destination: int | tuple[int
     return order
 
 
-# Sizes of the result, for what groups dimensions ----------------------------------------------------
+# Sizes of the result, for what groups dimensions --------------------------------------------------
 
 
 def viewed(shape: torch.Size, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -100,7 +101,7 @@ def regrouped(shape: torch.Size, class_dim: int, sizes: tuple[int, ...]) -> int 
     return None
 
 
-# Picking positions ----------------------------------------------------------------------------------
+# Picking positions --------------------------------------------------------------------------------
 
 
 def indexed(shape: torch.Size, class_dim: int, index) -> tuple[tuple, int]:

@@ -1,4 +1,4 @@
-"""From logits that are not made to linear_cross_entropy: what it is given, and where it is called."""
+"""From logits that are not made to linear_cross_entropy: what it is given, and where."""
 
 from collections.abc import Callable
 from typing import NamedTuple
