@@ -168,8 +168,8 @@ def _check(module: nn.Module, owner: str) -> None:
     if isinstance(module, nn.Embedding):
         raise NotImplementedError(
             f"get_output_embeddings() of {owner} gives an nn.Embedding, which has the weight of "
-            f"the classifier and is not what makes logits: if an nn.Linear with this weight does, let "
-            f"it give that (model.get_output_embeddings = lambda: ...), and patch again"
+            f"the classifier and is not what makes logits: if an nn.Linear with this weight does, "
+            f"let it give that (model.get_output_embeddings = lambda: ...), and patch again"
         )
     if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
         is_linear = isinstance(module, nn.Linear)
