@@ -348,6 +348,30 @@ def test_a_scale_that_is_a_tensor_in_sixteen_bits(dtype):
         assert g.dtype == p.dtype and of_ours <= 2 * of_plain
 
 
+IDS, MASK = torch.tensor([[1], [0], [1]]), torch.arange(8).view(2, 4) % 3 == 0
+INDICES = {
+    "of two dimensions": lambda z: z[IDS],
+    "of none": lambda z: z[IDS[0, 0]],
+    "behind a slice": lambda z: z[1:, IDS],
+    "behind a number": lambda z: z[1, IDS],
+    "behind None": lambda z: z[None, IDS],
+    "behind an ellipsis": lambda z: z[..., IDS, :],
+    "behind the vocabulary": lambda z: z.mT[:, :, IDS],
+    "in front of the vocabulary": lambda z: z.movedim(2, 1)[IDS, :, 2:],
+    "two": lambda z: z[IDS[:, 0], IDS],
+    "a number between two": lambda z: z[:, None][IDS, 0, IDS[0]],
+    "a mask": lambda z: z[MASK],
+    "a mask and another": lambda z: z[MASK[0, :2], IDS],
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_tensors_as_indices(name):
+    logits = Logits(BATCH)
+    assert logits.do(INDICES[name])
+    logits.assert_same_loss(reduction="none")
+
+
 BATCH = (2, 4)
 REFUSED = {
     "a split of the vocabulary": lambda z: z.split(2, -1),
