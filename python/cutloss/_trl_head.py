@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .functional import linear_cross_entropy
 from .losses import token_log_probs
-from .transformers import _switch, _unmade, _verify
+from .transformers import _operands, _switch, _verify
 from .transformers._patch import unwrapped
 from .transformers._switch import Switch
 from .transformers._unmade import UnmadeLogits
@@ -189,7 +189,7 @@ def _per_token(
         with autocast:
             return _results(e, c, labels, bias, options, outputs)
 
-    return _unmade.evaluate(logits, of)
+    return _operands.evaluate(logits, of)
 
 
 def _results(

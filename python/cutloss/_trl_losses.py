@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._trl_head import add_fused_lm_head, label_smoothing, version
 from .losses import linear_distillation
-from .transformers import _unmade
+from .transformers import _operands
 from .transformers._patch import unwrapped
 from .transformers._unmade import UnmadeLogits
 
@@ -180,10 +180,10 @@ def _divergence(
             return _jsd(e, c, te, tc, targets, beta, num_items_in_batch, **more)
 
         with torch.set_grad_enabled(wants_gradients):
-            return _unmade.evaluate(student, of_student)
+            return _operands.evaluate(student, of_student)
 
     with torch.no_grad():
-        return _unmade.evaluate(teacher, of_teacher)
+        return _operands.evaluate(teacher, of_teacher)
 
 
 def _jsd(

@@ -49,10 +49,11 @@ def patch(
         loss = model(input_ids, labels=labels).loss       # outputs.logits is None
 
     The model's own forward runs as it is, with its own loss function; only its classifier returns
-    a promise of logits, which keeps what happens to it (a scale, a softcap, a shift) and computes
-    the cross-entropy without making them. What a forward does to logits beyond that is an error.
-    Loss and gradients are those of the model to rounding, logits in fp32; num_items_in_batch,
-    shift_labels, auxiliary losses and extra outputs are the model's own business.
+    a promise of logits, which keeps what happens to it (a scale, a vector that is added, a softcap,
+    another shape) and computes the cross-entropy without making them. What a forward does to
+    logits beyond that is an error. Loss and gradients are those of the model to rounding, logits in
+    fp32; num_items_in_batch, shift_labels, auxiliary losses and extra outputs are the model's own
+    business.
 
     Without labels nothing changes: generation, caches, logits. With labels, logits are left out in
     training; in evaluation they are made, as compute_metrics needs them, by the model's own

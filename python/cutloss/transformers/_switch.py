@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _sharded
-from . import _casts, _unmade
+from . import _casts, _operands
 from ._casts import Cast
-from ._unmade import Term, UnmadeLogits
+from ._operands import Term
+from ._unmade import UnmadeLogits
 
 NAME = "_cutloss_switch"  # the attribute of both
 
@@ -71,7 +72,7 @@ class Switch:
                 )
             options[name] = value or options.get(name, 0.0)
         self.now.took_loss = True
-        return _unmade.loss(logits, target, options)
+        return _operands.loss(logits, target, options)
 
 
 def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
@@ -253,6 +254,12 @@ def _check(module: nn.Module, owner: str) -> Cast | None:
             f"know what it makes of the weight: plain LoRA and modules_to_save are known; leave "
             f"the classifier out of this adapter (target_modules), or use one of those for it"
         )
+    if isinstance(module, nn.Embedding):
+        raise NotImplementedError(
+            f"get_output_embeddings() of {owner} gives an nn.Embedding, which has the weight of "
+            f"the classifier and is not what makes logits: if an nn.Linear with this weight does, "
+            f"let it give that (model.get_output_embeddings = lambda: ...), and patch again"
+        )
     own, cast = _own_forward(module), None
     plain = kind.forward is nn.Linear.forward and own is None and _casts.NAME not in vars(module)
     if isinstance(module, nn.Linear) and not plain:
@@ -260,11 +267,14 @@ def _check(module: nn.Module, owner: str) -> Cast | None:
     if not isinstance(module, nn.Linear) or (
         kind.forward is not nn.Linear.forward and cast is None
     ):
+        is_linear = isinstance(module, nn.Linear)
+        it_is = "an nn.Linear with a forward of its own" if is_linear else "no nn.Linear"
         raise NotImplementedError(
             f"the classifier of {owner} is, or holds, a {kind.__module__}.{kind.__name__}, of "
-            f"which cutloss does not know what it makes of its weight: load the model with this "
-            f"layer in bf16 or fp32 (BitsAndBytesConfig(llm_int8_skip_modules=['lm_head']) for "
-            f"one; quantised layers elsewhere do no harm)"
+            f"which cutloss does not know what it makes of its weight: it is {it_is}. Put an "
+            f"nn.Linear there; if this layer is quantised, load the model with it in bf16 or fp32 "
+            f"(BitsAndBytesConfig(llm_int8_skip_modules=['lm_head']) for one; quantised layers "
+            f"elsewhere do no harm)"
         )
     if not module.weight.is_floating_point():
         raise NotImplementedError(
