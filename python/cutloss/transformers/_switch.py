@@ -287,7 +287,8 @@ def _check(module: nn.Module, owner: str) -> Cast | None:
             f"forward of PyTorch back before cutloss.patch is called"
         )
     if not is_linear or (not plain and cast is None):
-        it_is = "an nn.Linear with a forward of its own, which does more" if is_linear else "no nn.Linear"
+        own_forward = "an nn.Linear with a forward of its own, which does more than the product"
+        it_is = own_forward if is_linear else "no nn.Linear"
         raise NotImplementedError(
             f"the classifier of {owner} is, or holds, a {kind.__module__}.{kind.__name__}, of "
             f"which cutloss does not know what it makes of its weight: it is {it_is}. Put an "
