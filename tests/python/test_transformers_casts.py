@@ -314,6 +314,22 @@ def test_a_head_that_does_more_is_refused(head):
     assert not [k for k in vars(model.lm_head) if "cutloss" in k]
 
 
+@pytest.mark.parametrize("head", ["masked", "product"])
+def test_a_head_without_its_weight_yet(head):
+    """Of the layer's size nothing goes unseen on the meta device either."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(make(LLAMA).config)
+    if head == "masked":
+        of_class(masked)(model)
+        with pytest.raises(NotImplementedError, match="forward of its own, which does more"):
+            cutloss.patch(model, verify=False)
+        return
+    subclass(model)
+    cutloss.patch(model, verify=False)
+    model.to_empty(device="cpu").load_state_dict(make(LLAMA).state_dict())
+    assert model(**batch()).logits is None
+
+
 @pytest.mark.parametrize(
     "more",
     [nn.Softplus(), nn.Dropout(0.5), nn.LayerNorm(V)],

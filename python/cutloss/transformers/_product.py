@@ -142,7 +142,7 @@ def _whole_numbers(layer: nn.Linear, device: torch.device) -> _Whole:
     """Of which no operand, product, sum or part of a sum needs more bits than the 8 of bf16.
 
     The first feature of the weight has whole numbers of all 8 bits, the others have signs. The
-    rows: zero; the first feature alone; numbers of 8 bits times a sign; and signs of all features
+    rows: the first feature alone; zero; numbers of 8 bits times a sign; and signs of all features
     but the first, in each row as many as can be added up.
     """
     V, D = _shape(layer.weight)
@@ -157,7 +157,7 @@ def _whole_numbers(layer: nn.Linear, device: torch.device) -> _Whole:
     b = whole(-4, 4, V).to(w).requires_grad_() if layer.bias is not None else None
 
     x = torch.zeros(2 + 3 + -(-D // 192), D)
-    x[1, 0] = 1
+    x[0, 0] = 1
     if D > 1:
         x[2:5, 1] = torch.tensor([151.0, -201.0, 251.0])
     for row, start in enumerate(range(1, D, 192), 5):
