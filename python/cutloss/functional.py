@@ -109,7 +109,7 @@ def linear_cross_entropy(
     :param token_weight: Weight of each token, in the shape of targets. May carry a gradient.
         The mean divides by the sum of the weights of the tokens that count. Where that is 0 though
         tokens count, the mean is NaN, with gradients of zero: a warning says so, once, on the CPU,
-        and on CUDA with CUTLOSS_CHECK=1.
+        and on CUDA with CUTLOSS_CHECK=1; under torch.compile there is none.
     :param return_entropy: Also return the entropy of each token's distribution, with a gradient.
     :param return_predictions: Also return the largest logit's index of each token.
     :param z_loss: Adds ``z_loss * lse**2`` of each token to its loss; under "mean" the mean over

@@ -81,7 +81,8 @@ def linear_distillation(
     :param soft_weight: Of the divergence, > 0.
     :param hard_weight: Of the cross-entropy with the targets, at temperature 1.
     :param mask: (...), bool, where the targets lie: False where nothing counts.
-    :param token_weight: (...), where the targets lie. The mean divides by the sum of the weights.
+    :param token_weight: (...), where the targets lie. The mean divides by the sum of the weights, or
+        by 1 where that sum is 0: weights that are all 0 give a loss of 0.0, with gradients of zero.
     :param shift: As in :func:`cutloss.linear_cross_entropy`: position t of e and teacher_e belongs
         to target, mask and weight t + shift.
     :param reduction: "mean" over tokens that count (0 for none, as TRL and Liger have it), "sum",
