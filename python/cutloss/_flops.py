@@ -48,8 +48,8 @@ def _of_gradients(
 
 
 def products_of_gradients(e: torch.Tensor, c: torch.Tensor, options: dict[str, Any]) -> list[Product]:
-    """The products that count where a second backward makes the gradients again. Forward has counted
-    those of the logits, so there is one for each gradient of e and c that is wanted."""
+    """The products that count where a second backward makes the gradients again. Forward has
+    counted those of the logits, so there is one for each gradient of e and c that is wanted."""
     sequences, length, D = e.shape
     made = (sequences * max(length - options["shift"], 0), D, c.shape[0])
     return [made] * (int(options["needs_de"]) + int(options["needs_dc"]))

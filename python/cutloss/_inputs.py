@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import _checks, _gradients, _ops, _sharded, _terms
+from . import _autograd, _checks, _ops, _sharded, _terms
 
 
 def options(
@@ -102,9 +102,9 @@ def operands(
 
 
 def want_gradients(options: _ops.Options, e: Tensor, c: Tensor, bias: Tensor | None) -> None:
-    options["needs_de"] = _gradients.wants_gradient(e)
-    options["needs_dc"] = _gradients.wants_gradient(c)
-    options["needs_dbias"] = _gradients.wants_gradient(bias)
+    options["needs_de"] = _autograd.wants_gradient(e)
+    options["needs_dc"] = _autograd.wants_gradient(c)
+    options["needs_dbias"] = _autograd.wants_gradient(bias)
 
 
 def warn_of_no_weight(

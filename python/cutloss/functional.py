@@ -5,7 +5,7 @@ import enum
 import torch
 from torch import Tensor
 
-from . import _checks, _gradients, _inputs, _ops, _plain, _plan, _terms
+from . import _autograd, _checks, _inputs, _ops, _plain, _plan, _terms
 from ._implementations import LinearCrossEntropyImpl, is_plain
 
 _VOCAB_PARALLEL = (
@@ -197,7 +197,7 @@ def _evaluate(
         return _terms.loss(terms, rows, how.reduction), rows
 
     _inputs.want_gradients(options, *operands[:3])
-    weights_have_gradient = _gradients.wants_gradient(how.token_weight)
+    weights_have_gradient = _autograd.wants_gradient(how.token_weight)
     weighs_in_torch = (
         weights_have_gradient
         or _ops.is_transformed()

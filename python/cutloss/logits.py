@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _checks, _gradients, _inputs, _logits_ops, _ops, _terms
+from . import _autograd, _checks, _inputs, _logits_ops, _ops, _terms
 from .module import _class_weights
 
 
@@ -189,7 +189,7 @@ def _cross_entropy(
             "cutloss.cross_entropy does not work under the transforms of torch.func (grad, vmap, "
             "...): use torch.nn.functional.cross_entropy there"
         )
-    consume = bool(consume_logits) and _gradients.wants_gradient(logits)
+    consume = bool(consume_logits) and _autograd.wants_gradient(logits)
     if consume:
         _check_consumable(logits)
     loss, rows = _evaluate(
@@ -237,7 +237,7 @@ def _evaluate(
     z = logits if logits.dim() == 3 else logits.view(shape) if consume else logits.reshape(shape)
     operands = (z, by_sequence, row_temperature, class_weight)
 
-    weights_have_gradient = _gradients.wants_gradient(how.token_weight)
+    weights_have_gradient = _autograd.wants_gradient(how.token_weight)
     if weights_have_gradient or _ops.have_tangent(how.token_weight, how.weight):
         rows = _logits_ops.statistics(operands, options, consume)
         terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
@@ -247,7 +247,7 @@ def _evaluate(
     if how.changes_nothing():
         rows = _logits_ops.statistics(operands, options, consume)
         # A copy: backward reads nll again, and the loss is the caller's to change in place.
-        return (rows.nll.clone() if _gradients.wants_gradient(logits) else rows.nll), rows
+        return (rows.nll.clone() if _autograd.wants_gradient(logits) else rows.nll), rows
     terms, undefined = _ops.loss_terms(
         by_sequence, V, how, {**options, "compute_dtype": logits.dtype}
     )
@@ -260,7 +260,7 @@ def _evaluate(
     # A per-token result that may get a gradient of its own rules out the gradient in forward. In
     # fp16 that waits for the loss scale, without which 1/N underflows.
     immediate = (
-        _gradients.wants_gradient(logits)
+        _autograd.wants_gradient(logits)
         and not wants_lse
         and not options["wants_entropy"]
         and logits.dtype != torch.float16

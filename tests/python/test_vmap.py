@@ -148,7 +148,8 @@ def test_compiled_loss_of_logits():
 
 
 def test_policy_loss():
-    e, c, bias, targets, advantages = tensors(("e", "targets", "weight"), ("e", "c", "bias")).values()
+    given = tensors(("e", "targets", "weight"), ("e", "c", "bias"))
+    e, c, bias, targets, advantages = given.values()
 
     def loss(e, targets, advantages):
         options = dict(advantages=advantages[None], schedule="rows")

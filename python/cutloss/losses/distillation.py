@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _checks, _gradients, _ops, _sharded
+from .. import _autograd, _checks, _ops, _sharded
 from .._untraced import untraced
 from . import _arguments as args
 from ._arguments import Loss
@@ -81,8 +81,8 @@ def linear_distillation(
     :param soft_weight: Of the divergence, > 0.
     :param hard_weight: Of the cross-entropy with the targets, at temperature 1.
     :param mask: (...), bool, where the targets lie: False where nothing counts.
-    :param token_weight: (...), where the targets lie. The mean divides by the sum of the weights, or
-        by 1 where that sum is 0: weights that are all 0 give a loss of 0.0, with gradients of zero.
+    :param token_weight: (...), where the targets lie. The mean divides by their sum, or
+        by 1 where it is 0: weights that are all 0 give a loss of 0, with gradients of zero.
     :param shift: As in :func:`cutloss.linear_cross_entropy`: position t of e and teacher_e belongs
         to target, mask and weight t + shift.
     :param reduction: "mean" over tokens that count (0 for none, as TRL and Liger have it), "sum",
@@ -356,13 +356,13 @@ def _loss(
     rule = make_rule(tokens)
     e = e.reshape(-1, e.shape[-1])
     weight = tokens.weight
-    needs = [_gradients.wants_gradient(t) for t in (e, c, bias)]
+    needs = [_autograd.wants_gradient(t) for t in (e, c, bias)]
     grads = [t.dtype for t, needed in zip((e, c, bias), needs) if needed]
     # Gradients in fp16 wait for the loss scale, which comes with the upstream gradient.
     immediate = (
         counting.reduction != "none"
         and torch.float16 not in grads
-        and not _gradients.wants_gradient(weight)
+        and not _autograd.wants_gradient(weight)
     )
     plan = make_plan(
         _sizes(e, c, logits, rule, width, of_teacher), schedule, max_workspace,
@@ -458,7 +458,7 @@ def _head(e: Tensor, c: Tensor, bias: Tensor | None, prefix: str) -> None:
 
 def _no_gradient(**named: Tensor) -> None:
     for name, t in named.items():
-        if _gradients.wants_gradient(t):
+        if _autograd.wants_gradient(t):
             raise ValueError(
                 f"the teacher gets no gradient, and {name} requires one: make it under "
                 f"torch.no_grad(), or pass {name}.detach()"

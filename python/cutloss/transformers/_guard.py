@@ -13,7 +13,7 @@ NAME = "_cutloss_patches"  # the attribute of a model: its patches, the last one
 
 
 def place_of_labels(module: nn.Module) -> int | None:
-    """The position of `labels` among the arguments of the module's forward; None where it has none."""
+    """The position of `labels` among the arguments of the module's forward. None: it takes none."""
     names = list(inspect.signature(module.forward).parameters)
     return names.index("labels") if "labels" in names else None
 

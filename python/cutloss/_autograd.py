@@ -1,4 +1,4 @@
-"""Whether autograd asks for the gradient of a tensor."""
+"""What autograd asks for: of which tensors it wants gradients, and whether inside torch.vmap."""
 
 import torch
 from torch import Tensor
