@@ -102,7 +102,8 @@ class _GKD:
         return model(**given, of_unmade_logits=divergence)
 
     def _check_formula(self) -> None:
-        """That TRL's compute_loss makes of logits what is made here: on logits that are given."""
+        """Raises NotImplementedError unless TRL's own compute_loss, called with small random
+        logits, gives the loss and the gradient that this class computes for the same logits."""
         draw = torch.Generator().manual_seed(0)
         of_student, of_teacher = torch.randn(2, 2, 5, 7, generator=draw, dtype=torch.float64) * 2
         labels = torch.tensor([[-100, 1, 2, 3, -100], [-100, -100, 4, 5, 6]])

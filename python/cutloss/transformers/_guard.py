@@ -13,7 +13,7 @@ NAME = "_cutloss_patches"  # the attribute of a model: its patches, the last one
 
 
 def place_of_labels(module: nn.Module) -> int | None:
-    """Among the positional arguments of its forward."""
+    """The position of `labels` among the arguments of the module's forward. None: it takes none."""
     names = list(inspect.signature(module.forward).parameters)
     return names.index("labels") if "labels" in names else None
 

@@ -131,7 +131,8 @@ def _active(target: nn.Module) -> _Patch | None:
 
 
 def _take_off(target: nn.Module) -> None:
-    """Forwards of undone patches, where nobody has wrapped them."""
+    """Removes from the model each forward that a patch put there, once the patch has been undone. A
+    forward that somebody else has wrapped since stays, as the wrapper still calls it."""
     patches: list[_Patch] = target.__dict__.get(_guard.NAME, [])
     place = place_of_forward(target)
     while True:
