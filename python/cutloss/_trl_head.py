@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .functional import linear_cross_entropy
 from .losses import token_log_probs
 from .transformers import _operands, _switch, _verify
-from .transformers._patch import unwrapped
+from .transformers._patch import regularisers, unwrapped
 from .transformers._switch import Switch
 from .transformers._unmade import UnmadeLogits
 
@@ -131,6 +131,13 @@ def add_fused_lm_head(
             f"{version()} asks for {unknown}, of which cutloss knows nothing: it makes {_OUTPUTS}"
         )
     target = unwrapped(model)
+    lost = regularisers(target)
+    if lost:
+        raise ValueError(
+            f"cutloss.patch was given {', '.join(f'{k}={v}' for k, v in lost.items())}, which a "
+            f"loss of TRL would be without: call cutloss.unpatch(model), or patch the model "
+            f"without; SFTConfig(label_smoothing_factor=...) has TRL's smoothing"
+        )
     switch, use = Switch({}, {}), Use()
     stock = target.forward
     _switch.prepare(target, switch)
