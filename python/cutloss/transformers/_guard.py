@@ -62,43 +62,41 @@ def check_made_logits(patch, model: nn.Module, labels: bool, asked: bool, output
     if not any(isinstance(v, Tensor) and v.requires_grad for v in values):
         return
     given = patch.regularisers()
+    written = ", ".join(f"{k}={v}" for k, v in given.items())
     name = type(model).__name__
-    if given:
-        written = ", ".join(f"{k}={v}" for k, v in given.items())
-        if labels:
-            why = "makes logits (return_logits=True), and its loss is the model's own"
-            instead = "leave return_logits out, or call the model a second time for its logits"
-        else:
-            why = (
-                "has no labels, so its loss is made elsewhere, of logits, as Trainer does with "
-                "label_smoothing_factor or compute_loss_func"
-            )
-            instead = (
-                "pass the labels to the model and take its loss (leave label_smoothing_factor and "
-                "compute_loss_func out). A call whose logits are for something else may say "
-                "return_logits=True, or be under torch.no_grad()"
-            )
-        raise ValueError(
-            f"cutloss.patch was given {written}, and this training call of {name} {why}, without "
-            f"it: {instead}; or patch the model without {' and '.join(given)}"
+    if labels and given:
+        _say_once(
+            patch,
+            f"the loss of a training call of {name} with return_logits=True is the model's own, "
+            f"without the {written} that cutloss.patch was given: take the loss from a call without "
+            f"return_logits, and logits from a second one",
         )
-    if not labels:
-        _say_once(patch, name)
+    elif given:
+        raise ValueError(
+            f"cutloss.patch was given {written}, and this training call of {name} has no labels: "
+            f"its loss is made elsewhere, of logits, and would be without that, as under Trainer "
+            f"with label_smoothing_factor or compute_loss_func. Pass the labels to the model and "
+            f"take its loss (leave label_smoothing_factor and compute_loss_func out), or patch the "
+            f"model without {' and '.join(given)}. A call whose logits are for something else may "
+            f"say return_logits=True, or be under torch.no_grad()"
+        )
+    elif not labels:
+        _say_once(
+            patch,
+            f"a training call of {name} without labels: its logits are made, and cutloss.patch has "
+            f"no part in a loss that is computed from them (Trainer does so with "
+            f"label_smoothing_factor or compute_loss_func). For a loss without logits pass labels "
+            f"to the model and take its loss; cutloss.patch(model, label_smoothing=...) has the "
+            f"smoothing. Where the logits are what you want, call the model with "
+            f"return_logits=True",
+        )
 
 
 @while_traced
-def _say_once(patch, name: str) -> None:
-    if patch.warned:
-        return
-    patch.warned = True
-    warnings.warn(
-        f"a training call of {name} without labels: its logits are made, and cutloss.patch has no "
-        f"part in a loss that is computed from them (Trainer does so with label_smoothing_factor "
-        f"or compute_loss_func). For a loss without logits pass labels to the model and take its "
-        f"loss; cutloss.patch(model, label_smoothing=...) has the smoothing. Where the logits are "
-        f"what you want, call the model with return_logits=True",
-        stacklevel=2,
-    )
+def _say_once(patch, message: str) -> None:
+    if not patch.warned:
+        patch.warned = True
+        warnings.warn(message, stacklevel=2)
 
 
 def install(module: nn.Module) -> list:

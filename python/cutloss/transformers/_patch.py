@@ -27,7 +27,7 @@ class _Patch:
         self.place_of_labels = _guard.place_of_labels(model)
         self.forward = None  # the function that was put there, as no wrapper of it is
         self.guards: list = []  # what removes the hooks
-        self.warned = False  # of a training call without labels
+        self.warned = False  # of a training call whose loss is not ours
 
     def stock(self, model: nn.Module):
         return self.before or MethodType(type(model).forward, model)
@@ -66,8 +66,9 @@ def patch(
 
     A training call without labels whose logits have gradients is warned of, once for each model:
     the patch has no part in a loss that somebody else makes of them. Where z_loss or
-    label_smoothing was given, which such a loss would lack, it raises ValueError (unless it says
-    ``return_logits=True``); so does one with labels that returns logits and the model's own loss.
+    label_smoothing was given, which such a loss would lack, it raises ValueError. With
+    ``return_logits=True`` it does neither. One with labels and return_logits gives the model's own
+    loss, without z_loss and label_smoothing: where these were given, that is warned of.
 
     Patch before the model is wrapped or compiled (DDP, FSDP, ``accelerator.prepare``,
     ``torch.compile``); an adapter may come before or after. Under DataParallel a
