@@ -91,7 +91,7 @@ def test_a_whole_graph_stays_whole():
 def test_regularisers_are_not_lost(options):
     (name,) = options
     model, inputs = patched(**options), without_labels()
-    with pytest.raises(ValueError, match=rf"{name}=.*no labels.*pass the labels.*without {name}"):
+    with pytest.raises(ValueError, match=rf"{name}=.*no labels.*Pass the labels.*without {name}"):
         model(**inputs)
     with pytest.warns(UserWarning, match=rf"return_logits=True is the model's own, .* {name}="):
         model(**batch(), return_logits=True)

@@ -487,7 +487,7 @@ def test_hooks_of_all_modules_that_look_do_no_harm():
 
 def test_a_cast_that_reads_a_shape():
     def cast(module, args, out):
-        assert out.shape[-1] == V
+        assert out.shape[-1] > 1
         return out.float()
 
     model = make(LLAMA).bfloat16()
