@@ -68,8 +68,8 @@ def check_made_logits(patch, model: nn.Module, labels: bool, asked: bool, output
         _say_once(
             patch,
             f"the loss of a training call of {name} with return_logits=True is the model's own, "
-            f"without the {written} that cutloss.patch was given: take the loss from a call without "
-            f"return_logits, and logits from a second one",
+            f"without the {written} that cutloss.patch was given: take the loss from a call "
+            f"without return_logits, and logits from a second one",
         )
     elif given:
         raise ValueError(

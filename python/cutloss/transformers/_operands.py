@@ -85,8 +85,8 @@ def evaluate(logits, function: Callable[..., object]) -> object:
 
 
 _OF_HOOKS = (
-    "a forward hook, of the classifier or of all modules (register_module_forward_hook), changes or "
-    "reads what comes out of the classifier. A loss without logits calls the classifier for the "
+    "a forward hook, of the classifier or of all modules (register_module_forward_hook), changes "
+    "or reads what comes out of the classifier. A loss without logits calls the classifier for the "
     "loss itself, which is in a dict, so that no hook takes it for logits: let the hook leave "
     "alone what is no tensor, put it on other modules, or leave this model as it is"
 )

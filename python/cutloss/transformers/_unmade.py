@@ -433,8 +433,8 @@ _METHODS = {
     for name in (
         "add", "chunk", "clone", "div", "divide", "flatten", "index_select", "log_softmax",
         "moveaxis", "movedim", "mul", "multiply", "narrow", "neg", "negative", "numel", "permute",
-        "reshape", "select", "split", "squeeze", "sub", "subtract", "swapaxes", "swapdims", "t", "tanh", "tensor_split",
-        "transpose", "true_divide", "unbind", "unflatten", "unsqueeze",
+        "reshape", "select", "split", "squeeze", "sub", "subtract", "swapaxes", "swapdims", "t", "tanh",
+        "tensor_split", "transpose", "true_divide", "unbind", "unflatten", "unsqueeze",
     )
     if hasattr(owner, name)
 }  # fmt: skip
