@@ -85,7 +85,9 @@ class _GKD:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._check_formula()
-        add_fused_lm_head(unwrapped(self.accelerator.unwrap_model(self.teacher_model)))
+        # TRL has prepared the teacher by now, which compiles it under torch_compile.
+        teacher = self.accelerator.unwrap_model(self.teacher_model, keep_torch_compile=False)
+        add_fused_lm_head(unwrapped(teacher))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:  # an evaluation that wants logits

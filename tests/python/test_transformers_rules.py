@@ -457,6 +457,47 @@ def test_hooks_of_the_classifier_are_refused(name):
         model(ids, labels=ids)
 
 
+def of_outputs(m, args, out):
+    return out * 2 if m.__class__ is torch.nn.Linear else None
+
+
+def in_any_structure(m, args, out):
+    """Also in the dict that the loss is in, which would be doubled."""
+    return torch.utils._pytree.tree_map(lambda t: t * 2, out) if type(out) is dict else None
+
+
+@pytest.mark.parametrize("hook", [of_outputs, in_any_structure])
+def test_hooks_of_all_modules_that_change_outputs_are_refused(hook):
+    model = cutloss.patch(make(LLAMA))
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        with pytest.raises(NotImplementedError, match="register_module_forward_hook.*leave this"):
+            model(**batch())
+    finally:
+        handle.remove()
+
+
+def test_hooks_of_all_modules_that_look_do_no_harm():
+    model, seen = cutloss.patch(make(LLAMA)), []
+    want = model(**batch()).loss
+    look = torch.nn.modules.module.register_module_forward_hook(lambda m, a, out: seen.append(m))
+    try:
+        assert torch.equal(model(**batch()).loss, want) and model.lm_head in seen
+    finally:
+        look.remove()
+
+
+def test_a_cast_that_reads_a_shape():
+    def cast(module, args, out):
+        assert out.shape[-1] > 1
+        return out.float()
+
+    model = make(LLAMA).bfloat16()
+    model.lm_head.register_forward_hook(cast)
+    with pytest.raises(NotImplementedError, match="a forward hook.*reads what .*attribute 'shape'"):
+        cutloss.patch(model)
+
+
 def test_a_loss_of_logits_on_a_patched_model_is_an_error():
     model = cutloss.patch(make("LlamaForCausalLM")).train()
     model.loss_function = cutloss.CausalLMLoss(model.config.vocab_size)
