@@ -59,6 +59,7 @@ void need(const Tensor& t, std::int64_t count, const char* what) {
 void use(Call& call, const State& state) {
   const Plan& plan = call.plan();
   const Problem& p = plan.problem;
+  const Head& head = head_of(p);
   const std::int64_t rows = call.rows();
   const auto row_output = [&](const Tensor& t, const char* what) {
     return const_cast<void*>(call.inputs().row(t, what));
@@ -68,11 +69,11 @@ void use(Call& call, const State& state) {
   out.lse = row_output(state.lse, "lse");
   out.row_max = row_output(state.row_max, "row_max");
   out.log_sum = row_output(state.log_sum, "log_sum");
-  need(state.entropy, p.wants_entropy ? rows : 0, "entropy");
+  need(state.entropy, p.wanted.entropy ? rows : 0, "entropy");
   out.entropy = data(state.entropy);
-  need(state.de, p.needs_de ? p.sequences * p.length * p.D : 0, "de");
-  need(state.dc, p.needs_dc ? p.V * p.D : 0, "dc");
-  need(state.dbias, p.needs_dbias ? p.V : 0, "dbias");
+  need(state.de, p.wanted.de.wanted ? p.rows.sequences * p.rows.length * head.D : 0, "de");
+  need(state.dc, p.wanted.dc.wanted ? head.classes.count * head.D : 0, "dc");
+  need(state.dbias, p.wanted.dbias.wanted ? head.classes.count : 0, "dbias");
   call.args.gradients = {data(state.de), data(state.dc), data(state.dbias)};
   need(state.memory, workspace_at(plan) + plan.forward_workspace_bytes, "memory");
   auto* memory = static_cast<std::byte*>(data(state.memory));

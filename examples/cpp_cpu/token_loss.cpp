@@ -63,11 +63,11 @@ struct Batch {
 
 cutloss::Problem problem_for(cutloss::Upstream upstream) {
   cutloss::Problem problem;
-  problem.length = N;
-  problem.V = V;
-  problem.D = D;
-  problem.needs_de = problem.needs_dc = true;
-  problem.upstream = upstream;
+  problem.rows.length = N;
+  classes_of(problem).count = V;
+  head_of(problem).D = D;
+  problem.wanted.de.wanted = problem.wanted.dc.wanted = true;
+  problem.upstream.when = upstream;
   return problem;
 }
 

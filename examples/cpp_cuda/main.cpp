@@ -143,13 +143,13 @@ std::vector<float> random_matrix(std::int64_t size, unsigned seed) {
 bool train(cutloss::DType compute_type, cutloss::Schedule schedule) {
   // 1. Plain facts.
   cutloss::Problem problem;
-  problem.length = N;
-  problem.V = V;
-  problem.D = D;
+  problem.rows.length = N;
+  classes_of(problem).count = V;
+  head_of(problem).D = D;
   problem.compute_type = compute_type;  // of the products; E, C and their gradients are fp32
-  problem.ignore_index = kIgnored;
-  problem.needs_de = problem.needs_dc = true;
-  problem.upstream = cutloss::Upstream::at_forward;
+  problem.rows.ignore_index = kIgnored;
+  problem.wanted.de.wanted = problem.wanted.dc.wanted = true;
+  problem.upstream.when = cutloss::Upstream::at_forward;
   problem.schedule = schedule;  // leave it out, and the plan takes what is quicker and fits
   problem.device = cutloss::Device::cuda;
 

@@ -123,9 +123,9 @@ void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* u
     throw Error(ErrorCode::invalid_value,
                 "upstream.d_lse or d_lse_squared is given, but rows.lse is null");
   }
-  if (up.d_zbar != nullptr && !plan.problem.wants_zbar) {
+  if (up.d_zbar != nullptr && !plan.problem.wanted.zbar) {
     throw Error(ErrorCode::invalid_value,
-                "upstream.d_zbar is given, but the problem has wants_zbar = false");
+                "upstream.d_zbar is given, but the problem has wanted.zbar = false");
   }
   bind(plan, args, kForward)->sum_loss(loss, undefined);
 }

@@ -14,7 +14,7 @@
 namespace cutloss {
 
 // Positions in the list of rows that count (ignored rows are not in it).
-struct Rows {
+struct RowRange {
   std::int64_t begin = 0;
   std::int64_t count = 0;
 };
@@ -26,8 +26,8 @@ struct Columns {
 
 // One product's worth: some rows of a chunk, some columns of the vocabulary.
 struct Block {
-  Rows chunk;
-  Rows rows;
+  RowRange chunk;
+  RowRange rows;
   Columns columns;
 };
 
@@ -41,12 +41,12 @@ class Parts {
   virtual void list_rows() = 0;
   // How many rows the loops must cover: the rows that count where the host knows, else all.
   virtual std::int64_t rows_to_cover() const = 0;
-  virtual RowList list(Rows rows) const = 0;
+  virtual RowList list(RowRange rows) const = 0;
 
   // Forward.
-  virtual void begin_statistics(Rows chunk) = 0;
+  virtual void begin_statistics(RowRange chunk) = 0;
   virtual void accumulate_statistics(const Block& block, bool keep) = 0;
-  virtual void finish_statistics(Rows chunk) = 0;
+  virtual void finish_statistics(RowRange chunk) = 0;
   // Zeros in the per-row outputs of ignored rows.
   virtual void clear_ignored_outputs() = 0;
 
@@ -57,7 +57,7 @@ class Parts {
   virtual void accumulate_de(const Block& block) = 0;
   virtual void accumulate_dc(const Block& block) = 0;
   virtual void store_dc(Columns columns) = 0;  // these columns have seen every row
-  virtual void store_de(Rows chunk) = 0;       // these rows have seen every column
+  virtual void store_de(RowRange chunk) = 0;   // these rows have seen every column
   // The rest of the gradients: ignored rows, dbias, everything where no row counts.
   virtual void finish_gradients() = 0;
 

@@ -16,37 +16,95 @@ namespace {
 void need(const void* pointer, const char* what) { need_pointer(pointer, "LogitsArgs", what); }
 
 // The folded numbers are those that the engines compute with.
-void check_options(const LogitsProblem& p) {
-  const DType stat = stat_type_of(p);
-  check_transform(p.softcap, p.logit_scale, p.temperature, stat);
+void check_numbers(const Problem& p) {
+  const DType stat = stat_type(p);
+  const Transform& t = p.transform;
+  check_transform(t, stat);
   const auto [least, most] = usable_range(stat);
-  const auto check_quotient = [&, least = least, most = most](const char* what, double value) {
+  const auto check_quotient = [least = least, most = most](const char* what, double value) {
     if (std::fabs(value) >= least && std::fabs(value) <= most) return;
     refuse(text(what, " must be between ", least, " and ", most, " in size, got ", value));
   };
-  check_quotient("logit_scale / temperature", p.logit_scale / p.temperature);
-  if (p.softcap) check_quotient("softcap / logit_scale", folded_softcap(p));
-  const int blocks = p.blocks_per_row;
+  check_quotient("logit_scale / temperature", t.logit_scale / t.temperature);
+  if (t.softcap) check_quotient("softcap / logit_scale", folded_softcap(p));
+  const int blocks = logits_of(p).blocks_per_row;
   if (blocks != 0 && blocks != 1 && blocks != 2 && blocks != 4 && blocks != 8) {
     refuse(text("blocks_per_row must be 0, 1, 2, 4 or 8, got ", blocks));
   }
 }
 
-void settle_strides(const LogitsProblem& p, std::int64_t& sequence, std::int64_t& row,
-                    const std::string& which) {
-  settle_stride(row, p.V, p.length, (which + "row_stride").c_str());
-  const std::int64_t packed = (p.length > 0 ? p.length - 1 : 0) * row + p.V;
-  settle_stride(sequence, packed, p.sequences, (which + "sequence_stride").c_str());
+// What only a plan could heed would silently do nothing.
+void refuse_what_plans_take(const Problem& p) {
+  const DType type = logits_of(p).type;
+  if (p.compute_type != DType::f32 && p.compute_type != type) {
+    throw Error(ErrorCode::invalid_type,
+                text("compute_type is ", name(p.compute_type), ", but the logits are ", name(type),
+                     ": no product is made of them; leave compute_type f32"));
+  }
+  if (p.wanted.de.wanted || p.wanted.dc.wanted || p.wanted.dbias.wanted) {
+    refuse(
+        "wanted.de, dc or dbias is set, but the source of the problem is Logits: its gradient "
+        "is wanted.dlogits");
+  }
+  if (p.rows.num_valid) {
+    refuse(text("rows.num_valid is ", *p.rows.num_valid,
+                ", but calls over logits find out themselves which rows count: leave it unset"));
+  }
+  if (p.max_workspace) {
+    refuse(text("max_workspace is ", *p.max_workspace,
+                ", but calls over logits need no workspace: leave it unset"));
+  }
+  if (p.schedule != Schedule::automatic || !p.engine.empty()) {
+    refuse(text("schedule is ", name(p.schedule), " and engine '", p.engine,
+                "', but calls over logits have no plan that could choose: leave them automatic and "
+                "empty"));
+  }
 }
 
-// The problem with its strides filled in.
-LogitsProblem validated(LogitsProblem p) {
-  check_positions(p.sequences, p.length, p.shift);
-  if (p.V < 1) refuse(text("V must be >= 1, got ", p.V));
-  check_product("N x V", p.sequences * p.length, p.V);
-  settle_strides(p, p.sequence_stride, p.row_stride, "");
-  settle_strides(p, p.gradient_sequence_stride, p.gradient_row_stride, "gradient_");
-  check_options(p);
+struct RowStrides {
+  std::int64_t& sequence;
+  std::int64_t& row;
+};
+
+void settle_strides(const Problem& p, RowStrides strides, const std::string& which) {
+  const std::int64_t V = classes_of(p).count, length = p.rows.length;
+  settle_stride(strides.row, V, length, (which + "row_stride").c_str());
+  const std::int64_t packed = (length > 0 ? length - 1 : 0) * strides.row + V;
+  settle_stride(strides.sequence, packed, p.rows.sequences, (which + "sequence_stride").c_str());
+}
+
+// A gradient in the logits' place lies as they do.
+void settle_place(const Problem& p, RowStrides gradient) {
+  const Logits& logits = logits_of(p);
+  if (!logits.overwrite) return;
+  if (gradient.row == 0) gradient.row = logits.row_stride;
+  if (gradient.sequence == 0) gradient.sequence = logits.sequence_stride;
+  const bool one_sequence = p.rows.sequences <= 1, one_row = p.rows.length <= 1;
+  if ((one_row || gradient.row == logits.row_stride) &&
+      (one_sequence || gradient.sequence == logits.sequence_stride)) {
+    return;
+  }
+  refuse(text("the gradient takes the place of the logits (overwrite), but its strides are ",
+              gradient.sequence, " and ", gradient.row, ", those of the logits ",
+              logits.sequence_stride, " and ", logits.row_stride, ": they must be the same, or 0"));
+}
+
+// The problem with its strides and classes filled in.
+Problem validated_logits(Problem p) {
+  Logits& logits = logits_of(p);
+  check_positions(p.rows);
+  if (logits.classes.count < 1) refuse(text("V must be >= 1, got ", logits.classes.count));
+  check_product("N x V", p.rows.sequences * p.rows.length, logits.classes.count);
+  settle_classes(logits.classes);
+  settle_strides(p, {logits.sequence_stride, logits.row_stride}, "");
+  const RowStrides gradient{p.wanted.dlogits_sequence_stride, p.wanted.dlogits_row_stride};
+  settle_place(p, gradient);
+  settle_strides(p, gradient, "dlogits_");
+  check_numbers(p);
+  check_device(p);
+  refuse_what_plans_take(p);
+  check_gradient(p.wanted.dlogits, logits.type, "dlogits");
+  check_upstream(p);
   return p;
 }
 
@@ -54,37 +112,34 @@ LogitsProblem validated(LogitsProblem p) {
 struct Span {
   std::uintptr_t begin, end;
 };
-Span span_of(const LogitsProblem& p, const void* data, std::int64_t sequence, std::int64_t row) {
-  const std::int64_t elements = (p.sequences - 1) * sequence + (p.length - 1) * row + p.V;
+Span span_of(const Problem& p, const void* data, std::int64_t sequence, std::int64_t row) {
+  const Logits& logits = logits_of(p);
+  const std::int64_t elements =
+      (p.rows.sequences - 1) * sequence + (p.rows.length - 1) * row + logits.classes.count;
   const auto begin = reinterpret_cast<std::uintptr_t>(data);
-  return {begin, begin + static_cast<std::uintptr_t>(elements * size_of(p.type))};
+  return {begin, begin + static_cast<std::uintptr_t>(elements * size_of(logits.type))};
 }
 
-void check_overlap(const LogitsProblem& p, const LogitsArgs& args) {
-  const auto [a, a_end] = span_of(p, args.logits, p.sequence_stride, p.row_stride);
+void check_overlap(const Problem& p, const LogitsArgs& args) {
+  const Logits& logits = logits_of(p);
+  if (logits.overwrite) {
+    if (args.gradient == args.logits) return;
+    refuse(text("logits.overwrite is set, but gradient is at ", args.gradient, ", the logits at ",
+                args.logits, ": give the logits' address, or leave overwrite false"));
+  }
+  const auto [a, a_end] = span_of(p, args.logits, logits.sequence_stride, logits.row_stride);
   const auto [b, b_end] =
-      span_of(p, args.gradient, p.gradient_sequence_stride, p.gradient_row_stride);
-  if (a == b) {
-    const bool one_sequence = p.sequences == 1, one_row = p.length == 1;
-    if ((one_row || p.row_stride == p.gradient_row_stride) &&
-        (one_sequence || p.sequence_stride == p.gradient_sequence_stride)) {
-      return;
-    }
-    refuse(text("gradient is in the place of the logits, but its strides are ",
-                p.gradient_sequence_stride, " and ", p.gradient_row_stride,
-                ", those of the logits ", p.sequence_stride, " and ", p.row_stride,
-                ": they must be the same"));
-  }
+      span_of(p, args.gradient, p.wanted.dlogits_sequence_stride, p.wanted.dlogits_row_stride);
   if (a < b_end && b < a_end) {
-    refuse(
-        text("gradient overlaps the logits, but does not begin where they do: give it memory of "
-             "its own, or the logits' own address and strides"));
+    refuse(text("gradient, at ", args.gradient, ", overlaps the logits, at ", args.logits,
+                ": give it memory of its own, or set logits.overwrite and give the logits' own "
+                "address"));
   }
 }
 
-void check_args(const LogitsProblem& p, const LogitsArgs& args, Passes passes) {
+void check_args(const Problem& p, const LogitsArgs& args, Passes passes) {
   const auto [makes_statistics, makes_gradient] = passes;
-  if (p.sequences * p.length == 0) return;
+  if (p.rows.sequences * p.rows.length == 0) return;
   need(args.logits, "logits");
   need(args.targets, "targets");
   if (p.has_class_weight) need(args.class_weight, "class_weight");
@@ -92,70 +147,51 @@ void check_args(const LogitsProblem& p, const LogitsArgs& args, Passes passes) {
     need(args.rows.nll, "rows.nll");
     need(args.rows.row_max, "rows.row_max");
     need(args.rows.log_sum, "rows.log_sum");
-    if (p.has_row_temperature) need(args.temperature, "temperature");
-    if (makes_statistics && p.wants_entropy) need(args.rows.entropy, "rows.entropy");
-    if (makes_statistics && p.wants_zbar) need(args.rows.zbar, "rows.zbar");
-    if (makes_statistics && p.wants_argmax) need(args.rows.argmax, "rows.argmax");
+    if (p.rows.has_temperature) need(args.temperature, "temperature");
+    if (makes_statistics && p.wanted.entropy) need(args.rows.entropy, "rows.entropy");
+    if (makes_statistics && p.wanted.zbar) need(args.rows.zbar, "rows.zbar");
+    if (makes_statistics && p.wanted.argmax) need(args.rows.argmax, "rows.argmax");
   }
   if (!makes_gradient) return;
+  if (!p.wanted.dlogits.wanted) {
+    refuse(
+        "the call makes a gradient, but the problem has wanted.dlogits.wanted = false: set it, "
+        "or call forward");
+  }
   need(args.gradient, "gradient");
   if (args.upstream.d_entropy != nullptr) {
     need(args.rows.entropy, "rows.entropy");
-    if (makes_statistics && !p.wants_entropy) {
-      refuse("upstream.d_entropy is given, but the problem has wants_entropy = false");
+    if (!p.upstream.entropy) {
+      refuse("upstream.d_entropy is given, but the problem has upstream.entropy = false");
     }
+  }
+  if (args.upstream.d_zbar != nullptr && !p.upstream.zbar) {
+    refuse("upstream.d_zbar is given, but the problem has upstream.zbar = false");
   }
   check_overlap(p, args);
 }
 
-void run(const LogitsProblem& problem, const LogitsArgs& args, Passes passes) {
-  const LogitsProblem p = validated(problem);
+void run(const Problem& problem, const LogitsArgs& args, Passes passes) {
+  const Problem p = validated_logits(problem);
   check_args(p, args, passes);
-  if (p.sequences * p.length == 0) return;
+  if (p.rows.sequences * p.rows.length == 0) return;
   if (p.device == Device::cuda) return cuda_logits(p, args, passes);
   cpu_logits(p, args, passes);
 }
 
-// As far as the loops over rows go that know nothing of logits.
-Problem rows_of(const LogitsProblem& p) {
-  Problem rows;
-  rows.sequences = p.sequences;
-  rows.length = p.length;
-  rows.V = p.V;
-  rows.D = 1;  // any will do
-  rows.shift = p.shift;
-  rows.e_type = rows.c_type = rows.bias_type = stat_type_of(p);
-  rows.compute_type = stat_type_of(p);
-  rows.target_type = p.target_type;
-  rows.ignore_index = p.ignore_index;
-  rows.device = p.device;
-  return rows;
-}
-
 }  // namespace
 
-std::int64_t row_count(const LogitsProblem& p) { return p.sequences * (p.length - p.shift); }
+void forward(const Problem& problem, const LogitsArgs& args) { run(problem, args, {true, false}); }
 
-void forward(const LogitsProblem& problem, const LogitsArgs& args) {
-  run(problem, args, {true, false});
-}
+void backward(const Problem& problem, const LogitsArgs& args) { run(problem, args, {false, true}); }
 
-void backward(const LogitsProblem& problem, const LogitsArgs& args) {
-  run(problem, args, {false, true});
-}
-
-void forward_backward(const LogitsProblem& problem, const LogitsArgs& args) {
+void forward_backward(const Problem& problem, const LogitsArgs& args) {
   run(problem, args, {true, true});
 }
 
-void loss_terms(const LogitsProblem& problem, const Weighting& weighting, const void* targets,
-                const LossTerms& terms, void* stream) {
-  loss_terms(rows_of(problem), weighting, targets, terms, stream);
-}
-
-void weighted_loss(const LogitsProblem& problem, const LogitsArgs& args, void* loss,
+void weighted_loss(const Problem& problem, const LogitsArgs& args, void* loss,
                    const bool* undefined) {
-  const LogitsProblem p = validated(problem);
+  const Problem p = validated_logits(problem);
   const RowGradients& up = args.upstream;
   if (loss == nullptr) refuse("loss is null");
   if (row_count(p) > 0) {
@@ -175,8 +211,8 @@ namespace {
               "the logits are on a CUDA device, but this build of cutloss has no CUDA engine");
 }
 }  // namespace
-void cuda_logits(const LogitsProblem&, const LogitsArgs&, Passes) { no_cuda(); }
-void cuda_weighted_loss(const LogitsProblem&, const LogitsArgs&, void*, const bool*) { no_cuda(); }
+void cuda_logits(const Problem&, const LogitsArgs&, Passes) { no_cuda(); }
+void cuda_weighted_loss(const Problem&, const LogitsArgs&, void*, const bool*) { no_cuda(); }
 #endif
 
 }  // namespace cutloss

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/dtype.h"
+#include "core/row_map.h"
 #include "core/text.h"
 #include "core/validate.h"
 
@@ -14,7 +15,15 @@ namespace {
   throw Error(ErrorCode::invalid_value, "loss_terms: " + message);
 }
 
-void check(const Problem& p, const Weighting& w, const void* targets, const LossTerms& terms) {
+void check(const LossRows& rows, const Weighting& w, const void* targets, const LossTerms& terms) {
+  check_positions(rows.rows);
+  if (rows.classes < 1) refuse(text("V must be >= 1, got ", rows.classes));
+  check_product("N x V", rows.rows.sequences * rows.rows.length, rows.classes);
+  if (rows.type != DType::f32 && rows.type != DType::f64) {
+    throw Error(ErrorCode::invalid_type,
+                text("loss_terms: type must be f32 or f64, the dtypes of per-row numbers, got ",
+                     name(rows.type)));
+  }
   if (!(w.label_smoothing >= 0 && w.label_smoothing <= 1)) {
     refuse(text("label_smoothing must be in [0, 1], got ", w.label_smoothing));
   }
@@ -23,7 +32,7 @@ void check(const Problem& p, const Weighting& w, const void* targets, const Loss
   }
   if (terms.undefined == nullptr) refuse("terms.undefined is null");
   const auto agrees = [&](const void* pointer, bool wanted, const char* what, const char* why) {
-    if (row_count(p) == 0 || (pointer != nullptr) == wanted) return;
+    if (row_count(rows.rows) == 0 || (pointer != nullptr) == wanted) return;
     refuse(text(what, wanted ? " is null, but " : " is given, but ", why));
   };
   agrees(targets, true, "targets", "there are rows");
@@ -37,16 +46,15 @@ void check(const Problem& p, const Weighting& w, const void* targets, const Loss
 }
 
 template <class T>
-void on_host(const Problem& p, const Weighting& w, const void* targets, const LossTerms& terms) {
+void on_host(const LossRows& given, const Weighting& w, const void* targets,
+             const LossTerms& terms) {
   const auto* token_weight = static_cast<const T*>(w.token_weight);
   const auto* class_weight = static_cast<const T*>(w.class_weight);
-  const std::int64_t predicted = p.length - p.shift, rows = row_count(p);
+  const RowMap<std::int64_t> map = row_map<std::int64_t>(given.rows);
+  const std::int64_t rows = row_count(given.rows), V = given.classes;
   const auto weight_of = [&](std::int64_t n) {
-    const std::int64_t i = n / predicted * p.length + n % predicted + p.shift;
-    const std::int64_t target = p.target_type == IndexType::i64
-                                    ? static_cast<const std::int64_t*>(targets)[i]
-                                    : static_cast<const std::int32_t*>(targets)[i];
-    return row_weight<T>(target, p.ignore_index, p.V,
+    const std::int64_t i = map.target(n);
+    return row_weight<T>(target_at(targets, given.rows.target_type, i), given.rows.ignore_index, V,
                          token_weight == nullptr ? nullptr : token_weight + i, class_weight);
   };
   WeightSums sums;
@@ -58,11 +66,11 @@ void on_host(const Problem& p, const Weighting& w, const void* targets, const Lo
     }
   }
   if (w.label_smoothing > 0 && class_weight != nullptr) {
-    for (std::int64_t v = 0; v < p.V; ++v) sums.classes += static_cast<double>(class_weight[v]);
+    for (std::int64_t v = 0; v < V; ++v) sums.classes += static_cast<double>(class_weight[v]);
   }
   *terms.undefined = is_undefined(w.mean, sums);
   const auto scales =
-      term_scales<T>(w.mean, w.label_smoothing, w.z_loss, class_weight != nullptr, p.V, sums);
+      term_scales<T>(w.mean, w.label_smoothing, w.z_loss, class_weight != nullptr, V, sums);
   const auto write = [](void* array, std::int64_t n, T value) {
     if (array != nullptr) static_cast<T*>(array)[n] = value;
   };
@@ -77,19 +85,22 @@ void on_host(const Problem& p, const Weighting& w, const void* targets, const Lo
 
 }  // namespace
 
-void loss_terms(const Problem& problem, const Weighting& weighting, const void* targets,
+LossRows loss_rows(const Problem& problem) {
+  return {problem.rows, classes_of(problem).count, stat_type(problem), problem.device};
+}
+
+void loss_terms(const LossRows& rows, const Weighting& weighting, const void* targets,
                 const LossTerms& terms, [[maybe_unused]] void* stream) {
-  const Problem p = validated(problem);
-  check(p, weighting, targets, terms);
-  if (p.device == Device::cuda) {
+  check(rows, weighting, targets, terms);
+  if (rows.device == Device::cuda) {
 #ifdef CUTLOSS_CUDA
-    return cuda_loss_terms(p, weighting, targets, terms, stream);
+    return cuda_loss_terms(rows, weighting, targets, terms, stream);
 #else
     throw Error(ErrorCode::unsupported, "loss_terms: this build of cutloss has no CUDA engine");
 #endif
   }
-  stat_type(p.compute_type) == DType::f64 ? on_host<double>(p, weighting, targets, terms)
-                                          : on_host<float>(p, weighting, targets, terms);
+  rows.type == DType::f64 ? on_host<double>(rows, weighting, targets, terms)
+                          : on_host<float>(rows, weighting, targets, terms);
 }
 
 }  // namespace cutloss

@@ -8,8 +8,8 @@
 
 namespace cutloss {
 
-// loss_terms of a checked problem, in the CUDA engines' part of the library.
-void cuda_loss_terms(const Problem& problem, const Weighting& weighting, const void* targets,
+// loss_terms of checked rows, in the CUDA engines' part of the library.
+void cuda_loss_terms(const LossRows& rows, const Weighting& weighting, const void* targets,
                      const LossTerms& terms, void* stream);
 
 // What is given to a call for row n; lse is that of the row.

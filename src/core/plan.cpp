@@ -19,19 +19,21 @@ struct Candidate {
 
 // fp16 gradients are made in backward, so that the loss scale comes before the rounding.
 bool has_f16_gradient(const Problem& p) {
-  return (p.needs_de && p.e_type == DType::f16) || (p.needs_dc && p.c_type == DType::f16) ||
-         (p.needs_dbias && p.bias_type == DType::f16);
+  const Head& head = head_of(p);
+  return (p.wanted.de.wanted && head.e_type == DType::f16) ||
+         (p.wanted.dc.wanted && head.c_type == DType::f16) ||
+         (p.wanted.dbias.wanted && head.bias_type == DType::f16);
 }
 
 std::vector<Candidate> candidates(const Problem& p, std::vector<std::string>& reasons) {
-  if (!p.needs_de && !p.needs_dc && !p.needs_dbias) return {{Schedule::none, false, 1}};
-  const int gradient_products = (p.needs_de ? 1 : 0) + (p.needs_dc ? 1 : 0);
+  if (!wants_gradient(p)) return {{Schedule::none, false, 1}};
+  const int gradient_products = (p.wanted.de.wanted ? 1 : 0) + (p.wanted.dc.wanted ? 1 : 0);
   std::vector<Candidate> list;
   if (p.schedule != Schedule::vocabulary) {
-    if (p.upstream == Upstream::at_forward && !has_f16_gradient(p)) {
+    if (p.upstream.when == Upstream::at_forward && !has_f16_gradient(p)) {
       list.push_back({Schedule::rows, false, 1 + gradient_products});
     } else {
-      reasons.push_back(p.upstream == Upstream::at_forward
+      reasons.push_back(p.upstream.when == Upstream::at_forward
                             ? "rows: gradients in f16 are made in backward, after the loss "
                               "scale; the logits of all rows are kept instead"
                             : "rows: the upstream gradients are known in backward only; the "
@@ -49,9 +51,11 @@ std::vector<Candidate> candidates(const Problem& p, std::vector<std::string>& re
 // C is not in the products' dtype a copy of it, as PyTorch's own autocast has: what is left beside
 // them must be enough to work quickly.
 std::int64_t default_workspace(const Problem& p) {
+  const Head& head = head_of(p);
   if (p.device != Device::cuda) return kDefaultWorkspace;
-  const std::int64_t sums = row_count(p) * p.D * 4 + (std::int64_t{128} << 20);
-  const std::int64_t copy = p.c_type == p.compute_type ? 0 : p.V * p.D * size_of(p.compute_type);
+  const std::int64_t sums = row_count(p) * head.D * 4 + (std::int64_t{128} << 20);
+  const std::int64_t copy =
+      head.c_type == p.compute_type ? 0 : head.classes.count * head.D * size_of(p.compute_type);
   return std::max(kDefaultWorkspace, sums) + copy;
 }
 
@@ -107,14 +111,16 @@ std::optional<Plan> plan_with(const Engine& engine, const Problem& p,
 
 // Where rows do not lie one after the other.
 std::string gaps(const Problem& p) {
+  const Head& head = head_of(p);
   std::vector<std::string> found;
-  if (p.length > 1 && p.e_row_stride != p.D) {
-    found.push_back(text("rows of E ", p.e_row_stride));
+  if (p.rows.length > 1 && head.e_row_stride != head.D) {
+    found.push_back(text("rows of E ", head.e_row_stride));
   }
-  if (p.sequences > 1 && p.e_sequence_stride != p.length * p.e_row_stride) {
-    found.push_back(text("sequences of E ", p.e_sequence_stride));
+  if (p.rows.sequences > 1 && head.e_sequence_stride != p.rows.length * head.e_row_stride) {
+    found.push_back(text("sequences of E ", head.e_sequence_stride));
   }
-  if (p.V > 1 && p.c_row_stride != p.D) found.push_back(text("rows of C ", p.c_row_stride));
+  if (head.classes.count > 1 && head.c_row_stride != head.D)
+    found.push_back(text("rows of C ", head.c_row_stride));
   std::string out;
   for (const std::string& gap : found) out += (out.empty() ? "" : ", ") + gap;
   return out.empty() ? out : out + " elements apart\n";
@@ -161,11 +167,12 @@ Plan make_plan(const Problem& problem) {
 
 std::string describe(const Plan& plan) {
   const Problem& p = plan.problem;
-  std::string out = text("N ", row_count(p), "  V ", p.V, "  D ", p.D, "  E ", name(p.e_type),
-                         "  C ", name(p.c_type), "  compute ", name(p.compute_type), "\n", gaps(p),
-                         "engine ", plan.engine, "  schedule ", name(plan.schedule),
-                         plan.keeps_logits ? " (logits kept for backward)" : "", "  products ",
-                         plan.products, "\n");
+  const Head& head = head_of(p);
+  std::string out = text(
+      "N ", row_count(p), "  V ", head.classes.count, "  D ", head.D, "  E ", name(head.e_type),
+      "  C ", name(head.c_type), "  compute ", name(p.compute_type), "\n", gaps(p), "engine ",
+      plan.engine, "  schedule ", name(plan.schedule),
+      plan.keeps_logits ? " (logits kept for backward)" : "", "  products ", plan.products, "\n");
   if (plan.schedule == Schedule::rows) out += text("chunk of ", plan.chunk_rows, " rows, ");
   out += text("blocks of ", plan.block_rows, " rows x ", plan.slab, " columns");
   if (plan.gradient_rows != plan.block_rows || plan.gradient_slab != plan.slab) {

@@ -44,7 +44,7 @@ void set_sizes(Plan& plan, Tile tile, std::int64_t chunk_rows) {
   plan.block_rows = even_piece(plan.chunk_rows, tile.rows, 16);
   const std::int64_t columns =
       tile.columns == kTiles[0].columns ? columns_beside(plan.block_rows) : tile.columns;
-  plan.slab = even_piece(p.V, columns, 16);
+  plan.slab = even_piece(classes_of(p).count, columns, 16);
   plan.gradient_rows = plan.block_rows;
   plan.gradient_slab = plan.slab;
   plan.kept_bytes = kept_layout(plan).bytes;

@@ -38,7 +38,7 @@ DType product_type(const Problem& p) {
 }
 
 bool keeps_exponentials(const Problem& p) {
-  return !p.entropy_gradient && !(p.softcap && p.zbar_gradient);
+  return !p.upstream.entropy && !(p.transform.softcap && p.upstream.zbar);
 }
 
 DType kept_type(const Problem& p) {
@@ -49,11 +49,14 @@ bool accumulates_in_place(DType gradient_type, const Problem& p) {
   return gradient_type == stat_type(p.compute_type);
 }
 
-std::int64_t slab_count(const Plan& plan) { return (plan.problem.V + plan.slab - 1) / plan.slab; }
+std::int64_t slab_count(const Plan& plan) {
+  return (classes_of(plan.problem).count + plan.slab - 1) / plan.slab;
+}
 
 WorkspaceLayout workspace_layout(const Plan& plan, Passes passes) {
   const auto [forward, backward] = passes;
   const Problem& p = plan.problem;
+  const Head& head = head_of(p);
   const std::int64_t operand = size_of(product_type(p));
   const std::int64_t stat = size_of(stat_type(p.compute_type));
   const std::int64_t state =
@@ -63,10 +66,10 @@ WorkspaceLayout workspace_layout(const Plan& plan, Passes passes) {
   WorkspaceLayout layout;
   layout.row_list = shelf.place((1 + row_count(p)) * 8);
   if (forward) layout.states = shelf.place(plan.chunk_rows * state);
-  layout.e_block = shelf.place(plan.block_rows * p.D * operand);
-  if (p.c_type != product_type(p)) layout.c_slab = shelf.place(plan.slab * p.D * operand);
-  if (p.has_bias && p.bias_type != stat_type(p.compute_type)) {
-    layout.bias = shelf.place(p.V * stat);
+  layout.e_block = shelf.place(plan.block_rows * head.D * operand);
+  if (head.c_type != product_type(p)) layout.c_slab = shelf.place(plan.slab * head.D * operand);
+  if (head.has_bias && head.bias_type != stat_type(p.compute_type)) {
+    layout.bias = shelf.place(head.classes.count * stat);
   }
   if (forward || !from_kept) layout.z = shelf.place(plan.block_rows * plan.slab * stat);
   if (!backward) {
@@ -76,33 +79,35 @@ WorkspaceLayout workspace_layout(const Plan& plan, Passes passes) {
   if (product_type(p) == DType::bf16 || from_kept) {
     layout.g = shelf.place(plan.block_rows * plan.slab * operand);
   }
-  if (p.needs_de && !accumulates_in_place(p.e_type, p)) {
-    layout.de_sums = shelf.place(plan.chunk_rows * p.D * stat);
+  if (p.wanted.de.wanted && !accumulates_in_place(head.e_type, p)) {
+    layout.de_sums = shelf.place(plan.chunk_rows * head.D * stat);
   }
-  if (p.needs_dc && !accumulates_in_place(p.c_type, p)) {
+  if (p.wanted.dc.wanted && !accumulates_in_place(head.c_type, p)) {
     const bool one_chunk = plan.chunk_rows >= row_count(p);
-    layout.dc_sums = shelf.place((one_chunk ? plan.slab : p.V) * p.D * stat);
+    layout.dc_sums = shelf.place((one_chunk ? plan.slab : head.classes.count) * head.D * stat);
   }
-  if (p.needs_dbias) layout.dbias_sums = shelf.place(p.V * 8);
+  if (p.wanted.dbias.wanted) layout.dbias_sums = shelf.place(head.classes.count * 8);
   layout.bytes = shelf.bytes();
   return layout;
 }
 
 KeptLayout kept_layout(const Plan& plan) {
   const Problem& p = plan.problem;
+  const Head& head = head_of(p);
   KeptLayout layout;
   if (plan.schedule != Schedule::rows) return layout;
   const std::int64_t element = size_of(kept_type(p));
-  const bool dc_is_there = p.needs_dc && !plan.keeps_logits && plan.chunk_rows >= row_count(p);
+  const bool dc_is_there =
+      p.wanted.dc.wanted && !plan.keeps_logits && plan.chunk_rows >= row_count(p);
   // With several blocks of rows a slab of dC may be written before the last block has been read,
   // unless its sums are elsewhere.
   const bool written_last =
-      plan.block_rows >= plan.chunk_rows || !accumulates_in_place(p.c_type, p);
+      plan.block_rows >= plan.chunk_rows || !accumulates_in_place(head.c_type, p);
   if (dc_is_there && written_last) {
-    layout.rows_in_dc = std::min(plan.chunk_rows, p.D * size_of(p.c_type) / element);
+    layout.rows_in_dc = std::min(plan.chunk_rows, head.D * size_of(head.c_type) / element);
   }
   Shelf shelf;
-  layout.logits = shelf.place((plan.chunk_rows - layout.rows_in_dc) * p.V * element);
+  layout.logits = shelf.place((plan.chunk_rows - layout.rows_in_dc) * head.classes.count * element);
   if (keeps_exponentials(p)) {
     layout.slab_maxima =
         shelf.place(plan.chunk_rows * slab_count(plan) * size_of(stat_type(p.compute_type)));

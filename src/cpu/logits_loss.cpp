@@ -9,6 +9,7 @@
 
 #include "core/logit_math.h"
 #include "core/loss_terms.h"
+#include "core/row_map.h"
 #include "core/validate.h"
 #include "cpu/convert.h"
 #include "cpu/row_ops.h"
@@ -25,30 +26,30 @@ constexpr std::int64_t kSegment = 2048;
 template <class T>
 class LogitRows {
  public:
-  LogitRows(const LogitsProblem& p, const LogitsArgs& args)
-      : p_(p), args_(args), predicted_(p.length - p.shift) {}
+  LogitRows(const Problem& p, const LogitsArgs& args)
+      : p_(p), logits_(logits_of(p)), args_(args), map_(row_map<std::int64_t>(p.rows)) {}
 
   // Before anything is written.
   void check() const {
     for (std::int64_t n = 0; n < row_count(p_); ++n) {
       const std::int64_t target = target_of(n);
-      if (target == p_.ignore_index) continue;
-      const Position at{n / predicted_, n % predicted_ + p_.shift};
-      check_target(target, p_.V, p_.ignore_index, at);
-      if (!p_.has_row_temperature) continue;
+      if (target == p_.rows.ignore_index) continue;
+      const Position at{map_.sequence(n), map_.column(n) + map_.shift};
+      check_target(target, logits_.classes.count, p_.rows.ignore_index, at);
+      if (!p_.rows.has_temperature) continue;
       const double own = static_cast<const T*>(args_.temperature)[n];
-      check_row_temperature(own, own * p_.temperature, stat_type_of(p_), at);
+      check_row_temperature(own, own * p_.transform.temperature, stat_type(p_), at);
     }
   }
 
-  bool counts(std::int64_t n) const { return target_of(n) != p_.ignore_index; }
+  bool counts(std::int64_t n) const { return target_of(n) != p_.rows.ignore_index; }
 
   // A position of a sequence, whether it is a row or predicts nothing.
   void do_position(std::int64_t position, Passes passes) const {
-    const std::int64_t sequence = position / p_.length, at = position % p_.length;
-    const std::int64_t n = sequence * predicted_ + at;
-    if (at >= predicted_ || !counts(n)) {
-      if (passes.forward && at < predicted_) write(n, {0, 0, 0, 0, 0, 0, -1});
+    const std::int64_t sequence = position / p_.rows.length, at = position % p_.rows.length;
+    const std::int64_t n = map_.row(sequence, at);
+    if (at >= map_.predicted || !counts(n)) {
+      if (passes.forward && at < map_.predicted) write(n, {0, 0, 0, 0, 0, 0, -1});
       if (passes.backward) clear(sequence, at);
       return;
     }
@@ -60,26 +61,26 @@ class LogitRows {
   using Segment = std::array<T, kSegment>;
 
   std::int64_t target_of(std::int64_t n) const {
-    const std::int64_t i = n / predicted_ * p_.length + n % predicted_ + p_.shift;
-    return p_.target_type == IndexType::i64 ? static_cast<const std::int64_t*>(args_.targets)[i]
-                                            : static_cast<const std::int32_t*>(args_.targets)[i];
+    return target_at(args_.targets, p_.rows.target_type, map_.target(n));
   }
 
-  Transform<T> transform_of(std::int64_t n) const {
-    const double own = p_.has_row_temperature ? static_cast<const T*>(args_.temperature)[n] : 1.0;
-    Transform<T> transform;
+  RowTransform<T> transform_of(std::int64_t n) const {
+    const double own = p_.rows.has_temperature ? static_cast<const T*>(args_.temperature)[n] : 1.0;
+    RowTransform<T> transform;
     transform.softcap = static_cast<T>(folded_softcap(p_));
-    transform.inv_temperature = static_cast<T>(p_.logit_scale / (own * p_.temperature));
+    transform.inv_temperature =
+        static_cast<T>(p_.transform.logit_scale / (own * p_.transform.temperature));
     return transform;
   }
 
   const void* logits(std::int64_t sequence, std::int64_t at, std::int64_t column) const {
-    return cpu::at(args_.logits, p_.type,
-                   sequence * p_.sequence_stride + at * p_.row_stride + column);
+    return cpu::at(args_.logits, logits_.type,
+                   sequence * logits_.sequence_stride + at * logits_.row_stride + column);
   }
   void* gradient(std::int64_t sequence, std::int64_t at, std::int64_t column) const {
-    return cpu::at(args_.gradient, p_.type,
-                   sequence * p_.gradient_sequence_stride + at * p_.gradient_row_stride + column);
+    return cpu::at(
+        args_.gradient, logits_.type,
+        sequence * p_.wanted.dlogits_sequence_stride + at * p_.wanted.dlogits_row_stride + column);
   }
   const T* class_weight(std::int64_t column) const {
     const auto* all = static_cast<const T*>(args_.class_weight);
@@ -93,22 +94,22 @@ class LogitRows {
     row.z = z.data();
     row.target = target_of(n);
     row.transform = transform_of(n);
-    row.entropy = p_.wants_entropy;
-    row.argmax = p_.wants_argmax;
-    row.zbar = p_.wants_zbar;
-    for (std::int64_t v = 0; v < p_.V; v += kSegment) {
+    row.entropy = p_.wanted.entropy;
+    row.argmax = p_.wanted.argmax;
+    row.zbar = p_.wanted.zbar;
+    for (std::int64_t v = 0; v < logits_.classes.count; v += kSegment) {
       row.first_column = v;
-      row.columns = std::min(kSegment, p_.V - v);
+      row.columns = std::min(kSegment, logits_.classes.count - v);
       row.class_weight = class_weight(v);
-      convert(p_.type, logits(sequence, at, v), stat_type_of(p_), z.data(), row.columns);
+      convert(logits_.type, logits(sequence, at, v), stat_type(p_), z.data(), row.columns);
       row_statistics(row, state);
     }
-    write(n, finish(state, row.target, p_.V));
+    write(n, finish(state, row.target, logits_.classes.count));
   }
 
   void make_gradient(std::int64_t sequence, std::int64_t at, std::int64_t n) const {
     alignas(64) Segment z;
-    const Transform<T> transform = transform_of(n);
+    const RowTransform<T> transform = transform_of(n);
     const std::int64_t target = target_of(n);
     const auto read = [n](const void* array) { return static_cast<const T*>(array)[n]; };
     const T nll = read(args_.rows.nll), row_max = read(args_.rows.row_max);
@@ -116,29 +117,29 @@ class LogitRows {
     const RowUpstream<T> up = row_upstream<T>(args_.upstream, n, row_max + log_sum);
     GradientRow<T> row{};
     RowCoefficients<T>& k = row.coefficients;
-    k = row_coefficients(up, nll, row_max, log_sum, p_.V);
+    k = row_coefficients(up, nll, row_max, log_sum, logits_.classes.count);
     if (k.d_entropy != T(0)) k.entropy = read(args_.rows.entropy);
     k.softcap = transform.softcap;
     k.inv_temperature = transform.inv_temperature;
     const T weight = args_.class_weight == nullptr ? T(1) : *class_weight(target);
     row.target_g = target_gradient(k, nll, up.d_nll, up.d_lse, weight);
-    for (std::int64_t v = 0; v < p_.V; v += kSegment) {
-      row.columns = std::min(kSegment, p_.V - v);
+    for (std::int64_t v = 0; v < logits_.classes.count; v += kSegment) {
+      row.columns = std::min(kSegment, logits_.classes.count - v);
       row.class_weight = class_weight(v);
       const bool here = target >= v && target < v + row.columns;
       row.target = here ? target - v : -1;
-      convert(p_.type, logits(sequence, at, v), stat_type_of(p_), z.data(), row.columns);
+      convert(logits_.type, logits(sequence, at, v), stat_type(p_), z.data(), row.columns);
       store_gradient(row, z.data(), transform, gradient(sequence, at, v));
     }
   }
 
-  void store_gradient(const GradientRow<T>& row, T* z, const Transform<T>& transform,
+  void store_gradient(const GradientRow<T>& row, T* z, const RowTransform<T>& transform,
                       void* g) const {
     if constexpr (std::is_same_v<T, float>) {
-      if (p_.type == DType::bf16) {
+      if (logits_.type == DType::bf16) {
         return row_gradient_bf16(row, z, &transform, static_cast<std::uint16_t*>(g));
       }
-      if (p_.type == DType::f16) {
+      if (logits_.type == DType::f16) {
         row_gradient(row, z, &transform, z);
         return convert(DType::f32, z, DType::f16, g, row.columns);
       }
@@ -147,7 +148,8 @@ class LogitRows {
   }
 
   void clear(std::int64_t sequence, std::int64_t at) const {
-    std::memset(gradient(sequence, at, 0), 0, static_cast<std::size_t>(p_.V * size_of(p_.type)));
+    std::memset(gradient(sequence, at, 0), 0,
+                static_cast<std::size_t>(logits_.classes.count * size_of(logits_.type)));
   }
 
   // What is not wanted is not written, even where there is room for it.
@@ -160,29 +162,30 @@ class LogitRows {
     put(out.lse, result.lse);
     put(out.row_max, result.row_max);
     put(out.log_sum, result.log_sum);
-    if (p_.wants_entropy) put(out.entropy, result.entropy);
-    if (p_.wants_zbar) put(out.zbar, result.zbar);
-    if (p_.wants_argmax) out.argmax[n] = result.argmax;
+    if (p_.wanted.entropy) put(out.entropy, result.entropy);
+    if (p_.wanted.zbar) put(out.zbar, result.zbar);
+    if (p_.wanted.argmax) out.argmax[n] = result.argmax;
   }
 
-  const LogitsProblem& p_;
+  const Problem& p_;
+  const Logits& logits_;
   const LogitsArgs& args_;
-  const std::int64_t predicted_;  // rows of a sequence that predict a target
+  const RowMap<std::int64_t> map_;
 };
 
 template <class T>
-void run(const LogitsProblem& p, const LogitsArgs& args, Passes passes) {
+void run(const Problem& p, const LogitsArgs& args, Passes passes) {
   const LogitRows<T> rows(p, args);
   rows.check();
-  const std::int64_t positions = p.sequences * p.length;
+  const std::int64_t positions = p.rows.sequences * p.rows.length;
   // Ignored rows are quick, so what a thread takes is not settled beforehand.
-  const std::int64_t at_once = std::max<std::int64_t>(1, 8 * kSegment / p.V);
+  const std::int64_t at_once = std::max<std::int64_t>(1, 8 * kSegment / classes_of(p).count);
 #pragma omp parallel for schedule(dynamic, at_once)
   for (std::int64_t i = 0; i < positions; ++i) rows.do_position(i, passes);
 }
 
 template <class T>
-void sum(const LogitsProblem& p, const LogitsArgs& args, void* loss, const bool* undefined) {
+void sum(const Problem& p, const LogitsArgs& args, void* loss, const bool* undefined) {
   const LogitRows<T> rows(p, args);
   const auto counts = [&](std::int64_t n) { return rows.counts(n); };
   *static_cast<T*>(loss) =
@@ -191,14 +194,14 @@ void sum(const LogitsProblem& p, const LogitsArgs& args, void* loss, const bool*
 
 }  // namespace
 
-void cpu_logits(const LogitsProblem& p, const LogitsArgs& args, Passes passes) {
-  p.type == DType::f64 ? run<double>(p, args, passes) : run<float>(p, args, passes);
+void cpu_logits(const Problem& p, const LogitsArgs& args, Passes passes) {
+  logits_of(p).type == DType::f64 ? run<double>(p, args, passes) : run<float>(p, args, passes);
 }
 
-void cpu_weighted_loss(const LogitsProblem& p, const LogitsArgs& args, void* loss,
+void cpu_weighted_loss(const Problem& p, const LogitsArgs& args, void* loss,
                        const bool* undefined) {
-  p.type == DType::f64 ? sum<double>(p, args, loss, undefined)
-                       : sum<float>(p, args, loss, undefined);
+  logits_of(p).type == DType::f64 ? sum<double>(p, args, loss, undefined)
+                                  : sum<float>(p, args, loss, undefined);
 }
 
 }  // namespace cutloss

@@ -9,6 +9,7 @@
 #include "core/dtype.h"
 #include "core/logit_math.h"
 #include "core/loss_terms.h"
+#include "core/row_map.h"
 #include "core/text.h"
 #include "core/validate.h"
 #include "cpu/convert.h"
@@ -35,11 +36,12 @@ class CpuParts final : public Parts {
   CpuParts(const Plan& plan, const Args& args, Passes passes)
       : plan_(plan),
         p_(plan.problem),
+        head_(head_of(plan.problem)),
         args_(args),
         layout_(workspace_layout(plan, passes)),
         kept_(kept_layout(plan)),
         operand_(product_type(plan.problem)),
-        predicted_(p_.length - p_.shift) {}
+        map_(row_map<std::int64_t>(plan.problem.rows)) {}
 
   void list_rows() override {
     std::int64_t* list = row_list();
@@ -47,7 +49,7 @@ class CpuParts final : public Parts {
     const std::int64_t rows = row_count(p_);
     for (std::int64_t n = 0; n < rows; ++n) {
       const std::int64_t target = target_of(n);
-      if (target == p_.ignore_index) continue;
+      if (target == p_.rows.ignore_index) continue;
       check_row(n, target);
       list[1 + count++] = n;
     }
@@ -56,13 +58,13 @@ class CpuParts final : public Parts {
 
   std::int64_t rows_to_cover() const override { return row_list()[0]; }
 
-  RowList list(Rows rows) const override { return {row_list() + 1 + rows.begin, rows.count}; }
+  RowList list(RowRange rows) const override { return {row_list() + 1 + rows.begin, rows.count}; }
 
   void clear_ignored_outputs() override {
     const std::int64_t rows = row_count(p_);
     if (rows_to_cover() == rows) return;
     for (std::int64_t n = 0; n < rows; ++n) {
-      if (target_of(n) != p_.ignore_index) continue;
+      if (target_of(n) != p_.rows.ignore_index) continue;
       const RowOutputs out = wanted_outputs();
       for (void* array : {out.nll, out.lse, out.row_max, out.log_sum, out.entropy, out.zbar}) {
         if (array != nullptr) static_cast<T*>(array)[n] = T(0);
@@ -71,7 +73,7 @@ class CpuParts final : public Parts {
     }
   }
 
-  void begin_statistics(Rows chunk) override {
+  void begin_statistics(RowRange chunk) override {
     load_bias();
     std::fill_n(states(), chunk.count, RowState<T>{});
   }
@@ -84,9 +86,9 @@ class CpuParts final : public Parts {
     StatisticsRow<T> shared{};
     shared.columns = columns.count;
     shared.first_column = columns.begin;
-    shared.entropy = p_.wants_entropy;
-    shared.argmax = p_.wants_argmax;
-    shared.zbar = p_.wants_zbar;
+    shared.entropy = p_.wanted.entropy;
+    shared.argmax = p_.wanted.argmax;
+    shared.zbar = p_.wanted.zbar;
     shared.class_weight = class_weight(columns);
 #pragma omp parallel for schedule(static)
     for (std::int64_t r = 0; r < block.rows.count; ++r) {
@@ -109,14 +111,14 @@ class CpuParts final : public Parts {
     }
   }
 
-  void finish_statistics(Rows chunk) override {
+  void finish_statistics(RowRange chunk) override {
     const RowOutputs out = wanted_outputs();
     const auto write = [](void* array, std::int64_t n, T value) {
       if (array != nullptr) static_cast<T*>(array)[n] = value;
     };
     for (std::int64_t r = 0; r < chunk.count; ++r) {
       const std::int64_t n = row_at(chunk.begin + r);
-      const RowResult<T> result = finish(states()[r], target_of(n), p_.V);
+      const RowResult<T> result = finish(states()[r], target_of(n), head_.classes.count);
       write(out.nll, n, result.nll);
       write(out.lse, n, result.lse);
       write(out.row_max, n, result.row_max);
@@ -139,7 +141,7 @@ class CpuParts final : public Parts {
         make_g_from_kept(row, block.rows.begin - block.chunk.begin + r, block.columns, g);
       } else {
         T* z = buffer<T>(layout_.z) + r * block.columns.count;
-        const Transform<T> transform = transform_of(row_at(block.rows.begin + r), block.columns);
+        const RowTransform<T> transform = transform_of(row_at(block.rows.begin + r), block.columns);
         make_g_from_logits(row, z, &transform, g);
       }
     }
@@ -171,15 +173,15 @@ class CpuParts final : public Parts {
     const Matrix c = load_columns(block.columns);
     Product product{};
     product.M = block.rows.count;
-    product.N = p_.D;
+    product.N = head_.D;
     product.K = block.columns.count;
     product.a = {g_, block.columns.count, false};
     product.b = {c.data, c.stride, false};
-    product.c = de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * p_.D;
-    product.c_stride = p_.D;
+    product.c = de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * head_.D;
+    product.c_stride = head_.D;
     product.type = operand_;
     product.c_type = stat_type(p_.compute_type);
-    product.alpha = p_.logit_scale;
+    product.alpha = p_.transform.logit_scale;
     product.accumulate = block.columns.begin > 0;
     multiply(product);
   }
@@ -188,17 +190,17 @@ class CpuParts final : public Parts {
     const Matrix e = load_rows(block.rows);
     Product product{};
     product.M = block.columns.count;
-    product.N = p_.D;
+    product.N = head_.D;
     product.K = block.rows.count;
     product.a = {g_, block.columns.count, true};
     product.b = {e.data, e.stride, false};
     product.c = one_product_makes_dc()
-                    ? at(args_.gradients.dc, p_.c_type, block.columns.begin * p_.D)
+                    ? at(args_.gradients.dc, head_.c_type, block.columns.begin * head_.D)
                     : dc_sums(block.columns);
-    product.c_stride = p_.D;
+    product.c_stride = head_.D;
     product.type = operand_;
-    product.c_type = one_product_makes_dc() ? p_.c_type : stat_type(p_.compute_type);
-    product.alpha = p_.logit_scale;
+    product.c_type = one_product_makes_dc() ? head_.c_type : stat_type(p_.compute_type);
+    product.alpha = p_.transform.logit_scale;
     product.accumulate = block.rows.begin > 0;
     multiply(product);
   }
@@ -208,36 +210,38 @@ class CpuParts final : public Parts {
     const T* sums = dc_sums(columns);
 #pragma omp parallel for schedule(static)
     for (std::int64_t v = 0; v < columns.count; ++v) {
-      convert(stat_type(p_.compute_type), sums + v * p_.D, p_.c_type,
-              at(args_.gradients.dc, p_.c_type, (columns.begin + v) * p_.D), p_.D);
+      convert(stat_type(p_.compute_type), sums + v * head_.D, head_.c_type,
+              at(args_.gradients.dc, head_.c_type, (columns.begin + v) * head_.D), head_.D);
     }
   }
 
-  void store_de(Rows chunk) override {
+  void store_de(RowRange chunk) override {
     if (layout_.de_sums < 0) return;  // finish_gradients moves the rows to their places
     const T* sums = de_sums(chunk);
 #pragma omp parallel for schedule(static)
     for (std::int64_t r = 0; r < chunk.count; ++r) {
-      convert(stat_type(p_.compute_type), sums + r * p_.D, p_.e_type,
-              at(args_.gradients.de, p_.e_type, position(row_at(chunk.begin + r)) * p_.D), p_.D);
+      convert(
+          stat_type(p_.compute_type), sums + r * head_.D, head_.e_type,
+          at(args_.gradients.de, head_.e_type, map_.position(row_at(chunk.begin + r)) * head_.D),
+          head_.D);
     }
   }
 
   void finish_gradients() override {
-    if (p_.needs_de) {
+    if (p_.wanted.de.wanted) {
       if (layout_.de_sums < 0) spread_de();
       clear_unpredicted_de();
     }
     const bool none = rows_to_cover() == 0;
-    if (p_.needs_dc && none) {
+    if (p_.wanted.dc.wanted && none) {
       std::memset(args_.gradients.dc, 0,
-                  static_cast<std::size_t>(p_.V * p_.D * size_of(p_.c_type)));
+                  static_cast<std::size_t>(head_.classes.count * head_.D * size_of(head_.c_type)));
     }
-    if (p_.needs_dbias) store_dbias(none);
+    if (p_.wanted.dbias.wanted) store_dbias(none);
   }
 
   void sum_loss(void* loss, const bool* undefined) override {
-    const auto counts = [&](std::int64_t n) { return target_of(n) != p_.ignore_index; };
+    const auto counts = [&](std::int64_t n) { return target_of(n) != p_.rows.ignore_index; };
     *static_cast<T*>(loss) =
         weighted_sum<T>(row_count(p_), counts, args_.rows, args_.upstream, undefined);
   }
@@ -246,9 +250,9 @@ class CpuParts final : public Parts {
   // What is not wanted is not written, even where there is room for it.
   RowOutputs wanted_outputs() const {
     RowOutputs out = args_.rows;
-    if (!p_.wants_entropy) out.entropy = nullptr;
-    if (!p_.wants_zbar) out.zbar = nullptr;
-    if (!p_.wants_argmax) out.argmax = nullptr;
+    if (!p_.wanted.entropy) out.entropy = nullptr;
+    if (!p_.wanted.zbar) out.zbar = nullptr;
+    if (!p_.wanted.argmax) out.argmax = nullptr;
     return out;
   }
 
@@ -261,36 +265,29 @@ class CpuParts final : public Parts {
   std::int64_t row_at(std::int64_t i) const { return row_list()[1 + i]; }
   RowState<T>* states() const { return buffer<RowState<T>>(layout_.states); }
 
-  // A row's place among the rows of E.
-  std::int64_t position(std::int64_t n) const {
-    return n / predicted_ * p_.length + n % predicted_;
-  }
-
   std::int64_t target_of(std::int64_t n) const {
-    const std::int64_t i = position(n) + p_.shift;
-    return p_.target_type == IndexType::i64 ? static_cast<const std::int64_t*>(args_.in.targets)[i]
-                                            : static_cast<const std::int32_t*>(args_.in.targets)[i];
+    return target_at(args_.in.targets, p_.rows.target_type, map_.target(n));
   }
 
   void check_row(std::int64_t n, std::int64_t target) const {
-    const Position at{n / predicted_, n % predicted_ + p_.shift};
-    check_target(target, p_.V, p_.ignore_index, at);
-    if (!p_.has_row_temperature) return;
+    const Position at{map_.sequence(n), map_.column(n) + map_.shift};
+    check_target(target, head_.classes.count, p_.rows.ignore_index, at);
+    if (!p_.rows.has_temperature) return;
     const double own = static_cast<const T*>(args_.in.temperature)[n];
-    check_row_temperature(own, own * p_.temperature, stat_type(p_.compute_type), at);
+    check_row_temperature(own, own * p_.transform.temperature, stat_type(p_.compute_type), at);
   }
 
   T inv_temperature(std::int64_t n) const {
     const double own =
-        p_.has_row_temperature ? static_cast<const T*>(args_.in.temperature)[n] : 1.0;
-    return static_cast<T>(1.0 / (own * p_.temperature));
+        p_.rows.has_temperature ? static_cast<const T*>(args_.in.temperature)[n] : 1.0;
+    return static_cast<T>(1.0 / (own * p_.transform.temperature));
   }
 
-  Transform<T> transform_of(std::int64_t n, Columns columns) const {
+  RowTransform<T> transform_of(std::int64_t n, Columns columns) const {
     const T* bias =
         layout_.bias >= 0 ? buffer<T>(layout_.bias) : static_cast<const T*>(args_.in.bias);
-    return {p_.has_bias ? bias + columns.begin : nullptr, static_cast<T>(p_.softcap.value_or(0)),
-            inv_temperature(n)};
+    return {head_.has_bias ? bias + columns.begin : nullptr,
+            static_cast<T>(p_.transform.softcap.value_or(0)), inv_temperature(n)};
   }
 
   const T* class_weight(Columns columns) const {
@@ -300,51 +297,51 @@ class CpuParts final : public Parts {
 
   void load_bias() {
     if (layout_.bias < 0 || bias_loaded_) return;
-    convert(p_.bias_type, args_.in.bias, stat_type(p_.compute_type), buffer<void>(layout_.bias),
-            p_.V);
+    convert(head_.bias_type, args_.in.bias, stat_type(p_.compute_type), buffer<void>(layout_.bias),
+            head_.classes.count);
     bias_loaded_ = true;
   }
 
   // E of some rows: where it lies if its rows are evenly spaced and have the products' dtype,
   // else gathered and converted.
-  Matrix load_rows(Rows rows) {
+  Matrix load_rows(RowRange rows) {
     const std::int64_t first = row_at(rows.begin);
     const std::int64_t last = row_at(rows.begin + rows.count - 1);
     const bool contiguous = last - first == rows.count - 1;
     const bool even =
-        contiguous && (e_offset(last) - e_offset(first)) == (rows.count - 1) * p_.e_row_stride;
-    if (even && p_.e_type == operand_) {
-      return {at(args_.in.e, p_.e_type, e_offset(first)), p_.e_row_stride};
+        contiguous && (e_offset(last) - e_offset(first)) == (rows.count - 1) * head_.e_row_stride;
+    if (even && head_.e_type == operand_) {
+      return {at(args_.in.e, head_.e_type, e_offset(first)), head_.e_row_stride};
     }
     void* packed = buffer<void>(layout_.e_block);
     if (loaded_rows_.begin != rows.begin || loaded_rows_.count != rows.count) {
 #pragma omp parallel for schedule(static)
       for (std::int64_t r = 0; r < rows.count; ++r) {
-        convert(p_.e_type, at(args_.in.e, p_.e_type, e_offset(row_at(rows.begin + r))), operand_,
-                at(packed, operand_, r * p_.D), p_.D);
+        convert(head_.e_type, at(args_.in.e, head_.e_type, e_offset(row_at(rows.begin + r))),
+                operand_, at(packed, operand_, r * head_.D), head_.D);
       }
       loaded_rows_ = rows;
     }
-    return {packed, p_.D};
+    return {packed, head_.D};
   }
 
   std::int64_t e_offset(std::int64_t n) const {
-    return n / predicted_ * p_.e_sequence_stride + n % predicted_ * p_.e_row_stride;
+    return map_.sequence(n) * head_.e_sequence_stride + map_.column(n) * head_.e_row_stride;
   }
 
   Matrix load_columns(Columns columns) {
-    const void* first = at(args_.in.c, p_.c_type, columns.begin * p_.c_row_stride);
-    if (p_.c_type == operand_) return {first, p_.c_row_stride};
+    const void* first = at(args_.in.c, head_.c_type, columns.begin * head_.c_row_stride);
+    if (head_.c_type == operand_) return {first, head_.c_row_stride};
     void* packed = buffer<void>(layout_.c_slab);
     if (loaded_columns_.begin != columns.begin || loaded_columns_.count != columns.count) {
 #pragma omp parallel for schedule(static)
       for (std::int64_t v = 0; v < columns.count; ++v) {
-        convert(p_.c_type, at(first, p_.c_type, v * p_.c_row_stride), operand_,
-                at(packed, operand_, v * p_.D), p_.D);
+        convert(head_.c_type, at(first, head_.c_type, v * head_.c_row_stride), operand_,
+                at(packed, operand_, v * head_.D), head_.D);
       }
       loaded_columns_ = columns;
     }
-    return {packed, p_.D};
+    return {packed, head_.D};
   }
 
   void multiply_logits(const Block& block, T* z) {
@@ -353,14 +350,14 @@ class CpuParts final : public Parts {
     Product product{};
     product.M = block.rows.count;
     product.N = block.columns.count;
-    product.K = p_.D;
+    product.K = head_.D;
     product.a = {e.data, e.stride, false};
     product.b = {c.data, c.stride, true};
     product.c = z;
     product.c_stride = block.columns.count;
     product.type = operand_;
     product.c_type = stat_type(p_.compute_type);
-    product.alpha = p_.logit_scale;
+    product.alpha = p_.transform.logit_scale;
     multiply(product);
   }
 
@@ -378,20 +375,20 @@ class CpuParts final : public Parts {
   void store_dbias(bool no_rows) const {
     const double* sums = buffer<double>(layout_.dbias_sums);
     std::array<T, kStrip> piece;
-    for (std::int64_t v = 0; v < p_.V; v += kStrip) {
-      const std::int64_t count = std::min(kStrip, p_.V - v);
+    for (std::int64_t v = 0; v < head_.classes.count; v += kStrip) {
+      const std::int64_t count = std::min(kStrip, head_.classes.count - v);
       for (std::int64_t j = 0; j < count; ++j) {
         piece[j] = no_rows ? T(0) : static_cast<T>(sums[v + j]);
       }
-      convert(stat_type(p_.compute_type), piece.data(), p_.bias_type,
-              at(args_.gradients.dbias, p_.bias_type, v), count);
+      convert(stat_type(p_.compute_type), piece.data(), head_.bias_type,
+              at(args_.gradients.dbias, head_.bias_type, v), count);
     }
   }
 
   // A row of a chunk in what is kept: exponentials or logits of a slab's columns.
   void* kept_row(std::int64_t in_chunk, Columns columns) const {
     const bool in_dc = in_chunk < kept_.rows_in_dc;
-    void* base = in_dc ? at(args_.gradients.dc, p_.c_type, columns.begin * p_.D)
+    void* base = in_dc ? at(args_.gradients.dc, head_.c_type, columns.begin * head_.D)
                        : at(static_cast<std::byte*>(args_.kept) + kept_.logits, kept_type(p_),
                             columns.begin * (plan_.chunk_rows - kept_.rows_in_dc));
     const std::int64_t row = in_dc ? in_chunk : in_chunk - kept_.rows_in_dc;
@@ -421,7 +418,7 @@ class CpuParts final : public Parts {
     row_gradient_from_exponentials(row, static_cast<const T*>(kept), slab_max, static_cast<T*>(g));
   }
 
-  void make_g_from_logits(const GradientRow<T>& row, T* z, const Transform<T>* transform,
+  void make_g_from_logits(const GradientRow<T>& row, T* z, const RowTransform<T>* transform,
                           void* g) const {
     if constexpr (std::is_same_v<T, float>) {
       if (operand_ == DType::bf16) {
@@ -444,9 +441,9 @@ class CpuParts final : public Parts {
     row.columns = columns.count;
     row.class_weight = class_weight(columns);
     RowCoefficients<T>& k = row.coefficients;
-    k = row_coefficients(up, nll, row_max, log_sum, p_.V);
+    k = row_coefficients(up, nll, row_max, log_sum, head_.classes.count);
     k.entropy = k.d_entropy != T(0) ? read(args_.rows.entropy) : T(0);
-    k.softcap = static_cast<T>(p_.softcap.value_or(0));
+    k.softcap = static_cast<T>(p_.transform.softcap.value_or(0));
     k.inv_temperature = inv_temperature(n);
     const std::int64_t target = target_of(n) - columns.begin;
     row.target = target >= 0 && target < columns.count ? target : -1;
@@ -459,47 +456,48 @@ class CpuParts final : public Parts {
 
   // Where a chunk's dE accumulates: in the output, row after row of the list (finish_gradients
   // spreads them), or in the workspace.
-  T* de_sums(Rows chunk) const {
+  T* de_sums(RowRange chunk) const {
     return layout_.de_sums >= 0 ? buffer<T>(layout_.de_sums)
-                                : static_cast<T*>(args_.gradients.de) + chunk.begin * p_.D;
+                                : static_cast<T*>(args_.gradients.de) + chunk.begin * head_.D;
   }
 
   // Where one block holds every row, its product is dC, and rounds it itself.
   bool one_product_makes_dc() const {
-    return p_.c_type == operand_ && rows_to_cover() <= plan_.block_rows;
+    return head_.c_type == operand_ && rows_to_cover() <= plan_.block_rows;
   }
 
   T* dc_sums(Columns columns) const {
-    if (layout_.dc_sums < 0) return static_cast<T*>(args_.gradients.dc) + columns.begin * p_.D;
+    if (layout_.dc_sums < 0) return static_cast<T*>(args_.gradients.dc) + columns.begin * head_.D;
     const bool one_chunk = plan_.chunk_rows >= row_count(p_);
-    return buffer<T>(layout_.dc_sums) + (one_chunk ? 0 : columns.begin * p_.D);
+    return buffer<T>(layout_.dc_sums) + (one_chunk ? 0 : columns.begin * head_.D);
   }
 
   // Moves the rows of dE from the front of the output to their places, last first, so that none
   // is overwritten before it has moved. Threads take columns.
   void spread_de() const {
     const std::int64_t count = rows_to_cover();
-    if (count == 0 || position(row_at(count - 1)) == count - 1) return;
+    if (count == 0 || map_.position(row_at(count - 1)) == count - 1) return;
     T* de = static_cast<T*>(args_.gradients.de);
 #pragma omp parallel for schedule(static)
-    for (std::int64_t d = 0; d < p_.D; d += kStrip) {
-      const auto bytes = static_cast<std::size_t>(std::min(kStrip, p_.D - d)) * sizeof(T);
+    for (std::int64_t d = 0; d < head_.D; d += kStrip) {
+      const auto bytes = static_cast<std::size_t>(std::min(kStrip, head_.D - d)) * sizeof(T);
       for (std::int64_t i = count - 1; i >= 0; --i) {
-        const std::int64_t to = position(row_at(i));
-        if (to != i) std::memcpy(de + to * p_.D + d, de + i * p_.D + d, bytes);
+        const std::int64_t to = map_.position(row_at(i));
+        if (to != i) std::memcpy(de + to * head_.D + d, de + i * head_.D + d, bytes);
       }
     }
   }
 
   // Zeros in the rows of dE that predict nothing, or an ignored target.
   void clear_unpredicted_de() const {
-    if (p_.sequences * p_.length == 0) return;
-    const std::int64_t row_bytes = p_.D * size_of(p_.e_type);
+    if (p_.rows.sequences * p_.rows.length == 0) return;
+    const std::int64_t row_bytes = head_.D * size_of(head_.e_type);
     auto* de = static_cast<std::byte*>(args_.gradients.de);
     const std::int64_t count = rows_to_cover();
     std::int64_t next = 0;  // the first place not yet seen
     for (std::int64_t i = 0; i <= count; ++i) {
-      const std::int64_t place = i < count ? position(row_at(i)) : p_.sequences * p_.length;
+      const std::int64_t place =
+          i < count ? map_.position(row_at(i)) : p_.rows.sequences * p_.rows.length;
       std::memset(de + next * row_bytes, 0, static_cast<std::size_t>((place - next) * row_bytes));
       next = place + 1;
     }
@@ -507,13 +505,14 @@ class CpuParts final : public Parts {
 
   const Plan& plan_;
   const Problem& p_;
+  const Head& head_;
   const Args& args_;
   const WorkspaceLayout layout_;
   const KeptLayout kept_;
   const DType operand_;
-  const std::int64_t predicted_;  // rows of a sequence that predict a target
-  void* g_ = nullptr;             // g of the last block
-  Rows loaded_rows_{-1, 0};
+  const RowMap<std::int64_t> map_;
+  void* g_ = nullptr;  // g of the last block
+  RowRange loaded_rows_{-1, 0};
   Columns loaded_columns_{-1, 0};
   bool bias_loaded_ = false;
 };

@@ -61,8 +61,8 @@ void set_bytes(Plan& plan, const Traits& traits, std::int64_t library_bytes, std
 
 // Columns of a slab that need not be the whole vocabulary: C is converted a slab at a time.
 std::int64_t forward_slab(const Problem& p, const Traits& traits, bool small) {
-  if (p.c_type == traits.operand) return p.V;
-  return std::min(p.V, small ? 8 * kTileColumns : 128 * kTileColumns);
+  if (head_of(p).c_type == traits.operand) return classes_of(p).count;
+  return std::min(classes_of(p).count, small ? 8 * kTileColumns : 128 * kTileColumns);
 }
 
 class FusedSm90Engine final : public Engine {
@@ -78,6 +78,7 @@ class FusedSm90Engine final : public Engine {
   }
 
   std::string refusal(const Problem& p) const override {
+    const Head& head = head_of(p);
     if (std::string refusal = common_refusal(p); !refusal.empty()) return refusal;
     const DeviceFacts& device = current_device();
     if (device.sm != 90) return text(device.name, " is sm_", device.sm, ", not sm_90 (Hopper)");
@@ -85,17 +86,17 @@ class FusedSm90Engine final : public Engine {
     if (operand != DType::bf16 && operand != DType::f16) {
       return text("products are in ", cutloss::name(operand), ", not bf16 or f16");
     }
-    if (p.softcap && *p.softcap > kMostSoftcap) {
-      return text("softcap = ", *p.softcap, " is over ", kMostSoftcap,
+    if (p.transform.softcap && *p.transform.softcap > kMostSoftcap) {
+      return text("softcap = ", *p.transform.softcap, " is over ", kMostSoftcap,
                   ", where these kernels' tanh would cost the logits digits");
     }
-    if (p.D % 8 != 0) return text("D = ", p.D, " is not a multiple of 8");
+    if (head.D % 8 != 0) return text("D = ", head.D, " is not a multiple of 8");
     const auto uneven = [&](DType type, std::int64_t stride) {
       return type == operand && stride % 8 != 0;
     };
-    if (uneven(p.e_type, p.e_row_stride) || uneven(p.e_type, p.e_sequence_stride) ||
-        uneven(p.c_type, p.c_row_stride)) {
-      return text("rows of E are ", p.e_row_stride, " and of C ", p.c_row_stride,
+    if (uneven(head.e_type, head.e_row_stride) || uneven(head.e_type, head.e_sequence_stride) ||
+        uneven(head.c_type, head.c_row_stride)) {
+      return text("rows of E are ", head.e_row_stride, " and of C ", head.c_row_stride,
                   " elements apart: not multiples of 8");
     }
     return "";
@@ -129,7 +130,7 @@ class FusedSm90Engine final : public Engine {
   static bool fit_with(Plan& plan, const Traits& traits, std::int64_t library_bytes,
                        std::int64_t budget, std::int64_t& smallest) {
     const std::int64_t rows = std::max<std::int64_t>(row_count(plan.problem), 1);
-    const std::int64_t V = plan.problem.V;
+    const std::int64_t V = classes_of(plan.problem).count;
     const auto accept = [&](Plan& trial) {
       set_bytes(trial, traits, library_bytes, budget);
       smallest = std::min(smallest, peak_bytes(trial));
@@ -171,7 +172,8 @@ class FusedSm90Engine final : public Engine {
   static std::vector<std::int64_t> chunks(const Plan& plan, std::int64_t rows) {
     std::vector<std::int64_t> sizes = {rows};
     if (plan.keeps_logits) return sizes;
-    const bool asked_for = plan.problem.schedule == Schedule::rows || !plan.problem.needs_dc;
+    const bool asked_for =
+        plan.problem.schedule == Schedule::rows || !plan.problem.wanted.dc.wanted;
     const std::int64_t least = asked_for ? kBlockRows : kLeastChunk;
     for (std::int64_t most = kMostChunk; most >= least; most -= kBlockRows) {
       const std::int64_t even = even_piece(rows, most, kBlockRows);

@@ -52,13 +52,14 @@ std::int64_t Layout::bytes_of(std::string_view name) const {
 }
 
 DType product_type(const Problem& p) {
+  const Head& head = head_of(p);
   switch (p.compute_type) {
     case DType::f64:
       return DType::f64;
     case DType::bf16:  // tensor cores of sm_75 know fp16 only
       return current_device().sm >= 80 ? DType::bf16 : DType::f32;
     case DType::f16:  // f32 holds every f16; the reverse would lose range
-      return p.e_type == DType::f16 && p.c_type == DType::f16 ? DType::f16 : DType::f32;
+      return head.e_type == DType::f16 && head.c_type == DType::f16 ? DType::f16 : DType::f32;
     case DType::f32:
       break;
   }
@@ -66,32 +67,34 @@ DType product_type(const Problem& p) {
 }
 
 Traits traits_of(const Problem& p) {
+  const Head& head = head_of(p);
   Traits t{};
   t.operand = product_type(p);
   t.stat = stat_type(p.compute_type);
-  t.keeps_exponentials = !p.entropy_gradient && !(p.softcap && p.zbar_gradient);
+  t.keeps_exponentials = !p.upstream.entropy && !(p.transform.softcap && p.upstream.zbar);
   t.kept = t.keeps_exponentials ? t.operand : t.stat;
-  const bool one_run = p.shift == 0 || p.sequences == 1;
-  t.identity = one_run && p.num_valid == row_count(p);
+  const bool one_run = p.rows.shift == 0 || p.rows.sequences == 1;
+  t.identity = one_run && p.rows.num_valid == row_count(p);
   const bool even =
-      p.sequences == 1 || (p.shift == 0 && p.e_sequence_stride == p.length * p.e_row_stride);
-  t.evenly = even && p.e_type == t.operand;
+      p.rows.sequences == 1 ||
+      (p.rows.shift == 0 && head.e_sequence_stride == p.rows.length * head.e_row_stride);
+  t.evenly = even && head.e_type == t.operand;
   return t;
 }
 
 bool reads_e_in_place(const Plan& plan, const Traits& t, Passes passes) {
   if (!t.evenly) return false;
   const Problem& p = plan.problem;
-  if (p.num_valid == row_count(p)) return true;
+  if (p.rows.num_valid == row_count(p)) return true;
   // Logits of rows that do not count are computed and left alone. Where backward multiplies by E
   // such rows must be zeros, and what is kept must lie where backward expects it.
-  return !p.num_valid && !passes.backward && plan.schedule != Schedule::rows;
+  return !p.rows.num_valid && !passes.backward && plan.schedule != Schedule::rows;
 }
 
 bool packs_e_in_de(const Plan& plan, const Traits& t, Passes passes) {
   const Problem& p = plan.problem;
-  return p.needs_de && !passes.forward && !reads_e_in_place(plan, t, passes) &&
-         !accumulates_de_in_place(plan, t) && size_of(p.e_type) == size_of(t.operand);
+  return p.wanted.de.wanted && !passes.forward && !reads_e_in_place(plan, t, passes) &&
+         !accumulates_de_in_place(plan, t) && size_of(head_of(p).e_type) == size_of(t.operand);
 }
 
 bool makes_g_in_place(const Plan& plan, const Traits& t) {
@@ -99,18 +102,18 @@ bool makes_g_in_place(const Plan& plan, const Traits& t) {
 }
 
 bool accumulates_de_in_place(const Plan& plan, const Traits& t) {
-  return t.identity && plan.problem.e_type == t.stat;
+  return t.identity && head_of(plan.problem).e_type == t.stat;
 }
 
 bool one_product_makes_dc(const Plan& plan, const Traits& t) {
-  return plan.problem.c_type == t.operand && plan.gradient_rows >= row_count(plan.problem);
+  return head_of(plan.problem).c_type == t.operand && plan.gradient_rows >= row_count(plan.problem);
 }
 
 std::int64_t padded(std::int64_t columns, DType type) {
   return round_up(columns, 16 / size_of(type));
 }
 
-std::int64_t e_stride(const Problem& p, DType operand) { return padded(p.D, operand); }
+std::int64_t e_stride(const Problem& p, DType operand) { return padded(head_of(p).D, operand); }
 
 std::int64_t pieces_per_slab(const Plan& plan) {
   const std::int64_t columns = piece_columns(stat_type(plan.problem.compute_type));
@@ -118,20 +121,21 @@ std::int64_t pieces_per_slab(const Plan& plan) {
 }
 
 std::int64_t pieces(const Plan& plan) {
-  return (plan.problem.V + plan.slab - 1) / plan.slab * pieces_per_slab(plan);
+  return (classes_of(plan.problem).count + plan.slab - 1) / plan.slab * pieces_per_slab(plan);
 }
 
 std::vector<Room> rooms(const Plan& plan, const Traits& t) {
   const Problem& p = plan.problem;
-  const std::int64_t least = std::min(plan.slab, p.V);
-  if (p.c_type == t.operand) return {{true, least}, {false, least}};
-  const std::int64_t several = std::clamp<std::int64_t>(8192, least, p.V);
-  return {{true, p.V}, {true, several}, {true, least}, {false, least}};
+  const std::int64_t least = std::min(plan.slab, classes_of(p).count);
+  if (head_of(p).c_type == t.operand) return {{true, least}, {false, least}};
+  const std::int64_t several = std::clamp<std::int64_t>(8192, least, classes_of(p).count);
+  return {{true, classes_of(p).count}, {true, several}, {true, least}, {false, least}};
 }
 
 std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes passes, Room room) {
   const auto [forward, backward] = passes;
   const Problem& p = plan.problem;
+  const Head& head = head_of(p);
   const std::int64_t N = row_count(p);
   const std::int64_t operand = size_of(t.operand);
   const std::int64_t stat = size_of(t.stat);
@@ -144,13 +148,14 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
   needs.push_back({use::kTargets, N * 4});
   needs.push_back({use::kInvTemperature, N * stat});
   if (forward) needs.push_back({use::kStates, plan.chunk_rows * state_bytes(t.stat)});
-  if (p.has_bias && p.bias_type != t.stat) needs.push_back({use::kBias, p.V * stat});
+  if (head.has_bias && head.bias_type != t.stat)
+    needs.push_back({use::kBias, head.classes.count * stat});
   if (!reads_e_in_place(plan, t, passes) && !packs_e_in_de(plan, t, passes)) {
     const std::int64_t block = std::max(plan.block_rows, backward ? plan.gradient_rows : 0);
     const std::int64_t rows = room.whole_e ? plan.chunk_rows : std::min(block, plan.chunk_rows);
     needs.push_back({use::kE, rows * e_stride(p, t.operand) * operand});
   }
-  if (p.c_type != t.operand) {
+  if (head.c_type != t.operand) {
     needs.push_back({use::kC, room.c_columns * e_stride(p, t.operand) * operand});
   }
   if (forward || !from_kept) {
@@ -163,21 +168,23 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
     needs.push_back(
         {use::kG, plan.gradient_rows * padded(plan.gradient_slab, t.operand) * operand});
   }
-  if (p.needs_de && !accumulates_de_in_place(plan, t)) {
-    needs.push_back({use::kDeSums, plan.chunk_rows * p.D * stat});
+  if (p.wanted.de.wanted && !accumulates_de_in_place(plan, t)) {
+    needs.push_back({use::kDeSums, plan.chunk_rows * head.D * stat});
   }
-  if (p.needs_dc && p.c_type != t.stat && !one_product_makes_dc(plan, t)) {
+  if (p.wanted.dc.wanted && head.c_type != t.stat && !one_product_makes_dc(plan, t)) {
     const bool one_chunk = plan.chunk_rows >= N;
-    needs.push_back({use::kDcSums, (one_chunk ? plan.gradient_slab : p.V) * p.D * stat});
+    needs.push_back(
+        {use::kDcSums, (one_chunk ? plan.gradient_slab : head.classes.count) * head.D * stat});
   }
-  if (p.needs_dbias) needs.push_back({use::kDbiasSums, p.V * 8});
+  if (p.wanted.dbias.wanted) needs.push_back({use::kDbiasSums, head.classes.count * 8});
   return needs;
 }
 
 std::vector<Need> kept_needs(const Plan& plan, const Traits& t) {
   if (plan.schedule != Schedule::rows) return {};
   std::vector<Need> needs;
-  needs.push_back({use::kKept, plan.chunk_rows * padded(plan.problem.V, t.kept) * size_of(t.kept)});
+  needs.push_back({use::kKept, plan.chunk_rows * padded(classes_of(plan.problem).count, t.kept) *
+                                   size_of(t.kept)});
   if (t.keeps_exponentials) {
     needs.push_back({use::kMaxima, plan.chunk_rows * pieces(plan) * size_of(t.stat)});
   }

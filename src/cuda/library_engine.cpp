@@ -11,6 +11,7 @@
 #include "cuda/device.h"
 #include "cuda/layout.h"
 #include "cuda/parts.h"
+#include "cuda/row_facts.h"
 
 namespace cutloss {
 namespace {
@@ -59,7 +60,8 @@ void set_block(Plan& plan, const Step& step, DType stat) {
   plan.block_rows = even_piece(plan.chunk_rows, step.block_rows, 128);
   const std::int64_t beside = numbers / round_up(plan.block_rows, 128);
   const std::int64_t unit = beside >= 1024 ? 1024 : 128;
-  plan.slab = even_piece(plan.problem.V, std::max<std::int64_t>(beside / unit * unit, 128), unit);
+  plan.slab = even_piece(classes_of(plan.problem).count,
+                         std::max<std::int64_t>(beside / unit * unit, 128), unit);
 }
 
 void set_bytes(Plan& plan, const Traits& traits, Room room, std::int64_t library_bytes) {
@@ -88,7 +90,7 @@ std::vector<std::int64_t> chunks(std::int64_t rows, const Step& step) {
 
 // Slabs of gradients, the widest first. Each is made of whole slabs of logits.
 std::vector<std::int64_t> slabs(const Plan& plan, const Step& step) {
-  const std::int64_t V = plan.problem.V;
+  const std::int64_t V = classes_of(plan.problem).count;
   std::vector<std::int64_t> sizes;
   for (std::int64_t count = std::max<std::int64_t>(1, std::min(V, kMostSlab) / plan.slab);;
        count = std::max<std::int64_t>(1, count * 7 / 8)) {
@@ -129,7 +131,7 @@ class Search {
       Plan trial = plan;
       trial.chunk_rows = trial.gradient_rows = chunk;
       set_block(trial, step_, traits_.stat);
-      trial.gradient_slab = trial.problem.V;
+      trial.gradient_slab = classes_of(trial.problem).count;
       if (!makes_g_in_place(trial, traits_)) set_chunk_slab(trial);
       if (!fits(trial, room)) continue;
       // The whole in one chunk, or chunks of enough rows: the smaller of the two.
@@ -145,8 +147,8 @@ class Search {
   void set_chunk_slab(Plan& plan) const {
     const std::int64_t numbers = step_.logit_bytes / size_of(traits_.stat) / plan.chunk_rows;
     const std::int64_t count = std::min(kChunkSlab, numbers) / plan.slab;
-    plan.gradient_slab =
-        even_piece(plan.problem.V, std::max<std::int64_t>(count, 1) * plan.slab, plan.slab);
+    plan.gradient_slab = even_piece(classes_of(plan.problem).count,
+                                    std::max<std::int64_t>(count, 1) * plan.slab, plan.slab);
   }
 
   // Gradients of all rows, a slab of columns at a time, or none.
@@ -230,15 +232,13 @@ class LibraryEngine final : public Engine {
 std::string cuda::common_refusal(const Problem& p) {
   if (p.device != Device::cuda) return "the tensors are not in a CUDA device's memory";
   if (std::string refusal = cuda_refusal(); !refusal.empty()) return refusal;
+  if (std::string refusal = index_refusal(p.device_index); !refusal.empty()) return refusal;
   const DeviceFacts& device = current_device();
   if (device.sm < 75) {
     return text(device.name, " is sm_", device.sm, ", but sm_75 (Turing) or later is needed");
   }
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  if (p.sequences * p.length > kMost || p.V > kMost) {
-    return text("sequences x length = ", p.sequences * p.length, " and V = ", p.V,
-                " must be under 2^31");
-  }
+  const std::string too_large = size_refusal(p.rows, classes_of(p).count);
+  if (!too_large.empty()) return too_large;
   return cublaslt_refusal();
 }
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "core/validate.h"
 #include "cuda/device.h"
+#include "cuda/row_facts.h"
 
 namespace cutloss::cuda {
 namespace {
@@ -21,6 +21,7 @@ template <class T>
 CudaParts<T>::CudaParts(const Plan& plan, const Args& args, Passes passes, Memory memory)
     : plan_(plan),
       p_(plan.problem),
+      head_(head_of(plan.problem)),
       args_(args),
       passes_(passes),
       memory_(std::move(memory)),
@@ -40,23 +41,9 @@ CudaParts<T>::CudaParts(const Plan& plan, const Args& args, Passes passes, Memor
 
 template <class T>
 RowFacts CudaParts<T>::row_facts() const {
-  RowFacts facts;
-  facts.targets = args_.in.targets;
-  facts.target_type = p_.target_type;
-  facts.ignore_index = p_.ignore_index;
-  facts.rows = static_cast<int>(row_count(p_));
-  facts.predicted = static_cast<int>(p_.length - p_.shift);
-  facts.length = static_cast<int>(p_.length);
-  facts.shift = static_cast<int>(p_.shift);
-  facts.V = static_cast<int>(p_.V);
-  facts.num_valid = p_.num_valid.value_or(-1);
+  RowFacts facts = cuda::row_facts(p_, args_.in.targets, args_.in.temperature);
   // Rows that are computed where they lie keep their places.
-  facts.compact = p_.num_valid || !reads_e_in_place(plan_, traits_, passes_);
-  facts.temperature = p_.has_row_temperature ? args_.in.temperature : nullptr;
-  facts.temperature_scale = p_.temperature;
-  const auto [least, most] = usable_range(traits_.stat);
-  facts.least = least;
-  facts.most = most;
+  facts.compact = p_.rows.num_valid || !reads_e_in_place(plan_, traits_, passes_);
   return facts;
 }
 
@@ -64,26 +51,27 @@ template <class T>
 void CudaParts<T>::list_rows() {
   if (row_count(p_) > 0) cuda::list_rows<T>(row_facts(), table_, stream_);
   load_bias();
-  if (p_.c_type != operand_ && memory_.room.c_columns >= p_.V) convert_columns({0, p_.V});
+  if (head_.c_type != operand_ && memory_.room.c_columns >= head_.classes.count)
+    convert_columns({0, head_.classes.count});
 }
 
 template <class T>
 std::int64_t CudaParts<T>::rows_to_cover() const {
   const std::int64_t rows = row_count(p_);
-  return p_.num_valid ? std::clamp<std::int64_t>(*p_.num_valid, 0, rows) : rows;
+  return p_.rows.num_valid ? std::clamp<std::int64_t>(*p_.rows.num_valid, 0, rows) : rows;
 }
 
 template <class T>
-RowList CudaParts<T>::list(Rows rows) const {
+RowList CudaParts<T>::list(RowRange rows) const {
   return {table_.row + rows.begin, rows.count};
 }
 
 template <class T>
 RowOutputs CudaParts<T>::wanted_outputs() const {
   RowOutputs out = args_.rows;
-  if (!p_.wants_entropy) out.entropy = nullptr;
-  if (!p_.wants_zbar) out.zbar = nullptr;
-  if (!p_.wants_argmax) out.argmax = nullptr;
+  if (!p_.wanted.entropy) out.entropy = nullptr;
+  if (!p_.wanted.zbar) out.zbar = nullptr;
+  if (!p_.wanted.argmax) out.argmax = nullptr;
   return out;
 }
 
@@ -97,7 +85,8 @@ void CudaParts<T>::clear_ignored_outputs() {
 
 template <class T>
 Places CudaParts<T>::places(std::int64_t first) const {
-  return {table_, first, static_cast<int>(p_.length), p_.e_sequence_stride, p_.e_row_stride};
+  return {table_, first, static_cast<int>(p_.rows.length), head_.e_sequence_stride,
+          head_.e_row_stride};
 }
 
 template <class T>
@@ -118,13 +107,13 @@ void CudaParts<T>::copy_flat(const void* from, DType from_type, void* to, DType 
 template <class T>
 void CudaParts<T>::load_bias() {
   if (T* to = buffer<T>(use::kBias)) {
-    copy_flat(args_.in.bias, p_.bias_type, to, traits_.stat, p_.V);
+    copy_flat(args_.in.bias, head_.bias_type, to, traits_.stat, head_.classes.count);
   }
 }
 
 template <class T>
 const T* CudaParts<T>::bias(std::int64_t column) const {
-  if (!p_.has_bias) return nullptr;
+  if (!head_.has_bias) return nullptr;
   const T* converted = buffer<T>(use::kBias);
   return (converted != nullptr ? converted : static_cast<const T*>(args_.in.bias)) + column;
 }
@@ -135,19 +124,19 @@ const T* CudaParts<T>::class_weight(std::int64_t column) const {
 }
 
 template <class T>
-Matrix CudaParts<T>::load_rows(Rows rows, Rows chunk) {
+Matrix CudaParts<T>::load_rows(RowRange rows, RowRange chunk) {
   if (reads_e_in_place(plan_, traits_, passes_)) {
     // Rows of E follow each other, those that predict nothing only at the end.
-    return {at(args_.in.e, p_.e_type, rows.begin * p_.e_row_stride), p_.e_row_stride};
+    return {at(args_.in.e, head_.e_type, rows.begin * head_.e_row_stride), head_.e_row_stride};
   }
   const bool in_de = packs_e_in_de(plan_, traits_, passes_);
   const bool whole = in_de || memory_.room.whole_e;
-  const std::int64_t stride = in_de ? p_.D : e_stride(p_, operand_);
+  const std::int64_t stride = in_de ? head_.D : e_stride(p_, operand_);
   void* packed = in_de ? args_.gradients.de : buffer<void>(use::kE);
-  const Rows wanted = whole ? chunk : rows;
+  const RowRange wanted = whole ? chunk : rows;
   if (loaded_rows_.begin != wanted.begin || loaded_rows_.count != wanted.count) {
-    RowCopy copy{args_.in.e, p_.e_type, p_.e_row_stride, packed,
-                 operand_,   stride,    wanted.count,    p_.D};
+    RowCopy copy{args_.in.e, head_.e_type, head_.e_row_stride, packed,
+                 operand_,   stride,       wanted.count,       head_.D};
     gather_rows(copy, places(wanted.begin), stream_);
     loaded_rows_ = wanted;
   }
@@ -156,29 +145,29 @@ Matrix CudaParts<T>::load_rows(Rows rows, Rows chunk) {
 
 template <class T>
 std::int64_t CudaParts<T>::most_columns() const {
-  return p_.c_type == operand_ ? p_.V : memory_.room.c_columns;
+  return head_.c_type == operand_ ? head_.classes.count : memory_.room.c_columns;
 }
 
 template <class T>
 void CudaParts<T>::convert_columns(Columns columns) {
-  RowCopy copy{at(args_.in.c, p_.c_type, columns.begin * p_.c_row_stride),
-               p_.c_type,
-               p_.c_row_stride,
+  RowCopy copy{at(args_.in.c, head_.c_type, columns.begin * head_.c_row_stride),
+               head_.c_type,
+               head_.c_row_stride,
                buffer<void>(use::kC),
                operand_,
                e_stride(p_, operand_),
                columns.count,
-               p_.D};
+               head_.D};
   copy_rows(copy, stream_);
 }
 
 template <class T>
 Matrix CudaParts<T>::load_columns(Columns columns) {
-  if (p_.c_type == operand_) {
-    return {at(args_.in.c, p_.c_type, columns.begin * p_.c_row_stride), p_.c_row_stride};
+  if (head_.c_type == operand_) {
+    return {at(args_.in.c, head_.c_type, columns.begin * head_.c_row_stride), head_.c_row_stride};
   }
   const std::int64_t stride = e_stride(p_, operand_);
-  if (memory_.room.c_columns >= p_.V) {
+  if (memory_.room.c_columns >= head_.classes.count) {
     return {at(buffer<void>(use::kC), operand_, columns.begin * stride), stride};
   }
   if (loaded_columns_.begin != columns.begin || loaded_columns_.count != columns.count) {
@@ -208,20 +197,20 @@ void CudaParts<T>::multiply_logits(const Matrix& e, const Matrix& c, std::int64_
   Product product{};
   product.M = rows;
   product.N = columns;
-  product.K = p_.D;
+  product.K = head_.D;
   product.a = {e.data, e.stride, false};
   product.b = {c.data, c.stride, true};
   product.c = z;
   product.c_stride = padded(plan_.slab, traits_.stat);
   product.c_type = traits_.stat;
-  product.alpha = p_.logit_scale;
+  product.alpha = p_.transform.logit_scale;
   multiply(product);
 }
 
 // --- forward ----------------------------------------------------------------------------------
 
 template <class T>
-LogitBlock<T> CudaParts<T>::logit_block(T* z, std::int64_t stride, Rows rows,
+LogitBlock<T> CudaParts<T>::logit_block(T* z, std::int64_t stride, RowRange rows,
                                         Columns columns) const {
   LogitBlock<T> block;
   block.z = z;
@@ -243,7 +232,7 @@ Kept<T> CudaParts<T>::kept(std::int64_t row_in_chunk, std::int64_t column) const
   Kept<T> kept;
   kept.type = traits_.kept;
   kept.exponentials = traits_.keeps_exponentials;
-  kept.stride = padded(p_.V, kept.type);
+  kept.stride = padded(head_.classes.count, kept.type);
   kept.data = at(base + layout.offset(use::kKept), kept.type, row_in_chunk * kept.stride + column);
   if (kept.exponentials) {
     kept.maxima_stride = pieces(plan_);
@@ -254,7 +243,7 @@ Kept<T> CudaParts<T>::kept(std::int64_t row_in_chunk, std::int64_t column) const
 }
 
 template <class T>
-void CudaParts<T>::begin_statistics(Rows) {
+void CudaParts<T>::begin_statistics(RowRange) {
   // States begin at the first column; E and bias are loaded where they are needed.
 }
 
@@ -267,24 +256,24 @@ void CudaParts<T>::accumulate_statistics(const Block& block, bool keep) {
   StatisticsOf<T> what;
   what.block = logit_block(z, padded(plan_.slab, traits_.stat), block.rows, block.columns);
   what.states = buffer<RowState<T>>(use::kStates) + in_chunk;
-  what.entropy = p_.wants_entropy;
-  what.argmax = p_.wants_argmax;
-  what.zbar = p_.wants_zbar;
+  what.entropy = p_.wanted.entropy;
+  what.argmax = p_.wanted.argmax;
+  what.zbar = p_.wanted.zbar;
   what.class_weight = class_weight(block.columns.begin);
   if (keep) what.kept = kept(in_chunk, block.columns.begin);
   row_statistics(what, stream_);
 }
 
 template <class T>
-void CudaParts<T>::finish_statistics(Rows chunk) {
+void CudaParts<T>::finish_statistics(RowRange chunk) {
   finish_rows<T>(table_, chunk.begin, chunk.count, buffer<RowState<T>>(use::kStates),
-                 wanted_outputs(), p_.V, stream_);
+                 wanted_outputs(), head_.classes.count, stream_);
 }
 
 // --- backward ---------------------------------------------------------------------------------
 
 template <class T>
-const RowGradient<T>* CudaParts<T>::coefficients(Rows chunk, std::int64_t row) {
+const RowGradient<T>* CudaParts<T>::coefficients(RowRange chunk, std::int64_t row) {
   auto* made = buffer<RowGradient<T>>(use::kCoefficients);
   if (coefficients_of_.begin != chunk.begin || coefficients_of_.count != chunk.count) {
     Coefficients c;
@@ -294,9 +283,9 @@ const RowGradient<T>* CudaParts<T>::coefficients(Rows chunk, std::int64_t row) {
     c.rows = args_.rows;
     c.upstream = args_.upstream;
     c.class_weight = class_weight(0);
-    c.V = p_.V;
+    c.V = head_.classes.count;
     auto* scalars = buffer<DeviceScalars>(use::kScalars);
-    if (scalars != nullptr) make_scalars(c, p_.logit_scale, scalars, stream_);
+    if (scalars != nullptr) make_scalars(c, p_.transform.logit_scale, scalars, stream_);
     make_coefficients<T>(c, scalars, made, stream_);
     coefficients_of_ = chunk;
   }
@@ -332,14 +321,14 @@ void CudaParts<T>::make_g(const Block& block, bool from_kept) {
   }
   // Logits again, as many at a time as forward has.
   T* z = buffer<T>(use::kZ);
-  const Rows rows = block.rows;
+  const RowRange rows = block.rows;
   const Columns columns = block.columns;
   const std::int64_t end = columns.begin + columns.count;
   for (std::int64_t v = columns.begin; v < end; v += plan_.slab) {
     const Columns slab{v, std::min(plan_.slab, end - v)};
     const Matrix c = load_columns(slab);
     for (std::int64_t r = 0; r < rows.count; r += plan_.block_rows) {
-      const Rows some{rows.begin + r, std::min(plan_.block_rows, rows.count - r)};
+      const RowRange some{rows.begin + r, std::min(plan_.block_rows, rows.count - r)};
       Matrix e = load_rows(rows, block.chunk);
       e.data = at(e.data, operand_, r * e.stride);
       multiply_logits(e, c, some.count, slab.count, z);
@@ -368,7 +357,7 @@ void CudaParts<T>::accumulate_dbias(const Block& block) {
 
 template <class T>
 void CudaParts<T>::set_gradient_scale(Product& product) const {
-  product.alpha = p_.logit_scale;
+  product.alpha = p_.transform.logit_scale;
   product.device_alpha = buffer<DeviceScalars>(use::kScalars);
 }
 
@@ -380,12 +369,12 @@ void CudaParts<T>::accumulate_de(const Block& block) {
     const Matrix c = load_columns(columns);
     Product product{};
     product.M = block.rows.count;
-    product.N = p_.D;
+    product.N = head_.D;
     product.K = columns.count;
     product.a = {at(g_, operand_, v - block.columns.begin), g_stride_, false};
     product.b = {c.data, c.stride, false};
-    product.c = de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * p_.D;
-    product.c_stride = p_.D;
+    product.c = de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * head_.D;
+    product.c_stride = head_.D;
     product.c_type = traits_.stat;
     product.accumulate = v > 0;
     set_gradient_scale(product);
@@ -399,14 +388,14 @@ void CudaParts<T>::accumulate_dc(const Block& block) {
   const bool final = one_product_makes_dc(plan_, traits_);
   Product product{};
   product.M = block.columns.count;
-  product.N = p_.D;
+  product.N = head_.D;
   product.K = block.rows.count;
   product.a = {g_, g_stride_, true};
   product.b = {e.data, e.stride, false};
-  product.c = final ? at(args_.gradients.dc, p_.c_type, block.columns.begin * p_.D)
+  product.c = final ? at(args_.gradients.dc, head_.c_type, block.columns.begin * head_.D)
                     : dc_sums(block.columns);
-  product.c_stride = p_.D;
-  product.c_type = final ? p_.c_type : traits_.stat;
+  product.c_stride = head_.D;
+  product.c_type = final ? head_.c_type : traits_.stat;
   product.accumulate = block.rows.begin > 0;
   set_gradient_scale(product);
   multiply(product);
@@ -415,62 +404,67 @@ void CudaParts<T>::accumulate_dc(const Block& block) {
 template <class T>
 void CudaParts<T>::store_dc(Columns columns) {
   if (buffer<T>(use::kDcSums) == nullptr) return;  // they are in the output
-  copy_flat(dc_sums(columns), traits_.stat, at(args_.gradients.dc, p_.c_type, columns.begin * p_.D),
-            p_.c_type, columns.count * p_.D);
+  copy_flat(dc_sums(columns), traits_.stat,
+            at(args_.gradients.dc, head_.c_type, columns.begin * head_.D), head_.c_type,
+            columns.count * head_.D);
 }
 
 template <class T>
-void CudaParts<T>::store_de(Rows chunk) {
+void CudaParts<T>::store_de(RowRange chunk) {
   if (accumulates_de_in_place(plan_, traits_)) return;
-  RowCopy copy{de_sums(chunk), traits_.stat, p_.D,        args_.gradients.de,
-               p_.e_type,      p_.D,         chunk.count, p_.D};
+  RowCopy copy{de_sums(chunk), traits_.stat, head_.D,     args_.gradients.de,
+               head_.e_type,   head_.D,      chunk.count, head_.D};
   scatter_rows(copy, places(chunk.begin), stream_);
 }
 
 template <class T>
 void CudaParts<T>::finish_gradients() {
-  const std::int64_t positions = p_.sequences * p_.length;
+  const std::int64_t positions = p_.rows.sequences * p_.rows.length;
   const bool none = rows_to_cover() == 0;
-  if (p_.needs_de && positions > 0) {
-    clear_unpredicted(row_facts(), positions, args_.gradients.de, p_.e_type, p_.D, stream_);
+  if (p_.wanted.de.wanted && positions > 0) {
+    clear_unpredicted(row_facts(), positions, args_.gradients.de, head_.e_type, head_.D, stream_);
   }
-  if (p_.needs_dc && none) {
-    check(cudaMemsetAsync(args_.gradients.dc, 0,
-                          static_cast<std::size_t>(p_.V * p_.D * size_of(p_.c_type)), stream_),
+  if (p_.wanted.dc.wanted && none) {
+    check(cudaMemsetAsync(
+              args_.gradients.dc, 0,
+              static_cast<std::size_t>(head_.classes.count * head_.D * size_of(head_.c_type)),
+              stream_),
           "zeros for dC");
   }
-  if (p_.needs_dbias) {
+  if (p_.wanted.dbias.wanted) {
     double* sums = buffer<double>(use::kDbiasSums);
     if (none) {
-      check(cudaMemsetAsync(sums, 0, static_cast<std::size_t>(p_.V) * 8, stream_),
+      check(cudaMemsetAsync(sums, 0, static_cast<std::size_t>(head_.classes.count) * 8, stream_),
             "zeros for dbias");
     }
-    copy_flat(sums, DType::f64, args_.gradients.dbias, p_.bias_type, p_.V);
+    copy_flat(sums, DType::f64, args_.gradients.dbias, head_.bias_type, head_.classes.count);
   }
-  if (!p_.num_valid || row_count(p_) == 0) return;
-  if (p_.needs_de) {
-    poison_where_wrong(table_, args_.gradients.de, p_.e_type, positions * p_.D, stream_);
+  if (!p_.rows.num_valid || row_count(p_) == 0) return;
+  if (p_.wanted.de.wanted) {
+    poison_where_wrong(table_, args_.gradients.de, head_.e_type, positions * head_.D, stream_);
   }
-  if (p_.needs_dc) {
-    poison_where_wrong(table_, args_.gradients.dc, p_.c_type, p_.V * p_.D, stream_);
+  if (p_.wanted.dc.wanted) {
+    poison_where_wrong(table_, args_.gradients.dc, head_.c_type, head_.classes.count * head_.D,
+                       stream_);
   }
-  if (p_.needs_dbias) {
-    poison_where_wrong(table_, args_.gradients.dbias, p_.bias_type, p_.V, stream_);
+  if (p_.wanted.dbias.wanted) {
+    poison_where_wrong(table_, args_.gradients.dbias, head_.bias_type, head_.classes.count,
+                       stream_);
   }
 }
 
 template <class T>
-T* CudaParts<T>::de_sums(Rows chunk) const {
+T* CudaParts<T>::de_sums(RowRange chunk) const {
   T* sums = buffer<T>(use::kDeSums);
-  return sums != nullptr ? sums : static_cast<T*>(args_.gradients.de) + chunk.begin * p_.D;
+  return sums != nullptr ? sums : static_cast<T*>(args_.gradients.de) + chunk.begin * head_.D;
 }
 
 template <class T>
 T* CudaParts<T>::dc_sums(Columns columns) const {
   T* sums = buffer<T>(use::kDcSums);
-  if (sums == nullptr) return static_cast<T*>(args_.gradients.dc) + columns.begin * p_.D;
+  if (sums == nullptr) return static_cast<T*>(args_.gradients.dc) + columns.begin * head_.D;
   const bool one_chunk = plan_.chunk_rows >= row_count(p_);
-  return sums + (one_chunk ? 0 : columns.begin * p_.D);
+  return sums + (one_chunk ? 0 : columns.begin * head_.D);
 }
 
 template <class T>

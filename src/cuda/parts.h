@@ -42,23 +42,24 @@ class CudaParts : public Parts {
 
   void list_rows() override;
   std::int64_t rows_to_cover() const override;
-  RowList list(Rows rows) const override;
-  void begin_statistics(Rows chunk) override;
+  RowList list(RowRange rows) const override;
+  void begin_statistics(RowRange chunk) override;
   void accumulate_statistics(const Block& block, bool keep) override;
-  void finish_statistics(Rows chunk) override;
+  void finish_statistics(RowRange chunk) override;
   void clear_ignored_outputs() override;
   void make_g(const Block& block, bool from_kept) override;
   void accumulate_dbias(const Block& block) override;
   void accumulate_de(const Block& block) override;
   void accumulate_dc(const Block& block) override;
   void store_dc(Columns columns) override;
-  void store_de(Rows chunk) override;
+  void store_de(RowRange chunk) override;
   void finish_gradients() override;
   void sum_loss(void* loss, const bool* undefined) override;
 
  protected:
   const Plan& plan_;
   const Problem& p_;
+  const Head& head_;
   const Args& args_;
   const Passes passes_;
   const Memory memory_;
@@ -83,10 +84,10 @@ class CudaParts : public Parts {
 
   const T* bias(std::int64_t column) const;
   const T* class_weight(std::int64_t column) const;
-  T softcap() const { return static_cast<T>(p_.softcap.value_or(0)); }
+  T softcap() const { return static_cast<T>(p_.transform.softcap.value_or(0)); }
 
   // E of some rows of a chunk, C of some columns (at most room.c_columns, where C is converted).
-  Matrix load_rows(Rows rows, Rows chunk);
+  Matrix load_rows(RowRange rows, RowRange chunk);
   Matrix load_columns(Columns columns);
   std::int64_t most_columns() const;
 
@@ -98,14 +99,14 @@ class CudaParts : public Parts {
   void set_gradient_scale(Product& product) const;
 
   // Coefficients of the chunk's rows: made once in a call; those of a row.
-  const RowGradient<T>* coefficients(Rows chunk, std::int64_t row);
+  const RowGradient<T>* coefficients(RowRange chunk, std::int64_t row);
 
   Kept<T> kept(std::int64_t row_in_chunk, std::int64_t column) const;
   // g of the last block.
   void* g_ = nullptr;
   std::int64_t g_stride_ = 0;
 
-  T* de_sums(Rows chunk) const;
+  T* de_sums(RowRange chunk) const;
   T* dc_sums(Columns columns) const;
 
   void copy_flat(const void* from, DType from_type, void* to, DType to_type,
@@ -113,13 +114,13 @@ class CudaParts : public Parts {
 
   void load_bias();
   void convert_columns(Columns columns);
-  Rows loaded_rows_{-1, 0};  // of E, packed
+  RowRange loaded_rows_{-1, 0};  // of E, packed
 
  private:
-  LogitBlock<T> logit_block(T* z, std::int64_t stride, Rows rows, Columns columns) const;
+  LogitBlock<T> logit_block(T* z, std::int64_t stride, RowRange rows, Columns columns) const;
 
   Columns loaded_columns_{-1, 0};
-  Rows coefficients_of_{-1, 0};
+  RowRange coefficients_of_{-1, 0};
 };
 
 extern template class CudaParts<float>;

@@ -7,9 +7,9 @@
 namespace cutloss {
 
 // The chunk's rows, cut to the rows that there are.
-Rows rows_of_chunk(const Plan& plan, const Parts& parts, std::int64_t chunk);
+RowRange rows_of_chunk(const Plan& plan, const Parts& parts, std::int64_t chunk);
 
-void sweep_statistics(const Plan& plan, Parts& parts, Rows chunk, bool keep);
-void sweep_gradients(const Plan& plan, Parts& parts, Rows chunk, bool from_kept);
+void sweep_statistics(const Plan& plan, Parts& parts, RowRange chunk, bool keep);
+void sweep_gradients(const Plan& plan, Parts& parts, RowRange chunk, bool from_kept);
 
 }  // namespace cutloss

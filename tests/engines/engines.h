@@ -23,8 +23,8 @@ inline std::vector<std::string> engine_names() {
   std::vector<std::string> names;
   for (const Engine* engine : engines()) {
     Problem problem;
-    problem.length = problem.V = problem.D = 128;
-    problem.compute_type = problem.e_type = problem.c_type = DType::bf16;
+    problem.rows.length = classes_of(problem).count = head_of(problem).D = 128;
+    problem.compute_type = head_of(problem).e_type = head_of(problem).c_type = DType::bf16;
     set_engine(problem, std::string(engine->name()));
     if (engine->refusal(problem).empty()) names.emplace_back(engine->name());
   }

@@ -18,15 +18,17 @@ std::string rows_refusal(const Problem& p) {
   if (cuda::product_type(p) != DType::bf16) {
     return "kept exponentials need the range of bf16; the products' dtype is f16";
   }
-  if (p.wants_entropy || p.wants_zbar || p.wants_argmax || p.entropy_gradient || p.zbar_gradient) {
+  if (p.wanted.entropy || p.wanted.zbar || p.wanted.argmax || p.upstream.entropy ||
+      p.upstream.zbar) {
     return "entropy, zbar and argmax need logits, but by rows exponentials are kept";
   }
   return "";
 }
 
 bool finds_e_by_position(const Problem& p, const Traits& traits) {
-  return p.e_type == traits.operand &&
-         (p.sequences == 1 || p.e_sequence_stride == p.length * p.e_row_stride);
+  const Head& head = head_of(p);
+  return head.e_type == traits.operand &&
+         (p.rows.sequences == 1 || head.e_sequence_stride == p.rows.length * head.e_row_stride);
 }
 
 Grid statistics_grid(const Plan& plan) {
@@ -41,6 +43,7 @@ Grid logits_grid(std::int64_t rows) {
 std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes passes, Shape shape) {
   const auto [forward, backward] = passes;
   const Problem& p = plan.problem;
+  const Head& head = head_of(p);
   const std::int64_t N = row_count(p);
   const std::int64_t operand = size_of(t.operand);
   const std::int64_t e_bytes = cuda::e_stride(p, t.operand) * operand;
@@ -53,8 +56,9 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
   needs.push_back({all::kPositions, N * 4});
   needs.push_back({all::kTargets, N * 4});
   needs.push_back({all::kInvTemperature, N * 4});
-  if (p.has_bias && p.bias_type != DType::f32) needs.push_back({all::kBias, p.V * 4});
-  if (p.c_type != t.operand) needs.push_back({all::kC, shape.c_columns * e_bytes});
+  if (head.has_bias && head.bias_type != DType::f32)
+    needs.push_back({all::kBias, head.classes.count * 4});
+  if (head.c_type != t.operand) needs.push_back({all::kC, shape.c_columns * e_bytes});
   const bool packs_e = forward && !by_rows ? shape.packs_e_in_forward
                                            : !cuda::reads_e_in_place(plan, t, passes) &&
                                                  !cuda::packs_e_in_de(plan, t, passes);
@@ -64,17 +68,17 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
     const std::int64_t entries =
         partial_entries(statistics_grid(plan), static_cast<int>(plan.block_rows));
     needs.push_back({use::kPartials, entries * 8});
-    if (p.wants_entropy || p.wants_zbar || p.wants_argmax) {
+    if (p.wanted.entropy || p.wanted.zbar || p.wanted.argmax) {
       needs.push_back({use::kPartialsMore, entries * 8});
       needs.push_back({use::kPartialsArgmax, entries * 4});
     }
     needs.push_back({use::kTargetLogit, plan.chunk_rows * 4});
-    if (plan.slab < p.V) {
+    if (plan.slab < head.classes.count) {
       needs.push_back({all::kStates, plan.chunk_rows * std::int64_t{sizeof(RowState<float>)}});
     }
   }
-  const std::int64_t sums_bytes = plan.chunk_rows * column_tiles(p.V) * 8;
-  const std::int64_t de_bytes = plan.chunk_rows * p.D * 4;
+  const std::int64_t sums_bytes = plan.chunk_rows * column_tiles(head.classes.count) * 8;
+  const std::int64_t de_bytes = plan.chunk_rows * head.D * 4;
   if (forward && by_rows) {
     needs.push_back({use::kRedo, 4});
     if (!plan.keeps_logits) {
@@ -82,7 +86,7 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
       needs.push_back({use::kReference, plan.chunk_rows * 4});
     }
     // The sums of a chunk are read before its dE begins.
-    if (!backward || !p.needs_de || sums_bytes > de_bytes) {
+    if (!backward || !p.wanted.de.wanted || sums_bytes > de_bytes) {
       needs.push_back({use::kSums, sums_bytes});
     }
   }
@@ -91,16 +95,16 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
   if (by_rows) {
     needs.push_back({use::kFactor, plan.chunk_rows * 4});
     needs.push_back({use::kTargetG, plan.chunk_rows * 4});
-    if (p.needs_dc || p.needs_dbias) {
+    if (p.wanted.dc.wanted || p.wanted.dbias.wanted) {
       needs.push_back({use::kTargetOrder, plan.chunk_rows * 4 * 4});
       needs.push_back({use::kTargetSort, target_sort_bytes(static_cast<int>(plan.chunk_rows),
-                                                           static_cast<int>(p.V))});
+                                                           static_cast<int>(head.classes.count))});
     }
-    if (p.needs_dc) {
+    if (p.wanted.dc.wanted) {
       needs.push_back({use::kScaledE, plan.chunk_rows * e_bytes});
-      needs.push_back({use::kSumOfColumn, p.V * 4});
+      needs.push_back({use::kSumOfColumn, head.classes.count * 4});
       // Else they lie where dE's sums will be.
-      if (!p.needs_de) needs.push_back({use::kTargetSums, de_bytes});
+      if (!p.wanted.de.wanted) needs.push_back({use::kTargetSums, de_bytes});
     }
   } else {
     if (t.operand == DType::f16) needs.push_back({all::kScalars, sizeof(cuda::DeviceScalars)});
@@ -109,23 +113,24 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
     needs.push_back(
         {all::kG, plan.gradient_rows * cuda::padded(plan.gradient_slab, t.operand) * operand});
   }
-  if (p.needs_de && (by_rows || !cuda::accumulates_de_in_place(plan, t))) {
+  if (p.wanted.de.wanted && (by_rows || !cuda::accumulates_de_in_place(plan, t))) {
     needs.push_back({all::kDeSums, de_bytes});
   }
   const bool whole = plan.chunk_rows >= N;
-  const bool one_product = whole && p.c_type == t.operand;
-  if (p.needs_dc && p.c_type != DType::f32 && !one_product) {
-    needs.push_back({all::kDcSums, (whole ? plan.gradient_slab : p.V) * p.D * 4});
+  const bool one_product = whole && head.c_type == t.operand;
+  if (p.wanted.dc.wanted && head.c_type != DType::f32 && !one_product) {
+    needs.push_back({all::kDcSums, (whole ? plan.gradient_slab : head.classes.count) * head.D * 4});
   }
-  if (p.needs_dbias) needs.push_back({all::kDbiasSums, p.V * 8});
+  if (p.wanted.dbias.wanted) needs.push_back({all::kDbiasSums, head.classes.count * 8});
   return needs;
 }
 
 std::vector<Need> kept_needs(const Plan& plan) {
   if (plan.schedule != Schedule::rows) return {};
   std::vector<Need> needs;
-  needs.push_back({use::kX, plan.chunk_rows * cuda::padded(plan.problem.V, DType::bf16) *
-                                size_of(DType::bf16)});
+  needs.push_back(
+      {use::kX, plan.chunk_rows * cuda::padded(classes_of(plan.problem).count, DType::bf16) *
+                    size_of(DType::bf16)});
   if (plan.keeps_logits) {
     needs.push_back({use::kTargetLogit, plan.chunk_rows * 4});
     needs.push_back({use::kReference, plan.chunk_rows * 4});
@@ -145,10 +150,11 @@ std::vector<Shape> shapes(const Plan& plan, const Traits& t, Passes passes) {
   } else if (statistics && plan.schedule != Schedule::none) {
     packing = {true, false};
   }
-  std::vector<std::int64_t> columns = {p.V};
-  if (p.c_type != t.operand && !by_rows) {
+  std::vector<std::int64_t> columns = {classes_of(p).count};
+  if (head_of(p).c_type != t.operand && !by_rows) {
     for (const std::int64_t some : {std::int64_t{32768}, std::int64_t{8192}, plan.slab}) {
-      if (some < columns.back() && some >= std::min(plan.slab, p.V)) columns.push_back(some);
+      if (some < columns.back() && some >= std::min(plan.slab, classes_of(p).count))
+        columns.push_back(some);
     }
   }
   std::vector<Shape> list;

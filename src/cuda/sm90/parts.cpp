@@ -30,8 +30,8 @@ void need_alignment(const void* data, const char* what) {
 FusedParts::FusedParts(const Plan& plan, const Args& args, Passes passes, Memory memory,
                        Shape shape)
     : CudaParts<float>(plan, args, passes, std::move(memory)), shape_(shape) {
-  if (p_.e_type == operand_ && row_count(p_) > 0) need_alignment(args.in.e, "in.e");
-  if (p_.c_type == operand_) need_alignment(args.in.c, "in.c");
+  if (head_.e_type == operand_ && row_count(p_) > 0) need_alignment(args.in.e, "in.e");
+  if (head_.c_type == operand_) need_alignment(args.in.c, "in.c");
   if (passes.backward) {
     need_alignment(args.gradients.de, "gradients.de");
     need_alignment(args.gradients.dc, "gradients.dc");
@@ -49,7 +49,8 @@ cuda::RowFacts FusedParts::compact_facts() const {
 void FusedParts::list_rows() {
   if (row_count(p_) > 0) cuda::list_rows<float>(compact_facts(), table_, stream_);
   load_bias();
-  if (p_.c_type != operand_ && shape_.c_columns >= p_.V) convert_columns({0, p_.V});
+  if (head_.c_type != operand_ && shape_.c_columns >= head_.classes.count)
+    convert_columns({0, head_.classes.count});
 }
 
 void FusedParts::clear_ignored_outputs() {
@@ -57,7 +58,7 @@ void FusedParts::clear_ignored_outputs() {
   cuda::clear_ignored<float>(compact_facts(), table_, wanted_outputs(), stream_);
 }
 
-Listed FusedParts::listed(Rows rows) const {
+Listed FusedParts::listed(RowRange rows) const {
   return {table_.count,
           table_.mismatch,
           table_.row,
@@ -75,24 +76,24 @@ LogitTransform FusedParts::transform(std::int64_t column, std::int64_t entry) co
   LogitTransform f;
   f.bias = bias(column);
   f.inv_temperature = inv_temperature(entry);
-  f.scale = static_cast<float>(p_.logit_scale);
+  f.scale = static_cast<float>(p_.transform.logit_scale);
   f.softcap = softcap();
-  f.inv_softcap = p_.softcap ? static_cast<float>(1.0 / *p_.softcap) : 0.f;
+  f.inv_softcap = p_.transform.softcap ? static_cast<float>(1.0 / *p_.transform.softcap) : 0.f;
   return f;
 }
 
-Logits FusedParts::logits(Rows rows, Columns columns, const cuda::Matrix& e, bool by_position) {
+Logits FusedParts::logits(RowRange rows, Columns columns, const cuda::Matrix& e, bool by_position) {
   Logits l;
   l.type = operand_;
   l.e = kernel_matrix(e);
   if (by_position) {
     l.positions = table_.position;
-    l.e_rows = p_.sequences * p_.length;
+    l.e_rows = p_.rows.sequences * p_.rows.length;
   }
   l.c = kernel_matrix(load_columns(columns));
   l.rows = static_cast<int>(rows.count);
   l.columns = static_cast<int>(columns.count);
-  l.depth = static_cast<int>(p_.D);
+  l.depth = static_cast<int>(head_.D);
   l.count = table_.count;
   l.first = static_cast<int>(rows.begin);
   l.transform = transform(columns.begin, rows.begin);
@@ -102,12 +103,12 @@ Logits FusedParts::logits(Rows rows, Columns columns, const cuda::Matrix& e, boo
 }
 
 // E of all rows that count, for forward alone.
-cuda::Matrix FusedParts::packed_e(Rows chunk) {
+cuda::Matrix FusedParts::packed_e(RowRange chunk) {
   void* packed = buffer<void>(all::kE);
   const std::int64_t stride = cuda::e_stride(p_, operand_);
   if (loaded_rows_.count != chunk.count) {
-    const cuda::RowCopy copy{args_.in.e, p_.e_type, p_.e_row_stride, packed,
-                             operand_,   stride,    chunk.count,     p_.D};
+    const cuda::RowCopy copy{args_.in.e, head_.e_type, head_.e_row_stride, packed,
+                             operand_,   stride,       chunk.count,        head_.D};
     cuda::gather_rows(copy, places(chunk.begin), stream_);
     loaded_rows_ = chunk;
   }
@@ -126,7 +127,7 @@ void* FusedParts::x() const {
   return static_cast<std::byte*>(args_.kept) + memory_.kept.offset(use::kX);
 }
 
-std::int64_t FusedParts::x_stride() const { return cuda::padded(p_.V, DType::bf16); }
+std::int64_t FusedParts::x_stride() const { return cuda::padded(head_.classes.count, DType::bf16); }
 
 float2* FusedParts::sums() const {
   float2* own = buffer<float2>(use::kSums);
@@ -135,7 +136,7 @@ float2* FusedParts::sums() const {
 
 // --- forward ----------------------------------------------------------------------------------
 
-void FusedParts::begin_statistics(Rows) {}
+void FusedParts::begin_statistics(RowRange) {}
 
 void FusedParts::accumulate_statistics(const Block& block, bool keep) {
   // By rows there is room for exponentials, and for nothing else: also where forward is all that is
@@ -144,14 +145,14 @@ void FusedParts::accumulate_statistics(const Block& block, bool keep) {
     make_exponentials(block.chunk);
     return;
   }
-  const Rows rows = block.rows;
+  const RowRange rows = block.rows;
   const Columns columns = block.columns;
   const bool by_position = !shape_.packs_e_in_forward;
   const cuda::Matrix e =
-      by_position ? cuda::Matrix{args_.in.e, p_.e_row_stride} : packed_e(block.chunk);
+      by_position ? cuda::Matrix{args_.in.e, head_.e_row_stride} : packed_e(block.chunk);
   const Grid grid = statistics_grid(plan_);
   Statistics s;
-  s.all = p_.wants_entropy || p_.wants_zbar || p_.wants_argmax;
+  s.all = p_.wanted.entropy || p_.wanted.zbar || p_.wanted.argmax;
   s.partials = {buffer<float2>(use::kPartials), nullptr, nullptr, grid.block_rows(), grid.slots()};
   if (s.all) {
     s.partials.weighted_and_zbar = buffer<float2>(use::kPartialsMore);
@@ -160,7 +161,8 @@ void FusedParts::accumulate_statistics(const Block& block, bool keep) {
   const std::int64_t in_chunk = rows.begin - block.chunk.begin;
   s.target_logit = buffer<float>(use::kTargetLogit) + in_chunk;
   s.class_weight = class_weight(columns.begin);
-  const bool first = columns.begin == 0, last = columns.begin + columns.count == p_.V;
+  const bool first = columns.begin == 0,
+             last = columns.begin + columns.count == head_.classes.count;
   launch_clear_statistics(s.partials, partial_entries(grid, static_cast<int>(plan_.block_rows)),
                           s.target_logit, first ? static_cast<int>(rows.count) : 0, stream_);
   launch_statistics(logits(rows, columns, e, by_position), s, grid, stream_);
@@ -175,17 +177,17 @@ void FusedParts::accumulate_statistics(const Block& block, bool keep) {
   auto* states = buffer<RowState<float>>(all::kStates);
   merge.states = states == nullptr ? nullptr : states + in_chunk;
   merge.target_logit = s.target_logit;
-  merge.V = static_cast<int>(p_.V);
+  merge.V = static_cast<int>(head_.classes.count);
   merge.out = wanted_outputs();
   launch_merge(merge, stream_);
 }
 
-void FusedParts::finish_statistics(Rows) {
+void FusedParts::finish_statistics(RowRange) {
   // Done by the merge after the last slab.
 }
 
-void FusedParts::make_exponentials(Rows chunk) {
-  const Columns columns{0, p_.V};
+void FusedParts::make_exponentials(RowRange chunk) {
+  const Columns columns{0, head_.classes.count};
   Logits l = logits(chunk, columns, load_rows(chunk, chunk), /*by_position=*/false);
   References r;
   r.list = listed(chunk);
@@ -203,10 +205,10 @@ void FusedParts::make_exponentials(Rows chunk) {
   Close close;
   close.list = r.list;
   close.sum_and_max = out.sum_and_max;
-  close.column_tiles = column_tiles(p_.V);
+  close.column_tiles = column_tiles(head_.classes.count);
   close.target_logit = r.target_logit;
   close.reference = r.reference;
-  close.V = static_cast<int>(p_.V);
+  close.V = static_cast<int>(head_.classes.count);
   close.out = wanted_outputs();
   close.redo = r.redo;
   launch_exponentials(l, out, grid, stream_);
@@ -235,15 +237,15 @@ void FusedParts::make_g(const Block& block, bool from_kept) {
   k.upstream = args_.upstream;
   k.inv_temperature = inv_temperature(block.chunk.begin);
   k.softcap = softcap();
-  k.scale = static_cast<float>(p_.logit_scale);
+  k.scale = static_cast<float>(p_.transform.logit_scale);
   auto* factor = buffer<float>(use::kFactor);
   launch_row_factors(k,
                      {row_buffer(use::kReference), row_buffer(use::kTargetLogit), factor,
                       buffer<float>(use::kTargetG)},
                      stream_);
-  if (!p_.needs_dc) return;
+  if (!p_.wanted.dc.wanted) return;
   launch_scaled_rows(k.list, kernel_matrix(load_rows(block.chunk, block.chunk)), factor,
-                     static_cast<int>(p_.D), buffer<void>(use::kScaledE),
+                     static_cast<int>(head_.D), buffer<void>(use::kScaledE),
                      cuda::e_stride(p_, operand_), stream_);
 }
 
@@ -273,37 +275,37 @@ void FusedParts::accumulate_dbias(const Block& block) {
     return;
   }
   launch_add_dbias(listed(block.chunk), x(), x_stride(), buffer<float>(use::kFactor),
-                   1.0 / p_.logit_scale, static_cast<int>(p_.V), buffer<double>(all::kDbiasSums),
-                   block.chunk.begin == 0, stream_);
-  if (!p_.needs_dc) sum_targets(block.chunk);
+                   1.0 / p_.transform.logit_scale, static_cast<int>(head_.classes.count),
+                   buffer<double>(all::kDbiasSums), block.chunk.begin == 0, stream_);
+  if (!p_.wanted.dc.wanted) sum_targets(block.chunk);
 }
 
 // The targets' part of dbias, and of dC what launch_dc will add.
-void FusedParts::sum_targets(Rows chunk) {
+void FusedParts::sum_targets(RowRange chunk) {
   TargetSums t;
   t.list = listed(chunk);
   t.target_g = buffer<float>(use::kTargetG);
-  t.V = static_cast<int>(p_.V);
+  t.V = static_cast<int>(head_.classes.count);
   t.order = buffer<int>(use::kTargetOrder);
   t.capacity = static_cast<int>(plan_.chunk_rows);
   t.sort = buffer<void>(use::kTargetSort);
   t.sort_bytes = memory_.workspace.bytes_of(use::kTargetSort);
-  if (p_.needs_dc) {
+  if (p_.wanted.dc.wanted) {
     t.e = kernel_matrix(load_rows(chunk, chunk));
-    t.depth = static_cast<int>(p_.D);
+    t.depth = static_cast<int>(head_.D);
     t.sums = target_sums();
     t.sum_of_column = buffer<int>(use::kSumOfColumn);
   }
-  if (p_.needs_dbias) {
+  if (p_.wanted.dbias.wanted) {
     t.dbias = buffer<double>(all::kDbiasSums);
-    t.inverse_scale = 1.0 / p_.logit_scale;
+    t.inverse_scale = 1.0 / p_.transform.logit_scale;
   }
   launch_target_sums(t, stream_);
 }
 
 // Where dE's sums will be.
 float* FusedParts::target_sums() const {
-  return buffer<float>(p_.needs_de ? all::kDeSums : use::kTargetSums);
+  return buffer<float>(p_.wanted.de.wanted ? all::kDeSums : use::kTargetSums);
 }
 
 void FusedParts::accumulate_de(const Block& block) {
@@ -316,7 +318,7 @@ void FusedParts::accumulate_dc(const Block& block) {
     CudaParts<float>::accumulate_dc(block);
     return;
   }
-  const Rows rows = block.rows;
+  const RowRange rows = block.rows;
   const Columns columns = block.columns;
   float* sums = buffer<float>(all::kDcSums);
   DcProduct product;
@@ -328,38 +330,38 @@ void FusedParts::accumulate_dc(const Block& block) {
     product.sums = target_sums();
   } else {
     product.e = kernel_matrix(load_rows(rows, block.chunk));
-    product.scale = static_cast<float>(p_.logit_scale);
+    product.scale = static_cast<float>(p_.transform.logit_scale);
   }
-  product.dc_type = sums == nullptr ? p_.c_type : DType::f32;
-  product.dc =
-      sums == nullptr ? at(args_.gradients.dc, p_.c_type, columns.begin * p_.D) : dc_sums(columns);
+  product.dc_type = sums == nullptr ? head_.c_type : DType::f32;
+  product.dc = sums == nullptr ? at(args_.gradients.dc, head_.c_type, columns.begin * head_.D)
+                               : dc_sums(columns);
   product.rows = static_cast<int>(rows.count);
   product.V = static_cast<int>(columns.count);
-  product.D = static_cast<int>(p_.D);
+  product.D = static_cast<int>(head_.D);
   product.count = table_.count;
   product.first = static_cast<int>(rows.begin);
   product.add = rows.begin > 0;
   launch_dc(product, logits_grid(rows.count), stream_);
   if (!product.add) {
-    launch_clear_if_none(table_.count, product.dc, columns.count * p_.D * size_of(product.dc_type),
-                         stream_);
+    launch_clear_if_none(table_.count, product.dc,
+                         columns.count * head_.D * size_of(product.dc_type), stream_);
   }
 }
 
-void FusedParts::store_de(Rows chunk) {
+void FusedParts::store_de(RowRange chunk) {
   if (!by_rows()) {
     CudaParts<float>::store_de(chunk);
     return;
   }
-  const cuda::Matrix c = load_columns({0, p_.V});
+  const cuda::Matrix c = load_columns({0, head_.classes.count});
   cuda::Product product{};
   product.M = chunk.count;
-  product.N = p_.D;
-  product.K = p_.V;
+  product.N = head_.D;
+  product.K = head_.classes.count;
   product.a = {x(), x_stride(), false};
   product.b = {c.data, c.stride, false};
   product.c = buffer<float>(all::kDeSums);
-  product.c_stride = p_.D;
+  product.c_stride = head_.D;
   product.c_type = DType::f32;
   multiply(product);
   StoreDe store;
@@ -368,9 +370,9 @@ void FusedParts::store_de(Rows chunk) {
   store.factor = buffer<float>(use::kFactor);
   store.target_g = buffer<float>(use::kTargetG);
   store.c = kernel_matrix(c);
-  store.depth = static_cast<int>(p_.D);
+  store.depth = static_cast<int>(head_.D);
   store.de = args_.gradients.de;
-  store.de_type = p_.e_type;
+  store.de_type = head_.e_type;
   launch_store_de(store, stream_);
 }
 
