@@ -50,8 +50,9 @@ int main() try {
   //    the loss is asked for, so one call may give both.
   cutloss::Problem problem;
   problem.rows.length = N;
-  classes_of(problem).count = V;
-  head_of(problem).D = D;
+  cutloss::Head& head = head_of(problem);
+  head.classes.count = V;
+  head.D = D;
   problem.wanted.de.wanted = problem.wanted.dc.wanted = true;
   problem.upstream.when = cutloss::Upstream::at_forward;
 

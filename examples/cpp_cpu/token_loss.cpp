@@ -64,8 +64,9 @@ struct Batch {
 cutloss::Problem problem_for(cutloss::Upstream upstream) {
   cutloss::Problem problem;
   problem.rows.length = N;
-  classes_of(problem).count = V;
-  head_of(problem).D = D;
+  cutloss::Head& head = head_of(problem);
+  head.classes.count = V;
+  head.D = D;
   problem.wanted.de.wanted = problem.wanted.dc.wanted = true;
   problem.upstream.when = upstream;
   return problem;

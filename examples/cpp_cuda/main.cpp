@@ -144,8 +144,9 @@ bool train(cutloss::DType compute_type, cutloss::Schedule schedule) {
   // 1. Plain facts.
   cutloss::Problem problem;
   problem.rows.length = N;
-  classes_of(problem).count = V;
-  head_of(problem).D = D;
+  cutloss::Head& head = head_of(problem);
+  head.classes.count = V;
+  head.D = D;
   problem.compute_type = compute_type;  // of the products; E, C and their gradients are fp32
   problem.rows.ignore_index = kIgnored;
   problem.wanted.de.wanted = problem.wanted.dc.wanted = true;
@@ -189,7 +190,7 @@ bool train(cutloss::DType compute_type, cutloss::Schedule schedule) {
   cutloss::LossTerms terms;
   terms.nll = d_nll.get();
   terms.undefined = undefined.get();
-  cutloss::loss_terms(problem, {.mean = true}, targets.get(), terms, stream.get());
+  cutloss::loss_terms(loss_rows(problem), {.mean = true}, targets.get(), terms, stream.get());
 
   // 5. Steps. By rows the gradients are made along with the loss, by vocabulary after it.
   const bool at_once = plan.schedule == cutloss::Schedule::rows && !plan.keeps_logits;

@@ -70,10 +70,11 @@ Result loss_and_gradients(Tensor e, Tensor c, Tensor targets, bool needs_de, boo
 
   cutloss::Problem problem;
   problem.rows.length = targets.numel();
-  classes_of(problem).count = c.size(0);
-  head_of(problem).D = c.size(1);
-  head_of(problem).e_type = problem.compute_type = dtype_of(e);
-  head_of(problem).c_type = dtype_of(c);
+  cutloss::Head& head = head_of(problem);
+  head.classes.count = c.size(0);
+  head.D = c.size(1);
+  head.e_type = problem.compute_type = dtype_of(e);
+  head.c_type = dtype_of(c);
   problem.wanted.de.wanted = needs_de;
   problem.wanted.dc.wanted = needs_dc;
   const bool training = needs_de || needs_dc;
@@ -114,7 +115,7 @@ Result loss_and_gradients(Tensor e, Tensor c, Tensor targets, bool needs_de, boo
   cutloss::LossTerms terms;
   terms.nll = d_nll.mutable_data_ptr();
   terms.undefined = undefined.mutable_data_ptr<bool>();
-  cutloss::loss_terms(problem, {.mean = true}, args.in.targets, terms, args.stream);
+  cutloss::loss_terms(loss_rows(problem), {.mean = true}, args.in.targets, terms, args.stream);
 
   if (plan.schedule == cutloss::Schedule::rows && !plan.keeps_logits) {
     cutloss::forward_backward(plan, args);

@@ -273,7 +273,10 @@ INSTANTIATE_TEST_SUITE_P(MakePlan, Refuses, testing::ValuesIn(kRefusals),
 
 // What looks odd and is fine.
 const std::pair<const char*, void (*)(Problem&)> kAccepted[] = {
-    {"all_classes_said", [](Problem& p) { classes_of(p) = {0, 100, 100}; }},
+    {"all_classes_said",
+     [](Problem& p) {
+       classes_of(p) = {0, 100, 100};
+     }},
     {"own_type_said", [](Problem& p) { p.wanted.de.type = DType::f32; }},
     {"no_rows", [](Problem& p) { p.rows.length = 0; }},
     {"no_sequences", [](Problem& p) { p.rows.sequences = 0; }},
