@@ -89,7 +89,7 @@ void chunks_begin(Stack& stack) {
   Call call(std::move(operands), options, Upstream::at_forward);
   State state = make_state(call, options);
   use(call, state);
-  begin(call.plan(), call.args);
+  open(call.plan(), call.args, Pass::both)->begin();
   for (const Tensor* t : state.all()) stack.put(*t);
   stack.put(chunk_count(call.plan()));
 }
@@ -101,8 +101,9 @@ void chunk_statistics(Stack& stack) {
   const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   use(call, state);
-  statistics(call.plan(), call.args, chunk);
-  const RowList list = chunk_rows(call.plan(), call.args, chunk);
+  const auto session = resume(call.plan(), call.args, Pass::both);
+  session->statistics(chunk);
+  const RowList list = session->rows(chunk);
   const auto* memory = static_cast<const std::byte*>(state.memory.const_data_ptr());
   const std::int64_t offset =
       list.count == 0 ? 0 : reinterpret_cast<const std::byte*>(list.rows) - memory;
@@ -122,7 +123,7 @@ void chunk_gradients(Stack& stack) {
   up.d_nll = call.inputs().row(upstream[0], "d_nll");
   up.d_lse = call.inputs().row(upstream[1], "d_lse");
   up.d_entropy = call.inputs().row(upstream[2], "d_entropy");
-  gradients(call.plan(), call.args, chunk);
+  resume(call.plan(), call.args, Pass::both)->gradients(chunk);
 }
 
 void chunks_finish(Stack& stack) {
@@ -131,7 +132,7 @@ void chunks_finish(Stack& stack) {
   const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   use(call, state);
-  finish(call.plan(), call.args);
+  resume(call.plan(), call.args, Pass::both)->finish();
 }
 
 void is_read_in_place(Stack& stack) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "cutloss/plan.h"
 
@@ -71,21 +72,46 @@ void backward(const Plan& plan, const Args& args);
 // Forward and backward in one call, for a plan with upstream at_forward and schedule rows.
 void forward_backward(const Plan& plan, const Args& args);
 
-// forward_backward taken apart, for losses whose upstream coefficients are functions of the
-// rows' own statistics: between statistics and gradients of a chunk the caller writes
-// args.upstream for that chunk's rows. Call begin once, then statistics and gradients for
-// chunk = 0 .. chunk_count - 1 in order, then finish. A chunk may be empty.
-std::int64_t chunk_count(const Plan& plan);
-void begin(const Plan& plan, const Args& args);
-void statistics(const Plan& plan, const Args& args, std::int64_t chunk);
-void gradients(const Plan& plan, const Args& args, std::int64_t chunk);
-void finish(const Plan& plan, const Args& args);
-// The rows of a chunk after begin, as indices into the per-row arrays. CUDA: `rows` is device
-// memory, and beyond the rows that count (which the host need not know) it holds -1.
+// The rows of a chunk, as indices into the per-row arrays. CUDA: `rows` is device memory, and beyond
+// the rows that count (which the host need not know) it holds -1.
 struct RowList {
-  const std::int64_t* rows;
-  std::int64_t count;
+  const std::int64_t* rows = nullptr;
+  std::int64_t count = 0;
 };
-RowList chunk_rows(const Plan& plan, const Args& args, std::int64_t chunk);
+
+// A call taken apart, for losses whose upstream coefficients are functions of the rows' own
+// statistics: between statistics and gradients of a chunk the caller writes args.upstream for that
+// chunk's rows. Call begin once, then statistics and gradients for chunk = 0 .. chunk_count - 1 in
+// order (those of the session's pass), then finish where there are gradients. A chunk may be empty.
+//
+// A session holds the plan's decision and a copy of the pointers, owns no device memory, and holds
+// nothing that a device reads after a call of its own has returned. All throw Error(invalid_value)
+// for a chunk that there is not, and before anything is written.
+class Session {
+ public:
+  Session() = default;
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+  virtual ~Session() = default;
+
+  // Checks targets and temperatures, where that needs no waiting, and lists the rows that count.
+  virtual void begin() = 0;
+  virtual RowList rows(std::int64_t chunk) = 0;
+  virtual void statistics(std::int64_t chunk) = 0;
+  // The statistics of the chunk were the last to be made, here or in a session before this one.
+  virtual void gradients(std::int64_t chunk) = 0;
+  // What is left of the gradients: rows that do not count, and everything where none does.
+  virtual void finish() = 0;
+};
+
+std::int64_t chunk_count(const Plan& plan);
+
+// Throws Error(invalid_value) for pointers that are missing or misaligned, for a pass that the plan
+// has not, and for a plan of another device.
+std::unique_ptr<Session> open(const Plan& plan, const Args& args, Pass pass);
+
+// For callers who cannot keep a session: one that continues where another left off, in the same
+// memory. begin was called there, and must not be here.
+std::unique_ptr<Session> resume(const Plan& plan, const Args& args, Pass pass);
 
 }  // namespace cutloss

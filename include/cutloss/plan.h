@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -10,33 +11,43 @@
 
 namespace cutloss {
 
-// What was decided for a problem, and why. Made by make_plan, read by anybody.
+struct Decision;
+
+// What was decided for a problem, and why. Made by make_plan, read by anybody, cheap to copy.
 struct Plan {
-  Problem problem;  // with every stride filled in
+  // With every stride filled in.
+  Problem problem;
+  // "cpu/by_rows", of the engine "cpu".
+  std::string algorithm;
   std::string engine;
   Schedule schedule = Schedule::none;
-  // rows, upstream known at backward: forward keeps the logits, backward makes the gradients.
+  // With schedule rows: forward keeps every row's logits, and backward makes the gradients of them.
+  // Else gradients by rows are made with the statistics, in one call.
   bool keeps_logits = false;
-  int products = 1;  // N*V*D products of forward and backward together
+  // N x V x D products of forward and backward together.
+  int products = 1;
+  // Rows whose statistics are made together.
+  std::int64_t chunk_rows = 0;
 
-  std::int64_t chunk_rows = 0;  // rows whose logits are kept at a time (schedule rows)
-  std::int64_t block_rows = 0;  // rows and vocabulary columns of one product of forward
-  std::int64_t slab = 0;
-  std::int64_t gradient_rows = 0;  // the same for the products of the gradients
-  std::int64_t gradient_slab = 0;
+  // Bytes of Args::kept, and of Args::workspace: of sessions with statistics, and of those with
+  // gradients alone (0 where none may be opened).
+  std::int64_t kept_bytes = 0;
+  std::int64_t forward_workspace_bytes = 0;
+  std::int64_t backward_workspace_bytes = 0;
 
-  std::int64_t kept_bytes = 0;                // Args::kept
-  std::int64_t forward_workspace_bytes = 0;   // Args::workspace of forward, forward_backward
-  std::int64_t backward_workspace_bytes = 0;  // Args::workspace of backward
+  // A line for each engine and each way that was considered.
+  std::vector<std::string> reasons;
 
-  std::vector<std::string> reasons;  // a line for each engine and schedule considered
+  // What the algorithm's sessions go by.
+  std::shared_ptr<const Decision> decision;
 };
 
 // Validates the problem and decides engine, schedule and sizes. Touches no data.
 // Throws Error(invalid_value, invalid_type, unsupported, workspace).
 Plan make_plan(const Problem& problem);
 
-// The plan in words: engine, schedule, sizes, bytes, and the reasons, one a line.
+// The plan in words: algorithm, schedule, sizes, the memory buffer by buffer, and the reasons. For
+// people: the text may change.
 std::string describe(const Plan& plan);
 
 // What was found on this machine: a line for each engine (and why it is not there), the

@@ -210,8 +210,8 @@ Problem validated(Problem p) {
   return p;
 }
 
-void check_args(const Plan& plan, const Args& args, Passes passes) {
-  const auto [forward, backward] = passes;
+void check_args(const Plan& plan, const Args& args, Pass pass) {
+  const bool forward = makes_statistics(pass), backward = makes_gradients(pass);
   const Problem& p = plan.problem;
   if (row_count(p) > 0) {
     need(args.in.e, "in.e");

@@ -1,6 +1,9 @@
 #pragma once
 
-#include "core/engine.h"
+#include <optional>
+#include <string>
+
+#include "cutloss/cutloss.h"
 
 namespace cutloss {
 
@@ -42,6 +45,6 @@ inline NumberRange usable_range(DType stat) {
 }
 
 // Every refusal that follows from the pointers of a call: missing, misaligned, too small.
-void check_args(const Plan& plan, const Args& args, Passes passes);
+void check_args(const Plan& plan, const Args& args, Pass pass);
 
 }  // namespace cutloss

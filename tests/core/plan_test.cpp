@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "plan/decision.h"
 #include "problems.h"
 #include "run.h"
 
@@ -199,7 +200,9 @@ TEST(Plan, DescribesItself) {
   for (const std::string& part :
        {std::string("N 1000"), std::string("V 20000"), std::string("D 64"), std::string("bf16"),
         std::string("engine cpu"), std::string("schedule vocabulary"), std::string("products 4"),
-        std::to_string(plan.block_rows) + " rows", std::to_string(plan.slab) + " columns",
+        std::string("algorithm cpu/by_vocabulary"),
+        std::to_string(plan.decision->sizes.block_rows) + " rows",
+        std::to_string(plan.decision->sizes.slab) + " columns",
         std::to_string(plan.forward_workspace_bytes) + " bytes",
         std::to_string(plan.backward_workspace_bytes),
         // Why not by rows: what it needs and what was granted.

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "core/engine.h"
-#include "cpu/layout.h"
+#include "api/algorithms.h"
+#include "cpu/decision.h"
 #ifdef CUTLOSS_CUDA
 #include "cuda/layout.h"
 #endif
@@ -48,7 +48,10 @@ inline bool takes(const std::string& engine, Problem problem) {
   return engine_named(engine).refusal(problem).empty();
 }
 inline bool takes(const std::string& engine, const Problem& problem, const Mode& mode) {
-  return engine_named(engine).schedule_refusal(problem, mode.schedule).empty();
+  const auto algorithms = engine_named(engine).algorithms();
+  return std::any_of(algorithms.begin(), algorithms.end(), [&](const Algorithm* algorithm) {
+    return algorithm->way().schedule == mode.schedule && algorithm->refusal(problem).empty();
+  });
 }
 
 inline std::vector<Mode> modes_of(const std::string& engine, const Problem& problem) {

@@ -1,8 +1,9 @@
 // The public calls over logits: their checks, then the device's part of the library.
-#include "core/logits_loss.h"
-
 #include <cstdint>
 
+#include "api/device_calls.h"
+#include "core/dtype.h"
+#include "core/folded_softcap.h"
 #include "core/text.h"
 #include "core/validate.h"
 
@@ -137,8 +138,7 @@ void check_overlap(const Problem& p, const LogitsArgs& args) {
   }
 }
 
-void check_args(const Problem& p, const LogitsArgs& args, Passes passes) {
-  const auto [makes_statistics, makes_gradient] = passes;
+void check_args(const Problem& p, const LogitsArgs& args, Pass pass) {
   if (p.rows.sequences * p.rows.length == 0) return;
   need(args.logits, "logits");
   need(args.targets, "targets");
@@ -148,11 +148,11 @@ void check_args(const Problem& p, const LogitsArgs& args, Passes passes) {
     need(args.rows.row_max, "rows.row_max");
     need(args.rows.log_sum, "rows.log_sum");
     if (p.rows.has_temperature) need(args.temperature, "temperature");
-    if (makes_statistics && p.wanted.entropy) need(args.rows.entropy, "rows.entropy");
-    if (makes_statistics && p.wanted.zbar) need(args.rows.zbar, "rows.zbar");
-    if (makes_statistics && p.wanted.argmax) need(args.rows.argmax, "rows.argmax");
+    if (makes_statistics(pass) && p.wanted.entropy) need(args.rows.entropy, "rows.entropy");
+    if (makes_statistics(pass) && p.wanted.zbar) need(args.rows.zbar, "rows.zbar");
+    if (makes_statistics(pass) && p.wanted.argmax) need(args.rows.argmax, "rows.argmax");
   }
-  if (!makes_gradient) return;
+  if (!makes_gradients(pass)) return;
   if (!p.wanted.dlogits.wanted) {
     refuse(
         "the call makes a gradient, but the problem has wanted.dlogits.wanted = false: set it, "
@@ -171,22 +171,21 @@ void check_args(const Problem& p, const LogitsArgs& args, Passes passes) {
   check_overlap(p, args);
 }
 
-void run(const Problem& problem, const LogitsArgs& args, Passes passes) {
+void run(const Problem& problem, const LogitsArgs& args, Pass pass) {
   const Problem p = validated_logits(problem);
-  check_args(p, args, passes);
-  if (p.rows.sequences * p.rows.length == 0) return;
-  if (p.device == Device::cuda) return cuda_logits(p, args, passes);
-  cpu_logits(p, args, passes);
+  const DeviceCalls& calls = calls_of(p.device, "a loss over logits");
+  check_args(p, args, pass);
+  if (p.rows.sequences * p.rows.length > 0) calls.logits(p, args, pass);
 }
 
 }  // namespace
 
-void forward(const Problem& problem, const LogitsArgs& args) { run(problem, args, {true, false}); }
+void forward(const Problem& problem, const LogitsArgs& args) { run(problem, args, Pass::forward); }
 
-void backward(const Problem& problem, const LogitsArgs& args) { run(problem, args, {false, true}); }
+void backward(const Problem& problem, const LogitsArgs& args) { run(problem, args, Pass::backward); }
 
 void forward_backward(const Problem& problem, const LogitsArgs& args) {
-  run(problem, args, {true, true});
+  run(problem, args, Pass::both);
 }
 
 void weighted_loss(const Problem& problem, const LogitsArgs& args, void* loss,
@@ -200,19 +199,8 @@ void weighted_loss(const Problem& problem, const LogitsArgs& args, void* loss,
     if (up.d_lse != nullptr || up.d_lse_squared != nullptr) need(args.rows.lse, "rows.lse");
     if (up.d_zbar != nullptr) need(args.rows.zbar, "rows.zbar");
   }
-  if (p.device == Device::cuda) return cuda_weighted_loss(p, args, loss, undefined);
-  cpu_weighted_loss(p, args, loss, undefined);
+  calls_of(p.device, "weighted_loss")
+      .sum_loss({loss_rows(p), args.targets, args.rows, up, undefined}, loss, args.stream);
 }
-
-#ifndef CUTLOSS_CUDA
-namespace {
-[[noreturn]] void no_cuda() {
-  throw Error(ErrorCode::unsupported,
-              "the logits are on a CUDA device, but this build of cutloss has no CUDA engine");
-}
-}  // namespace
-void cuda_logits(const Problem&, const LogitsArgs&, Passes) { no_cuda(); }
-void cuda_weighted_loss(const Problem&, const LogitsArgs&, void*, const bool*) { no_cuda(); }
-#endif
 
 }  // namespace cutloss

@@ -1,17 +1,20 @@
 // Losses over logits on the host: a thread takes a row at a time, in segments that stay in its L1
 // cache, with the row work of the CPU engine.
-#include "core/logits_loss.h"
+#include "cutloss/logits.h"
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <type_traits>
 
+#include "core/dtype.h"
+#include "core/folded_softcap.h"
 #include "core/logit_math.h"
 #include "core/loss_terms.h"
 #include "core/row_map.h"
 #include "core/validate.h"
 #include "cpu/convert.h"
+#include "cpu/device_calls.h"
 #include "cpu/row_ops.h"
 
 namespace cutloss {
@@ -45,16 +48,16 @@ class LogitRows {
   bool counts(std::int64_t n) const { return target_of(n) != p_.rows.ignore_index; }
 
   // A position of a sequence, whether it is a row or predicts nothing.
-  void do_position(std::int64_t position, Passes passes) const {
+  void do_position(std::int64_t position, Pass pass) const {
     const std::int64_t sequence = position / p_.rows.length, at = position % p_.rows.length;
     const std::int64_t n = map_.row(sequence, at);
     if (at >= map_.predicted || !counts(n)) {
-      if (passes.forward && at < map_.predicted) write(n, {0, 0, 0, 0, 0, 0, -1});
-      if (passes.backward) clear(sequence, at);
+      if (makes_statistics(pass) && at < map_.predicted) write(n, {0, 0, 0, 0, 0, 0, -1});
+      if (makes_gradients(pass)) clear(sequence, at);
       return;
     }
-    if (passes.forward) make_statistics(sequence, at, n);
-    if (passes.backward) make_gradient(sequence, at, n);
+    if (makes_statistics(pass)) make_statistics(sequence, at, n);
+    if (makes_gradients(pass)) make_gradient(sequence, at, n);
   }
 
  private:
@@ -174,34 +177,25 @@ class LogitRows {
 };
 
 template <class T>
-void run(const Problem& p, const LogitsArgs& args, Passes passes) {
+void run(const Problem& p, const LogitsArgs& args, Pass pass) {
   const LogitRows<T> rows(p, args);
   rows.check();
   const std::int64_t positions = p.rows.sequences * p.rows.length;
   // Ignored rows are quick, so what a thread takes is not settled beforehand.
   const std::int64_t at_once = std::max<std::int64_t>(1, 8 * kSegment / classes_of(p).count);
 #pragma omp parallel for schedule(dynamic, at_once)
-  for (std::int64_t i = 0; i < positions; ++i) rows.do_position(i, passes);
-}
-
-template <class T>
-void sum(const Problem& p, const LogitsArgs& args, void* loss, const bool* undefined) {
-  const LogitRows<T> rows(p, args);
-  const auto counts = [&](std::int64_t n) { return rows.counts(n); };
-  *static_cast<T*>(loss) =
-      weighted_sum<T>(row_count(p), counts, args.rows, args.upstream, undefined);
+  for (std::int64_t i = 0; i < positions; ++i) rows.do_position(i, pass);
 }
 
 }  // namespace
 
-void cpu_logits(const Problem& p, const LogitsArgs& args, Passes passes) {
-  logits_of(p).type == DType::f64 ? run<double>(p, args, passes) : run<float>(p, args, passes);
+void cpu::logits(const Problem& p, const LogitsArgs& args, Pass pass) {
+  logits_of(p).type == DType::f64 ? run<double>(p, args, pass) : run<float>(p, args, pass);
 }
 
-void cpu_weighted_loss(const Problem& p, const LogitsArgs& args, void* loss,
-                       const bool* undefined) {
-  logits_of(p).type == DType::f64 ? sum<double>(p, args, loss, undefined)
-                                  : sum<float>(p, args, loss, undefined);
+const DeviceCalls& cpu_calls() {
+  static constexpr DeviceCalls calls{cpu::loss_terms, cpu::sum_loss, cpu::logits, nullptr};
+  return calls;
 }
 
 }  // namespace cutloss
