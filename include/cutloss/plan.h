@@ -12,7 +12,7 @@ namespace cutloss {
 
 // What was decided for a problem, and why. Made by make_plan, read by anybody.
 struct Plan {
-  Problem problem;  // with every stride filled in
+  Problem problem;  // with every stride filled in, and a shift of at most the length
   std::string engine;
   Schedule schedule = Schedule::none;
   // rows, upstream known at backward: forward keeps the logits, backward makes the gradients.

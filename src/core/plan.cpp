@@ -87,14 +87,15 @@ std::optional<Plan> plan_with(const Engine& engine, const Problem& p,
     std::int64_t needed = 0;
     if (engine.fit(plan, bytes, needed)) return plan;
     smallest = std::min(smallest, needed);
-    reasons.push_back(text(label(c), ": needs at least ", needed, " bytes, but ",
-                           p.max_workspace ? "max_workspace is " : "the default is ", bytes));
+    reasons.push_back(text(label(c), ": needs at least ", memory_text(needed), ", but ",
+                           p.max_workspace ? "max_workspace is " : "the default is ",
+                           memory_text(bytes)));
     return std::nullopt;
   };
   for (const Candidate& c : list) {
     if (auto plan = attempt(c, budget)) {
       reasons.push_back(
-          text(label(c), ": chosen, the fewest products that fit in ", budget, " bytes"));
+          text(label(c), ": chosen, the fewest products that fit in ", memory_text(budget)));
       return plan;
     }
   }
@@ -102,7 +103,8 @@ std::optional<Plan> plan_with(const Engine& engine, const Problem& p,
   // Nobody named a limit, so the loss must work: the smallest plan, whatever it takes.
   for (const Candidate& c : list) {
     if (auto plan = attempt(c, smallest)) {
-      reasons.push_back(text(label(c), ": chosen, the least memory of all, ", smallest, " bytes"));
+      reasons.push_back(
+          text(label(c), ": chosen, the least memory of all, ", memory_text(smallest)));
       return plan;
     }
   }
@@ -160,9 +162,9 @@ Plan make_plan(const Problem& problem) {
                                              " here; leave the schedule to the plan:", all));
   }
   throw Error(ErrorCode::workspace,
-              text("max_workspace is ", p.max_workspace.value_or(default_workspace(p)),
-                   " bytes, but the smallest plan needs ", smallest,
-                   " bytes; grant at least that, or leave max_workspace unset:", all));
+              text("max_workspace is ", memory_text(p.max_workspace.value_or(default_workspace(p))),
+                   ", but the smallest plan needs ", memory_text(smallest),
+                   "; grant at least that, or leave max_workspace unset:", all));
 }
 
 std::string describe(const Plan& plan) {
@@ -178,8 +180,9 @@ std::string describe(const Plan& plan) {
   if (plan.gradient_rows != plan.block_rows || plan.gradient_slab != plan.slab) {
     out += text(", in gradients ", plan.gradient_rows, " x ", plan.gradient_slab);
   }
-  out += text("\nkept ", plan.kept_bytes, " bytes, workspace ", plan.forward_workspace_bytes,
-              " bytes forward, ", plan.backward_workspace_bytes, " backward\n");
+  out += text("\nkept ", memory_text(plan.kept_bytes), ", workspace ",
+              memory_text(plan.forward_workspace_bytes), " forward, ",
+              memory_text(plan.backward_workspace_bytes), " backward\n");
   for (const std::string& reason : plan.reasons) out += reason + "\n";
   return out;
 }

@@ -268,6 +268,9 @@ TEST(GivenLogits, Sizes) {
   std::vector<Case> cases = size_cases();
   cases.push_back(with_size(1, 3, 2049, 3));
   cases.push_back(with_size(2, 2, 4097, 2, 1));
+  // No rows, and all of the gradient is written: zeros.
+  cases.push_back(with_size(4, 1, 7, 2, 1));
+  cases.push_back(with_size(2, 3, 4097, 2, 5));
   for (const Case& c : cases) {
     for (const DType type : kDTypes) {
       SCOPED_TRACE(text(c.name, " ", name(type)));
@@ -401,7 +404,7 @@ void* beyond(const void* pointer, std::int64_t bytes) {
 const Refusal kRefusals[] = {
     {"length", [](Call& c) { c.p.rows.length = -1; }, {"length", ">= 0", "-1"}},
     {"vocabulary", [](Call& c) { classes_of(c.p).count = 0; }, {"V", ">= 1", "0"}},
-    {"shift", [](Call& c) { c.p.rows.shift = 4; }, {"shift", "length 4", "got 4"}},
+    {"shift", [](Call& c) { c.p.rows.shift = -1; }, {"shift", ">= 0", "-1"}},
     {"row_stride",
      [](Call& c) { logits_of(c.p).row_stride = 6; },
      {"row_stride", "at least 7", "6"}},
