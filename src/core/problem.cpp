@@ -3,8 +3,6 @@
 #include "core/row_map.h"
 #include "cutloss/error.h"
 
-#include "core/validate.h"
-
 namespace cutloss {
 namespace {
 
