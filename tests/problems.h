@@ -300,14 +300,16 @@ inline Data make_data(const Case& c) {
 
   const DType stat = reference::stat_type(p);
   const std::int64_t N = row_count(p);
-  if (head.has_bias)
+  if (head.has_bias) {
     data.bias = detail::random_array(head.bias_type, head.classes.count, -1, 1, random);
+  }
   if (head.has_bias && c.logits == LogitKind::flat) {
     for (std::int64_t v = 0; v < head.classes.count; ++v) data.bias.set(v, 0.25);
   }
   if (p.rows.has_temperature) data.temperature = detail::random_array(stat, N, 0.5, 2, random);
-  if (p.has_class_weight)
+  if (p.has_class_weight) {
     data.class_weight = detail::random_array(stat, head.classes.count, 0, 2, random);
+  }
 
   const auto coefficients = [&](double low, double high) {
     Array array = detail::random_array(stat, N, low, high, random);

@@ -310,8 +310,9 @@ TEST(LargeProblem, MoreLogitsThanThirtyTwoBitsCount) {
       SCOPED_TRACE(row);
       Data alone = make_data(with_size(1, 1, classes_of(c.problem).count, head_of(c.problem).D));
       std::memcpy(alone.c.pointer(), data.c.pointer(), data.c.buffer.bytes());
-      for (std::int64_t d = 0; d < head_of(c.problem).D; ++d)
+      for (std::int64_t d = 0; d < head_of(c.problem).D; ++d) {
         alone.e.set(d, data.e.get(row * head_of(c.problem).D + d));
+      }
       alone.set_target(0, data.target(row));
       alone.d_nll.set(0, data.d_nll.get(row));
       const reference::Result want = truth_for(engine, alone);

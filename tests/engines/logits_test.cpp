@@ -91,8 +91,9 @@ LogitsData make_logits(Case c, DType type, const Layout& layout) {
     const std::int64_t e = data.e_offset(position), to = made.logits.at(p, position);
     for (std::int64_t v = 0; v < head.classes.count; ++v) {
       double z = 0;
-      for (std::int64_t d = 0; d < head.D; ++d)
+      for (std::int64_t d = 0; d < head.D; ++d) {
         z += data.e.get(e + d) * data.c.get(v * head.c_row_stride + d);
+      }
       EXPECT_TRUE(std::isfinite(z));
       made.logits.array.set(to + v, z);
     }
@@ -189,8 +190,9 @@ std::vector<double> rows_of(const LogitsData& made, const Logits3d& gradient) {
   std::vector<double> values;
   for (std::int64_t n = 0; n < row_count(p); ++n) {
     const std::int64_t at = gradient.at(p, reference::position_of_row(p, n));
-    for (std::int64_t v = 0; v < classes_of(p).count; ++v)
+    for (std::int64_t v = 0; v < classes_of(p).count; ++v) {
       values.push_back(gradient.array.get(at + v));
+    }
   }
   return values;
 }
