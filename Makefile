@@ -1,6 +1,8 @@
 # make demo   sets up everything needed and trains a small model, cutloss beside plain PyTorch
 # make test   sets up everything needed and runs all tests, C++ and Python
-# make wheel  builds dist/cutloss-*.whl for other machines, with CUDA where nvcc is found
+# make wheel  builds dist/cutloss-*.whl for other machines, with CUDA for every GPU where nvcc is found
+#
+# `make demo` and `make test` build CUDA code for the GPUs of this machine (scripts/cuda.sh).
 SHELL := bash
 
 .PHONY: demo test build packages wheel bench format format-check clean

@@ -1,8 +1,11 @@
 # Sourced by setup.sh and wheel.sh, in the root of the checkout: whether the CUDA engines are built
 # (CUDA: ON or OFF), and what CMake is told about it (cuda_flags).
 #
-#   CUTLOSS_CUDA                ON, OFF (unset: ON where nvcc is found)
-#   CUTLOSS_CUDA_ARCHITECTURES  what to compile for, as "80;90" (unset: the list in cmake/CutlossCuda.cmake)
+#   CUTLOSS_CUDA                ON, OFF (unset: ON where nvcc is found; in a checkout's own build only
+#                               where there is a GPU too, or an architecture is asked for)
+#   CUTLOSS_CUDA_ARCHITECTURES  what to compile for, as "80;90" (unset: the list in
+#                               cmake/CutlossCuda.cmake; in a checkout's own build the GPUs that are
+#                               here, or that list where CUTLOSS_CUDA=ON and there are none)
 #   CUDACXX                     nvcc, where it is neither in PATH nor in /usr/local/cuda/bin
 
 CUDA_HEADERS=.venv/cuda
@@ -52,6 +55,41 @@ install_cuda_headers() { # nvcc
     cutlass_library/source/include=cutlass nvidia/cu13/include=cublas
   rm -rf $wheels
   printf '%s\n' "$want" >$stamp
+}
+
+# A line for each kind of GPU in this machine, named as nvcc names it: 90. No lines where there is no
+# GPU, or no driver that knows of one.
+gpus_here() {
+  { nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true; } |
+    sed -nE 's/^ *([0-9]+)\.([0-9]+) *$/\1\2/p' | sort -un
+}
+
+can_compile_for() { # nvcc, architecture: cuda/library needs Turing or newer
+  (($2 >= 75)) && [[ " $("$1" --list-gpu-code | tr '\n' ' ')" == *" sm_$2 "* ]]
+}
+
+# What a checkout's build takes where nothing was asked for: code for the GPUs that are here and for
+# no others, which would take most of the time. After `recall`, which keeps only what was asked for.
+build_for_gpus_here() {
+  if [[ ${CUTLOSS_CUDA:-} == OFF || -n ${CUTLOSS_CUDA_ARCHITECTURES:-} ]]; then return; fi
+  local gpus nvcc gpu targets=() why="nvidia-smi names no GPU here"
+  gpus=$(gpus_here)
+  nvcc=$(find_nvcc)
+  if [[ -n $gpus && -z $nvcc ]]; then return; fi # settle_cuda says that there is no nvcc
+  for gpu in $gpus; do
+    if can_compile_for "$nvcc" "$gpu"; then
+      targets+=("$gpu-real")
+    else
+      say "no CUDA code for the GPU with sm_$gpu: it is older than sm_75, or $nvcc does not know it"
+      why="none of the GPUs here can be compiled for"
+    fi
+  done
+  if ((${#targets[@]} > 0)); then
+    CUTLOSS_CUDA_ARCHITECTURES=$(IFS=';' && printf %s "${targets[*]}")
+  elif [[ ${CUTLOSS_CUDA:-} != ON ]]; then
+    say "no CUDA engines: $why (CUTLOSS_CUDA=ON builds them all the same, for every architecture)"
+    CUTLOSS_CUDA=OFF
+  fi
 }
 
 settle_cuda() {

@@ -16,7 +16,7 @@ install_onednn() {
     -r scripts/requirements-onednn.txt
   local data
   data=$(.venv/bin/python -m zipfile -l $wheels/onednn_cpu_gomp-*.whl |
-    grep -o -m1 '^[^ ]*\.data/data')
+    grep -o '^[^ ]*\.data/data' | sort -u) # all of the list is read: whoever writes it must not fail
   .venv/bin/python scripts/unpack.py $ONEDNN $wheels/*.whl "$data/lib=lib" \
     "${data/onednn_cpu/onednn_devel_cpu}/lib=lib" "${data/onednn_cpu/onednn_devel_cpu}/include=include"
   rm -rf $wheels

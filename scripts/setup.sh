@@ -7,8 +7,8 @@
 #   CUTLOSS_WERROR  ON: the compiler's warnings are errors, until it is OFF
 #   JOBS            compilations at a time (one for each processor)
 #
-# Where nvcc is found the CUDA engines are built too; scripts/cuda.sh has their settings, and
-# scripts/onednn.sh that of another oneDNN.
+# Where nvcc and a GPU are found the CUDA engines are built too, for that GPU; scripts/cuda.sh has
+# their settings, and scripts/onednn.sh that of another oneDNN.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -113,6 +113,7 @@ install_python_packages
 settle_onednn
 if [[ ${1:-} == --packages ]]; then exit; fi
 for setting in CUTLOSS_CUDA CUTLOSS_CUDA_ARCHITECTURES CUDACXX; do recall $setting; done
+build_for_gpus_here
 settle_cuda
 build_operators
 install_package

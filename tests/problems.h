@@ -239,7 +239,7 @@ inline void fill_embeddings(const Case& c, Data& data, std::mt19937_64& random) 
   const Head& head = head_of(p);
   std::normal_distribution<double> normal;
   data.e = Array(head.e_type, p.rows.sequences * head.e_sequence_stride);
-  for (std::int64_t row = 0; row < p.rows.sequences * (p.rows.length - p.rows.shift); ++row) {
+  for (std::int64_t row = 0; row < row_count(p); ++row) {
     // E of rows that do not count stays NaN: it must have no effect.
     if (!data.counts(row)) continue;
     const std::int64_t position = reference::position_of_row(p, row);
@@ -299,15 +299,17 @@ inline Data make_data(const Case& c) {
   detail::fill_embeddings(c, data, random);
 
   const DType stat = reference::stat_type(p);
-  const std::int64_t N = p.rows.sequences * (p.rows.length - p.rows.shift);
-  if (head.has_bias)
+  const std::int64_t N = row_count(p);
+  if (head.has_bias) {
     data.bias = detail::random_array(head.bias_type, head.classes.count, -1, 1, random);
+  }
   if (head.has_bias && c.logits == LogitKind::flat) {
     for (std::int64_t v = 0; v < head.classes.count; ++v) data.bias.set(v, 0.25);
   }
   if (p.rows.has_temperature) data.temperature = detail::random_array(stat, N, 0.5, 2, random);
-  if (p.has_class_weight)
+  if (p.has_class_weight) {
     data.class_weight = detail::random_array(stat, head.classes.count, 0, 2, random);
+  }
 
   const auto coefficients = [&](double low, double high) {
     Array array = detail::random_array(stat, N, low, high, random);

@@ -131,7 +131,7 @@ struct Outputs {
 // Outputs that are not wanted stay null.
 inline Outputs outputs_for(const Problem& p) {
   const Head& head = head_of(p);
-  const std::int64_t N = p.rows.sequences * (p.rows.length - p.rows.shift);
+  const std::int64_t N = row_count(p);
   const DType stat = reference::stat_type(p);
   Outputs out;
   for (Array* array : {&out.nll, &out.lse, &out.row_max, &out.log_sum}) *array = Array(stat, N);

@@ -16,9 +16,9 @@ namespace {
 }
 
 // Where the library cannot read a tensor in place, it becomes a packed copy.
-Strides settle(Tensor& t, Device device) {
+Strides settle(Tensor& t, Device device, const char* what) {
   if (const auto strides = strides_in_place(place_of(t), device)) return *strides;
-  t = t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+  t = packed_copy(t, what);
   return {};
 }
 
@@ -142,10 +142,10 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   device_.require_here(o.c, "c");
   device_.require_here(o.targets, "targets");
   if (o.bias) device_.require_here(*o.bias, "bias");
-  const Strides e_strides = settle(o.e, device_.device());
-  const Strides c_strides = settle(o.c, device_.device());
-  o.targets = packed(o.targets);
-  if (o.bias) o.bias = packed(*o.bias);
+  const Strides e_strides = settle(o.e, device_.device(), "e");
+  const Strides c_strides = settle(o.c, device_.device(), "c");
+  o.targets = packed(o.targets, "targets");
+  if (o.bias) o.bias = packed(*o.bias, "bias");
 
   Problem p = problem_of(options, upstream);
   p.rows.sequences = o.e.size(0);

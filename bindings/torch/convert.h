@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <exception>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -12,6 +13,7 @@
 #include <utility>
 
 #include "cutloss/cutloss.h"
+#include "errors.h"
 
 namespace cutloss::binding {
 
@@ -72,6 +74,8 @@ void boxed(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
     fail(of_device ? "device_memory" : name(error.code()), error.what());
   } catch (const std::bad_alloc&) {
     fail("memory", "an allocation failed; use smaller inputs or free memory");
+  } catch (const std::exception& error) {
+    fail("pytorch", words_of(error.what()));
   }
 }
 

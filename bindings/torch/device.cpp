@@ -93,6 +93,21 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes,
   return Tensor(made);
 }
 
+Tensor packed(const Tensor& t, const char* what) {
+  return t.is_contiguous() ? t : packed_copy(t, what);
+}
+
+Tensor packed_copy(const Tensor& t, const char* what) {
+  try {
+    return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+  } catch (const std::runtime_error&) {
+    throw could_not_allocate(device_of(t), std::string("a copy of ") + what + ", " +
+                                               std::to_string(t.numel()) + " elements of " +
+                                               torch::headeronly::toString(t.scalar_type()) +
+                                               ", whose layout is not one that is read in place");
+  }
+}
+
 Workspace::Workspace(const Tensor& like, std::int64_t bytes) {
   if (bytes == 0) return;
   const auto fail = [&] {

@@ -38,6 +38,11 @@ Error could_not_allocate(Device device, const std::string& what);
 // An uninitialised tensor on the device of another.
 Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType type);
 
+// A packed copy, or the tensor itself where it is packed. `what`: its name in messages.
+Tensor packed(const Tensor& t, const char* what);
+// A packed copy in any case.
+Tensor packed_copy(const Tensor& t, const char* what);
+
 // Scratch memory of one call: the host's own, or PyTorch's on a device, where it is ordered on the
 // current stream and may be reused by what follows there.
 class Workspace {

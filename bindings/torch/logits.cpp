@@ -88,7 +88,7 @@ class Call {
     check_shapes(o_);
     device_.require_here(o_.targets, "targets");
     settle(in_place);
-    o_.targets = packed(o_.targets);
+    o_.targets = packed(o_.targets, "targets");
     problem.rows.sequences = o_.logits.size(0);
     problem.rows.length = o_.logits.size(1);
     Logits& logits = logits_of(problem);
@@ -157,7 +157,7 @@ class Call {
           "); pass logits.contiguous(), or leave the logits "
           "alone");
     }
-    z = z.is_contiguous() ? torch::stable::clone(z) : torch::stable::contiguous(z);
+    z = packed_copy(z, "the logits");
   }
 
   Operands o_;

@@ -1,7 +1,5 @@
 #include "row_inputs.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include "terms.h"
 
 namespace cutloss::binding {
@@ -21,8 +19,6 @@ std::string shape(const Tensor& t) {
   return out + ")";
 }
 
-Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 const void* RowInputs::row(const std::optional<Tensor>& tensor, const char* what) {
   if (!tensor) return nullptr;
   if (tensor->dim() != 1 || tensor->size(0) != rows_ || tensor->scalar_type() != stats_) {
@@ -31,7 +27,7 @@ const void* RowInputs::row(const std::optional<Tensor>& tensor, const char* what
            torch::headeronly::toString(tensor->scalar_type()));
   }
   device_.require_here(*tensor, what);
-  alive_.push_back(packed(*tensor));
+  alive_.push_back(packed(*tensor, what));
   return alive_.back().const_data_ptr();
 }
 
@@ -41,7 +37,7 @@ const void* RowInputs::class_weight(const std::optional<Tensor>& tensor) {
     refuse("class_weight must have the dtype of the per-row outputs");
   }
   device_.require_here(*tensor, "class_weight");
-  alive_.push_back(packed(*tensor));
+  alive_.push_back(packed(*tensor, "class_weight"));
   return alive_.back().const_data_ptr();
 }
 
@@ -54,7 +50,7 @@ RowGradients RowInputs::terms(const std::optional<Tensor>& terms) {
            shape(*terms) + " of " + torch::headeronly::toString(terms->scalar_type()));
   }
   device_.require_here(*terms, "terms");
-  alive_.push_back(packed(*terms));
+  alive_.push_back(packed(*terms, "terms"));
   const auto* data = static_cast<const std::byte*>(alive_.back().const_data_ptr());
   const TermOrder order(count);
   const auto row = [&](int at) -> const void* {

@@ -12,7 +12,6 @@
 namespace cutloss::binding {
 
 std::string shape(const Tensor& t);
-Tensor packed(const Tensor& t);
 
 class RowInputs {
  public:

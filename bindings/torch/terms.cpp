@@ -21,7 +21,7 @@ const void* weights(const OnDevice& here, const std::optional<Tensor>& given, st
                     " of " + torch::headeronly::toString(given->scalar_type()));
   }
   here.require_here(*given, what);
-  kept = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
+  kept = packed(*given, what);
   return kept->const_data_ptr();
 }
 
@@ -46,7 +46,7 @@ void loss_terms(Stack& stack) {
                                               std::to_string(targets.dim()) + " dimensions");
   }
   const OnDevice here(targets, "targets");
-  if (!targets.is_contiguous()) targets = torch::stable::contiguous(targets);
+  targets = packed(targets, "targets");
   rows.device = here.device();
   rows.rows.sequences = targets.size(0);
   rows.rows.length = targets.size(1);

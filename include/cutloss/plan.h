@@ -15,7 +15,7 @@ struct Decision;
 
 // What was decided for a problem, and why. Made by make_plan, read by anybody, cheap to copy.
 struct Plan {
-  // With every stride filled in.
+  // With every stride filled in, and a shift of at most the length.
   Problem problem;
   // "cpu/by_rows", of the engine "cpu".
   std::string algorithm;

@@ -15,7 +15,7 @@ namespace cutloss {
 // contiguous. With shift = k the row at position p of a sequence predicts the target at position
 // p + k, and the last k positions of each sequence predict nothing. The rows of the loss are
 // therefore (sequences, length - shift), in that order, and every per-row array has
-// row_count(rows) entries.
+// row_count(rows) entries. Where length <= shift there are none.
 struct Rows {
   std::int64_t sequences = 1;
   std::int64_t length = 0;
@@ -33,7 +33,7 @@ struct Rows {
   bool operator==(const Rows&) const = default;
 };
 
-// sequences * (length - shift): the length of every per-row array.
+// sequences * (length - shift), or 0 where length <= shift: the length of every per-row array.
 std::int64_t row_count(const Rows& rows);
 
 // Which classes of a vocabulary the logits are of: `count` of `total`, from class `first` on. A

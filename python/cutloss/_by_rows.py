@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _flops, _ops
 from ._ops import Options, call
 from ._terms import Rows
 
@@ -73,7 +73,9 @@ class _Chunked(torch.autograd.Function):
                         f"{tuple(t.shape)} that the loss takes has been changed in place since "
                         f"forward: pass a copy (clone()), or leave retain_graph out"
                     )
-            return _make(tuple(operands), ctx.options, ctx.start)[0]
+            products = _flops.products_of_gradients(*operands[:2], ctx.options)
+            with _flops.counted_as(products):
+                return _make(tuple(operands), ctx.options, ctx.start)[0]
 
         return *_ops.hand_over(ctx, d_loss, operands[:3], undefined, remake), *(None,) * 7
 

@@ -41,6 +41,24 @@ def tensors(**named: Tensor | None) -> None:
             raise ValueError(_sharded.refusal(name, t))
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}{_hint(t)}")
+        layout(name, t)
+
+
+def layout(name: str, t: Tensor) -> None:
+    """One whose elements lie at strides, as the library reads them: not nested, not sparse."""
+    if t.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor (of layout {t.layout}), and cutloss takes plain ones: pass "
+            f"torch.cat({name}.unbind()), the tokens of all sequences one after the other, and the "
+            f"same of whatever has a number for each token; with a shift, which must not reach "
+            f"from one sequence into the next, torch.nested.to_padded_tensor({name}, 0.0), and "
+            f"targets padded with ignore_index"
+        )
+    if t.layout != torch.strided:
+        raise TypeError(
+            f"{name} has the layout {t.layout}, and cutloss takes dense tensors, of layout "
+            f"torch.strided: pass {name}.to_dense()"
+        )
 
 
 def _hint(given: object) -> str:
@@ -153,20 +171,24 @@ def operand_dtype(**named: Tensor) -> torch.dtype:
 
 
 def shift(value: bool | int, targets: Tensor | None = None) -> int:
-    """Without targets what can be said of any, as in what follows."""
+    """Without targets what can be said of any, as in what follows. With them, what of it tells: a
+    sequence that is no longer than the shift predicts nothing, however long the shift is."""
     if not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"shift must be a bool or an int, got {value!r}")
     value = int(value)
     if value == 0:
         return 0
+    if value < 0:
+        raise ValueError(f"shift must be >= 0, got {value}")
     if targets is None:
-        if value < 0:
-            raise ValueError(f"shift must be >= 0, got {value}")
         return value
-    length = targets.shape[-1] if targets.dim() > 0 else 1
-    if value < 0 or value >= length:
-        raise ValueError(f"shift must be in [0, {length}), the last size of targets, got {value}")
-    return value
+    if targets.dim() == 0:
+        raise ValueError(
+            f"shift must be 0 for targets of shape (), which are no sequence, got {value}: pass "
+            f"targets of shape (..., length)"
+        )
+    length = targets.shape[-1]
+    return value if value <= length else int(length)
 
 
 def softcap(value: float | None) -> float | None:
@@ -213,6 +235,7 @@ def temperature(value: float | Tensor, targets: Tensor | None = None) -> None:
 
 def constant(name: str, t: Tensor) -> None:
     """A floating-point tensor that takes no gradient."""
+    layout(name, t)
     if not t.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
     if t.requires_grad:
@@ -232,6 +255,7 @@ def weight(value: Tensor, c: Tensor | None = None) -> None:
 
 
 def token_weight(value: Tensor, targets: Tensor) -> None:
+    layout("token_weight", value)
     if not value.is_floating_point():
         raise TypeError(f"token_weight must be a floating-point tensor, got {value.dtype}")
     if value.shape != targets.shape:

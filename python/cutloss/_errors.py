@@ -16,6 +16,7 @@ _KINDS: dict[str, type[Exception]] = {
     "memory": MemoryError,
     "device_memory": torch.OutOfMemoryError,
     "internal": RuntimeError,
+    "pytorch": RuntimeError,
 }
 _MESSAGE = re.compile(r"cutloss\[(\w+)\]: (.*)", re.DOTALL)
 

@@ -1,6 +1,7 @@
 """From the arguments that users give to the operands and options of the operators."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -105,6 +106,25 @@ def want_gradients(options: _ops.Options, e: Tensor, c: Tensor, bias: Tensor | N
     options["needs_de"] = enabled and e.requires_grad
     options["needs_dc"] = enabled and c.requires_grad
     options["needs_dbias"] = enabled and bias is not None and bias.requires_grad
+
+
+def warn_of_no_weight(
+    undefined: Tensor | None, how: _terms.Weighting, labels: Tensor, options: dict
+) -> None:
+    """Says that token weights of nothing make a mean of nothing, of which nothing is learned, where
+    tokens do count; where none does everybody knows. `labels`: (sequences, length)."""
+    if undefined is None or how.token_weight is None or how.reduction != "mean":
+        return
+    if not (_checks.may_look(undefined.device) and _ops.is_ordinary(undefined)):
+        return
+    if undefined and (_terms.of_rows(labels, options["shift"]) != options["ignore_index"]).any():
+        # The same words from the same line, so that Python says them once.
+        warnings.warn(
+            "token_weight adds up to 0 over the tokens that count (where weight is given, times "
+            "the weight of their class), so their mean is NaN and its gradients are zero: nothing "
+            "is learned. Leave such batches out, or take reduction='sum' and divide by a number of "
+            "your own"
+        )
 
 
 def row_shape(targets: Tensor, shift: int) -> tuple[int, ...]:

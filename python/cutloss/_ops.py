@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _errors, _load, _sharded
+from . import _errors, _flops, _load, _sharded
 from ._terms import Rows, Weighting, unpacked
 
 _load.load()
+_flops.register_when_imported()
 _ops = torch.ops.cutloss
 
 HAS_CUDA: bool = _ops.has_cuda()  # whether this build has CUDA engines; says nothing of a device
@@ -418,7 +419,9 @@ def _immediate_backward(ctx, d_loss, *_):
     check_backward(*inputs[:2], reads=ctx.gradients is None)
 
     def remake():
-        made = call(_ops.loss_and_gradients, *inputs, **ctx.options)
+        products = _flops.products_of_gradients(*inputs[:2], ctx.options)
+        with _flops.counted_as(products):
+            made = call(_ops.loss_and_gradients, *inputs, **ctx.options)
         return wanted(made[2:], ctx.options)
 
     return *hand_over(ctx, d_loss, inputs[:3], inputs[-1], remake), *(None,) * 5

@@ -1,5 +1,6 @@
 """The command line: cutloss demo | doctor | bench."""
 
+import os
 import sys
 
 from cutloss import bench, demo, doctor
@@ -23,11 +24,21 @@ def build_parser():
     return parser
 
 
+# Where one of these is set, somebody decided how OpenMP's threads wait.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
 def main(argv=None):
-    """Returns the exit code: 0, 1 where something is broken, 2 where the arguments are wrong."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Returns the exit code: 0, 1 where something is broken, 2 where the arguments are wrong.
+
+    Without `argv` this process is the command's own (`cutloss demo`), and may be started anew.
+    """
+    is_own_process = argv is None
+    argv = sys.argv[1:] if is_own_process else list(argv)
     args = build_parser().parse_args(argv)
     args.argv = argv
+    if is_own_process and args.command == "demo" and args.device == "cpu":
+        _let_threads_sleep()
     try:
         return args.run(args)
     except UserError as error:
@@ -36,6 +47,21 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"cutloss {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _let_threads_sleep():
+    """Starts this process anew with OMP_WAIT_POLICY=passive, unless how to wait is decided already.
+
+    OpenMP's threads spin while they wait for each other. Beside another program they so keep the very
+    thread that they wait for from running, and the demo takes several times as long. OpenMP reads the
+    setting when it is loaded, and `import cutloss` has loaded it with PyTorch by now. The benchmark
+    stays as a training process is: threads that sleep make its smallest calls slower on a quiet machine
+    (benchmarks/results/2026-11-29-epyc-waiting.txt).
+    """
+    if any(name in os.environ for name in _WAITING):
+        return
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ LEARNING_RATE = 1e-3
 
 def add_arguments(parser):
     add = parser.add_argument
-    add("--steps", type=count, default=100, help="training steps (default 100)")
+    add("--steps", type=count, default=60, help="training steps (default 60)")
     add(
         "--seconds",
         type=seconds,
-        default=90.0,
-        help="stop training after this time, whatever --steps says (default 90)",
+        default=60.0,
+        help="stop training after this time, whatever --steps says (default 60)",
     )
     add("--vocab", type=count, default=32768, metavar="V", help="vocabulary (default 32768)")
     add("--text", metavar="FILE", help="train on this text (default: five novels that come along)")

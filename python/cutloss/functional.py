@@ -86,7 +86,8 @@ def linear_cross_entropy(
     :param shift: Predict the target ``shift`` positions later, without copying ``e``: position t
         of ``e`` is scored against target t + shift and the last ``shift`` positions of each
         sequence predict nothing. True is 1. The last dimension of targets is the sequence; it
-        is ``shift`` shorter in per-token results.
+        is ``shift`` shorter in per-token results. Sequences of ``shift`` tokens or fewer predict
+        nothing at all, which is no error: see ignore_index for the mean of nothing.
     :param return_lse: Also return the log-sum-exp of each token's logits; it carries a gradient.
         Asked for while gradients are wanted, it (as return_entropy, and reduction="none") rules
         out making the gradients along with the loss, which costs memory or a fourth product; for
@@ -106,7 +107,9 @@ def linear_cross_entropy(
     :param label_smoothing: As in F.cross_entropy, in [0, 1].
     :param weight: Class weights, shape (V), as in F.cross_entropy. Takes no gradient.
     :param token_weight: Weight of each token, in the shape of targets. May carry a gradient.
-        The mean divides by the sum of the weights of the tokens that count.
+        The mean divides by the sum of the weights of the tokens that count. Where that is 0 though
+        tokens count, the mean is NaN, with gradients of zero: a warning says so, once, on the CPU,
+        and on CUDA with CUTLOSS_CHECK=1.
     :param return_entropy: Also return the entropy of each token's distribution, with a gradient.
     :param return_predictions: Also return the largest logit's index of each token.
     :param z_loss: Adds ``z_loss * lse**2`` of each token to its loss; under "mean" the mean over
@@ -188,6 +191,7 @@ def _evaluate(
 
     if plain:
         terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
+        _inputs.warn_of_no_weight(terms.undefined, how, by_sequence, options)
         needs_lse = wants_lse or terms.lse is not None or terms.lse_squared is not None
         rows = _plain.statistics(*operands, options, needs_lse)
         return _terms.loss(terms, rows, how.reduction), rows
@@ -215,12 +219,14 @@ def _evaluate(
     if weighs_in_torch:
         rows = _ops.statistics(operands, options)
         terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
+        _inputs.warn_of_no_weight(terms.undefined, how, by_sequence, options)
         return _terms.loss(terms, rows, how.reduction), rows
     if how.changes_nothing():
         rows = _ops.statistics(operands, options)
         # A copy: backward reads nll again, and the loss is the caller's to change in place.
         return (rows.nll.clone() if _plan.wants_gradient(options) else rows.nll), rows
     terms, undefined = _ops.loss_terms(by_sequence, V, how, options)
+    _inputs.warn_of_no_weight(undefined, how, by_sequence, options)
     if how.reduction == "none":
         rows = _ops.statistics(operands, options)
         return _terms.loss(_terms.unpacked(terms), rows, "none"), rows

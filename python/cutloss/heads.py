@@ -302,6 +302,8 @@ class CausalLMHead(_Head):
             return_logits = labels is None or not self.training
         if labels is None and not return_logits:
             raise ValueError("neither a loss, without labels, nor logits, by return_logits=False")
+        if labels is not None:
+            _checks.tensors(hidden=hidden, labels=labels)
         logits = self.logits(self._projected(hidden)) if return_logits else None
         if labels is None:
             return CausalLMHeadOutput(logits=logits)

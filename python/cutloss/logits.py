@@ -64,7 +64,8 @@ def cross_entropy(
     :param shift: Predict the target ``shift`` positions later, without copying or slicing the
         logits: position t is scored against target t + shift, and the last ``shift`` positions of
         each sequence predict nothing. True is 1. The last dimension of targets is the sequence; it
-        is ``shift`` shorter in per-token results.
+        is ``shift`` shorter in per-token results. Sequences of ``shift`` tokens or fewer predict
+        nothing at all, which is no error: see ignore_index for the mean of nothing.
     :param return_lse: Also return the log-sum-exp of each token's logits, with a gradient.
     :param logit_scale: A number that multiplies the logits.
     :param temperature: Divides the logits: a number, or a tensor that broadcasts to targets' shape
@@ -72,7 +73,9 @@ def cross_entropy(
     :param label_smoothing: As in F.cross_entropy, in [0, 1].
     :param weight: Class weights, shape (V), as in F.cross_entropy. Takes no gradient.
     :param token_weight: Weight of each token, in the shape of targets. May carry a gradient.
-        The mean divides by the sum of the weights of the tokens that count.
+        The mean divides by the sum of the weights of the tokens that count. Where that is 0 though
+        tokens count, the mean is NaN, with gradients of zero: a warning says so, once, on the CPU,
+        and on CUDA with CUTLOSS_CHECK=1.
     :param return_entropy: Also return the entropy of each token's distribution, with a gradient.
     :param return_predictions: Also return the largest logit's index of each token.
     :param z_loss: Adds ``z_loss * lse**2`` of each token to its loss; under "mean" the mean over
@@ -240,6 +243,7 @@ def _evaluate(
     if weights_have_gradient or _ops.have_tangent(how.token_weight, how.weight):
         rows = _logits_ops.statistics(operands, options, consume)
         terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
+        _inputs.warn_of_no_weight(terms.undefined, how, by_sequence, options)
         loss = _terms.loss(terms, rows, how.reduction)
         return (loss if over is None else loss / over), rows
     if how.changes_nothing():
@@ -249,6 +253,7 @@ def _evaluate(
     terms, undefined = _ops.loss_terms(
         by_sequence, V, how, {**options, "compute_dtype": logits.dtype}
     )
+    _inputs.warn_of_no_weight(undefined, how, by_sequence, options)
     if over is not None:
         terms = terms / over
     if how.reduction == "none":
@@ -400,6 +405,7 @@ class CausalLMLoss:
         given, name = (labels, "labels") if shift_labels is None else (shift_labels, "shift_labels")
         if not isinstance(given, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+        _checks.layout(name, given)
         rows = logits.shape[:-1]
         if given.numel() != rows.numel() or (shift_labels is None and given.shape != rows):
             raise ValueError(
@@ -413,8 +419,8 @@ class CausalLMLoss:
             ignore_index = self.ignore_index
         given = given.to(logits.device).reshape(rows)
         shift = 1 if shift_labels is None else 0
-        if shift and (not rows or rows[-1] <= 1):  # nothing is predicted
-            given, shift = torch.full_like(given, ignore_index), 0
+        if shift and not rows:  # one position is a sequence of one
+            logits, given = logits[None], given[None]
         return _cross_entropy(
             logits,
             given,

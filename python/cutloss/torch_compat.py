@@ -125,6 +125,8 @@ def _tensors(input: Tensor, linear_weight: Tensor, target: Tensor, bias: Tensor 
     for name, t in named.items():
         if not isinstance(t, Tensor) and not (t is None and name == "linear_bias"):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t is not None:
+            _checks.layout(name, t)
 
 
 def _shapes(input: Tensor, linear_weight: Tensor, target: Tensor, bias: Tensor | None) -> None:

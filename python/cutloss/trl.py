@@ -3,28 +3,29 @@
 Since 1.16 TRL's trainers all take these (and entropies, accuracies) from one place: a forward that
 ``trl.trainer.utils.add_fused_lm_head`` puts on the model while a trainer is made. The trainers
 here are TRL's own with another forward put there, of the same arguments and results. Everything
-else, the losses among it, is TRL's.
+else, the losses among it, is TRL's; GKDTrainer, which takes its loss from logits, has one of
+cutloss instead, of the same values.
 """
 
 import contextlib
 import functools
+import importlib
 import inspect
 import sys
-from types import MethodType
 
-import torch
-from torch import Tensor, nn
-
-from .functional import linear_cross_entropy
-from .losses import token_log_probs
-from .transformers import _switch, _unmade, _verify
+from . import _trl_losses
+from ._trl_head import Use, add_fused_lm_head, loss_of, training_step, version
 from .transformers._patch import unwrapped
-from .transformers._switch import Switch
-from .transformers._unmade import UnmadeLogits
 
-_TRAINERS = ("DPOTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer", "SFTTrainer")
+_TRAINERS = {
+    "DPOTrainer": "trl",
+    "GKDTrainer": "trl.experimental.gkd",
+    "GRPOTrainer": "trl",
+    "KTOTrainer": "trl",
+    "RLOOTrainer": "trl",
+    "SFTTrainer": "trl",
+}
 _ARGUMENTS = ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]
-_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 __all__ = [*_TRAINERS, "with_cutloss"]
 
@@ -32,9 +33,7 @@ __all__ = [*_TRAINERS, "with_cutloss"]
 def __getattr__(name: str):
     if name not in _TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import trl
-
-    return with_cutloss(getattr(trl, name))
+    return with_cutloss(getattr(importlib.import_module(_TRAINERS[name]), name))
 
 
 @functools.cache
@@ -45,47 +44,78 @@ def with_cutloss(trainer: type) -> type:
         trainer = cutloss.trl.with_cutloss(MyTrainer)(model=..., args=..., ...)
 
     Losses and metrics are TRL's; log-probabilities, entropies and accuracies of tokens come from
-    the model's own forward (its scale, softcap, adapters) without its logits. What needs logits
-    in TRL itself (``compute_metrics``, ``compute_loss_func``, ``label_smoothing_factor``) gets
-    them from another forward, as without cutloss.
+    the model's own forward (its scale, softcap, adapters) without its logits. So does the smoothed
+    loss of ``label_smoothing_factor``, and GKD's divergence from a teacher, without the logits of
+    either model. In evaluation ``compute_metrics`` and ``preprocess_logits_for_metrics`` get
+    logits, from another forward, as without cutloss.
 
-    :param trainer: trl.SFTTrainer, DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, or a subclass.
-    :raises NotImplementedError: where this version of TRL has no such place, and, when a trainer is
-        made, for models that :func:`cutloss.patch` refuses. Each model is compared with itself on a
-        tiny batch, as there.
+    :param trainer: trl.SFTTrainer, DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer,
+        trl.experimental.gkd.GKDTrainer, or a subclass. A subclass with a ``compute_loss`` of its
+        own takes its loss from ``super().compute_loss(...)``, or from
+        ``model(**inputs, fused_lm_head=True).log_probs``.
+    :raises NotImplementedError: where this version of TRL has no such place; when a trainer is
+        made, for models that :func:`cutloss.patch` refuses, and for losses that are functions of
+        logits (``compute_loss_func``); and in the first training step whose gradients do not come
+        from cutloss. Each model is compared with itself on a tiny batch, as there.
     """
     _modules(trainer)
-    return type(trainer.__name__, (_WithCutloss, trainer), {"__doc__": trainer.__doc__})
+    bases = (_WithCutloss, *_trl_losses.bases(trainer))
+    return type(trainer.__name__, bases, {"__doc__": trainer.__doc__})
 
 
 class _WithCutloss:
     def __init__(self, *args, **kwargs):
-        models: list[nn.Module] = []
+        models: dict = {}
 
         def add(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
-            add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)
-            models.append(model)
+            models[model] = add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)
 
         with _replaced(type(self), add):
             super().__init__(*args, **kwargs)
         model = unwrapped(self.accelerator.unwrap_model(self.model))
-        if not any(m is model for m in models):
+        if model not in models:
             raise NotImplementedError(
                 f"this {type(self).__name__} was made without a call of add_fused_lm_head for its "
-                f"model: {_version()} computes its log-probabilities in a way that cutloss does "
+                f"model: {version()} computes its log-probabilities in a way that cutloss does "
                 f"not know; use trl's own trainer"
             )
+        self._cutloss_use: Use = models[model]
+        self._cutloss_use.refusal = _loss_of_its_own(type(self))
+
+    def training_step(self, *args, **kwargs):
+        with training_step(self._cutloss_use):
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args, **kwargs):
+        with loss_of(self._cutloss_use):
+            return super().compute_loss(*args, **kwargs)
+
+
+def _loss_of_its_own(trainer: type) -> str:
+    kinds = [k for k in trainer.__mro__ if "compute_loss" in vars(k)]
+    owner = next(k for k in kinds if not k.__module__.startswith("cutloss."))
+    name = owner.__name__
+    return (
+        f"the gradients of this training step do not come from cutloss: {name}.compute_loss (of "
+        f"{owner.__module__}) takes its loss from elsewhere, most often from the logits of "
+        f"model(...), which would be made in every step. Take the loss from "
+        f"super().compute_loss(...), or make it of model(**inputs, fused_lm_head=True).log_probs, "
+        f"where inputs have labels (logits for a second term may come after that, or under "
+        f"torch.no_grad()). If it calls the model with labels and takes its loss, use {name} as it "
+        f"is, without with_cutloss, on a model that cutloss.patch(model) prepared; for other "
+        f"losses cutloss.losses has functions of hidden states and the classifier"
+    )
 
 
 def _modules(trainer: type) -> list:
     """Those that define the trainer and call add_fused_lm_head by its name there."""
-    names = [k.__module__ for k in trainer.__mro__ if k.__module__ != __name__]
+    names = [k.__module__ for k in trainer.__mro__ if not k.__module__.startswith("cutloss.")]
     found = [sys.modules[name] for name in names if name in sys.modules]
     found = [m for m in dict.fromkeys(found) if hasattr(m, "add_fused_lm_head")]
     if not found:
         raise NotImplementedError(
             f"{trainer.__name__} does not take its log-probabilities from add_fused_lm_head, which "
-            f"cutloss replaces ({_version()} is installed, 1.16.0 is known to work): use it as it "
+            f"cutloss replaces ({version()} is installed, 1.16.0 is known to work): use it as it "
             f"is, with a model that cutloss.patch(model) prepared where it calls the model with "
             f"labels"
         )
@@ -93,16 +123,10 @@ def _modules(trainer: type) -> list:
         given = list(inspect.signature(module.add_fused_lm_head).parameters)
         if given != _ARGUMENTS:
             raise NotImplementedError(
-                f"add_fused_lm_head of {_version()} takes {given}, and {_ARGUMENTS} in 1.16.0, "
+                f"add_fused_lm_head of {version()} takes {given}, and {_ARGUMENTS} in 1.16.0, "
                 f"which is known to work: use trl's own trainer, or trl==1.16.0"
             )
     return found
-
-
-def _version() -> str:
-    import trl
-
-    return f"trl {trl.__version__}"
 
 
 @contextlib.contextmanager
@@ -116,141 +140,3 @@ def _replaced(trainer: type, add):
     finally:
         for module, function in zip(modules, before):
             module.add_fused_lm_head = function
-
-
-def add_fused_lm_head(
-    model: nn.Module,
-    temperature: float = 1.0,
-    cast_lm_head_to_fp32: bool = False,
-    outputs: tuple[str, ...] = ("log_probs",),
-) -> None:
-    """What trl.trainer.utils.add_fused_lm_head does: ``model(..., labels=labels,
-    fused_lm_head=True)`` returns trl's FusedCausalLMOutput; without, the forward is unchanged.
-
-    :param outputs: Per-token results; the others are None. log_probs are always there.
-    """
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    unknown = [name for name in outputs if name not in _OUTPUTS]
-    if unknown:
-        raise NotImplementedError(
-            f"{_version()} asks for {unknown}, of which cutloss knows nothing: it makes {_OUTPUTS}"
-        )
-    target = unwrapped(model)
-    switch = Switch({}, {})
-    stock = target.forward
-    _switch.prepare(target, switch)
-    _verify.verify(target, switch, stock)
-    text_config = target.config.get_text_config()
-
-    @functools.wraps(type(target).forward)  # generate reads its signature
-    def forward(
-        self,
-        *args,
-        fused_lm_head: bool = False,
-        labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs,
-    ):
-        if not fused_lm_head:
-            given = dict(
-                labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
-            )
-            kwargs.update({k: v for k, v in given.items() if v is not None})
-            return stock(*args, **kwargs)
-        kwargs.update(use_cache=False, return_dict=True)
-        _switch.prepare(self, switch)
-        switch.on = True
-        try:
-            output = stock(*args, **kwargs)
-        finally:
-            switch.on = False
-        if not isinstance(output.logits, UnmadeLogits):
-            raise NotImplementedError(
-                f"the forward of {type(self).__name__} returned logits that are not its "
-                f"classifier's: use trl's own trainer"
-            )
-        shift = 1 if shift_labels is None else 0
-        targets = labels if shift_labels is None else shift_labels
-        per_token = _per_token(
-            output.logits, targets, shift, temperature, cast_lm_head_to_fp32, outputs
-        )
-        mask = targets[:, shift:].to(per_token["log_probs"].device) != -100
-        items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = -per_token["log_probs"].sum() / items
-        aux_loss = output.get("aux_loss")
-        if aux_loss is not None:
-            coefficient = getattr(text_config, "router_aux_loss_coef", 0.0)
-            loss = loss + coefficient * aux_loss.to(loss.device)
-        return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **per_token)
-
-    target.forward = MethodType(forward, target)
-
-
-def _per_token(
-    logits: UnmadeLogits,
-    targets: Tensor,
-    shift: int,
-    temperature: float,
-    in_fp32: bool,
-    outputs: tuple[str, ...],
-) -> dict[str, Tensor]:
-    """Each (sequences, length - shift), 0 where the label is -100."""
-
-    def of(e: Tensor, c: Tensor, bias: Tensor | None, **options) -> dict[str, Tensor]:
-        labels = targets.to(c.device)
-        options.update(shift=shift, temperature=temperature)
-        autocast = contextlib.nullcontext()
-        if in_fp32:
-            e = e.float()
-            autocast = torch.autocast(e.device.type, enabled=False)
-        with autocast:
-            return _results(e, c, labels, bias, options, outputs)
-
-    return _unmade.evaluate(logits, of)
-
-
-def _results(
-    e: Tensor, c: Tensor, labels: Tensor, bias: Tensor | None, options: dict, outputs: tuple
-) -> dict[str, Tensor]:
-    results = linear_cross_entropy(
-        e, c, labels, bias, reduction="none", return_entropy="entropy" in outputs,
-        return_predictions="is_top1" in outputs, **options,
-    )  # fmt: skip
-    results = list(results) if isinstance(results, tuple) else [results]
-    found = {"log_probs": -results.pop(0)}
-    if "entropy" in outputs:
-        found["entropy"] = results.pop(0)
-    scored = labels[:, options["shift"] :]
-    if "is_top1" in outputs:
-        found["is_top1"] = (results.pop(0) == scored) & (scored != -100)
-    with torch.no_grad():
-        if "log_sum_sq_probs" in outputs:
-            of_squares = token_log_probs(
-                e, c, labels, bias, return_log_sum_sq_probs=True, **options
-            )
-            found["log_sum_sq_probs"] = of_squares.log_sum_sq_probs
-        if "mean_logits" in outputs:
-            found["mean_logits"] = _mean_logits(e, c, labels, bias, options)
-    return found
-
-
-def _mean_logits(
-    e: Tensor, c: Tensor, labels: Tensor, bias: Tensor | None, options: dict
-) -> Tensor:
-    """The mean over the vocabulary of each token's logits."""
-    shift = options["shift"]
-    counts = labels[:, shift:] != -100
-    if options["softcap"] is None:
-        # The mean of products with every row of c is the product with their mean.
-        of_c = c.mean(0, dtype=torch.promote_types(c.dtype, torch.float32))
-        means = e[:, : e.shape[1] - shift].to(of_c.dtype) @ of_c * options["logit_scale"]
-        if bias is not None:
-            means = means + bias.mean(dtype=of_c.dtype)
-        return torch.where(counts, means / options["temperature"], 0.0)
-    # A smoothed loss with nothing of the target left is lse - mean(z).
-    smoothed, lse = linear_cross_entropy(
-        e, c, labels, bias, reduction="none", label_smoothing=1.0, return_lse=True, **options
-    )
-    return torch.where(counts, lse - smoothed, 0.0)

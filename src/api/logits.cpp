@@ -90,10 +90,10 @@ void settle_place(const Problem& p, RowStrides gradient) {
               logits.sequence_stride, " and ", logits.row_stride, ": they must be the same, or 0"));
 }
 
-// The problem with its strides and classes filled in.
+// The problem with its strides and classes filled in and its shift settled.
 Problem validated_logits(Problem p) {
   Logits& logits = logits_of(p);
-  check_positions(p.rows);
+  settle_rows(p.rows);
   if (logits.classes.count < 1) refuse(text("V must be >= 1, got ", logits.classes.count));
   check_product("N x V", p.rows.sequences * p.rows.length, logits.classes.count);
   settle_classes(logits.classes);

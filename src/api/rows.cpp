@@ -16,7 +16,6 @@ namespace {
 }
 
 void check(const LossRows& rows, const Weighting& w, const void* targets, const LossTerms& terms) {
-  check_positions(rows.rows);
   if (rows.classes < 1) refuse(text("V must be >= 1, got ", rows.classes));
   check_product("N x V", rows.rows.sequences * rows.rows.length, rows.classes);
   if (rows.type != DType::f32 && rows.type != DType::f64) {
@@ -51,8 +50,10 @@ LossRows loss_rows(const Problem& problem) {
   return {problem.rows, classes_of(problem).count, stat_type(problem), problem.device};
 }
 
-void loss_terms(const LossRows& rows, const Weighting& weighting, const void* targets,
+void loss_terms(const LossRows& given, const Weighting& weighting, const void* targets,
                 const LossTerms& terms, void* stream) {
+  LossRows rows = given;
+  settle_rows(rows.rows);
   check(rows, weighting, targets, terms);
   calls_of(rows.device, "loss_terms").loss_terms(rows, weighting, targets, terms, stream);
 }

@@ -1,5 +1,6 @@
 #include "cutloss/problem.h"
 
+#include "core/row_map.h"
 #include "cutloss/error.h"
 
 namespace cutloss {
@@ -20,7 +21,9 @@ constexpr const char* kNoLogits =
 
 }  // namespace
 
-std::int64_t row_count(const Rows& rows) { return rows.sequences * (rows.length - rows.shift); }
+std::int64_t row_count(const Rows& rows) {
+  return rows.sequences * (rows.length - settled_shift(rows));
+}
 std::int64_t row_count(const Problem& problem) { return row_count(problem.rows); }
 
 const Head& head_of(const Problem& problem) { return source_of<Linear>(problem, kNoHead).head; }

@@ -2,6 +2,7 @@
 // device.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/logit_math.h"
@@ -9,7 +10,7 @@
 
 namespace cutloss {
 
-// Of rows whose shift is settled. I counts them: std::int64_t on the host, int on a device.
+// I counts rows: std::int64_t on the host, int on a device.
 template <class I>
 struct RowMap {
   I length = 0;     // positions of a sequence
@@ -27,10 +28,13 @@ struct RowMap {
   CUTLOSS_HOST_DEVICE std::int64_t target(I row) const { return position(row) + shift; }
 };
 
+// A sequence that is no longer than the shift predicts nothing, however long the shift is.
+inline std::int64_t settled_shift(const Rows& rows) { return std::min(rows.shift, rows.length); }
+
 template <class I>
 RowMap<I> row_map(const Rows& rows) {
-  return {static_cast<I>(rows.length), static_cast<I>(rows.length - rows.shift),
-          static_cast<I>(rows.shift)};
+  const std::int64_t shift = settled_shift(rows);
+  return {static_cast<I>(rows.length), static_cast<I>(rows.length - shift), static_cast<I>(shift)};
 }
 
 // The target at a position.

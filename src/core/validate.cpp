@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "core/dtype.h"
+#include "core/row_map.h"
 #include "core/text.h"
 
 namespace cutloss {
@@ -18,7 +19,6 @@ namespace {
 constexpr std::int64_t kMaxElements = std::int64_t{1} << 59;
 
 void check_sizes(const Problem& p) {
-  check_positions(p.rows);
   const Head& head = head_of(p);
   const std::int64_t V = head.classes.count;
   if (V < 1) refuse_value(text("V (rows of C) must be >= 1, got ", V));
@@ -80,16 +80,14 @@ void need_aligned(const void* pointer, std::int64_t bytes, const char* what) {
 
 }  // namespace
 
-void check_positions(const Rows& rows) {
+void settle_rows(Rows& rows) {
   const auto [sequences, length, shift] = std::tuple{rows.sequences, rows.length, rows.shift};
   if (sequences < 0 || length < 0) {
     refuse_value(text("sequences and length must be >= 0, got ", sequences, " and ", length));
   }
   if (shift < 0) refuse_value(text("shift must be >= 0, got ", shift));
-  if (shift > 0 && shift >= length) {
-    refuse_value(text("shift must be smaller than the sequence length ", length, ", got ", shift));
-  }
   check_product("sequences x length", sequences, length);
+  rows.shift = settled_shift(rows);
 }
 
 void check_product(const char* what, std::int64_t a, std::int64_t b) {
@@ -194,6 +192,7 @@ void check_row_temperature(double own, double in_all, DType stat, Position at) {
 }
 
 Problem validated(Problem p) {
+  settle_rows(p.rows);
   check_sizes(p);
   Head& head = head_of(p);
   settle_classes(head.classes);

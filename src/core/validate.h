@@ -8,7 +8,8 @@
 namespace cutloss {
 
 // What problems of either source have in common. All throw Error(invalid_value), or what they say.
-void check_positions(const Rows& rows);
+// Engines see shifts of at most the length.
+void settle_rows(Rows& rows);
 // a x b elements must have addresses.
 void check_product(const char* what, std::int64_t a, std::int64_t b);
 // Fills in a packed stride, or checks a given one.
@@ -32,7 +33,8 @@ void check_target(std::int64_t target, std::int64_t V, std::int64_t ignore_index
 void check_row_temperature(double own, double in_all, DType stat, Position at);
 
 // Every refusal that follows from a problem alone whose source is Linear. Returns the problem with
-// its strides and classes filled in. Throws Error(invalid_value | invalid_type | unsupported).
+// its strides and classes filled in and its shift settled. Throws Error(invalid_value |
+// invalid_type | unsupported).
 Problem validated(Problem problem);
 
 // The sizes of numbers that have a reciprocal in a stat dtype: an option outside would silently

@@ -148,8 +148,9 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
   needs.push_back({use::kTargets, N * 4});
   needs.push_back({use::kInvTemperature, N * stat});
   if (forward) needs.push_back({use::kStates, plan.chunk_rows * state_bytes(t.stat)});
-  if (head.has_bias && head.bias_type != t.stat)
+  if (head.has_bias && head.bias_type != t.stat) {
     needs.push_back({use::kBias, head.classes.count * stat});
+  }
   if (!reads_e_in_place(plan, t, passes) && !packs_e_in_de(plan, t, passes)) {
     const std::int64_t block = std::max(plan.block_rows, backward ? plan.gradient_rows : 0);
     const std::int64_t rows = room.whole_e ? plan.chunk_rows : std::min(block, plan.chunk_rows);

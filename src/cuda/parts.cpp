@@ -51,8 +51,9 @@ template <class T>
 void CudaParts<T>::list_rows() {
   if (row_count(p_) > 0) cuda::list_rows<T>(row_facts(), table_, stream_);
   load_bias();
-  if (head_.c_type != operand_ && memory_.room.c_columns >= head_.classes.count)
+  if (head_.c_type != operand_ && memory_.room.c_columns >= head_.classes.count) {
     convert_columns({0, head_.classes.count});
+  }
 }
 
 template <class T>

@@ -145,8 +145,9 @@ std::string gaps(const Problem& p) {
   if (p.rows.sequences > 1 && head.e_sequence_stride != p.rows.length * head.e_row_stride) {
     found.push_back(text("sequences of E ", head.e_sequence_stride));
   }
-  if (head.classes.count > 1 && head.c_row_stride != head.D)
+  if (head.classes.count > 1 && head.c_row_stride != head.D) {
     found.push_back(text("rows of C ", head.c_row_stride));
+  }
   std::string out;
   for (const std::string& gap : found) out += (out.empty() ? "" : ", ") + gap;
   return out.empty() ? out : out + " elements apart\n";

@@ -224,7 +224,7 @@ std::vector<double> load_rows(const void* array, DType type, std::int64_t count)
 
 RowGradients64 load_upstream(const Problem& problem, const Args& args) {
   const DType type = stat_type(problem);
-  const std::int64_t N = problem.rows.sequences * (problem.rows.length - problem.rows.shift);
+  const std::int64_t N = row_count(problem);
   const RowGradients& from = args.upstream;
   return {load_rows(from.d_nll, type, N), load_rows(from.d_lse, type, N),
           load_rows(from.d_lse_squared, type, N), load_rows(from.d_entropy, type, N),
@@ -240,7 +240,7 @@ void store_all(void* array, DType type, const std::vector<double>& values) {
 
 Result empty_result(const Problem& problem, std::int64_t D) {
   Result r;
-  r.N = problem.rows.sequences * (problem.rows.length - problem.rows.shift);
+  r.N = row_count(problem);
   r.V = classes_of(problem).count;
   r.D = D;
   r.compute_type = D > 0 ? problem.compute_type : stat_type(problem);

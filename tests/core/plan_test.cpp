@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "core/text.h"
 #include "plan/decision.h"
 #include "problems.h"
 #include "run.h"
@@ -204,13 +205,21 @@ TEST(Plan, DescribesItself) {
         std::to_string(plan.decision->sizes.block_rows) + " rows",
         std::to_string(plan.decision->sizes.slab) + " columns",
         std::to_string(plan.forward_workspace_bytes) + " bytes",
-        std::to_string(plan.backward_workspace_bytes),
+        std::to_string(plan.backward_workspace_bytes) + " bytes",
         // Why not by rows: what it needs and what was granted.
         "rows, 3 products: needs at least " + std::to_string(smallest_for(p, Schedule::rows)),
-        std::string("8388608")}) {
+        std::string("max_workspace is 8388608 bytes (8 MiB)")}) {
     EXPECT_TRUE(contains(text, part)) << "no '" << part << "' in\n" << text;
   }
   for (const std::string& reason : plan.reasons) EXPECT_TRUE(contains(text, reason));
+}
+
+TEST(Text, SaysMemoryInBytesAndInMiB) {
+  EXPECT_EQ(memory_text(0), "0 bytes");
+  EXPECT_EQ(memory_text(1048575), "1048575 bytes");
+  EXPECT_EQ(memory_text(1048576), "1048576 bytes (1 MiB)");
+  EXPECT_EQ(memory_text(14762048), "14762048 bytes (14.1 MiB)");
+  EXPECT_EQ(memory_text(std::int64_t{3} << 40), "3298534883328 bytes (3145728 MiB)");
 }
 
 TEST(Plan, SaysWhereRowsLieApart) {

@@ -55,14 +55,6 @@ const Refusal kRefusals[] = {
      [](Problem& p) { p.rows.shift = -2; },
      ErrorCode::invalid_value,
      {"shift", ">= 0", "-2"}},
-    {"shift_of_the_length",
-     [](Problem& p) { p.rows.shift = 8; },
-     ErrorCode::invalid_value,
-     {"shift", "length 8", "got 8"}},
-    {"shift_beyond_the_length",
-     [](Problem& p) { p.rows.shift = 11; },
-     ErrorCode::invalid_value,
-     {"shift", "length 8", "11"}},
     {"rows_overflow",
      [](Problem& p) { p.rows.sequences = p.rows.length = kHuge; },
      ErrorCode::invalid_value,
@@ -290,7 +282,9 @@ const std::pair<const char*, void (*)(Problem&)> kAccepted[] = {
        p.transform.softcap = 1e40;
        p.transform.temperature = 1e-100;
      }},
-    {"largest_shift", [](Problem& p) { p.rows.shift = 7; }},
+    {"largest_shift_with_rows", [](Problem& p) { p.rows.shift = 7; }},
+    {"shift_of_the_length", [](Problem& p) { p.rows.shift = 8; }},
+    {"shift_beyond_the_length", [](Problem& p) { p.rows.shift = 11; }},
     {"unused_sequence_stride",
      [](Problem& p) {
        p.rows.sequences = 1;

@@ -78,6 +78,27 @@ TEST_P(Edge, NoRowsMakeZeroGradients) {
   }
 }
 
+// Sequences of one token, say: the shift leaves no row, and all of dE is nobody's.
+TEST_P(Edge, AShiftOfTheLengthOrMoreMakesZeroGradients) {
+  for (const auto& [length, shift] :
+       {std::pair{1, 1}, std::pair{1, 5}, std::pair{3, 3}, std::pair{3, 4}, std::pair{0, 1}}) {
+    SCOPED_TRACE(shift);
+    Case c = GetParam().problem;
+    c.problem.rows.sequences = 4;
+    c.problem.rows.length = length;
+    c.problem.rows.shift = shift;
+    const Data data = make_data(c);
+    ASSERT_EQ(row_count(data.problem), 0);
+    for_each_mode(data, GetParam().engine, [&](const Outputs& out) {
+      EXPECT_EQ(out.nll.count, 0);
+      EXPECT_EQ(out.de.count, 4 * length * head_of(data.problem).D);
+      EXPECT_TRUE(all_zero(out.de));
+      EXPECT_TRUE(all_zero(out.dc));
+      EXPECT_TRUE(all_zero(out.dbias));
+    });
+  }
+}
+
 TEST_P(Edge, IgnoredRowsAloneMakeZeros) {
   Case c = GetParam().problem;
   c.ignored = 1;
@@ -289,8 +310,9 @@ TEST(LargeProblem, MoreLogitsThanThirtyTwoBitsCount) {
       SCOPED_TRACE(row);
       Data alone = make_data(with_size(1, 1, classes_of(c.problem).count, head_of(c.problem).D));
       std::memcpy(alone.c.pointer(), data.c.pointer(), data.c.buffer.bytes());
-      for (std::int64_t d = 0; d < head_of(c.problem).D; ++d)
+      for (std::int64_t d = 0; d < head_of(c.problem).D; ++d) {
         alone.e.set(d, data.e.get(row * head_of(c.problem).D + d));
+      }
       alone.set_target(0, data.target(row));
       alone.d_nll.set(0, data.d_nll.get(row));
       const reference::Result want = truth_for(engine, alone);

@@ -91,8 +91,9 @@ LogitsData make_logits(Case c, DType type, const Layout& layout) {
     const std::int64_t e = data.e_offset(position), to = made.logits.at(p, position);
     for (std::int64_t v = 0; v < head.classes.count; ++v) {
       double z = 0;
-      for (std::int64_t d = 0; d < head.D; ++d)
+      for (std::int64_t d = 0; d < head.D; ++d) {
         z += data.e.get(e + d) * data.c.get(v * head.c_row_stride + d);
+      }
       EXPECT_TRUE(std::isfinite(z));
       made.logits.array.set(to + v, z);
     }
@@ -189,8 +190,9 @@ std::vector<double> rows_of(const LogitsData& made, const Logits3d& gradient) {
   std::vector<double> values;
   for (std::int64_t n = 0; n < row_count(p); ++n) {
     const std::int64_t at = gradient.at(p, reference::position_of_row(p, n));
-    for (std::int64_t v = 0; v < classes_of(p).count; ++v)
+    for (std::int64_t v = 0; v < classes_of(p).count; ++v) {
       values.push_back(gradient.array.get(at + v));
+    }
   }
   return values;
 }
@@ -268,6 +270,9 @@ TEST(GivenLogits, Sizes) {
   std::vector<Case> cases = size_cases();
   cases.push_back(with_size(1, 3, 2049, 3));
   cases.push_back(with_size(2, 2, 4097, 2, 1));
+  // No rows, and all of the gradient is written: zeros.
+  cases.push_back(with_size(4, 1, 7, 2, 1));
+  cases.push_back(with_size(2, 3, 4097, 2, 5));
   for (const Case& c : cases) {
     for (const DType type : kDTypes) {
       SCOPED_TRACE(text(c.name, " ", name(type)));
@@ -401,7 +406,7 @@ void* beyond(const void* pointer, std::int64_t bytes) {
 const Refusal kRefusals[] = {
     {"length", [](Call& c) { c.p.rows.length = -1; }, {"length", ">= 0", "-1"}},
     {"vocabulary", [](Call& c) { classes_of(c.p).count = 0; }, {"V", ">= 1", "0"}},
-    {"shift", [](Call& c) { c.p.rows.shift = 4; }, {"shift", "length 4", "got 4"}},
+    {"shift", [](Call& c) { c.p.rows.shift = -1; }, {"shift", ">= 0", "-1"}},
     {"row_stride",
      [](Call& c) { logits_of(c.p).row_stride = 6; },
      {"row_stride", "at least 7", "6"}},

@@ -176,6 +176,21 @@ TEST(LossTerms, OfAnUndefinedMeanAreZero) {
   }
 }
 
+// A shift of the length or more leaves no rows, of which the sum is defined and the mean is not.
+TEST(LossTerms, OfNoRows) {
+  for (const std::int64_t shift : {3, 4}) {
+    const Data data = make_data(with_size(2, 3, 7, 1, shift));
+    ASSERT_EQ(row_count(data.problem), 0);
+    for (const Device device : devices()) {
+      const Weights weights = random_weights(data, true, true);
+      for (const bool mean : {false, true}) {
+        const Weighting w = weighting_of(weights, device, mean, 0.5, 1);
+        EXPECT_EQ(make_terms(data, w, device).is_undefined(), mean);
+      }
+    }
+  }
+}
+
 TEST(LossTerms, RefuseWhatDoesNotFit) {
   Data data = make_data(with_size(1, 4, 7, 1));
   data.problem.upstream.when = Upstream::at_forward;

@@ -36,6 +36,21 @@ _LATENT = dict(
     n_group=1,
     topk_group=1,
 )
+_TRANSLATION = dict(
+    vocab_size=V,
+    d_model=32,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=40,
+    decoder_ffn_dim=40,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=1,
+)
 _MAMBA = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
 
 # class -> options of its configuration. What is unlike a Llama at the end of the model is named.
@@ -107,6 +122,26 @@ ARCHITECTURES = {
         "mamba_chunk_size": 8,
     },
     "BertLMHeadModel": {**_LLAMA, "is_decoder": True},  # layers between the base model and the head
+    "EsmForMaskedLM": {**_LLAMA, "mask_token_id": 3},  # a vector (V) is added to the logits
+    "BartForConditionalGeneration": _TRANSLATION,  # a vector (1, V) is, from here on
+    "MBartForConditionalGeneration": _TRANSLATION,
+    "MarianMTModel": _TRANSLATION,
+    "PegasusForConditionalGeneration": _TRANSLATION,
+    "LEDForConditionalGeneration": {
+        **_TRANSLATION,
+        "max_encoder_position_embeddings": 64,
+        "max_decoder_position_embeddings": 64,
+        "attention_window": 4,
+    },
+}
+# What cutloss.patch refuses, and tests make too.
+REFUSED = {
+    "FSMTForConditionalGeneration": {
+        **{k: v for k, v in _TRANSLATION.items() if k not in ("vocab_size", "pad_token_id")},
+        "langs": ["en", "de"],
+        "src_vocab_size": V,
+        "tgt_vocab_size": V,
+    },
 }
 
 
@@ -114,7 +149,7 @@ def make(name, **changes):
     """In training mode, without dropout."""
     torch.manual_seed(0)
     kind = getattr(transformers, name)
-    config = kind.config_class(**{**ARCHITECTURES[name], **changes})
+    config = kind.config_class(**{**{**ARCHITECTURES, **REFUSED}[name], **changes})
     for key, value in vars(config).items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -123,6 +158,9 @@ def make(name, **changes):
     with torch.no_grad():
         for p in model.parameters():  # biases and what starts at zero too
             p.add_(0.05 * torch.randn_like(p))
+        for name, b in model.named_buffers():
+            if name == "final_logits_bias":
+                b.add_(torch.randn_like(b))
     return model
 
 

@@ -1,6 +1,7 @@
 """Bad input: an error that says what is wrong, with the values; nothing written, process alive."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -112,8 +113,7 @@ TABLE = {
     "list": ({"e": lambda t: t.tolist()}, TypeError, "e must be a torch.Tensor, got list"),
     "none": ({"c": None}, TypeError, "c must be a torch.Tensor, got NoneType"),
     # options
-    "shift_negative": ({"shift": -1}, ValueError, r"shift must be in \[0, 24\).*got -1"),
-    "shift_too_large": ({"shift": 24}, ValueError, r"shift must be in \[0, 24\).*got 24"),
+    "shift_negative": ({"shift": -1}, ValueError, "shift must be >= 0, got -1"),
     "shift_float": ({"shift": 1.0}, TypeError, "shift must be a bool or an int, got 1.0"),
     "softcap_zero": ({"softcap": 0.0}, ValueError, "softcap must be finite and > 0.*got 0.0"),
     "softcap_negative": ({"softcap": -2}, ValueError, "got -2.0"),
@@ -354,17 +354,26 @@ def test_memory_that_cannot_be_had():
     """A process that may not have the memory gets MemoryError, and goes on."""
     script = """
         import resource, torch
-        from cutloss import linear_cross_entropy
+        from cutloss import cross_entropy, linear_cross_entropy
         e = torch.randn(4096, 8, requires_grad=True)
         c = torch.randn(100_000, 8, requires_grad=True)
         t = torch.randint(0, 100_000, (4096,))
         linear_cross_entropy(e[:64], c, t[:64]).backward()
+        columns = torch.empty(8, 14_000_000)  # read as it lies: (V, D) is another layout
         pages = int(open("/proc/self/statm").read().split()[0])
         room = pages * resource.getpagesize() + (400 << 20)
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
         for options in ({}, {"reduction": "none"}):
             try:
                 linear_cross_entropy(e, c, t, max_workspace=1 << 40, schedule="rows", **options)
+                print("no error")
+            except MemoryError as error:
+                print("MemoryError:", error)
+        copies = (lambda: linear_cross_entropy(e[:8].detach(), columns.T, t[:8]),
+                  lambda: cross_entropy(columns.T, torch.zeros(14_000_000).long()))
+        for copy in copies:
+            try:
+                copy()
                 print("no error")
             except MemoryError as error:
                 print("MemoryError:", error)
@@ -380,7 +389,18 @@ def test_memory_that_cannot_be_had():
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    assert len(lines) == 3 and lines[2] == "then True", done.stdout
+    assert len(lines) == 5 and lines[4] == "then True", done.stdout
+    assert "could not allocate a copy of c, 112000000 elements" in lines[2]
+    assert "could not allocate a copy of the logits, 112000000 elements" in lines[3]
     for line in lines[:2]:
         assert line.startswith("MemoryError: could not allocate"), line
         assert any(word.isdigit() and int(word) > 400 << 20 for word in line.split()), line
+
+
+def test_what_pytorch_refuses_is_said_in_its_words():
+    """Its headers put a place in the sources of this build into the message, and no reason."""
+    scale = torch.ops.cutloss.scale_
+    for call in (scale, lambda *args: _ops.call(scale, *args)):
+        with pytest.raises(RuntimeError, match="PyTorch's aten::mul_ failed: ") as caught:
+            call(torch.ones(3, dtype=torch.int64), torch.tensor(0.5))
+        assert not re.search(r"\.h\b|\.cpp\b|line \d|/|API call", str(caught.value))

@@ -24,6 +24,7 @@ from cutloss._bench import (
     methods,
     plan,
     record,
+    report,
     rivals,
     softmax,
     timing,
@@ -565,6 +566,7 @@ def test_logits_are_measured_against_a_copy(capsys, tmp_path, monkeypatch):
     arguments = ["--logits", "--shape", "33,1,500", "--rounds", 1, "--dtype", "bf16", "fp32"]
     done = run_cli(capsys, "bench", *arguments, "--json", path)
     assert done.code == 0, done.err
+    assert "copies: ms in units of a copy of the logits" in " ".join(done.out.split())
     if rivals.lacks("liger-kernel", "liger_kernel", "cpu"):
         assert "liger is left out: liger-kernel" in done.out
     found = lines(path)
@@ -578,6 +580,29 @@ def test_logits_are_measured_against_a_copy(capsys, tmp_path, monkeypatch):
         assert (line["gradient_err"] is None) == (line["pass"] == "fw")
         if line["pass"] == "fwbw":
             assert line["gradient_err"] < (1e-2 if line["dtype"] == "bf16" else 1e-6)
+
+
+def test_what_the_tables_show_is_explained_below_them(capsys):
+    def legend(*options):
+        done = run_cli(capsys, "bench", *SHAPE, "--methods", "plain", *options)
+        assert done.code == 0, done.err
+        return " ".join(done.out.split("┘")[-1].split())
+
+    found = legend("--passes", "fw", "fwbw_frozen")
+    for name in ("fw: ", "fwbw_frozen: ", "ms: ", "GEMMs: ", "peak MiB: ", "errors: "):
+        assert name in found
+    assert "fwbw: " not in found and "copies" not in found and "kept" not in found
+    found = legend("--passes", "fw", "--no-memory", "--no-errors")
+    assert "GEMMs: " in found and "peak" not in found and "error" not in found
+
+
+def test_columns_and_their_explanations_have_the_same_names():
+    for key, sentence in {**report.LEGEND, **report.PASSES}.items():
+        heading = next((name for name, k, _ in report.COLUMNS if k == key), key)
+        assert sentence.startswith((f"{heading}: ", "errors: ", "copies: "))
+    unexplained = {key for _, key, _ in report.COLUMNS} - {*report.LEGEND}
+    assert unexplained == {"de_err", "dc_err", "nll_err"}  # as that of the loss
+    assert report.PASSES.keys() == set(cases.PASSES)
 
 
 def test_options_without_a_meaning_for_logits_are_refused(capsys):

@@ -1,7 +1,10 @@
 """cutloss demo: its text, its training, what it shows."""
 
+import os
 import re
 import struct
+import subprocess
+import sys
 import types
 
 import pytest
@@ -10,6 +13,7 @@ from cli_helpers import assert_refused, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cutloss import cli
 from cutloss._bench.methods import Method
 from cutloss._demo import text, train
 from cutloss._demo.report import largest_difference, slowness
@@ -115,17 +119,65 @@ def test_demo_shows_a_table_and_draws(capsys, novel, tmp_path):
     assert width > 600 and height > 300
 
 
-def test_a_slow_demo_says_what_to_do():
+def test_a_slow_demo_says_what_to_do(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     quick, slow = (types.SimpleNamespace(loss_seconds=[s, s, 9.0]) for s in (0.1, 0.2))
     assert slowness([quick, slow], "cpu") is None and slowness([quick], "cpu") is None
     assert "OMP_WAIT_POLICY" in slowness([slow, quick], "cpu")
     assert slowness([slow, quick], "cuda") is None
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    hint = slowness([slow, quick], "cpu")
+    assert "a quiet one" in hint and "OMP_WAIT_POLICY" not in hint
 
 
-def test_demo_alone(capsys, novel, tmp_path):
+def undecided(environment):
+    """Without what says how OpenMP's threads wait."""
+    waiting = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    return {name: value for name, value in environment.items() if name not in waiting}
+
+
+def test_the_threads_of_a_demo_sleep_while_they_wait(tmp_path):
+    """OpenMP itself says how often a thread looks before it sleeps, each time that it is loaded."""
+    missing = tmp_path / "missing.txt"
+    done = subprocess.run(
+        [sys.executable, "-m", "cutloss", "demo", "--text", missing, "--out", tmp_path],
+        env=undecided(os.environ) | {"OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and str(missing) in done.stderr
+    spins = re.findall(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr)
+    assert len(spins) == 2 and spins[0] != "0" and spins[1] == "0"
+
+
+def start(monkeypatch, *argv, **environment):
+    """The commands with which `cutloss ...` starts itself anew; it does nothing else."""
+    started = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", undecided(os.environ) | environment)
+        patch.setattr(os, "execv", lambda path, argv: started.append((path, argv, os.environ)))
+        patch.setattr(cli.demo, "run", lambda args: 0)
+        patch.setattr(cli.bench, "run", lambda args: 0)
+        patch.setattr(sys, "argv", ["cutloss", *argv])
+        assert cli.main() == 0 and cli.main(argv) == 0
+    return started
+
+
+def test_only_a_demo_on_the_cpu_starts_anew_and_only_where_nothing_is_decided(monkeypatch):
+    ((path, argv, environment),) = start(monkeypatch, "demo")
+    assert path == argv[0] == sys.executable and argv[1:] == sys.orig_argv[1:]
+    assert environment["OMP_WAIT_POLICY"] == "passive"
+    assert start(monkeypatch, "bench") == []
+    assert start(monkeypatch, "demo", "--device", "cuda") == []
+    assert start(monkeypatch, "demo", OMP_WAIT_POLICY="active") == []
+    assert start(monkeypatch, "demo", GOMP_SPINCOUNT="1000") == []
+
+
+def test_demo_alone(capsys, monkeypatch, novel, tmp_path):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     done = run_cli(capsys, "demo", *TINY, "--no-compare", "--text", novel, "--out", tmp_path)
     assert done.code == 0, done.err
     assert "plain PyTorch" not in done.out
+    assert "sleep while they wait (OMP_WAIT_POLICY=passive)" in done.out
     assert (tmp_path / "cutloss-demo.png").exists()
 
 

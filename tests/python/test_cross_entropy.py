@@ -429,7 +429,7 @@ REFUSALS = [
     (lambda p: dict(logits=None), TypeError, "logits must be a torch.Tensor, got NoneType"),
     (lambda p: dict(targets=p.targets.float()), TypeError, "class probabilities"),
     (lambda p: dict(reduction="avg"), ValueError, "reduction must be one of"),
-    (lambda p: dict(shift=9), ValueError, r"shift must be in \[0, 9\)"),
+    (lambda p: dict(shift=-9), ValueError, "shift must be >= 0, got -9"),
     (lambda p: dict(softcap=0.0), ValueError, "softcap must be finite and > 0"),
     (lambda p: dict(logit_scale=0.0), ValueError, "logit_scale must be finite and not 0"),
     (lambda p: dict(temperature=-1.0), ValueError, "temperature must be finite and > 0"),

@@ -482,7 +482,7 @@ REFUSED = [
     (dict(num_valid=3, targets=T), ValueError, "num_valid is 3, but 4 tokens count"),
     (dict(schedule="columns"), ValueError, "schedule must be one of"),
     (dict(max_workspace=1.5), TypeError, "max_workspace must be a number of bytes"),
-    (dict(shift=4), ValueError, r"shift must be in \[0, 4\)"),
+    (dict(shift=-4), ValueError, "shift must be >= 0, got -4"),
     (dict(softcap=-1.0), ValueError, "softcap must be finite and > 0"),
     (dict(e=E[:, :2]), ValueError, r"e must be \(..., D\) and c \(V, D\).* got e \(4, 2\)"),
     (dict(bias=torch.zeros(3)), ValueError, r"bias must be \(V\): got bias \(3,\)"),

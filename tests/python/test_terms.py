@@ -99,6 +99,7 @@ def test_weights_with_a_gradient_change_nothing_else(reduction, schedule):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:token_weight adds up to 0")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("undefined", [False, True])
 def test_the_gradient_of_token_weights(reduction, undefined):
@@ -142,6 +143,7 @@ def test_weights_with_a_tangent(reduction):
     [{}, {"schedule": "vocabulary"}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"return_lse": True}],
     ids=["auto", "vocabulary", "terms", "lse"],
 )
+@pytest.mark.filterwarnings("ignore:token_weight adds up to 0")
 @pytest.mark.parametrize("nothing", ["ignored", "weights"])
 def test_gradients_of_a_mean_of_nothing_are_zero_whatever_comes_back(nothing, options):
     p = problems.make((3, 9))

@@ -13,6 +13,31 @@ COLOURS = {
     "liger-kernel": "#7a5ea8",
     "quack-kernels": "#3b7fb8",
 }
+# What stands below a table: a sentence for each pass and column in it, by their keys.
+PASSES = {
+    "fw": "fw: the loss alone",
+    "fwbw": "fwbw: loss and gradients",
+    "fwbw_frozen": "fwbw_frozen: loss and gradient of E",
+}
+TIMES = {
+    "ms": "ms: median of the rounds",
+    "gemms": "GEMMs: ms in units of this run's product E·Cᵀ",
+    "copies": "copies: ms in units of a copy of the logits",
+    "first_ms": "first ms: the very first call",
+}
+LEGEND = {
+    **TIMES,
+    "peak_mib": "peak MiB: memory beside inputs and gradients",
+    "total_mib": "with gradients: the same and the gradients, MiB",
+    "outside_mib": "outside: the part of the peak outside of PyTorch's allocator, MiB",
+    "kept_mib": "kept: what the first call left behind, MiB",
+    "loss_err": "errors: ‖a - b‖ / ‖b‖ against what the title names",
+}
+LOGITS_LEGEND = {
+    **TIMES,
+    "peak_mib": "peak MiB: memory beside the logits, on CUDA",
+    "gradient_err": "gradient error: ‖a - b‖ / ‖b‖ against fp64, of the first 64 rows",
+}
 # heading, key, how it is written
 COLUMNS = (
     ("ms", "ms", "{:.2f}"),
@@ -73,6 +98,13 @@ def table(case, lines):
         cells = (_number(r[key], form) for _, key, form in columns)
         shown.add_row(r["pass"], method.label, *plan, *cells)
     console().print(shown)
+    _legend(LEGEND, [r for _, r in lines], columns)
+
+
+def _legend(meanings, lines, columns):
+    shown = {r["pass"] for r in lines} | {key for _, key, _ in columns}
+    about = (sentence for key, sentence in {**PASSES, **meanings}.items() if key in shown)
+    console().print(f"{'; '.join(about)}.", markup=False, style="dim")
 
 
 def logits_table(label, copy_ms, rate, lines):
@@ -94,6 +126,7 @@ def logits_table(label, copy_ms, rate, lines):
         cells = (_number(r[key], form) for _, key, form in columns)
         shown.add_row(r["pass"], r["method"], *cells)
     console().print(shown)
+    _legend(LOGITS_LEGEND, lines, columns)
 
 
 def kernels(method, which, lines, gemm_ms):

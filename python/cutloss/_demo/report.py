@@ -1,6 +1,7 @@
 """What cutloss demo shows."""
 
 import contextlib
+import os
 import statistics
 
 import torch
@@ -23,7 +24,8 @@ def opening(setting, vocabulary, ids, path, model):
         f"table, which is the classifier too; D {setting.D}.\n"
         f"A step is {setting.tokens:,} tokens: {setting.tokens:,} x {setting.V:,} logits, "
         f"{setting.tokens * setting.V * 4 / 2**20:.0f} MiB in fp32, which cutloss never stores.\n"
-        f"{setting.dtype} on {setting.device}, {torch.get_num_threads()} threads.",
+        f"{setting.dtype} on {setting.device}, {torch.get_num_threads()} threads"
+        f"{', which sleep while they wait (OMP_WAIT_POLICY=passive)' if _threads_sleep() else ''}.",
         markup=False,
     )
 
@@ -92,6 +94,10 @@ def table(runs, peaks, agreement, args):
         console().print(hint, markup=False)
 
 
+def _threads_sleep():
+    return os.environ.get("OMP_WAIT_POLICY", "").strip().lower() == "passive"
+
+
 def slowness(runs, device):
     """What to do where cutloss took longer on a CPU; else nothing."""
     if device != "cpu" or len(runs) < 2:
@@ -99,10 +105,11 @@ def slowness(runs, device):
     ours, plain = (statistics.median(run.loss_seconds) for run in runs)
     if ours <= plain:
         return None
+    setting = "" if _threads_sleep() else ", with OMP_WAIT_POLICY=passive in the environment"
     return (
         "cutloss took longer than plain PyTorch here. On a machine that others keep busy its threads "
-        "wait for each other: try again on a quiet one, with OMP_WAIT_POLICY=passive in the "
-        "environment. The results in the README say what it takes there."
+        f"wait for each other: try again on a quiet one{setting}. "
+        "The results in the README say what it takes there."
     )
 
 

@@ -141,6 +141,7 @@ def _shapes(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) 
     for name, t in dict(input=input, weight=weight, target=target).items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        _checks.layout(name, t)
     shape = _checks.shape
     fits = weight.dim() == 2 and input.dim() >= 1 and input.shape[-1] == weight.shape[1]
     if fits and target.shape == input.shape[:-1]:

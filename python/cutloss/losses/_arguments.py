@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import choice, constant, flags, may_look, number, shape  # noqa: F401
+from .._checks import choice, constant, flags, layout, may_look, number, shape  # noqa: F401
 from .log_probs import TokenLogProbs
 
 
@@ -107,6 +107,7 @@ def per_token(
         t, mask = t.log_probs, t.mask
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor or TokenLogProbs, got {type(t).__name__}")
+    layout(name, t)
     if t.shape != policy.log_probs.shape:
         raise ValueError(
             f"{name} must have the shape of the policy's log-probabilities (B, L): got {name} "
@@ -129,6 +130,7 @@ def per_sequence(name: str, t: Tensor, policy: TokenLogProbs) -> Tensor:
     """(B)"""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    layout(name, t)
     if t.shape != policy.log_probs.shape[:1]:
         raise ValueError(
             f"{name} must be (B): got {name} {shape(t)} and log-probabilities "
@@ -148,6 +150,7 @@ def _mask(name: str, t: Tensor, expected: torch.Size, policy: TokenLogProbs) -> 
     if not isinstance(t, Tensor) or t.dtype != torch.bool:
         given = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name} must be a bool tensor, got {given}: pass {name}.bool()")
+    layout(name, t)
     if t.shape != expected:
         raise ValueError(
             f"{name} must be of shape {tuple(expected)}, as the policy's log-probabilities "

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import _ops
+from .. import _flops, _ops
 from ._chunk_plan import CONVERTED, Plan, bytes_of
 
 # The logit of a class that cannot be, whose bias is -inf. Finite, so that 0 * log 0 is 0.
@@ -103,6 +103,7 @@ class Rule(Protocol):
     kept: int  # K
     buffers: int  # tensors of (R,V) alive at most, the logits among them
     scale: float  # what g is yet to be multiplied by
+    teacher_width: int  # columns of the teacher's hidden states; 0: none are multiplied
 
     def tensors(self) -> tuple[Tensor | None, ...]: ...
 
@@ -129,6 +130,13 @@ class Task:
     index: Tensor  # (n), rows of e
     counts: Tensor | None  # (n), bool; None: all
     plan: Plan
+    predicted: int  # rows, whether they count or not
+
+    def products(self, c: Tensor, forward: bool, needs: "Needs") -> list[_flops.Product]:
+        """Those of the mathematics, which a FlopCounterMode counts."""
+        N, (V, D), (de, dc, _) = self.predicted, c.shape, needs
+        widths = [D, self.rule.teacher_width] if forward else []
+        return [(N, width, V) for width in widths + [D] * (de + dc) if width > 0]
 
     def rows(self, width: int) -> Iterator[Rows]:
         for at in _slices(self.index.numel(), width):
@@ -145,13 +153,15 @@ class Task:
 
 Student = tuple[Tensor, Tensor, Tensor | None]  # e (M,D), c (V,D), bias (V)
 Needs = tuple[bool, bool, bool]
+_NOTHING: Needs = (False, False, False)
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def losses_of_rows(student: Student, task: Task) -> tuple[Tensor, Tensor]:
     """(n) and (n,P), whose gradient (that of the first) is made in backward."""
     if not _wants_gradient(student):
-        losses, parts, _ = _by_rows(student, task)
+        with _flops.counted_as(task.products(student[1], True, _NOTHING)):
+            losses, parts, _ = _by_rows(student, task)
         return losses, parts
     return _Deferred.apply(*student, task, *task.tensors())
 
@@ -159,7 +169,8 @@ def losses_of_rows(student: Student, task: Task) -> tuple[Tensor, Tensor]:
 def weighted_sum(student: Student, task: Task, factors: Tensor) -> tuple[Tensor, Tensor]:
     """sum factors * losses, with its gradients made along, and (n,P). `factors`: (n), constant."""
     if not _wants_gradient(student):
-        losses, parts, _ = _by_rows(student, task)
+        with _flops.counted_as(task.products(student[1], True, _NOTHING)):
+            losses, parts, _ = _by_rows(student, task)
         return _sum(losses, factors), parts
     return _Immediate.apply(*student, factors, task, *task.tensors())
 
@@ -362,7 +373,8 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, e, c, bias, task, *tensors):
         keep = task.plan.sums_de
-        losses, parts, kept = _by_rows((e, c, bias), task, keep=keep)
+        with _flops.counted_as(task.products(c, True, _NOTHING)):
+            losses, parts, kept = _by_rows((e, c, bias), task, keep=keep)
         ctx.save_for_backward(e, c, bias, kept, *tensors)
         ctx.task = task.with_tensors((None,) * len(tensors))
         ctx.mark_non_differentiable(parts)
@@ -375,8 +387,9 @@ class _Deferred(torch.autograd.Function):
         if d_losses is None:
             return (None,) * (4 + len(tensors))
         task = ctx.task.with_tensors(tuple(tensors))
-        with torch.no_grad():
-            made, _, _ = _gradients((e, c, bias), task, d_losses, ctx.needs_input_grad[:3], kept)
+        needs = ctx.needs_input_grad[:3]
+        with torch.no_grad(), _flops.counted_as(task.products(c, False, needs)):
+            made, _, _ = _gradients((e, c, bias), task, d_losses, needs, kept)
         made = _ops.first_order(made, e, c, bias, d_losses)
         return *made, *(None,) * (1 + len(tensors))
 
@@ -386,8 +399,9 @@ class _Immediate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, e, c, bias, factors, task, *tensors):
-        student = (e, c, bias)
-        ctx.made, losses, parts = _gradients(student, task, factors, ctx.needs_input_grad[:3])
+        student, needs = (e, c, bias), ctx.needs_input_grad[:3]
+        with _flops.counted_as(task.products(c, True, needs)):
+            ctx.made, losses, parts = _gradients(student, task, factors, needs)
         ctx.save_for_backward(e, c, bias, factors, *tensors)
         ctx.task = task.with_tensors((None,) * len(tensors))
         ctx.mark_non_differentiable(parts)
@@ -404,8 +418,9 @@ class _Immediate(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         with torch.no_grad():
             if made is None:
-                task = ctx.task.with_tensors(tuple(tensors))
-                made, _, _ = _gradients((e, c, bias), task, factors, ctx.needs_input_grad[:3])
+                task, needs = ctx.task.with_tensors(tuple(tensors)), ctx.needs_input_grad[:3]
+                with _flops.counted_as(task.products(c, False, needs)):
+                    made, _, _ = _gradients((e, c, bias), task, factors, needs)
             made = tuple(None if t is None else t.mul_(d_loss) for t in made)
         made = _ops.first_order(made, e, c, bias, d_loss)
         return *made, *(None,) * (2 + len(tensors))

@@ -97,6 +97,10 @@ class OfModel:
         return 1 + (self.mixture.hard_weight != 0)
 
     @property
+    def teacher_width(self) -> int:
+        return self.c.shape[1]
+
+    @property
     def kept(self) -> int:
         return 5 + 2 * self.mixture.twice
 
@@ -200,6 +204,10 @@ class OfTopK:
     @property
     def parts(self) -> int:
         return 1 + (self.mixture.hard_weight != 0)
+
+    @property
+    def teacher_width(self) -> int:
+        return 0
 
     @property
     def kept(self) -> int:

@@ -367,7 +367,8 @@ def _loss(
         _sizes(e, c, logits, rule, width, of_teacher), schedule, max_workspace,
         needs[0], needs[1], immediate,
     )  # fmt: skip
-    task = Task(logits, rule, tokens.index, tokens.counts, plan)
+    predicted = math.prod(tokens.predicted)
+    task = Task(logits, rule, tokens.index, tokens.counts, plan, predicted)
     total = weight.sum(dtype=torch.float64)
     mean = torch.where(total == 0, 1.0, total).to(weight.dtype)
     over = 1.0
@@ -380,7 +381,7 @@ def _loss(
         losses, parts = losses_of_rows((e, c, bias), task)
         losses = torch.where(factors == 0, 0.0, losses * factors)
         if counting.reduction == "none":
-            loss = losses.new_zeros(math.prod(tokens.predicted))
+            loss = losses.new_zeros(predicted)
             loss = loss.index_copy(0, tokens.chosen, losses).reshape(tokens.predicted)
         else:
             loss = losses.sum(dtype=torch.float64).to(losses.dtype)

@@ -101,6 +101,8 @@ def token_accuracy(predictions: Tensor, targets: Tensor, ignore_index: int = -10
         them.
     :param targets: In the shape of predictions: with a shift, ``targets[..., shift:]``.
     """
+    args.layout("predictions", predictions)
+    args.layout("targets", targets)
     if predictions.shape != targets.shape:
         raise ValueError(
             f"predictions must have the shape of targets: got {args.shape(predictions)} and "
@@ -142,6 +144,7 @@ def z_loss(
 def _given(name: str, t: Tensor) -> Tensor:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    args.layout(name, t)
     args.floating(name, t)
     return t
 
@@ -149,6 +152,8 @@ def _given(name: str, t: Tensor) -> Tensor:
 def _mask(mask: Tensor | None, t: Tensor) -> Tensor:
     if mask is None:
         return torch.ones_like(t, dtype=torch.bool)
+    if isinstance(mask, Tensor):
+        args.layout("mask", mask)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != t.shape:
         given = type(mask).__name__
         if isinstance(mask, Tensor):
@@ -162,7 +167,9 @@ def _sums(values: list[Tensor], mask: Tensor, weight: Tensor | None) -> list[Ten
     """Of each, and last of the weights alone, where the mask is True; fp64."""
     if weight is None:
         weight = torch.ones_like(mask, dtype=torch.float64)
-    elif weight.shape != mask.shape:
+    else:
+        args.layout("token_weight", weight)
+    if weight.shape != mask.shape:
         raise ValueError(
             f"token_weight must be of shape {args.shape(mask)}, got {args.shape(weight)}"
         )

@@ -37,10 +37,12 @@ class TokenLogProbs:
                 f"{type(self.mask).__name__}: pass torch.ones_like(log_probs, dtype=torch.bool) "
                 f"where every token counts"
             )
+        _checks.layout("mask", self.mask)
         for name in ("log_probs", "entropy", "log_sum_sq_probs"):
             t = getattr(self, name)
             if t is None:
                 continue
+            _checks.layout(name, t)
             if self.mask.dtype != torch.bool or self.mask.shape != t.shape:
                 raise ValueError(
                     f"the mask must be bool in the shape of {name}: got {self.mask.dtype} of shape "

@@ -8,25 +8,28 @@ from torch import nn
 
 from .. import _checks
 from .._implementations import is_plain
-from . import _switch, _verify
-from ._switch import Switch
+from . import _guard, _switch, _verify
+from ._switch import Switch, place_of_forward
 from ._unmade import UnmadeLogits
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
 class _Patch:
-    """What a patched model holds beside its switch."""
+    """One patch of a model. Who wrapped its forward may call it after it was undone."""
 
     def __init__(self, model: nn.Module, switch: Switch, return_logits: bool | None):
-        self.switch = switch
+        self.switch: Switch | None = switch  # None: undone
         self.return_logits = return_logits
-        self.before = model.__dict__.get("forward")  # the instance's own, where it has one
-        names = list(inspect.signature(model.forward).parameters)
-        self.place_of_labels = names.index("labels") if "labels" in names else None
+        before = model.__dict__.get(place_of_forward(model))
+        is_of_class = getattr(before, "__func__", None) is type(model).forward
+        self.before = None if is_of_class else before  # the instance's own, where it has one
+        self.place_of_labels = _guard.place_of_labels(model)
+        self.forward = None  # the function that was put there, as no wrapper of it is
+        self.guards: list = []  # what removes the hooks
 
     def stock(self, model: nn.Module):
-        return self.before or type(model).forward.__get__(model)
+        return self.before or MethodType(type(model).forward, model)
 
 
 def patch(
@@ -46,10 +49,11 @@ def patch(
         loss = model(input_ids, labels=labels).loss       # outputs.logits is None
 
     The model's own forward runs as it is, with its own loss function; only its classifier returns
-    a promise of logits, which keeps what happens to it (a scale, a softcap, a shift) and computes
-    the cross-entropy without making them. What a forward does to logits beyond that is an error.
-    Loss and gradients are those of the model to rounding, logits in fp32; num_items_in_batch,
-    shift_labels, auxiliary losses and extra outputs are the model's own business.
+    a promise of logits, which keeps what happens to it (a scale, a vector that is added, a softcap,
+    another shape) and computes the cross-entropy without making them. What a forward does to
+    logits beyond that is an error. Loss and gradients are those of the model to rounding, logits in
+    fp32; num_items_in_batch, shift_labels, auxiliary losses and extra outputs are the model's own
+    business.
 
     Without labels nothing changes: generation, caches, logits. With labels, logits are left out in
     training; in evaluation they are made, as compute_metrics needs them, by the model's own
@@ -57,7 +61,9 @@ def patch(
 
     Patch before the model is wrapped or compiled (DDP, FSDP, ``accelerator.prepare``,
     ``torch.compile``); an adapter may come before or after. Under DataParallel a
-    patched model does not work: start one process for each GPU.
+    patched model does not work: start one process for each GPU. What other libraries put over the
+    model's forward later they may take off again. Where their forward takes the place of the patch,
+    the next training call with labels raises RuntimeError.
 
     :param model: A model of Transformers that has ``get_output_embeddings()``, an nn.Linear (with
         or without bias, tied or not, under PEFT's LoRA or modules_to_save), or a PeftModel of one.
@@ -83,15 +89,19 @@ def patch(
         z_loss=_checks.z_loss(z_loss), label_smoothing=_checks.label_smoothing(label_smoothing)
     )
     target = unwrapped(model)
-    if isinstance(getattr(target, "_cutloss_patch", None), _Patch):
+    if _active(target) is not None:
         raise ValueError(
             f"this {type(target).__name__} is patched already: call cutloss.unpatch(model) first"
         )
     switch = Switch(dict(impl=impl, max_workspace=max_workspace), training)
     held = _Patch(target, switch, return_logits)
     _switch.prepare(target, switch)
-    target.__dict__["_cutloss_patch"] = held
-    target.__dict__["forward"] = MethodType(_wrapped(type(target).forward), target)
+    patches = target.__dict__.setdefault(_guard.NAME, [])
+    patches.append(held)
+    held.forward = _forward_of(len(patches) - 1, type(target).forward)
+    target.__dict__[place_of_forward(target)] = MethodType(held.forward, target)
+    for module in [target] if model is target else [target, model]:
+        held.guards += _guard.install(module)
     if verify:
         try:
             _verify.verify(target, switch, held.stock(target))
@@ -102,22 +112,41 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo :func:`patch`."""
+    """Undo :func:`patch`, whatever was put over the model's forward, or taken off, since."""
     target = unwrapped(model)
-    held = getattr(target, "_cutloss_patch", None)
+    held = _active(target)
     if held is None:
         raise ValueError(f"this {type(target).__name__} is not patched")
-    now = target.__dict__.get("forward")
-    if getattr(now, "__func__", None) is None or not hasattr(now.__func__, "_of_cutloss"):
-        raise ValueError(
-            f"the forward of this {type(target).__name__} was wrapped after cutloss.patch (as "
-            f"accelerator.prepare does): undo that first (accelerator.unwrap_model)"
-        )
     _switch.remove(held.switch)
-    del target.__dict__["_cutloss_patch"], target.__dict__["forward"]
-    if held.before is not None:
-        target.__dict__["forward"] = held.before
+    for handle in held.guards:
+        handle.remove()
+    held.switch, held.guards = None, []
+    _take_off(target)
     return model
+
+
+def _active(target: nn.Module) -> _Patch | None:
+    patches = target.__dict__.get(_guard.NAME, ())
+    return patches[-1] if patches and patches[-1].switch is not None else None
+
+
+def _take_off(target: nn.Module) -> None:
+    """Forwards of undone patches, where nobody has wrapped them."""
+    patches: list[_Patch] = target.__dict__.get(_guard.NAME, [])
+    place = place_of_forward(target)
+    while True:
+        function = getattr(target.__dict__.get(place), "__func__", None)
+        found = [p for p in patches if p.forward is function and p.switch is None]
+        if not found:
+            break
+        if found[0].before is not None or place != "forward":
+            target.__dict__[place] = found[0].stock(target)
+        else:
+            del target.__dict__[place]
+        if found[0] is patches[-1]:
+            patches.pop()
+    if not patches:
+        target.__dict__.pop(_guard.NAME, None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -141,25 +170,39 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _wrapped(of_class):
-    @functools.wraps(of_class)  # its signature is read by generate and by Trainer
-    def forward(self, *args, return_logits: bool | None = None, **kwargs):
-        held: _Patch = self._cutloss_patch
-        stock = held.stock(self)
-        place = held.place_of_labels
-        has_labels = kwargs.get("labels") is not None or (
-            place is not None and len(args) > place and args[place] is not None
-        )
-        if return_logits is None:
-            return_logits = held.return_logits
-        if return_logits is None:
-            return_logits = not self.training
-        if return_logits or not has_labels:
-            return stock(*args, **kwargs)
-        _switch.prepare(self, held.switch)
-        return _without_logits(_switch.without_logits(held.switch, self, stock, args, kwargs))
+def _forward_of(level: int, of_class):
+    """The forward of the patch that is at this place among the model's."""
 
-    forward._of_cutloss = True
+    def forward(self, *args, **kwargs):
+        held: _Patch = getattr(self, _guard.NAME)[level]
+        # The class's function is not bound to the model: where torch.compile breaks a graph it
+        # makes a bound method anew by its name on the model, which is this function.
+        function = type(self).forward if held.before is None else held.before
+        given = (self, *args) if held.before is None else args
+        switch = held.switch
+        if switch is None:
+            return function(*given, **kwargs)
+        without = _guard.leaves_out_logits(
+            held.return_logits, held.place_of_labels, self.training, args, kwargs
+        )
+        kwargs.pop("return_logits", None)
+        if without:
+            _switch.prepare(self, switch)
+            output, took_loss = _switch.without_logits(
+                switch, self.training, function, given, kwargs
+            )
+            _switch.check_loss(took_loss, self)
+            output = _without_logits(output)
+        else:
+            output = _switch.with_logits(switch, function, given, kwargs)
+        switch.now.reached = True
+        return output
+
+    # As functools.wraps, but without __wrapped__: libraries that unwind wrappers follow it
+    # (accelerate's unwrap_model), and would go through the patch to the model's own forward.
+    functools.update_wrapper(forward, of_class)
+    del forward.__wrapped__
+    forward.__signature__ = inspect.signature(of_class)  # generate and Trainer read it
     return forward
 
 

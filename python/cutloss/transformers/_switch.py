@@ -1,8 +1,10 @@
 """What a patched model and the classifier in it share: whether logits are made just now."""
 
+import contextlib
 import copy
 import dataclasses
 import operator
+import threading
 from types import MethodType
 
 import torch
@@ -10,22 +12,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _sharded
-from . import _unmade
-from ._unmade import Term, UnmadeLogits
+from . import _casts, _operands
+from ._casts import Cast
+from ._operands import Term
+from ._unmade import UnmadeLogits
 
 NAME = "_cutloss_switch"  # the attribute of both
+
+
+@dataclasses.dataclass(eq=False)
+class Now:
+    """What holds for the innermost call of the model that is running in this thread."""
+
+    on: bool = False  # the classifier's layers return UnmadeLogits
+    training: bool = False
+    took_loss: bool = False
+    probes: list[Tensor] | None = None  # gets the inputs of the classifier's layers
+    reached: bool = False  # the patch took part in the call that ended last
+
+
+class _OfThread(threading.local):
+    """A thread's Now, made once and then changed in place: torch.compile follows changes of a plain
+    object, loses assignments to a threading.local where the graph breaks, and can not read a
+    ContextVar."""
+
+    def __init__(self):
+        self.now = Now()
 
 
 @dataclasses.dataclass(eq=False)
 class Switch:
     options: dict  # of linear_cross_entropy, always
     training_options: dict  # of linear_cross_entropy, in training
-    on: bool = False  # the classifier's layers return UnmadeLogits
-    training: bool = False
-    losses: int = 0  # how many were computed
-    probes: list[Tensor] | None = None  # gets the inputs of the classifier's layers
+    of_thread: _OfThread = dataclasses.field(default_factory=_OfThread)
     seen: list[nn.Module] = dataclasses.field(default_factory=list)  # all of the classifier
     layers: list[nn.Linear] = dataclasses.field(default_factory=list)  # those that are changed
+
+    @property
+    def now(self) -> Now:
+        return self.of_thread.now
 
     def __deepcopy__(self, memo: dict) -> "Switch":
         layers = copy.deepcopy(self.layers, memo)
@@ -39,27 +64,33 @@ class Switch:
 
     def loss(self, logits: UnmadeLogits, target: Tensor, given: dict) -> Tensor:
         options = {**given, **self.options}
-        for name, value in (self.training_options if self.training else {}).items():
+        for name, value in (self.training_options if self.now.training else {}).items():
             if value and options.get(name):
                 raise ValueError(
                     f"{name} is given twice, as {value} to cutloss.patch and as {options[name]} "
                     f"by the model's own loss: leave one out"
                 )
             options[name] = value or options.get(name, 0.0)
-        self.losses += 1
-        return _unmade.loss(logits, target, options)
+        self.now.took_loss = True
+        return _operands.loss(logits, target, options)
 
 
 def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
     """Of an nn.Linear that makes logits, in place of its own."""
+    cast: Cast | None = self.__dict__.get(_casts.NAME)
     if cutloss_inside is not None:
-        return {"cutloss": cutloss_inside(hidden, self)}
-    switch = getattr(self, NAME)
-    if switch.probes is not None:
+        with cast.autocast(hidden.device) if cast else contextlib.nullcontext():
+            return _casts.result(self, cutloss_inside(hidden, self))
+    switch = self.__dict__.get(NAME)
+    if switch is None:  # what wraps this forward kept it after it was removed
+        return cast.logits(self, hidden) if cast else F.linear(hidden, self.weight, self.bias)
+    now = switch.now
+    if now.probes is not None:
         hidden = hidden.detach().requires_grad_()
-        switch.probes.append(hidden)
-    if not switch.on:
-        return F.linear(hidden, self.weight, self.bias)
+        now.probes.append(hidden)
+    if not now.on:
+        return cast.logits(self, hidden) if cast else F.linear(hidden, self.weight, self.bias)
+    hidden = cast.operand(self, hidden) if cast else hidden
     return UnmadeLogits((Term(hidden, self, 1.0),), switch.loss)
 
 
@@ -71,29 +102,31 @@ def prepare(model: nn.Module, switch: Switch) -> None:
     if same and all(m.__dict__.get(NAME) is switch for m in switch.layers):
         _check_hooks(switch.layers, type(model).__name__)
         return
-    found = _layers(head, type(model).__name__)
+    casts = _layers(head, type(model).__name__)
+    found = list(casts)
     _check_hooks(found, type(model).__name__)
     for module in switch.layers:
         if not any(module is m for m in found):
             _remove(module)
-    for module in found:
-        _install(module, switch)
+    for module, cast in casts.items():
+        _install(module, switch, cast)
     switch.layers, switch.seen = found, modules
 
 
 def _check_hooks(layers: list[nn.Linear], owner: str) -> None:
     """The layers are called once for their promise and once for the loss, whose inputs and outputs
-    are not logits: hooks would run twice, or not see what they are for."""
+    are not logits: hooks would run twice, or not see what they are for. Casts do no harm."""
     for module in layers:
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        hooks += [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
-        for hook in hooks:
+        hooks = [(hook, True) for hook in module._forward_pre_hooks.values()]
+        hooks += [(hook, False) for hook in module._forward_hooks.values()]
+        odd = [h for h, of_input in hooks if not _casts.is_cast(module, h, of_input)]
+        for hook in [*odd, *module._backward_pre_hooks.values(), *module._backward_hooks.values()]:
             if not _sharded.only_gathers(hook):
                 raise NotImplementedError(
                     f"the classifier of {owner}, of type {type(module).__name__}, has a hook "
                     f"({getattr(hook, '__qualname__', type(hook).__name__)}), which a loss without "
-                    f"logits can not call as it is meant: remove it, put it on another module, or "
-                    f"leave this model as it is"
+                    f"logits can not call as it is meant (one that only casts its input or output "
+                    f"is known): remove it, put it on another module, or leave this model as it is"
                 )
 
 
@@ -102,21 +135,39 @@ def remove(switch: Switch) -> None:
         _remove(module)
 
 
-def without_logits(switch: Switch, model: nn.Module, stock, args: tuple, kwargs: dict):
-    """The outputs of a forward that computes its loss on UnmadeLogits."""
-    before = switch.losses
-    switch.on, switch.training = True, model.training
+def without_logits(switch: Switch, training: bool, function, args: tuple, kwargs: dict):
+    """The outputs of ``function(*args, **kwargs)``, a model's forward, in which the classifier
+    makes no logits; and whether a loss was taken of them. Another call of the model inside of it,
+    as a loss function may make, has a state of its own."""
+    return _with(switch, True, training, function, args, kwargs)
+
+
+def with_logits(switch: Switch, function, args: tuple, kwargs: dict):
+    """The outputs of a forward in which the classifier makes logits, whatever it does outside."""
+    if not switch.now.on:
+        return function(*args, **kwargs)
+    return _with(switch, False, False, function, args, kwargs)[0]
+
+
+def _with(switch: Switch, on: bool, training: bool, function, args: tuple, kwargs: dict):
+    now = switch.now
+    before = now.on, now.training, now.took_loss
+    now.on, now.training, now.took_loss = on, training, False
     try:
-        output = stock(*args, **kwargs)
+        output = function(*args, **kwargs)
+        took_loss = now.took_loss
     finally:
-        switch.on = False
-    if switch.losses == before:
+        now.on, now.training, now.took_loss = before
+    return output, took_loss
+
+
+def check_loss(took_loss: bool, model: nn.Module) -> None:
+    if not took_loss:
         raise NotImplementedError(
             f"the forward of {type(model).__name__} returned without taking a cross-entropy of "
             f"what its classifier makes (another library may have replaced it, or it reads the "
             f"classifier's weight itself): cutloss.patch can not compute its loss"
         )
-    return output
 
 
 def shape(weight: Tensor) -> torch.Size:
@@ -124,39 +175,78 @@ def shape(weight: Tensor) -> torch.Size:
     return getattr(weight, "ds_shape", weight.shape)
 
 
-def _layers(head: nn.Module, owner: str) -> list[nn.Linear]:
+def _layers(head: nn.Module, owner: str) -> dict[nn.Linear, Cast | None]:
     """Those layers of a classifier that make logits, or a part of them: itself; of an adapter the
-    wrapped one and each lora_B."""
+    wrapped one and each lora_B; of a wrapper that casts the wrapped one. And how they cast."""
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or len(shape(weight)) != 2:
-        raise NotImplementedError(
-            f"the classifier of {owner} is a {type(head).__name__} without a weight (V, D): "
-            f"cutloss.patch knows an nn.Linear, alone or under PEFT's LoRA or modules_to_save"
-        )
+        wrapped = _casts.of_wrapper(head)
+        if wrapped is None:
+            raise NotImplementedError(
+                f"the classifier of {owner} is a {type(head).__name__} without a weight (V, D): "
+                f"cutloss.patch knows an nn.Linear, alone, under PEFT's LoRA or modules_to_save, "
+                f"or in a module that does nothing but cast what goes in or comes out"
+            )
+        layer, cast = wrapped
+        if _check(layer, owner) is not None:
+            raise NotImplementedError(
+                f"the classifier of {owner} casts in its {type(head).__name__} and in the "
+                f"{type(layer).__name__} inside of it: leave one of them out"
+            )
+        return {layer: cast}
     leaves = [m for m in head.modules() if "weight" in dict(m.named_parameters(recurse=False))]
     found = [m for m in leaves if shape(m.weight)[:1] == shape(weight)[:1]]
-    for module in found or [head]:
-        _check(module, owner)
-    return found or [head]
+    casts = {module: _check(module, owner) for module in found or [head]}
+    if len(casts) > 1 and any(cast and cast.outside_autocast for cast in casts.values()):
+        raise NotImplementedError(
+            f"the classifier of {owner} is under an adapter and has a forward of its own that "
+            f"leaves autocast, which cutloss can not do for the sum of both: leave the classifier "
+            f"out of the adapter (target_modules), or out of autocast the model"
+        )
+    return casts
 
 
-def _install(module: nn.Linear, switch: Switch) -> None:
+def place_of_forward(module: nn.Module) -> str:
+    """The attribute of an instance whose function runs innermost: under a hook of accelerate, which
+    keeps there what it found, and puts it back when it is removed."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+def _install(module: nn.Linear, switch: Switch, cast: Cast | None) -> None:
     if module.__dict__.get(NAME) is switch:
         return
+    place = place_of_forward(module)
+    if NAME not in module.__dict__ or place not in module.__dict__:
+        module.__dict__[place] = MethodType(_forward, module)
     module.__dict__[NAME] = switch
-    of_hook = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate's
-    module.__dict__[of_hook] = MethodType(_forward, module)
+    if cast is not None:
+        module.__dict__[_casts.NAME] = cast
 
 
 def _remove(module: nn.Linear) -> None:
     module.__dict__.pop(NAME, None)  # a model with the same classifier may have been first
-    if hasattr(module, "_hf_hook"):
+    place = place_of_forward(module)
+    if getattr(module.__dict__.get(place), "__func__", None) is not _forward:
+        return  # of somebody else, who may call ours
+    cast = _casts.forget(module)
+    own = cast.own if cast else None
+    if own is not None:
+        module.__dict__[place] = own
+    elif place == "_old_forward":
         module._old_forward = MethodType(type(module).forward, module)
     else:
-        module.__dict__.pop("forward", None)
+        del module.__dict__["forward"]
 
 
-def _check(module: nn.Module, owner: str) -> None:
+def _own_forward(module: nn.Linear):
+    """That of the instance before it was patched; None where it was the class's."""
+    own = module.__dict__.get(place_of_forward(module))
+    known = NAME in vars(module) or own is None
+    known = known or getattr(own, "__func__", None) in (type(module).forward, _forward)
+    return None if known else own
+
+
+def _check(module: nn.Module, owner: str) -> Cast | None:
     kind = type(module)
     if kind.__module__.startswith("peft."):
         raise NotImplementedError(
@@ -164,21 +254,37 @@ def _check(module: nn.Module, owner: str) -> None:
             f"know what it makes of the weight: plain LoRA and modules_to_save are known; leave "
             f"the classifier out of this adapter (target_modules), or use one of those for it"
         )
-    if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
+    if isinstance(module, nn.Embedding):
+        raise NotImplementedError(
+            f"get_output_embeddings() of {owner} gives an nn.Embedding, which has the weight of "
+            f"the classifier and is not what makes logits: if an nn.Linear with this weight does, "
+            f"let it give that (model.get_output_embeddings = lambda: ...), and patch again"
+        )
+    own, cast = _own_forward(module), None
+    plain = kind.forward is nn.Linear.forward and own is None and _casts.NAME not in vars(module)
+    if isinstance(module, nn.Linear) and not plain:
+        cast = _casts.of_layer(module, own)
+    if not isinstance(module, nn.Linear) or (
+        kind.forward is not nn.Linear.forward and cast is None
+    ):
+        is_linear = isinstance(module, nn.Linear)
+        it_is = "an nn.Linear with a forward of its own" if is_linear else "no nn.Linear"
         raise NotImplementedError(
             f"the classifier of {owner} is, or holds, a {kind.__module__}.{kind.__name__}, of "
-            f"which cutloss does not know what it makes of its weight: load the model with this "
-            f"layer in bf16 or fp32 (BitsAndBytesConfig(llm_int8_skip_modules=['lm_head']) for "
-            f"one; quantised layers elsewhere do no harm)"
+            f"which cutloss does not know what it makes of its weight: it is {it_is}. Put an "
+            f"nn.Linear there; if this layer is quantised, load the model with it in bf16 or fp32 "
+            f"(BitsAndBytesConfig(llm_int8_skip_modules=['lm_head']) for one; quantised layers "
+            f"elsewhere do no harm)"
         )
     if not module.weight.is_floating_point():
         raise NotImplementedError(
             f"the classifier of {owner} has a weight of {module.weight.dtype}: load the model with "
             f"this layer in bf16, fp16 or fp32"
         )
-    has_own = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
-    if has_own and NAME not in module.__dict__:
+    if own is not None and cast is None:
         raise NotImplementedError(
             f"the classifier of {owner} has a forward of its own on the instance, which would not "
-            f"be called: remove it, or patch the model before it is put there"
+            f"be called, and does more than to cast: remove it, or patch the model before it is "
+            f"put there"
         )
+    return cast

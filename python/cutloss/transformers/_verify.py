@@ -18,36 +18,40 @@ _OF_16_BITS = (3e-2, 1e-1)
 
 def verify(model: nn.Module, switch: Switch, stock) -> None:
     """Raises where loss, or the gradient for what enters the classifier, differ from stock's."""
-    inputs = _inputs(model, stock)
+    inputs = _inputs(model, switch, stock)
     name = type(model).__name__
     with _as_it_was(model, switch):
         try:
-            switch.probes = []
+            switch.now.probes = []
             output = stock(**inputs)
             want = _loss(output)
-            want_grads = torch.autograd.grad(want, switch.probes) if switch.probes else ()
+            want_grads = torch.autograd.grad(want, switch.now.probes) if switch.now.probes else ()
         except Exception as error:
             raise RuntimeError(
                 f"cutloss.patch compares its loss with that of {name} on a tiny batch, which the "
                 f"model itself can not take (see above): pass verify=False and compare on a batch "
                 f"of yours"
             ) from error
-        if not switch.probes:
+        if not switch.now.probes:
             raise NotImplementedError(
                 f"the forward of {name} computes its loss without a call of its classifier "
                 f"(another library may have replaced it): cutloss.patch can not take part in it"
             )
-        switch.probes = []
+        switch.now.probes = []
         try:
-            got = _loss(_switch.without_logits(switch, model, stock, (), inputs))
+            output, took_loss = _switch.without_logits(switch, model.training, stock, (), inputs)
+            _switch.check_loss(took_loss, model)
+            got = _loss(output)
         except LogitsNotMadeError as error:
             raise NotImplementedError(
                 f"cutloss.patch can not do the forward of {name}, and leaves the model as it was: "
                 f"{error}"
             ) from error
-        got_grads = torch.autograd.grad(got, switch.probes)
+        got_grads = torch.autograd.grad(got, switch.now.probes)
 
-    of_loss, of_grads = _TOLERANCE.get(want_grads[0].dtype, _OF_16_BITS)
+    # A classifier that casts its input may be in fewer bits than that.
+    dtypes = {want_grads[0].dtype, switch.layers[0].weight.dtype}
+    of_loss, of_grads = max(_TOLERANCE.get(dtype, _OF_16_BITS) for dtype in dtypes)
     want, got = want.item(), got.item()
     if not abs(got - want) <= of_loss * (1 + abs(want)):
         raise NotImplementedError(
@@ -74,7 +78,7 @@ def _norm(t: Tensor) -> float:
     return float(torch.linalg.vector_norm(t, dtype=torch.float64))
 
 
-def _inputs(model: nn.Module, stock) -> dict:
+def _inputs(model: nn.Module, switch: Switch, stock) -> dict:
     """2 sequences of 4 ordinary tokens, one label ignored."""
     weight = model.get_input_embeddings().weight
     if weight.is_meta:
@@ -82,7 +86,7 @@ def _inputs(model: nn.Module, stock) -> dict:
             f"this {type(model).__name__} is on the meta device, where it can not run for "
             f"cutloss.patch to compare losses: pass verify=False, or patch it when it has weights"
         )
-    V = min(shape(weight)[0], shape(model.get_output_embeddings().weight)[0])
+    V = min(shape(weight)[0], shape(switch.layers[0].weight)[0])
     special = _special_tokens(model.config)
     ordinary = [i for i in range(min(V, 64 + len(special))) if i not in special] or [0]
     ids = torch.tensor([ordinary[(5 * i + 3) % len(ordinary)] for i in range(8)]).view(2, 4)
@@ -128,7 +132,7 @@ def _as_it_was(model: nn.Module, switch: Switch):
                 p.requires_grad_(False)
             yield
     finally:
-        switch.probes = None
+        switch.now.probes = None
         for p in wanted:
             p.requires_grad_(True)
         for module, training in modes:

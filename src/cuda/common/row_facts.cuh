@@ -8,8 +8,13 @@
 
 namespace cutloss::cuda {
 
+// The target that the row at a position predicts.
+__device__ inline std::int64_t target_at(const RowFacts& f, std::int64_t position) {
+  return cutloss::target_at(f.targets, f.target_type, position + f.map.shift);
+}
+
 __device__ inline std::int64_t target_of(const RowFacts& f, int n) {
-  return target_at(f.targets, f.target_type, f.map.target(n));
+  return target_at(f, f.map.position(n));
 }
 
 __device__ inline bool counts(const RowFacts& f, int n) {

@@ -56,8 +56,9 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
   needs.push_back({all::kPositions, N * 4});
   needs.push_back({all::kTargets, N * 4});
   needs.push_back({all::kInvTemperature, N * 4});
-  if (head.has_bias && head.bias_type != DType::f32)
+  if (head.has_bias && head.bias_type != DType::f32) {
     needs.push_back({all::kBias, head.classes.count * 4});
+  }
   if (head.c_type != t.operand) needs.push_back({all::kC, shape.c_columns * e_bytes});
   const bool packs_e = forward && !by_rows ? shape.packs_e_in_forward
                                            : !cuda::reads_e_in_place(plan, t, passes) &&
@@ -153,8 +154,9 @@ std::vector<Shape> shapes(const Plan& plan, const Traits& t, Passes passes) {
   std::vector<std::int64_t> columns = {classes_of(p).count};
   if (head_of(p).c_type != t.operand && !by_rows) {
     for (const std::int64_t some : {std::int64_t{32768}, std::int64_t{8192}, plan.slab}) {
-      if (some < columns.back() && some >= std::min(plan.slab, classes_of(p).count))
+      if (some < columns.back() && some >= std::min(plan.slab, classes_of(p).count)) {
         columns.push_back(some);
+      }
     }
   }
   std::vector<Shape> list;

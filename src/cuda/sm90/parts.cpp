@@ -49,8 +49,9 @@ cuda::RowFacts FusedParts::compact_facts() const {
 void FusedParts::list_rows() {
   if (row_count(p_) > 0) cuda::list_rows<float>(compact_facts(), table_, stream_);
   load_bias();
-  if (head_.c_type != operand_ && shape_.c_columns >= head_.classes.count)
+  if (head_.c_type != operand_ && shape_.c_columns >= head_.classes.count) {
     convert_columns({0, head_.classes.count});
+  }
 }
 
 void FusedParts::clear_ignored_outputs() {
