@@ -1,5 +1,5 @@
-// The list of engines, and with them of algorithms, in the order in which a plan asks them. The only
-// file that knows what this build has.
+// The list of engines, and with them of algorithms, in the order in which a plan asks them. The
+// only file that knows what this build has.
 #include <array>
 
 #include "api/algorithms.h"
@@ -8,11 +8,11 @@
 #include "cpu/device_calls.h"
 #include "cpu/engine.h"
 #ifdef CUTLOSS_CUDA_SM90
-#include "cuda/fused_sm90_engine.h"
+#include "cuda/fused/engine.h"
 #endif
 #ifdef CUTLOSS_CUDA
 #include "cuda/device_calls.h"
-#include "cuda/library_engine.h"
+#include "cuda/library/engine.h"
 #endif
 
 namespace cutloss {
@@ -46,8 +46,9 @@ const DeviceCalls& calls_of(Device device, [[maybe_unused]] const char* call) {
   return cuda_calls();
 #else
   throw Error(ErrorCode::unsupported,
-              text(call, ": the memory is a CUDA device's, but this build of cutloss has no CUDA "
-                         "engine"));
+              text(call,
+                   ": the memory is a CUDA device's, but this build of cutloss has no CUDA "
+                   "engine"));
 #endif
 }
 

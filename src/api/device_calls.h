@@ -1,4 +1,5 @@
-// What a device does that takes no plan: one table of functions for each. Their arguments are checked.
+// What a device does that takes no plan: one table of functions for each. Their arguments are
+// checked.
 #pragma once
 
 #include "cutloss/cutloss.h"

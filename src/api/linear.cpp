@@ -15,13 +15,13 @@ Way way_of(const Plan& plan) { return {plan.schedule, plan.keeps_logits}; }
 
 // Every plan has forward; what else depends on where its gradients are made.
 void need_pass(const Plan& plan, Pass pass) {
-  const std::string has =
-      text("; this plan has schedule ", name(plan.schedule),
-           plan.keeps_logits ? " with kept logits" : "");
+  const std::string has = text("; this plan has schedule ", name(plan.schedule),
+                               plan.keeps_logits ? " with kept logits" : "");
   if (pass == Pass::both && !in_one_call(way_of(plan))) {
-    refuse(text("gradients with the statistics (forward_backward, a session of both) need a plan "
-                "with schedule rows and upstream at_forward",
-                has, ": call forward, then backward"));
+    refuse(
+        text("gradients with the statistics (forward_backward, a session of both) need a plan "
+             "with schedule rows and upstream at_forward",
+             has, ": call forward, then backward"));
   }
   if (pass == Pass::backward && (in_one_call(way_of(plan)) || plan.schedule == Schedule::none)) {
     refuse(text("backward needs a plan that makes gradients in backward", has,

@@ -182,7 +182,9 @@ void run(const Problem& problem, const LogitsArgs& args, Pass pass) {
 
 void forward(const Problem& problem, const LogitsArgs& args) { run(problem, args, Pass::forward); }
 
-void backward(const Problem& problem, const LogitsArgs& args) { run(problem, args, Pass::backward); }
+void backward(const Problem& problem, const LogitsArgs& args) {
+  run(problem, args, Pass::backward);
+}
 
 void forward_backward(const Problem& problem, const LogitsArgs& args) {
   run(problem, args, Pass::both);

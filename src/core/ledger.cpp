@@ -26,9 +26,9 @@ void Ledger::share(std::string_view name, std::int64_t bytes, std::string_view l
   const auto host = named(bookings_, lies_in);
   const bool inside = host != bookings_.end();
   if (inside && host->bytes < bytes) {
-    throw Error(ErrorCode::internal, text("the buffer '", name, "' of ", bytes,
-                                          " bytes does not fit into '", lies_in, "' of ",
-                                          host->bytes));
+    throw Error(ErrorCode::internal,
+                text("the buffer '", name, "' of ", bytes, " bytes does not fit into '", lies_in,
+                     "' of ", host->bytes));
   }
   bookings_.push_back({name, bytes, lifetime, lies_in, until, inside ? host->offset : 0});
 }

@@ -16,8 +16,8 @@ struct Booking {
   std::string_view name;
   std::int64_t bytes = 0;
   Lifetime lifetime = Lifetime::call;
-  // The name of the memory that holds it where it has none of its own: another buffer of this ledger,
-  // or a gradient ("dC"). Empty: it has its own.
+  // The name of the memory that holds it where it has none of its own: another buffer of this
+  // ledger, or a gradient ("dC"). Empty: it has its own.
   std::string_view lies_in = "";
   // When that memory is needed for what it is there for.
   std::string_view until = "";

@@ -85,8 +85,8 @@ void set_sizes(CpuDecision& d, Way way, Tile tile, std::int64_t chunk_rows) {
   s.chunk_rows = even_piece(row_count(p), chunk_rows, kUnit);
   s.block_rows = even_piece(s.chunk_rows, tile.rows, kUnit);
   const bool first = tile.columns == kTiles[0].columns;
-  s.slab = even_piece(head.classes.count, first ? columns_beside(s.block_rows) : tile.columns,
-                      kUnit);
+  s.slab =
+      even_piece(head.classes.count, first ? columns_beside(s.block_rows) : tile.columns, kUnit);
   s.gradient_rows = s.block_rows;
   s.gradient_slab = s.slab;
   d.one_chunk = s.chunk_rows >= row_count(p);

@@ -53,8 +53,8 @@ struct CpuDecision : Decision {
   bool dc_in_place = false;
   // One chunk holds every row.
   bool one_chunk = false;
-  // What is kept of logits: e^(z - slab maximum) times the softcap's slope in the products' dtype, or
-  // z in the stat dtype where g needs z itself.
+  // What is kept of logits: e^(z - slab maximum) times the softcap's slope in the products' dtype,
+  // or z in the stat dtype where g needs z itself.
   bool keeps_exponentials = false;
   DType kept_type = DType::f32;
   // A slab of dC is written when the slab's kept logits have been read for the last time, so where
@@ -64,9 +64,7 @@ struct CpuDecision : Decision {
   // g has a place of its own, or takes that of the logits that it is made of.
   bool g_in_logits = false;
 
-  std::int64_t slab_count() const {
-    return divide_up(classes_of(problem).count, sizes.slab);
-  }
+  std::int64_t slab_count() const { return divide_up(classes_of(problem).count, sizes.slab); }
 };
 
 // The decision of the algorithm that goes `way`. What Algorithm::decide returns.

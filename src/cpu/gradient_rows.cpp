@@ -65,8 +65,8 @@ GradientRow<T> GradientRows<T>::row(std::int64_t n, Columns columns) const {
 }
 
 template <class T>
-void GradientRows<T>::from_logits(const GradientRow<T>& row, T* z,
-                                  const RowTransform<T>* transform, void* g) const {
+void GradientRows<T>::from_logits(const GradientRow<T>& row, T* z, const RowTransform<T>* transform,
+                                  void* g) const {
   if constexpr (std::is_same_v<T, float>) {
     if (call_.d.operand == DType::bf16) {
       row_gradient_bf16(row, z, transform, static_cast<std::uint16_t*>(g));

@@ -1,4 +1,5 @@
-// g of a block: dLoss/dlogit before scale and bias, (rows, columns), packed, in the products' dtype.
+// g of a block: dLoss/dlogit before scale and bias, (rows, columns), packed, in the products'
+// dtype.
 #pragma once
 
 #include "cpu/kept_logits.h"
@@ -19,7 +20,8 @@ class GradientRows {
 
  private:
   GradientRow<T> row(std::int64_t n, Columns columns) const;
-  void from_logits(const GradientRow<T>& row, T* z, const RowTransform<T>* transform, void* g) const;
+  void from_logits(const GradientRow<T>& row, T* z, const RowTransform<T>* transform,
+                   void* g) const;
   void from_exponentials(const GradientRow<T>& row, const void* kept, T slab_max, void* g) const;
 
   const Call& call_;

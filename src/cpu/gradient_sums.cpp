@@ -18,9 +18,9 @@ void GradientSums<T>::add(const Block& block, const void* g) {
   if (wanted.dc.wanted) add_dc(block, g);
 }
 
-// Threads take columns, so that every sum runs over the rows in order. A few rows at a time are summed
-// in the stat dtype, those sums in fp64: where all rows are alike, a long sum in fp32 would lose digits
-// that no product loses.
+// Threads take columns, so that every sum runs over the rows in order. A few rows at a time are
+// summed in the stat dtype, those sums in fp64: where all rows are alike, a long sum in fp32 would
+// lose digits that no product loses.
 template <class T>
 void GradientSums<T>::add_dbias(const Block& block, const void* g) {
   double* sums = call_.buffer<double>(buffer::kDbiasSums) + block.columns.begin;
@@ -109,7 +109,8 @@ void GradientSums<T>::store_columns(Columns columns) {
 template <class T>
 void GradientSums<T>::store_rows(RowRange chunk) {
   const Head& head = call_.head;
-  if (!call_.p.wanted.de.wanted || call_.d.de_in_place) return;  // finish moves them to their places
+  if (!call_.p.wanted.de.wanted || call_.d.de_in_place)
+    return;  // finish moves them to their places
   const T* sums = de_sums(chunk);
 #pragma omp parallel for schedule(static)
   for (std::int64_t r = 0; r < chunk.count; ++r) {
@@ -144,9 +145,8 @@ bool GradientSums<T>::one_product_makes_dc() const {
 // Where a chunk's dE accumulates: in the output, row after row of the list, or in the workspace.
 template <class T>
 T* GradientSums<T>::de_sums(RowRange chunk) const {
-  return call_.d.de_in_place
-             ? static_cast<T*>(call_.args.gradients.de) + chunk.begin * call_.head.D
-             : call_.buffer<T>(buffer::kDeSums);
+  return call_.d.de_in_place ? static_cast<T*>(call_.args.gradients.de) + chunk.begin * call_.head.D
+                             : call_.buffer<T>(buffer::kDeSums);
 }
 
 template <class T>

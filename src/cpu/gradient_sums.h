@@ -12,8 +12,8 @@ class GradientSums {
   GradientSums(const Call& call, const ListedRows<T>& rows, Operands<T>& operands)
       : call_(call), rows_(rows), operands_(operands) {}
 
-  // Adds a block's g, (rows, columns) packed. dE begins with the first columns, dC and dbias with the
-  // first rows of the list.
+  // Adds a block's g, (rows, columns) packed. dE begins with the first columns, dC and dbias with
+  // the first rows of the list.
   void add(const Block& block, const void* g);
   // These columns have seen every row of the list.
   void store_columns(Columns columns);

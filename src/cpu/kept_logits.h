@@ -15,10 +15,10 @@ class KeptLogits {
   void* row(std::int64_t in_chunk, Columns columns) const {
     const CpuDecision& d = call_.d;
     const bool in_dc = in_chunk < d.rows_in_dc;
-    void* base = in_dc ? at(call_.args.gradients.dc, call_.head.c_type,
-                            columns.begin * call_.head.D)
-                       : at(static_cast<void*>(call_.kept(buffer::kKept)), d.kept_type,
-                            columns.begin * (d.sizes.chunk_rows - d.rows_in_dc));
+    void* base = in_dc
+                     ? at(call_.args.gradients.dc, call_.head.c_type, columns.begin * call_.head.D)
+                     : at(static_cast<void*>(call_.kept(buffer::kKept)), d.kept_type,
+                          columns.begin * (d.sizes.chunk_rows - d.rows_in_dc));
     const std::int64_t of_base = in_dc ? in_chunk : in_chunk - d.rows_in_dc;
     return at(base, d.kept_type, of_base * columns.count);
   }

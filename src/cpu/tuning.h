@@ -14,9 +14,9 @@ struct Tile {
 inline constexpr std::array<Tile, 6> kTiles = {
     {{2048, 1024}, {1024, 1024}, {512, 512}, {256, 256}, {128, 128}, {64, 64}}};
 
-// Columns of the first tile. A block of logits in fp32 stays within 4 MB, and within 2 MB where rows
-// are few, so that it is in L2 when the row work reads it; with very few rows a slab takes more
-// columns, so that a product stays worth its call.
+// Columns of the first tile. A block of logits in fp32 stays within 4 MB, and within 2 MB where
+// rows are few, so that it is in L2 when the row work reads it; with very few rows a slab takes
+// more columns, so that a product stays worth its call.
 inline std::int64_t columns_beside(std::int64_t rows) {
   constexpr std::int64_t kMostColumns = 8192;
   const std::int64_t in_4mb = std::max<std::int64_t>((std::int64_t{1} << 20) / rows, 512);
@@ -30,7 +30,8 @@ inline constexpr std::array<std::int64_t, 5> kChunkRows = {2048, 1024, 512, 256,
 // Blocks, chunks and slabs are multiples of it: a row of tiles of the matrix library.
 inline constexpr std::int64_t kUnit = 16;
 
-// The columns that one thread takes at a time in column sums, and the rows that it adds up at a time.
+// The columns that one thread takes at a time in column sums, and the rows that it adds up at a
+// time.
 inline constexpr std::int64_t kStrip = 512;
 inline constexpr std::int64_t kFewRows = 32;
 

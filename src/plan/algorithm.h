@@ -24,9 +24,7 @@ struct Way {
 };
 
 // Gradients are made together with the statistics, chunk by chunk.
-constexpr bool in_one_call(Way way) {
-  return way.schedule == Schedule::rows && !way.keeps_logits;
-}
+constexpr bool in_one_call(Way way) { return way.schedule == Schedule::rows && !way.keeps_logits; }
 
 class Algorithm {
  public:

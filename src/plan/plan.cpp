@@ -1,5 +1,5 @@
-// Which algorithm: of the first engine that can do the problem, the one with the fewest products that
-// fits the memory.
+// Which algorithm: of the first engine that can do the problem, the one with the fewest products
+// that fits the memory.
 #include <algorithm>
 #include <limits>
 #include <optional>
@@ -197,12 +197,12 @@ std::string describe(const Plan& plan) {
   const Head& head = head_of(p);
   const Decision& d = *plan.decision;
   const Sizes& sizes = d.sizes;
-  std::string out = text("N ", row_count(p), "  V ", head.classes.count, "  D ", head.D, "  E ",
-                         name(head.e_type), "  C ", name(head.c_type), "  compute ",
-                         name(p.compute_type), "\n", gaps(p), "engine ", plan.engine,
-                         "  schedule ", name(plan.schedule),
-                         plan.keeps_logits ? " (logits kept for backward)" : "", "  products ",
-                         plan.products, "\n", "algorithm ", plan.algorithm, ": ");
+  std::string out =
+      text("N ", row_count(p), "  V ", head.classes.count, "  D ", head.D, "  E ",
+           name(head.e_type), "  C ", name(head.c_type), "  compute ", name(p.compute_type), "\n",
+           gaps(p), "engine ", plan.engine, "  schedule ", name(plan.schedule),
+           plan.keeps_logits ? " (logits kept for backward)" : "", "  products ", plan.products,
+           "\n", "algorithm ", plan.algorithm, ": ");
   if (plan.schedule == Schedule::rows) out += text("chunk of ", plan.chunk_rows, " rows, ");
   out += text("blocks of ", sizes.block_rows, " rows x ", sizes.slab, " columns");
   if (sizes.gradient_rows != sizes.block_rows || sizes.gradient_slab != sizes.slab) {

@@ -11,7 +11,7 @@
 #include "api/algorithms.h"
 #include "cpu/decision.h"
 #ifdef CUTLOSS_CUDA
-#include "cuda/layout.h"
+#include "cuda/decision.h"
 #endif
 #include "problems.h"
 #include "run.h"

@@ -1,5 +1,6 @@
-// Calls taken apart: a session's begin, then statistics and gradients of each chunk, with the caller's
-// coefficients written in between, then finish; in one session, or in a new one for each step.
+// Calls taken apart: a session's begin, then statistics and gradients of each chunk, with the
+// caller's coefficients written in between, then finish; in one session, or in a new one for each
+// step.
 #include <algorithm>
 #include <cmath>
 

@@ -15,8 +15,7 @@ class ByRowsSession final : public CpuSession<T> {
   // Forward alone, an evaluation between training steps, keeps nothing.
   void make_statistics(std::int64_t chunk) override {
     auto& parts = this->parts;
-    parts.statistics.make(parts.chunk(chunk),
-                          this->pass() == Pass::both ? &parts.kept : nullptr);
+    parts.statistics.make(parts.chunk(chunk), this->pass() == Pass::both ? &parts.kept : nullptr);
   }
   void make_gradients(std::int64_t chunk) override {
     auto& parts = this->parts;

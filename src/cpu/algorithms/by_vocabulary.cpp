@@ -1,5 +1,5 @@
-// Forward keeps nothing but the statistics, backward makes the logits once more, a slab of columns at
-// a time. Four products, the least memory.
+// Forward keeps nothing but the statistics, backward makes the logits once more, a slab of columns
+// at a time. Four products, the least memory.
 #include "cpu/algorithms/algorithms.h"
 #include "cpu/algorithms/session.h"
 
@@ -17,9 +17,8 @@ class ByVocabularySession final : public CpuSession<T> {
   }
   void make_gradients(std::int64_t chunk) override {
     auto& parts = this->parts;
-    parts.add_gradients(parts.chunk(chunk), [&](const Block& block) {
-      return parts.gradient.from_product(block);
-    });
+    parts.add_gradients(parts.chunk(chunk),
+                        [&](const Block& block) { return parts.gradient.from_product(block); });
   }
 };
 
@@ -27,7 +26,7 @@ class ByVocabularySession final : public CpuSession<T> {
 
 const Algorithm& by_vocabulary() {
   static const CpuAlgorithm<ByVocabularySession> algorithm("cpu/by_vocabulary",
-                                                               {Schedule::vocabulary, false});
+                                                           {Schedule::vocabulary, false});
   return algorithm;
 }
 
