@@ -82,6 +82,15 @@ def signature(name: str, of) -> str:
     return f"{name}(\n" + "\n".join([*lines, line]) + "\n)"
 
 
+def public_place(of: type) -> str:
+    """The outermost package that has the class under its name: where its users import it from."""
+    parts = of.__module__.split(".")
+    places = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return next(
+        p for p in places if getattr(importlib.import_module(p), of.__name__, None) is of
+    )
+
+
 def entry(name: str, of, level: str = "###") -> str:
     if not (inspect.isclass(of) or inspect.isroutine(of)):
         if not isinstance(of, (dict, tuple, frozenset, set)):
@@ -91,7 +100,7 @@ def entry(name: str, of, level: str = "###") -> str:
     doc = inspect.cleandoc(of.__doc__ or "")
     if inspect.isclass(of) and any(base.__doc__ == of.__doc__ for base in of.__mro__[1:]):
         base = next(b for b in of.__mro__[1:] if b.__name__ == name)
-        doc = f"``{base.__module__.partition('.')[0]}.{name}``, by its own documentation."
+        doc = f"``{public_place(base)}.{name}``, by its own documentation."
     parts = [f"{level} `{name}`\n\n```python\n{signature(name, of)}\n```\n", markdown(doc) + "\n"]
     if inspect.isclass(of):
         for member, value in vars(of).items():

@@ -6,8 +6,8 @@
 
 Both packages run on the same machine, each in a process of its own, with the same numbers of threads,
 on the CPU and, where PyTorch finds one, on the first GPU. A case whose outputs or gradients differ, or
-that one of them refuses and the other does not, is printed; the exit status is 1 then.
---save and --diff compare runs of machines of one kind: digests of another processor differ."""
+that one of them refuses and the other does not, is printed; the exit status is 1 then. Digests of
+another kind of processor differ."""
 
 import argparse
 import hashlib
@@ -31,7 +31,7 @@ SIZES = (  # sequences, length, D, V
 )
 CUDA_SIZES = ((1, 2048, 512, 16384), (2, 1501, 256, 8191))
 DTYPES = ("float32", "bfloat16", "float16", "float64", "autocast")
-KINDS = ("linear", "linear", "linear", "linear", "logits", "token", "log_probs", "policy")
+KINDS = ("linear", "linear", "linear", "linear", "logits", "token", "log_probs", "policy", "teacher")
 
 
 def drawn(device):
@@ -63,6 +63,7 @@ def drawn(device):
             "ignored": draw.choice((0.0, 0.2, 0.2, 1.0)),
             "reduction": draw.choice(("mean", "mean", "sum", "none")),
             "schedule": draw.choice(("auto", "rows", "vocabulary")),
+            # Of linear losses.
             "workspace": draw.choice((None, None, "smallest", "twice the smallest")),
             "returns": draw.choice(((), (), ("return_lse",), ("return_entropy", "return_predictions"))),
             "frozen": draw.choice(((), (), (), ("e",), ("c",))),
@@ -136,6 +137,11 @@ def run(case, device):
             return losses.linear_token_loss(
                 *arguments[:3], lambda nll: nll * torch.exp(-nll).detach(), bias=arguments[3], **kept
             )
+        if case["kind"] == "teacher":
+            kept = {k: v for k, v in kept.items() if k in ("softcap", "shift")}
+            teacher = normal(sequences, length, D), normal(V, D) / D**0.5
+            arguments = leaves["e"].to(dtype), leaves["c"], *teacher, targets
+            return losses.linear_distillation(*arguments, **kept)
         found = losses.token_log_probs(*arguments[:3], bias=arguments[3], **kept)
         if case["kind"] == "log_probs":
             return found.log_probs
@@ -213,7 +219,9 @@ def build(tag):
     """A worktree of the tag with its operators built as this checkout's are: its Python folder."""
     place = ROOT / "build" / "digests" / tag.replace("/", "-")
     if not place.exists():
-        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--detach", place, tag], check=True)
+        place.mkdir(parents=True)
+        files = subprocess.run(["git", "-C", ROOT, "archive", tag], check=True, stdout=subprocess.PIPE)
+        subprocess.run(["tar", "-x", "-C", place], input=files.stdout, check=True)
         (place / ".venv").symlink_to(ROOT / ".venv")
     settings = [
         line.split(":")[0] + "=" + line.split("=", 1)[1]

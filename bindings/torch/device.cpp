@@ -86,6 +86,7 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes,
                                                     shape.data(), strides.data(), dtype, device,
                                                     like.get_device_index(), &made));
   } catch (const std::runtime_error&) {
+    if (!may_be_out_of_memory()) throw;
     throw could_not_allocate(device_of(like), "a result of " + std::to_string(elements) +
                                                   " elements of " +
                                                   torch::headeronly::toString(type));
@@ -101,6 +102,7 @@ Tensor packed_copy(const Tensor& t, const char* what) {
   try {
     return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
   } catch (const std::runtime_error&) {
+    if (!may_be_out_of_memory()) throw;
     throw could_not_allocate(device_of(t), std::string("a copy of ") + what + ", " +
                                                std::to_string(t.numel()) + " elements of " +
                                                torch::headeronly::toString(t.scalar_type()) +
@@ -118,7 +120,7 @@ Workspace::Workspace(const Tensor& like, std::int64_t bytes) {
   if (like.is_cuda()) {
     try {
       tensor_ = new_tensor(like, {bytes}, ScalarType::Byte);
-    } catch (const std::runtime_error&) {
+    } catch (const Error&) {  // new_tensor's: there is no memory for it
       fail();
     }
     data_ = tensor_->mutable_data_ptr();

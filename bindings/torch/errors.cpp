@@ -17,9 +17,13 @@ std::string name_of(const std::string& call) {
   return call.substr(quote + 1, call.find('"', quote + 1) - quote - 1);
 }
 
-std::string reason() {
+const char* known_reason() {
   const bool is_known = torch_exception_get_what_without_backtrace != nullptr;
-  const char* why = is_known ? torch_exception_get_what_without_backtrace() : nullptr;
+  return is_known ? torch_exception_get_what_without_backtrace() : nullptr;
+}
+
+std::string reason() {
+  const char* why = known_reason();
   return why == nullptr ? "PyTorch has written the reason to stderr" : std::string(why);
 }
 
@@ -45,6 +49,14 @@ std::string words_of(const std::string& what) {
     return what;
   }
   return what.substr(message + 2);
+}
+
+bool may_be_out_of_memory() {
+  const char* why = known_reason();
+  if (why == nullptr) return true;
+  const std::string words(why);
+  const auto says = [&](const char* part) { return words.find(part) != std::string::npos; };
+  return says("out of memory") || says("can't allocate") || says("DefaultCPUAllocator");
 }
 
 }  // namespace cutloss::binding

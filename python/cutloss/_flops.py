@@ -48,7 +48,8 @@ def _of_gradients(
 
 
 def products_of_gradients(e: torch.Tensor, c: torch.Tensor, options: dict[str, Any]) -> list[Product]:
-    """Those of an operator that makes the gradients again, and with them the loss."""
+    """The products that count where a second backward makes the gradients again. Forward has
+    counted those of the logits, so there is one for each gradient of e and c that is wanted."""
     sequences, length, D = e.shape
     made = (sequences * max(length - options["shift"], 0), D, c.shape[0])
     return [made] * (int(options["needs_de"]) + int(options["needs_dc"]))
@@ -84,7 +85,7 @@ def counted_as(products: Sequence[Product]) -> Iterator[None]:
 
 
 def _counters() -> list[Any]:
-    """The counters at work."""
+    """The FlopCounterModes that are counting at this moment."""
     module = sys.modules.get(_COUNTER)
     if module is None:
         return []

@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import _checks, _ops, _sharded, _terms
+from . import _autograd, _checks, _ops, _sharded, _terms
 
 
 def options(
@@ -102,10 +102,9 @@ def operands(
 
 
 def want_gradients(options: _ops.Options, e: Tensor, c: Tensor, bias: Tensor | None) -> None:
-    enabled = torch.is_grad_enabled()
-    options["needs_de"] = enabled and e.requires_grad
-    options["needs_dc"] = enabled and c.requires_grad
-    options["needs_dbias"] = enabled and bias is not None and bias.requires_grad
+    options["needs_de"] = _autograd.wants_gradient(e)
+    options["needs_dc"] = _autograd.wants_gradient(c)
+    options["needs_dbias"] = _autograd.wants_gradient(bias)
 
 
 def warn_of_no_weight(

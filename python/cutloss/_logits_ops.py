@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import _ops
+from . import _autograd, _ops
 from ._ops import call, first_order, hand_over, of_rows, stat_dtype
 from ._terms import Rows
 
@@ -47,7 +47,7 @@ def loss(
 def _deferred(inputs: tuple, options: Options, consume: bool) -> tuple[Tensor, Rows]:
     if torch.compiler.is_compiling():
         outputs = _shown(_operators.logits_statistics(*inputs, **options))
-    elif inputs[0].requires_grad and torch.is_grad_enabled() or _ops.have_tangent(inputs[0]):
+    elif _autograd.wants_gradient(inputs[0]) or _ops.have_tangent(inputs[0]):
         outputs = _Deferred.apply(*inputs, options, consume)
     else:
         outputs = _shown(call(_operators.logits_statistics, *inputs, **options))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .functional import linear_cross_entropy
 from .losses import token_log_probs
 from .transformers import _operands, _switch, _verify
-from .transformers._patch import unwrapped
+from .transformers._patch import regularisers, unwrapped
 from .transformers._switch import Switch
 from .transformers._unmade import UnmadeLogits
 
@@ -33,12 +33,31 @@ class Use:
         self.called = False  # for this loss
         self.in_backward = False  # of this step
 
-    def watch(self, result: Tensor) -> None:
+    def watch(self, *results: Tensor) -> None:
+        """Each of which may be what the loss is made of."""
         self.called = True
         if torch.compiler.is_compiling():  # which does not take a hook of an intermediate tensor
-            self.in_backward = True
-        elif result.requires_grad:
-            result.register_hook(self._note)
+            return  # watch_calls of the compiled model sees what comes out of it
+        for result in results:
+            if result.requires_grad:
+                result.register_hook(self._note)
+
+    @contextlib.contextmanager
+    def watch_calls(self, model: nn.Module) -> Iterator[None]:
+        """Within, the results of a model that wraps ours, or has compiled it, are watched where
+        they come out: a hook of the wrapper runs outside of the graph."""
+        handle = model.register_forward_hook(self._watch_output, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _watch_output(self, model: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        if kwargs.get("of_unmade_logits"):
+            if isinstance(output, Tensor):
+                self.watch(output)
+        elif kwargs.get("fused_lm_head"):
+            self.watch(output.loss, output.log_probs)
 
     def _note(self, grad: Tensor) -> None:
         self.in_backward = True
@@ -112,6 +131,13 @@ def add_fused_lm_head(
             f"{version()} asks for {unknown}, of which cutloss knows nothing: it makes {_OUTPUTS}"
         )
     target = unwrapped(model)
+    lost = regularisers(target)
+    if lost:
+        raise ValueError(
+            f"cutloss.patch was given {', '.join(f'{k}={v}' for k, v in lost.items())}, which a "
+            f"loss of TRL would be without: call cutloss.unpatch(model), or patch the model "
+            f"without; SFTConfig(label_smoothing_factor=...) has TRL's smoothing"
+        )
     switch, use = Switch({}, {}), Use()
     stock = target.forward
     _switch.prepare(target, switch)

@@ -85,7 +85,9 @@ class _GKD:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._check_formula()
-        add_fused_lm_head(unwrapped(self.accelerator.unwrap_model(self.teacher_model)))
+        # TRL has prepared the teacher by now, which compiles it under torch_compile.
+        teacher = self.accelerator.unwrap_model(self.teacher_model, keep_torch_compile=False)
+        add_fused_lm_head(unwrapped(teacher))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:  # an evaluation that wants logits
@@ -102,7 +104,8 @@ class _GKD:
         return model(**given, of_unmade_logits=divergence)
 
     def _check_formula(self) -> None:
-        """That TRL's compute_loss makes of logits what is made here: on logits that are given."""
+        """Raises NotImplementedError unless TRL's own compute_loss, called with small random
+        logits, gives the loss and the gradient that this class computes for the same logits."""
         draw = torch.Generator().manual_seed(0)
         of_student, of_teacher = torch.randn(2, 2, 5, 7, generator=draw, dtype=torch.float64) * 2
         labels = torch.tensor([[-100, 1, 2, 3, -100], [-100, -100, 4, 5, 6]])

@@ -17,3 +17,12 @@ def untraced(fn: Callable) -> Callable:
         return fn(*args, **options)
 
     return call
+
+
+def while_traced(fn: Callable) -> Callable:
+    """torch.compile calls it once, while it traces, and takes what it returns for a constant: for
+    what is said once, in a graph that stays whole.
+
+    What torch.compiler.assume_constant_result makes, without importing the compiler."""
+    fn._dynamo_marked_constant = True
+    return fn

@@ -63,8 +63,7 @@ def run(args):
     _section("a loss", _plan(args))
     broken = []
     _section("self-check against fp64", _self_check(args.device, broken))
-    if args.device == "cpu":
-        _section("self-check of odd sizes", _odd_sizes(broken))
+    _section("self-check of odd sizes on the CPU", _odd_sizes(broken))
     if broken:
         print(f"\nBroken: {'; '.join(broken)}.")
         print("Please report this with all of the above; until then, impl='torch' is plain PyTorch.")

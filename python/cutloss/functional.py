@@ -5,7 +5,7 @@ import enum
 import torch
 from torch import Tensor
 
-from . import _checks, _inputs, _ops, _plain, _plan, _terms
+from . import _autograd, _checks, _inputs, _ops, _plain, _plan, _terms
 from ._implementations import LinearCrossEntropyImpl, is_plain
 
 _VOCAB_PARALLEL = (
@@ -109,7 +109,7 @@ def linear_cross_entropy(
     :param token_weight: Weight of each token, in the shape of targets. May carry a gradient.
         The mean divides by the sum of the weights of the tokens that count. Where that is 0 though
         tokens count, the mean is NaN, with gradients of zero: a warning says so, once, on the CPU,
-        and on CUDA with CUTLOSS_CHECK=1.
+        and on CUDA with CUTLOSS_CHECK=1; under torch.compile there is none.
     :param return_entropy: Also return the entropy of each token's distribution, with a gradient.
     :param return_predictions: Also return the largest logit's index of each token.
     :param z_loss: Adds ``z_loss * lse**2`` of each token to its loss; under "mean" the mean over
@@ -197,9 +197,7 @@ def _evaluate(
         return _terms.loss(terms, rows, how.reduction), rows
 
     _inputs.want_gradients(options, *operands[:3])
-    weights_have_gradient = (
-        torch.is_grad_enabled() and how.token_weight is not None and how.token_weight.requires_grad
-    )
+    weights_have_gradient = _autograd.wants_gradient(how.token_weight)
     weighs_in_torch = (
         weights_have_gradient
         or _ops.is_transformed()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _checks, _inputs, _logits_ops, _ops, _terms
+from . import _autograd, _checks, _inputs, _logits_ops, _ops, _terms
 from .module import _class_weights
 
 
@@ -75,7 +75,7 @@ def cross_entropy(
     :param token_weight: Weight of each token, in the shape of targets. May carry a gradient.
         The mean divides by the sum of the weights of the tokens that count. Where that is 0 though
         tokens count, the mean is NaN, with gradients of zero: a warning says so, once, on the CPU,
-        and on CUDA with CUTLOSS_CHECK=1.
+        and on CUDA with CUTLOSS_CHECK=1; under torch.compile there is none.
     :param return_entropy: Also return the entropy of each token's distribution, with a gradient.
     :param return_predictions: Also return the largest logit's index of each token.
     :param z_loss: Adds ``z_loss * lse**2`` of each token to its loss; under "mean" the mean over
@@ -189,7 +189,7 @@ def _cross_entropy(
             "cutloss.cross_entropy does not work under the transforms of torch.func (grad, vmap, "
             "...): use torch.nn.functional.cross_entropy there"
         )
-    consume = bool(consume_logits) and torch.is_grad_enabled() and logits.requires_grad
+    consume = bool(consume_logits) and _autograd.wants_gradient(logits)
     if consume:
         _check_consumable(logits)
     loss, rows = _evaluate(
@@ -237,9 +237,7 @@ def _evaluate(
     z = logits if logits.dim() == 3 else logits.view(shape) if consume else logits.reshape(shape)
     operands = (z, by_sequence, row_temperature, class_weight)
 
-    weights_have_gradient = (
-        torch.is_grad_enabled() and how.token_weight is not None and how.token_weight.requires_grad
-    )
+    weights_have_gradient = _autograd.wants_gradient(how.token_weight)
     if weights_have_gradient or _ops.have_tangent(how.token_weight, how.weight):
         rows = _logits_ops.statistics(operands, options, consume)
         terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
@@ -249,7 +247,7 @@ def _evaluate(
     if how.changes_nothing():
         rows = _logits_ops.statistics(operands, options, consume)
         # A copy: backward reads nll again, and the loss is the caller's to change in place.
-        return (rows.nll.clone() if logits.requires_grad else rows.nll), rows
+        return (rows.nll.clone() if _autograd.wants_gradient(logits) else rows.nll), rows
     terms, undefined = _ops.loss_terms(
         by_sequence, V, how, {**options, "compute_dtype": logits.dtype}
     )
@@ -262,8 +260,7 @@ def _evaluate(
     # A per-token result that may get a gradient of its own rules out the gradient in forward. In
     # fp16 that waits for the loss scale, without which 1/N underflows.
     immediate = (
-        torch.is_grad_enabled()
-        and logits.requires_grad
+        _autograd.wants_gradient(logits)
         and not wants_lse
         and not options["wants_entropy"]
         and logits.dtype != torch.float16

@@ -86,9 +86,9 @@ class _WithCutloss:
         with training_step(self._cutloss_use):
             return super().training_step(*args, **kwargs)
 
-    def compute_loss(self, *args, **kwargs):
-        with loss_of(self._cutloss_use):
-            return super().compute_loss(*args, **kwargs)
+    def compute_loss(self, model, *args, **kwargs):
+        with loss_of(self._cutloss_use), self._cutloss_use.watch_calls(model):
+            return super().compute_loss(model, *args, **kwargs)
 
 
 def _loss_of_its_own(trainer: type) -> str:

@@ -6,6 +6,7 @@ import re
 import problems
 import pytest
 import torch
+from labels import ADDRESS
 
 from cutloss import _ops
 
@@ -29,3 +30,13 @@ def engine(request, monkeypatch):
     monkeypatch.setenv("CUTLOSS_ENGINE", request.param)
     monkeypatch.setattr(problems, "device", request.param.partition("/")[0])
     return request.param
+
+
+def pytest_collection_modifyitems(items):
+    """Processes that share the tests among them (pytest-xdist) must know them by the same names."""
+    for item in items:
+        if ADDRESS.search(item.nodeid):
+            raise pytest.UsageError(
+                f"the name of {item.nodeid} holds an address, another in every process: give "
+                f"parametrize ids=labels.without_address"
+            )

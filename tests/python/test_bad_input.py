@@ -404,3 +404,13 @@ def test_what_pytorch_refuses_is_said_in_its_words():
         with pytest.raises(RuntimeError, match="PyTorch's aten::mul_ failed: ") as caught:
             call(torch.ones(3, dtype=torch.int64), torch.tensor(0.5))
         assert not re.search(r"\.h\b|\.cpp\b|line \d|/|API call", str(caught.value))
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="PyTorch does not say why it failed")
+def test_a_copy_that_fails_for_another_reason_than_memory():
+    """As after a fault of an earlier kernel, which a copy is the next to report."""
+    V, D = 1 << 40, 1 << 21
+    e, c = torch.zeros(1, D), torch.zeros(1, 1).expand(V, D)
+    with pytest.raises(RuntimeError, match="Storage size calculation overflowed") as caught:
+        linear_cross_entropy(e, c, torch.zeros(1, dtype=torch.int64))
+    assert "could not allocate" not in str(caught.value)

@@ -56,7 +56,17 @@ def test_doctor_says_why_nothing_takes_a_loss(capsys):
 def test_doctor_tries_odd_sizes(capsys):
     done = run_cli(capsys, "doctor", "--device", "cpu")
     assert done.code == 0, done.out
-    assert "self-check of odd sizes:\n  products and gradients of 6 sizes" in done.out
+    assert "self-check of odd sizes on the CPU:\n  products and gradients of 6 sizes" in done.out
+
+
+def test_doctor_tries_odd_sizes_on_the_cpu_whatever_the_device(capsys, monkeypatch):
+    for name in ("check_device", "_plan", "_self_check"):  # there may be no GPU here
+        monkeypatch.setattr(doctor, name, lambda *_: [])
+    child = "print('dE is wrong'); raise SystemExit(1)"
+    monkeypatch.setattr(doctor, "ODD_SIZES", (sys.executable, "-c", child))
+    done = run_cli(capsys, "doctor", "--device", "cuda")
+    assert done.code == 1
+    assert "Broken: dE is wrong." in done.out
 
 
 def test_odd_sizes_finds_wrong_gradients(monkeypatch):

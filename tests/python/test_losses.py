@@ -4,6 +4,7 @@ import losses_by_hand as by_hand
 import problems
 import pytest
 import torch
+from labels import without_address
 from problems import F32, F64, Problem
 from tolerance import assert_close
 
@@ -304,7 +305,7 @@ def test_kto(options, head, dtype):
 
 
 @both_dtypes
-@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("head", HEADS, ids=without_address)
 def test_token_log_probs(head, dtype):
     p = problem(dtype, head)
     ours = log_probs(p, return_entropy=True, return_log_sum_sq_probs=True)

@@ -7,6 +7,7 @@ import problems
 import pytest
 import reference
 import torch
+from labels import without_address
 from problems import BF16, F16, F32, F64, OPTION_SETS, Problem
 from tolerance import assert_close
 
@@ -337,7 +338,7 @@ def test_functions_that_are_refused(fn, error, message, schedule, rows):
         (dict(per_token={"w": torch.ones(24)}), TypeError, "called with nll, w"),
         (dict(schedule="columns"), ValueError, "columns"),
     ],
-    ids=str,
+    ids=without_address,
 )
 def test_arguments_that_are_refused(how, error, message):
     p = problems.make()

@@ -95,7 +95,7 @@ def test_another_thread_while_one_trains():
 
     def meanwhile(module, args, output):
         handle.remove()
-        seen.append(in_thread(lambda: model(**without_labels()).logits))
+        seen.append(in_thread(lambda: model(**without_labels(), return_logits=True).logits))
         seen.append(in_thread(lambda: model(**inputs, return_logits=True).logits))
         seen.append(in_thread(lambda: model(**inputs)))
         seen.append(in_thread(lambda: model.lm_head(output)))

@@ -3,6 +3,7 @@ logits and to logits that are not made, give the same shapes, losses and gradien
 the vocabulary apart is refused, and nothing else."""
 
 import math
+import operator
 
 import problems
 import pytest
@@ -403,6 +404,16 @@ REFUSED = {
     "an assignment": lambda z: z.__setitem__(0, 1.0),
     "in place": lambda z: torch.ones(5).add_(z),
     "something unknown": lambda z: torch.topk(z, 2),
+    "equal": lambda z: z == z, "unequal": lambda z: z != 0.0, "less": lambda z: 1 < z,
+    "no more": lambda z: z <= torch.zeros(5), "among others": lambda z: 0.0 in z,
+    "found in a list": lambda z: z in [torch.zeros(5)],
+    "times in place": lambda z: operator.imul(z, 2),
+    "divided in place": lambda z: operator.itruediv(z, torch.ones(())),
+    "added in place": lambda z: operator.iadd(z, torch.zeros(5)),
+    "less in place": lambda z: operator.isub(z, z), "by a method in place": lambda z: z.mul_(2),
+    "to a power": lambda z: z**2, "the power of": lambda z: 2**z, "by a matrix": lambda z: z @ z.mT,
+    "a size": lambda z: abs(z), "a number": lambda z: float(z), "a remainder": lambda z: z % 2,
+    "less than a number": lambda z: 1 - z, "a number by": lambda z: 1 / z,
 }  # fmt: skip
 
 
@@ -441,3 +452,16 @@ def test_sizes_and_casts():
     as_ones = z.type_as(torch.ones(1))
     for cast in (z.half(), z.bfloat16(), z.float(), z.type(torch.float32), as_ones):
         assert F.cross_entropy(cast.mT, label) == want
+
+
+def test_negated():
+    for neg in (operator.neg, torch.neg, lambda z: z.negative()):
+        logits = Logits(BATCH)
+        assert logits.do(neg, renames=False)
+        logits.assert_same_loss()
+
+
+def test_identity_is_what_hashes_and_none_is_no_logits():
+    z = Logits(BATCH).unmade
+    assert hash(z) == hash(z) and {z: 1}[z] == 1 and len({z, z.neg()}) == 2
+    assert (z == None) is False and (z != None) is True  # noqa: E711

@@ -312,7 +312,8 @@ def test_a_loss_that_differs():
 def test_classifiers_of_other_kinds():
     class Linear4bit(torch.nn.Linear):
         def forward(self, x):
-            return super().forward(x)
+            step = self.weight.abs().max() / 7
+            return F.linear(x, (self.weight / step).round() * step)
 
     def quantised(model):
         model.lm_head = Linear4bit(32, V)
@@ -335,7 +336,7 @@ def test_classifiers_of_other_kinds():
     refused(in_eight_bits, "a weight of torch.int8")
 
     def sequential(model):
-        model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, V))
+        model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, V), torch.nn.Softplus())
 
     refused(sequential, "Sequential without a weight")
 
@@ -400,7 +401,8 @@ def test_what_a_call_does_not_know():
     with pytest.raises(ValueError, match="the vocabulary, of 97"):
         model(**inputs)
     model.config.vocab_size = V
-    model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, V))  # later than the patch
+    # Later than the patch:
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, V), torch.nn.Softplus())
     with pytest.raises(NotImplementedError, match="Sequential without a weight"):
         model(**inputs)
 
@@ -453,6 +455,47 @@ def test_hooks_of_the_classifier_are_refused(name):
     ids = torch.randint(5, 40, (2, 6))
     with pytest.raises(NotImplementedError, match="has a hook"):
         model(ids, labels=ids)
+
+
+def of_outputs(m, args, out):
+    return out * 2 if m.__class__ is torch.nn.Linear else None
+
+
+def in_any_structure(m, args, out):
+    """Also in the dict that the loss is in, which would be doubled."""
+    return torch.utils._pytree.tree_map(lambda t: t * 2, out) if type(out) is dict else None
+
+
+@pytest.mark.parametrize("hook", [of_outputs, in_any_structure])
+def test_hooks_of_all_modules_that_change_outputs_are_refused(hook):
+    model = cutloss.patch(make(LLAMA))
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        with pytest.raises(NotImplementedError, match="register_module_forward_hook.*leave this"):
+            model(**batch())
+    finally:
+        handle.remove()
+
+
+def test_hooks_of_all_modules_that_look_do_no_harm():
+    model, seen = cutloss.patch(make(LLAMA)), []
+    want = model(**batch()).loss
+    look = torch.nn.modules.module.register_module_forward_hook(lambda m, a, out: seen.append(m))
+    try:
+        assert torch.equal(model(**batch()).loss, want) and model.lm_head in seen
+    finally:
+        look.remove()
+
+
+def test_a_cast_that_reads_a_shape():
+    def cast(module, args, out):
+        assert out.shape[-1] > 1
+        return out.float()
+
+    model = make(LLAMA).bfloat16()
+    model.lm_head.register_forward_hook(cast)
+    with pytest.raises(NotImplementedError, match="a forward hook.*reads what .*attribute 'shape'"):
+        cutloss.patch(model)
 
 
 def test_a_loss_of_logits_on_a_patched_model_is_an_error():

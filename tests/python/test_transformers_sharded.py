@@ -53,6 +53,33 @@ def process(rank, port, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    "module", ["torch.distributed.fsdp._fully_shard._fsdp_state", "deepspeed.runtime.zero"]
+)
+def test_hooks_that_gather_are_called_for_the_layer_alone(module):
+    """Once for what stands for the logits, once for the loss, with rows of the batch, which each
+    gather and free a weight that is sharded."""
+    calls = []
+
+    def before(layer, args):
+        calls.append(args[0].numel())
+
+    def after(layer, args, output):
+        calls.append(args[0].numel())
+
+    before.__module__ = after.__module__ = module
+    model, inputs = make("LlamaForCausalLM").train(), batch()
+    model.lm_head.register_forward_pre_hook(before)
+    model.lm_head.register_forward_hook(after)
+    cutloss.patch(model)
+    sizes = set(calls)
+    assert sizes == {2 * 4 * 32}  # of the tiny batch that it compares
+    for _ in range(2):
+        calls.clear()
+        model(**inputs).loss.backward()
+        assert calls == [inputs["input_ids"].numel() * 32] * 4
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
 def test_two_processes():
     with socket.socket() as s:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import _flops, _ops
+from .. import _autograd, _flops, _ops
 from ._chunk_plan import CONVERTED, Plan, bytes_of
 
 # The logit of a class that cannot be, whose bias is -inf. Finite, so that 0 * log 0 is 0.
@@ -159,7 +159,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def losses_of_rows(student: Student, task: Task) -> tuple[Tensor, Tensor]:
     """(n) and (n,P), whose gradient (that of the first) is made in backward."""
-    if not _wants_gradient(student):
+    if not _autograd.wants_gradient(*student):
         with _flops.counted_as(task.products(student[1], True, _NOTHING)):
             losses, parts, _ = _by_rows(student, task)
         return losses, parts
@@ -168,15 +168,11 @@ def losses_of_rows(student: Student, task: Task) -> tuple[Tensor, Tensor]:
 
 def weighted_sum(student: Student, task: Task, factors: Tensor) -> tuple[Tensor, Tensor]:
     """sum factors * losses, with its gradients made along, and (n,P). `factors`: (n), constant."""
-    if not _wants_gradient(student):
+    if not _autograd.wants_gradient(*student):
         with _flops.counted_as(task.products(student[1], True, _NOTHING)):
             losses, parts, _ = _by_rows(student, task)
         return _sum(losses, factors), parts
     return _Immediate.apply(*student, factors, task, *task.tensors())
-
-
-def _wants_gradient(student: Student) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in student)
 
 
 def _sum(losses: Tensor, factors: Tensor) -> Tensor:

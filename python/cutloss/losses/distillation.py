@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _checks, _ops, _sharded
+from .. import _autograd, _checks, _ops, _sharded
 from .._untraced import untraced
 from . import _arguments as args
 from ._arguments import Loss
@@ -81,7 +81,8 @@ def linear_distillation(
     :param soft_weight: Of the divergence, > 0.
     :param hard_weight: Of the cross-entropy with the targets, at temperature 1.
     :param mask: (...), bool, where the targets lie: False where nothing counts.
-    :param token_weight: (...), where the targets lie. The mean divides by the sum of the weights.
+    :param token_weight: (...), where the targets lie. The mean divides by their sum, or
+        by 1 where it is 0: weights that are all 0 give a loss of 0, with gradients of zero.
     :param shift: As in :func:`cutloss.linear_cross_entropy`: position t of e and teacher_e belongs
         to target, mask and weight t + shift.
     :param reduction: "mean" over tokens that count (0 for none, as TRL and Liger have it), "sum",
@@ -354,14 +355,14 @@ def _loss(
     tokens = _tokens(counting, e, c.shape[0], mixture.hard_weight != 0, logits.stats)
     rule = make_rule(tokens)
     e = e.reshape(-1, e.shape[-1])
-    weight, wants = tokens.weight, torch.is_grad_enabled()
-    needs = [wants and t is not None and t.requires_grad for t in (e, c, bias)]
+    weight = tokens.weight
+    needs = [_autograd.wants_gradient(t) for t in (e, c, bias)]
     grads = [t.dtype for t, needed in zip((e, c, bias), needs) if needed]
     # Gradients in fp16 wait for the loss scale, which comes with the upstream gradient.
     immediate = (
         counting.reduction != "none"
         and torch.float16 not in grads
-        and not (wants and weight.requires_grad)
+        and not _autograd.wants_gradient(weight)
     )
     plan = make_plan(
         _sizes(e, c, logits, rule, width, of_teacher), schedule, max_workspace,
@@ -457,7 +458,7 @@ def _head(e: Tensor, c: Tensor, bias: Tensor | None, prefix: str) -> None:
 
 def _no_gradient(**named: Tensor) -> None:
     for name, t in named.items():
-        if t.requires_grad and torch.is_grad_enabled():
+        if _autograd.wants_gradient(t):
             raise ValueError(
                 f"the teacher gets no gradient, and {name} requires one: make it under "
                 f"torch.no_grad(), or pass {name}.detach()"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import _by_rows, _checks, _inputs, _ops, _plan, _terms
+from .. import _autograd, _by_rows, _checks, _inputs, _ops, _plan, _terms
 from .._ops import Options
 from .._terms import Rows
 from . import _arguments, _row_function
@@ -81,6 +81,11 @@ def linear_token_loss(
         normalizer=normalizer if isinstance(normalizer, Tensor) else None,
     )  # fmt: skip
     _checks.flags(return_rows=return_rows)
+    if _autograd.is_in_vmap():
+        raise NotImplementedError(
+            "linear_token_loss does not work inside torch.vmap: loop over the batch, or pass it as "
+            "more rows of e and targets; cutloss.losses.token_log_probs works there"
+        )
     if not callable(fn):
         raise TypeError(f"fn must be a function of nll, got {type(fn).__name__}")
     slices = _slices(per_token, targets, options)
@@ -201,7 +206,7 @@ def _slices(
         if isinstance(t, TokenLogProbs):
             raise TypeError(f"{what} must be a tensor, got TokenLogProbs: pass its log_probs")
         _checks.tensors(**{what: t})
-        if t.requires_grad:
+        if _autograd.requires_grad(t):
             raise ValueError(
                 f"cutloss makes no gradient for {what}: pass it detached, or make the loss of "
                 f"cutloss.losses.token_log_probs"
@@ -223,7 +228,7 @@ def _normalizer(value: float | Tensor | None) -> float | Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
-        if value.requires_grad:
+        if _autograd.requires_grad(value):
             raise ValueError("cutloss makes no gradient for normalizer: pass it detached")
         if value.numel() != 1:
             raise ValueError(f"normalizer must be one number, got {_checks.shape(value)}")

@@ -1,19 +1,25 @@
-"""Hooks on a patched model that notice a training call in which the patch had no part.
+"""What notices a training call in which the patch had no part, where nobody asked for that.
 
 The patch is a forward on the instance. Other libraries put theirs over it, which calls it, or in
-its place, which does not: then the loss would be made from logits again, and nobody told.
+its place, which does not: then the loss would be made from logits again, and nobody told. Or they
+call it without labels, and make the loss of logits themselves.
 """
 
 import functools
 import inspect
+import warnings
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from .._untraced import while_traced
+from ._unmade import UnmadeLogits
 
 NAME = "_cutloss_patches"  # the attribute of a model: its patches, the last one in force
 
 
 def place_of_labels(module: nn.Module) -> int | None:
-    """Among the positional arguments of its forward."""
+    """The position of `labels` among the arguments of the module's forward. None: it takes none."""
     names = list(inspect.signature(module.forward).parameters)
     return names.index("labels") if "labels" in names else None
 
@@ -26,15 +32,71 @@ def leaves_out_logits(
     :param return_logits: What was said when the model was patched.
     :param place: Of the labels in args.
     """
-    has_labels = kwargs.get("labels") is not None or (
-        place is not None and len(args) > place and args[place] is not None
-    )
     said = kwargs.get("return_logits")
     if said is None:
         said = return_logits
     if said is None:
         said = not training
-    return has_labels and not said
+    return has_labels(place, args, kwargs) and not said
+
+
+def has_labels(place: int | None, args: tuple, kwargs: dict) -> bool:
+    by_position = place is not None and len(args) > place and args[place] is not None
+    return kwargs.get("labels") is not None or by_position
+
+
+def check_made_logits(patch, model: nn.Module, labels: bool, asked: bool, output) -> None:
+    """Of a call that made logits: that nothing is trained with them of which the patch was meant to
+    have a part.
+
+    :param patch: What patch made of the model.
+    :param labels: Whether the call had labels.
+    :param asked: Whether it had return_logits=True.
+    """
+    if not model.training or not torch.is_grad_enabled() or (asked and not labels):
+        return
+    values = output.values() if isinstance(output, dict) else output
+    values = [output] if isinstance(output, Tensor) else list(values)
+    if any(isinstance(v, UnmadeLogits) for v in values):  # of cutloss.trl's forward
+        return
+    if not any(isinstance(v, Tensor) and v.requires_grad for v in values):
+        return
+    given = patch.regularisers()
+    written = ", ".join(f"{k}={v}" for k, v in given.items())
+    name = type(model).__name__
+    if labels and given:
+        _say_once(
+            patch,
+            f"the loss of a training call of {name} with return_logits=True is the model's own, "
+            f"without the {written} that cutloss.patch was given: take the loss from a call "
+            f"without return_logits, and logits from a second one",
+        )
+    elif given:
+        raise ValueError(
+            f"cutloss.patch was given {written}, and this training call of {name} has no labels: "
+            f"its loss is made elsewhere, of logits, and would be without that, as under Trainer "
+            f"with label_smoothing_factor or compute_loss_func. Pass the labels to the model and "
+            f"take its loss (leave label_smoothing_factor and compute_loss_func out), or patch the "
+            f"model without {' and '.join(given)}. A call whose logits are for something else may "
+            f"say return_logits=True, or be under torch.no_grad()"
+        )
+    elif not labels:
+        _say_once(
+            patch,
+            f"a training call of {name} without labels: its logits are made, and cutloss.patch has "
+            f"no part in a loss that is computed from them (Trainer does so with "
+            f"label_smoothing_factor or compute_loss_func). For a loss without logits pass labels "
+            f"to the model and take its loss; cutloss.patch(model, label_smoothing=...) has the "
+            f"smoothing. Where the logits are what you want, call the model with "
+            f"return_logits=True",
+        )
+
+
+@while_traced
+def _say_once(patch, message: str) -> None:
+    if not patch.warned:
+        patch.warned = True
+        warnings.warn(message, stacklevel=2)
 
 
 def install(module: nn.Module) -> list:

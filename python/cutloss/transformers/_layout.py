@@ -18,7 +18,7 @@ _INDEX_DTYPES = (torch.int64, torch.int32, torch.bool)
 
 
 def dimension(dim: int, ndim: int) -> int:
-    """From the front."""
+    """The dimension that `dim` means, counted from the first one also where `dim` is negative."""
     dim = operator.index(dim)
     if not -ndim <= dim < ndim:
         raise IndexError(

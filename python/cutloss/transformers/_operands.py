@@ -66,11 +66,30 @@ def evaluate(logits, function: Callable[..., object]) -> object:
         return of(logits.terms)
     (term,) = logits.terms
 
+    made = []
+
     def inside(hidden: Tensor, linear: nn.Linear) -> object:
-        return of((Term(hidden, linear, term.scale),))
+        made.append(of((Term(hidden, linear, term.scale),)))
+        return made[0]
 
     # In a dict, so that a hook that changes an output cannot take this for logits.
-    return term.linear(term.hidden, cutloss_inside=inside)["cutloss"]
+    try:
+        result = term.linear(term.hidden, cutloss_inside=inside)["cutloss"]
+    except Exception as error:
+        if not made:  # it is not from a hook of the output
+            raise
+        raise NotImplementedError(_OF_HOOKS + f": {type(error).__name__}: {error}") from error
+    if nn.modules.module._global_forward_hooks and result is not made[0]:
+        raise NotImplementedError(_OF_HOOKS)
+    return result
+
+
+_OF_HOOKS = (
+    "a forward hook, of the classifier or of all modules (register_module_forward_hook), changes "
+    "or reads what comes out of the classifier. A loss without logits calls the classifier for the "
+    "loss itself, which is in a dict, so that no hook takes it for logits: let the hook leave "
+    "alone what is no tensor, put it on other modules, or leave this model as it is"
+)
 
 
 def loss(logits, target: Tensor, options: dict) -> Tensor:

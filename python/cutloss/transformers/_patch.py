@@ -27,9 +27,14 @@ class _Patch:
         self.place_of_labels = _guard.place_of_labels(model)
         self.forward = None  # the function that was put there, as no wrapper of it is
         self.guards: list = []  # what removes the hooks
+        self.warned = False  # of a training call whose loss is not ours
 
     def stock(self, model: nn.Module):
         return self.before or MethodType(type(model).forward, model)
+
+    def regularisers(self) -> dict:
+        """What it adds to the loss in training."""
+        return {k: v for k, v in self.switch.training_options.items() if v}
 
 
 def patch(
@@ -58,6 +63,12 @@ def patch(
     Without labels nothing changes: generation, caches, logits. With labels, logits are left out in
     training; in evaluation they are made, as compute_metrics needs them, by the model's own
     forward. A call with ``return_logits=True`` or ``False`` decides for itself.
+
+    A training call without labels whose logits have gradients is warned of, once for each model:
+    the patch has no part in a loss that somebody else makes of them. Where z_loss or
+    label_smoothing was given, which such a loss would lack, it raises ValueError. With
+    ``return_logits=True`` it does neither. One with labels and return_logits gives the model's own
+    loss, without z_loss and label_smoothing: where these were given, that is warned of.
 
     Patch before the model is wrapped or compiled (DDP, FSDP, ``accelerator.prepare``,
     ``torch.compile``); an adapter may come before or after. Under DataParallel a
@@ -130,8 +141,15 @@ def _active(target: nn.Module) -> _Patch | None:
     return patches[-1] if patches and patches[-1].switch is not None else None
 
 
+def regularisers(target: nn.Module) -> dict:
+    """Those of the patch of a model, if it has one."""
+    held = _active(target)
+    return {} if held is None else held.regularisers()
+
+
 def _take_off(target: nn.Module) -> None:
-    """Forwards of undone patches, where nobody has wrapped them."""
+    """Removes from the model each forward that a patch put there, once the patch has been undone. A
+    forward that somebody else has wrapped since stays, as the wrapper still calls it."""
     patches: list[_Patch] = target.__dict__.get(_guard.NAME, [])
     place = place_of_forward(target)
     while True:
@@ -185,7 +203,9 @@ def _forward_of(level: int, of_class):
         without = _guard.leaves_out_logits(
             held.return_logits, held.place_of_labels, self.training, args, kwargs
         )
-        kwargs.pop("return_logits", None)
+        labels = _guard.has_labels(held.place_of_labels, args, kwargs)
+        asked = bool(kwargs.pop("return_logits", None))
+        inside = switch.now.on  # of another call, whose loss function may want logits
         if without:
             _switch.prepare(self, switch)
             output, took_loss = _switch.without_logits(
@@ -195,6 +215,8 @@ def _forward_of(level: int, of_class):
             output = _without_logits(output)
         else:
             output = _switch.with_logits(switch, function, given, kwargs)
+            if not inside:
+                _guard.check_made_logits(held, self, labels, asked, output)
         switch.now.reached = True
         return output
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _sharded
-from . import _casts, _operands
+from . import _casts, _operands, _parametrized
 from ._casts import Cast
 from ._operands import Term
 from ._unmade import UnmadeLogits
@@ -99,7 +99,7 @@ def prepare(model: nn.Module, switch: Switch) -> None:
     head = model.get_output_embeddings()
     modules = list(head.modules())
     same = len(modules) == len(switch.seen) and all(map(operator.is_, modules, switch.seen))
-    if same and all(m.__dict__.get(NAME) is switch for m in switch.layers):
+    if same and all(_is_installed(m, switch) for m in switch.layers):
         _check_hooks(switch.layers, type(model).__name__)
         return
     casts = _layers(head, type(model).__name__)
@@ -113,21 +113,31 @@ def prepare(model: nn.Module, switch: Switch) -> None:
     switch.layers, switch.seen = found, modules
 
 
+def _is_installed(module: nn.Linear, switch: Switch) -> bool:
+    known = _casts.has_forward_of(module, module.__dict__.get(_casts.NAME))
+    return known and module.__dict__.get(NAME) is switch
+
+
 def _check_hooks(layers: list[nn.Linear], owner: str) -> None:
     """The layers are called once for their promise and once for the loss, whose inputs and outputs
-    are not logits: hooks would run twice, or not see what they are for. Casts do no harm."""
+    are not logits: hooks would run twice, or not see what they are for. Casts do no harm. Those
+    that gather weights are for both calls, and must see no other."""
     for module in layers:
         hooks = [(hook, True) for hook in module._forward_pre_hooks.values()]
         hooks += [(hook, False) for hook in module._forward_hooks.values()]
-        odd = [h for h, of_input in hooks if not _casts.is_cast(module, h, of_input)]
-        for hook in [*odd, *module._backward_pre_hooks.values(), *module._backward_hooks.values()]:
-            if not _sharded.only_gathers(hook):
-                raise NotImplementedError(
-                    f"the classifier of {owner}, of type {type(module).__name__}, has a hook "
-                    f"({getattr(hook, '__qualname__', type(hook).__name__)}), which a loss without "
-                    f"logits can not call as it is meant (one that only casts its input or output "
-                    f"is known): remove it, put it on another module, or leave this model as it is"
-                )
+        backward = [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
+        hooks += [(hook, None) for hook in backward]
+        for hook, of_input in hooks:
+            if _sharded.only_gathers(hook):
+                continue
+            if of_input is not None and _casts.is_cast(module, hook, of_input):
+                continue
+            raise NotImplementedError(
+                f"the classifier of {owner}, of type {type(module).__name__}, has a hook "
+                f"({getattr(hook, '__qualname__', type(hook).__name__)}), which a loss without "
+                f"logits can not call as it is meant (one that only casts its input or output "
+                f"is known): remove it, put it on another module, or leave this model as it is"
+            )
 
 
 def remove(switch: Switch) -> None:
@@ -177,7 +187,8 @@ def shape(weight: Tensor) -> torch.Size:
 
 def _layers(head: nn.Module, owner: str) -> dict[nn.Linear, Cast | None]:
     """Those layers of a classifier that make logits, or a part of them: itself; of an adapter the
-    wrapped one and each lora_B; of a wrapper that casts the wrapped one. And how they cast."""
+    wrapped one and each lora_B; of a wrapper the wrapped one. And how they cast."""
+    _parametrized.check(head, owner)
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or len(shape(weight)) != 2:
         wrapped = _casts.of_wrapper(head)
@@ -185,13 +196,15 @@ def _layers(head: nn.Module, owner: str) -> dict[nn.Linear, Cast | None]:
             raise NotImplementedError(
                 f"the classifier of {owner} is a {type(head).__name__} without a weight (V, D): "
                 f"cutloss.patch knows an nn.Linear, alone, under PEFT's LoRA or modules_to_save, "
-                f"or in a module that does nothing but cast what goes in or comes out"
+                f"or in a module without parameters and buffers that does nothing with what goes "
+                f"in and comes out, or casts it"
             )
         layer, cast = wrapped
         if _check(layer, owner) is not None:
             raise NotImplementedError(
-                f"the classifier of {owner} casts in its {type(head).__name__} and in the "
-                f"{type(layer).__name__} inside of it: leave one of them out"
+                f"the classifier of {owner} has a forward of its own in its "
+                f"{type(head).__name__} and in the {type(layer).__name__} inside of it: leave one "
+                f"of them out"
             )
         return {layer: cast}
     leaves = [m for m in head.modules() if "weight" in dict(m.named_parameters(recurse=False))]
@@ -213,12 +226,13 @@ def place_of_forward(module: nn.Module) -> str:
 
 
 def _install(module: nn.Linear, switch: Switch, cast: Cast | None) -> None:
-    if module.__dict__.get(NAME) is switch:
+    if _is_installed(module, switch):
         return
     place = place_of_forward(module)
     if NAME not in module.__dict__ or place not in module.__dict__:
         module.__dict__[place] = MethodType(_forward, module)
     module.__dict__[NAME] = switch
+    module.__dict__.pop(_casts.NAME, None)
     if cast is not None:
         module.__dict__[_casts.NAME] = cast
 
@@ -261,14 +275,20 @@ def _check(module: nn.Module, owner: str) -> Cast | None:
             f"let it give that (model.get_output_embeddings = lambda: ...), and patch again"
         )
     own, cast = _own_forward(module), None
-    plain = kind.forward is nn.Linear.forward and own is None and _casts.NAME not in vars(module)
-    if isinstance(module, nn.Linear) and not plain:
+    plain = kind.forward is _casts.LINEAR_FORWARD
+    is_linear = isinstance(module, nn.Linear)
+    if is_linear and (not plain or own is not None or _casts.NAME in vars(module)):
         cast = _casts.of_layer(module, own)
-    if not isinstance(module, nn.Linear) or (
-        kind.forward is not nn.Linear.forward and cast is None
-    ):
-        is_linear = isinstance(module, nn.Linear)
-        it_is = "an nn.Linear with a forward of its own" if is_linear else "no nn.Linear"
+    if is_linear and not plain and cast is None and kind.forward is nn.Linear.forward:
+        by = f"{kind.forward.__module__}.{kind.forward.__qualname__}"
+        raise NotImplementedError(
+            f"the classifier of {owner} is an nn.Linear, and the forward of that class was "
+            f"replaced, by {by}, which does more than the product with the weight: put the "
+            f"forward of PyTorch back before cutloss.patch is called"
+        )
+    if not is_linear or (not plain and cast is None):
+        own_forward = "an nn.Linear with a forward of its own, which does more than the product"
+        it_is = own_forward if is_linear else "no nn.Linear"
         raise NotImplementedError(
             f"the classifier of {owner} is, or holds, a {kind.__module__}.{kind.__name__}, of "
             f"which cutloss does not know what it makes of its weight: it is {it_is}. Put an "
@@ -284,7 +304,8 @@ def _check(module: nn.Module, owner: str) -> Cast | None:
     if own is not None and cast is None:
         raise NotImplementedError(
             f"the classifier of {owner} has a forward of its own on the instance, which would not "
-            f"be called, and does more than to cast: remove it, or patch the model before it is "
-            f"put there"
+            f"be called, and does more than the product with the weight: remove it, or patch the "
+            f"model before it is put there"
         )
     return cast
+

@@ -100,8 +100,17 @@ class UnmadeLogits:
     def __repr__(self) -> str:
         return f"UnmadeLogits(shape={tuple(self.shape)}, softcap={self.softcap})"
 
-    def __bool__(self) -> bool:
-        raise LogitsNotMadeError("their truth value")
+    __hash__ = object.__hash__  # a class with an __eq__ has none otherwise
+
+    def __eq__(self, other) -> bool:
+        if other is None:  # of a tensor that is False too
+            return False
+        raise LogitsNotMadeError("a comparison (==)")
+
+    def __ne__(self, other) -> bool:
+        if other is None:
+            return True
+        raise LogitsNotMadeError("a comparison (!=)")
 
     # What changes no number: logits are in fp32 wherever they exist ------------------------------
 
@@ -283,7 +292,12 @@ class UnmadeLogits:
         softcap = None if self.softcap is None else self.softcap * factor
         return self._with(terms=terms, vector=vector, softcap=softcap)
 
-    __mul__ = __rmul__ = __imul__ = multiply = mul
+    __mul__ = __rmul__ = multiply = mul
+
+    def neg(self) -> "UnmadeLogits":
+        return self.mul(-1)
+
+    __neg__ = negative = neg
 
     def div(self, other: Factor, *, rounding_mode: str | None = None) -> "UnmadeLogits":
         what = f"the quotient by {_name(other)}"
@@ -295,7 +309,7 @@ class UnmadeLogits:
             raise LogitsNotMadeError(what)
         return self.mul(1.0 / other)
 
-    __truediv__ = __itruediv__ = divide = true_divide = div
+    __truediv__ = divide = true_divide = div
 
     def _scale(self, factor: Tensor, what: str) -> Tensor:
         """Without dimensions, and in fp32 at least, where reciprocals and products of such lose
@@ -380,15 +394,47 @@ class UnmadeLogits:
         raise LogitsNotMadeError("an assignment to entries")
 
 
+def _refusing(what: str) -> Callable:
+    def refuse(self, *args):
+        raise LogitsNotMadeError(what)
+
+    return refuse
+
+
+# Python looks for these at the class, past its __getattr__, and has answers of its own where there
+# are none: a TypeError without a reason, or for logits *= 2 another object, which leaves views of
+# the logits that were taken before as they are.
+_OPERATORS = {
+    "bool": "their truth value",
+    "float": "float()", "int": "int()", "abs": "abs()", "round": "round()", "pos": "+logits",
+    "invert": "~", "contains": "a search (in)",
+    "lt": "a comparison (<)", "le": "a comparison (<=)", "gt": "a comparison (>)",
+    "ge": "a comparison (>=)",
+    "rsub": "the difference of something and logits", "rtruediv": "a quotient by logits",
+    **{f"{r}{name}": f"the operator {sign}" for r in ("", "r") for name, sign in (
+        ("floordiv", "//"), ("mod", "%"), ("pow", "**"), ("matmul", "@"), ("and", "&"),
+        ("or", "|"), ("xor", "^"), ("lshift", "<<"), ("rshift", ">>"),
+    )},
+    **{f"i{name}": f"a change in place ({sign}=; logits = logits {sign} ... makes new ones)"
+       for name, sign in (
+        ("add", "+"), ("sub", "-"), ("mul", "*"), ("truediv", "/"), ("floordiv", "//"),
+        ("mod", "%"), ("pow", "**"), ("matmul", "@"), ("and", "&"), ("or", "|"), ("xor", "^"),
+        ("lshift", "<<"), ("rshift", ">>"),
+    )},
+}  # fmt: skip
+for _operator, _what in _OPERATORS.items():
+    setattr(UnmadeLogits, f"__{_operator}__", _refusing(_what))
+
+
 # PyTorch's functions, and the methods of tensors, that are methods here with the same arguments.
 _METHODS = {
     getattr(owner, name): name
     for owner in (torch, Tensor, F)
     for name in (
         "add", "chunk", "clone", "div", "divide", "flatten", "index_select", "log_softmax",
-        "moveaxis", "movedim", "mul", "multiply", "narrow", "numel", "permute", "reshape", "select",
-        "split", "squeeze", "sub", "subtract", "swapaxes", "swapdims", "t", "tanh", "tensor_split",
-        "transpose", "true_divide", "unbind", "unflatten", "unsqueeze",
+        "moveaxis", "movedim", "mul", "multiply", "narrow", "neg", "negative", "numel", "permute",
+        "reshape", "select", "split", "squeeze", "sub", "subtract", "swapaxes", "swapdims", "t", "tanh",
+        "tensor_split", "transpose", "true_divide", "unbind", "unflatten", "unsqueeze",
     )
     if hasattr(owner, name)
 }  # fmt: skip
