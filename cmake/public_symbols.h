@@ -4,5 +4,4 @@
 
 #pragma GCC visibility push(default)
 #include "cutloss/cutloss.h"
-#include "cutloss/logits_loss.h"
 #pragma GCC visibility pop

@@ -17,7 +17,7 @@
 
 namespace cutloss::test {
 
-enum class Logits {
+enum class LogitKind {
   random,  // standard deviation about 1.5
   peaked,  // one logit about 30 above the others: the target's in every other row
   flat,    // all logits of a row equal
@@ -43,7 +43,7 @@ inline constexpr Types kTypes[] = {
 struct Case {
   std::string name;
   Problem problem;
-  Logits logits = Logits::random;
+  LogitKind logits = LogitKind::random;
   double ignored = 0.2;             // share of ignored targets
   bool lse_gradient = false;        // d_lse and d_lse_squared are given
   std::int64_t extra_e_stride = 0;  // elements between rows of E
@@ -57,21 +57,22 @@ inline void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 inline Case with_size(std::int64_t sequences, std::int64_t length, std::int64_t V, std::int64_t D,
                       std::int64_t shift = 0) {
   Case c;
-  c.problem.sequences = sequences;
-  c.problem.length = length;
-  c.problem.V = V;
-  c.problem.D = D;
-  c.problem.shift = shift;
-  c.problem.needs_de = c.problem.needs_dc = true;
+  c.problem.rows.sequences = sequences;
+  c.problem.rows.length = length;
+  classes_of(c.problem).count = V;
+  head_of(c.problem).D = D;
+  c.problem.rows.shift = shift;
+  c.problem.wanted.de.wanted = c.problem.wanted.dc.wanted = true;
   c.name = std::to_string(sequences) + "x" + std::to_string(length) + "_V" + std::to_string(V) +
            "_D" + std::to_string(D) + (shift != 0 ? "_shift" + std::to_string(shift) : "");
   return c;
 }
 
 inline void set_types(Problem& problem, const Types& types) {
-  problem.e_type = types.e;
-  problem.c_type = types.c;
-  problem.bias_type = types.bias;
+  Head& head = head_of(problem);
+  head.e_type = types.e;
+  head.c_type = types.c;
+  head.bias_type = types.bias;
   problem.compute_type = types.compute;
 }
 
@@ -82,48 +83,48 @@ struct Option {
 
 inline void add_everything(Case& c) {
   Problem& p = c.problem;
-  p.has_bias = p.needs_dbias = true;
-  p.softcap = 4.0;
-  p.logit_scale = 0.75;
-  p.temperature = 1.25;
-  p.has_row_temperature = true;
+  head_of(p).has_bias = p.wanted.dbias.wanted = true;
+  p.transform.softcap = 4.0;
+  p.transform.logit_scale = 0.75;
+  p.transform.temperature = 1.25;
+  p.rows.has_temperature = true;
   p.has_class_weight = true;
-  p.wants_entropy = p.wants_zbar = p.wants_argmax = true;
-  p.entropy_gradient = p.zbar_gradient = true;
+  p.wanted.entropy = p.wanted.zbar = p.wanted.argmax = true;
+  p.upstream.entropy = p.upstream.zbar = true;
   c.lse_gradient = true;
 }
 
 inline constexpr Option kOptions[] = {
     {"plain", [](Case&) {}},
-    {"argmax", [](Case& c) { c.problem.wants_argmax = true; }},
-    {"bias", [](Case& c) { c.problem.has_bias = c.problem.needs_dbias = true; }},
-    {"bias_frozen", [](Case& c) { c.problem.has_bias = true; }},
-    {"softcap", [](Case& c) { c.problem.softcap = 2.0; }},
-    {"scale", [](Case& c) { c.problem.logit_scale = -0.6; }},
-    {"temperature", [](Case& c) { c.problem.temperature = 0.7; }},
-    {"row_temperature", [](Case& c) { c.problem.has_row_temperature = true; }},
+    {"argmax", [](Case& c) { c.problem.wanted.argmax = true; }},
+    {"bias", [](Case& c) { head_of(c.problem).has_bias = c.problem.wanted.dbias.wanted = true; }},
+    {"bias_frozen", [](Case& c) { head_of(c.problem).has_bias = true; }},
+    {"softcap", [](Case& c) { c.problem.transform.softcap = 2.0; }},
+    {"scale", [](Case& c) { c.problem.transform.logit_scale = -0.6; }},
+    {"temperature", [](Case& c) { c.problem.transform.temperature = 0.7; }},
+    {"row_temperature", [](Case& c) { c.problem.rows.has_temperature = true; }},
     {"lse", [](Case& c) { c.lse_gradient = true; }},
-    {"entropy", [](Case& c) { c.problem.wants_entropy = c.problem.entropy_gradient = true; }},
-    {"zbar", [](Case& c) { c.problem.wants_zbar = c.problem.zbar_gradient = true; }},
+    {"entropy", [](Case& c) { c.problem.wanted.entropy = c.problem.upstream.entropy = true; }},
+    {"zbar", [](Case& c) { c.problem.wanted.zbar = c.problem.upstream.zbar = true; }},
     {"weighted_zbar",
      [](Case& c) {
-       c.problem.wants_zbar = c.problem.zbar_gradient = c.problem.has_class_weight = true;
+       c.problem.wanted.zbar = c.problem.upstream.zbar = c.problem.has_class_weight = true;
      }},
-    {"entropy_only_output", [](Case& c) { c.problem.wants_entropy = true; }},
-    {"only_de", [](Case& c) { c.problem.needs_dc = false; }},
-    {"only_dc", [](Case& c) { c.problem.needs_de = false; }},
+    {"entropy_only_output", [](Case& c) { c.problem.wanted.entropy = true; }},
+    {"only_de", [](Case& c) { c.problem.wanted.dc.wanted = false; }},
+    {"only_dc", [](Case& c) { c.problem.wanted.de.wanted = false; }},
     {"only_dbias",
      [](Case& c) {
-       c.problem.has_bias = c.problem.needs_dbias = true;
-       c.problem.needs_de = c.problem.needs_dc = false;
+       head_of(c.problem).has_bias = c.problem.wanted.dbias.wanted = true;
+       c.problem.wanted.de.wanted = c.problem.wanted.dc.wanted = false;
      }},
     {"de_dbias",
      [](Case& c) {
-       c.problem.has_bias = c.problem.needs_dbias = true;
-       c.problem.needs_dc = false;
+       head_of(c.problem).has_bias = c.problem.wanted.dbias.wanted = true;
+       c.problem.wanted.dc.wanted = false;
      }},
-    {"i32_targets", [](Case& c) { c.problem.target_type = IndexType::i32; }},
-    {"ignore_index_0", [](Case& c) { c.problem.ignore_index = 0; }},
+    {"i32_targets", [](Case& c) { c.problem.rows.target_type = IndexType::i32; }},
+    {"ignore_index_0", [](Case& c) { c.problem.rows.ignore_index = 0; }},
     {"none_ignored", [](Case& c) { c.ignored = 0; }},
     {"all_ignored", [](Case& c) { c.ignored = 1; }},
     {"strides",
@@ -158,8 +159,8 @@ struct Data {
     in.e = e.on(device);
     in.c = c.on(device);
     in.targets = targets.on(device);
-    if (problem.has_bias) in.bias = bias.on(device);
-    if (problem.has_row_temperature) in.temperature = temperature.on(device);
+    if (head_of(problem).has_bias) in.bias = bias.on(device);
+    if (problem.rows.has_temperature) in.temperature = temperature.on(device);
     if (problem.has_class_weight) in.class_weight = class_weight.on(device);
     return in;
   }
@@ -175,14 +176,14 @@ struct Data {
   }
 
   std::int64_t target(std::int64_t position) const {
-    if (problem.target_type == IndexType::i32) {
+    if (problem.rows.target_type == IndexType::i32) {
       return reinterpret_cast<const std::int32_t*>(targets.data())[position];
     }
     return reinterpret_cast<const std::int64_t*>(targets.data())[position];
   }
 
   void set_target(std::int64_t position, std::int64_t value) {
-    if (problem.target_type == IndexType::i32) {
+    if (problem.rows.target_type == IndexType::i32) {
       reinterpret_cast<std::int32_t*>(targets.data())[position] = static_cast<std::int32_t>(value);
     } else {
       reinterpret_cast<std::int64_t*>(targets.data())[position] = value;
@@ -190,12 +191,13 @@ struct Data {
   }
 
   std::int64_t e_offset(std::int64_t position) const {
-    return position / problem.length * problem.e_sequence_stride +
-           position % problem.length * problem.e_row_stride;
+    return position / problem.rows.length * head_of(problem).e_sequence_stride +
+           position % problem.rows.length * head_of(problem).e_row_stride;
   }
 
   bool counts(std::int64_t row) const {
-    return target(reference::position_of_row(problem, row) + problem.shift) != problem.ignore_index;
+    return target(reference::position_of_row(problem, row) + problem.rows.shift) !=
+           problem.rows.ignore_index;
   }
 };
 
@@ -203,61 +205,63 @@ namespace detail {
 
 inline void fill_targets(const Case& c, Data& data, std::mt19937_64& random) {
   const Problem& p = data.problem;
-  const std::int64_t positions = p.sequences * p.length;
-  const std::int64_t bytes = p.target_type == IndexType::i32 ? 4 : 8;
+  const std::int64_t positions = p.rows.sequences * p.rows.length;
+  const std::int64_t bytes = p.rows.target_type == IndexType::i32 ? 4 : 8;
   data.targets = Buffer(positions * bytes);
-  std::uniform_int_distribution<std::int64_t> any(0, p.V - 1);
+  std::uniform_int_distribution<std::int64_t> any(0, classes_of(p).count - 1);
   std::uniform_real_distribution<double> unit(0, 1);
   for (std::int64_t i = 0; i < positions; ++i) {
     // The first row always counts, so that the smallest problems are not empty.
-    const double share = i == p.shift && c.ignored < 1 ? 0 : c.ignored;
-    data.set_target(i, unit(random) < share ? p.ignore_index : any(random));
+    const double share = i == p.rows.shift && c.ignored < 1 ? 0 : c.ignored;
+    data.set_target(i, unit(random) < share ? p.rows.ignore_index : any(random));
   }
 }
 
 inline void fill_classifier(const Case& c, Data& data, std::mt19937_64& random) {
   const Problem& p = data.problem;
+  const Head& head = head_of(p);
   std::normal_distribution<double> normal;
-  const double size = 1.5 / std::sqrt(static_cast<double>(p.D));
+  const double size = 1.5 / std::sqrt(static_cast<double>(head.D));
   // Between the rows of C the buffer keeps its NaNs: reading them would show.
-  data.c = Array(p.c_type, p.V * p.c_row_stride);
-  for (std::int64_t v = 0; v < p.V; ++v) {
-    for (std::int64_t d = 0; d < p.D; ++d) {
+  data.c = Array(head.c_type, head.classes.count * head.c_row_stride);
+  for (std::int64_t v = 0; v < head.classes.count; ++v) {
+    for (std::int64_t d = 0; d < head.D; ++d) {
       double value = size * normal(random);
-      if (c.logits == Logits::flat && v > 0) value = data.c.get(d);
-      if (c.logits == Logits::offset && d == 0) value = 100;
-      data.c.set(v * p.c_row_stride + d, value);
+      if (c.logits == LogitKind::flat && v > 0) value = data.c.get(d);
+      if (c.logits == LogitKind::offset && d == 0) value = 100;
+      data.c.set(v * head.c_row_stride + d, value);
     }
   }
 }
 
 inline void fill_embeddings(const Case& c, Data& data, std::mt19937_64& random) {
   const Problem& p = data.problem;
+  const Head& head = head_of(p);
   std::normal_distribution<double> normal;
-  data.e = Array(p.e_type, p.sequences * p.e_sequence_stride);
+  data.e = Array(head.e_type, p.rows.sequences * head.e_sequence_stride);
   for (std::int64_t row = 0; row < row_count(p); ++row) {
     // E of rows that do not count stays NaN: it must have no effect.
     if (!data.counts(row)) continue;
     const std::int64_t position = reference::position_of_row(p, row);
     const std::int64_t offset = data.e_offset(position);
-    std::int64_t top = data.target(position + p.shift);
-    if (row % 2 == 1) top = (top + p.V / 2) % p.V;
+    std::int64_t top = data.target(position + p.rows.shift);
+    if (row % 2 == 1) top = (top + head.classes.count / 2) % head.classes.count;
     double norm = 0.25;
-    for (std::int64_t d = 0; d < p.D; ++d) {
-      norm = std::max(norm, std::fabs(data.c.get(top * p.c_row_stride + d)));
+    for (std::int64_t d = 0; d < head.D; ++d) {
+      norm = std::max(norm, std::fabs(data.c.get(top * head.c_row_stride + d)));
     }
     double squares = 0;
-    for (std::int64_t d = 0; d < p.D; ++d) {
-      const double ratio = data.c.get(top * p.c_row_stride + d) / norm;
+    for (std::int64_t d = 0; d < head.D; ++d) {
+      const double ratio = data.c.get(top * head.c_row_stride + d) / norm;
       squares += ratio * ratio;
     }
     norm *= norm * std::max(squares, 1.0);
-    for (std::int64_t d = 0; d < p.D; ++d) {
+    for (std::int64_t d = 0; d < head.D; ++d) {
       double value = normal(random);
-      if (c.logits == Logits::peaked) {
-        value = 0.1 * value + 30 * data.c.get(top * p.c_row_stride + d) / norm;
+      if (c.logits == LogitKind::peaked) {
+        value = 0.1 * value + 30 * data.c.get(top * head.c_row_stride + d) / norm;
       }
-      if (c.logits == Logits::offset && d == 0) value = 100;
+      if (c.logits == LogitKind::offset && d == 0) value = 100;
       data.e.set(offset + d, value);
     }
   }
@@ -276,9 +280,10 @@ inline Array random_array(DType type, std::int64_t count, double low, double hig
 // The case's problem, with its strides.
 inline Problem problem_of(const Case& c) {
   Problem p = c.problem;
-  p.e_row_stride = p.D + c.extra_e_stride;
-  p.e_sequence_stride = p.length * p.e_row_stride + c.extra_sequence_stride;
-  p.c_row_stride = p.D + c.extra_c_stride;
+  Head& head = head_of(p);
+  head.e_row_stride = head.D + c.extra_e_stride;
+  head.e_sequence_stride = p.rows.length * head.e_row_stride + c.extra_sequence_stride;
+  head.c_row_stride = head.D + c.extra_c_stride;
   return p;
 }
 
@@ -286,6 +291,7 @@ inline Data make_data(const Case& c) {
   std::mt19937_64 random(c.seed);
   Data data;
   Problem& p = data.problem;
+  const Head& head = head_of(p);
   p = problem_of(c);
 
   detail::fill_targets(c, data, random);
@@ -294,12 +300,16 @@ inline Data make_data(const Case& c) {
 
   const DType stat = reference::stat_type(p);
   const std::int64_t N = row_count(p);
-  if (p.has_bias) data.bias = detail::random_array(p.bias_type, p.V, -1, 1, random);
-  if (p.has_bias && c.logits == Logits::flat) {
-    for (std::int64_t v = 0; v < p.V; ++v) data.bias.set(v, 0.25);
+  if (head.has_bias) {
+    data.bias = detail::random_array(head.bias_type, head.classes.count, -1, 1, random);
   }
-  if (p.has_row_temperature) data.temperature = detail::random_array(stat, N, 0.5, 2, random);
-  if (p.has_class_weight) data.class_weight = detail::random_array(stat, p.V, 0, 2, random);
+  if (head.has_bias && c.logits == LogitKind::flat) {
+    for (std::int64_t v = 0; v < head.classes.count; ++v) data.bias.set(v, 0.25);
+  }
+  if (p.rows.has_temperature) data.temperature = detail::random_array(stat, N, 0.5, 2, random);
+  if (p.has_class_weight) {
+    data.class_weight = detail::random_array(stat, head.classes.count, 0, 2, random);
+  }
 
   const auto coefficients = [&](double low, double high) {
     Array array = detail::random_array(stat, N, low, high, random);
@@ -313,8 +323,8 @@ inline Data make_data(const Case& c) {
     data.d_lse = coefficients(-0.5, 0.5);
     data.d_lse_squared = coefficients(-0.1, 0.1);
   }
-  if (p.entropy_gradient) data.d_entropy = coefficients(-1, 1);
-  if (p.zbar_gradient) data.d_zbar = coefficients(-1, 1);
+  if (p.upstream.entropy) data.d_entropy = coefficients(-1, 1);
+  if (p.upstream.zbar) data.d_zbar = coefficients(-1, 1);
   return data;
 }
 

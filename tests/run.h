@@ -64,7 +64,7 @@ inline void set_engine(Problem& problem, const std::string& engine) {
 inline Plan plan_for(Problem problem, const std::string& engine, const Mode& mode) {
   set_engine(problem, engine);
   problem.schedule = mode.schedule;
-  problem.upstream = mode.upstream;
+  problem.upstream.when = mode.upstream;
   problem.max_workspace =
       mode.smallest_workspace ? smallest_workspace(problem) : std::int64_t{64} << 20;
   return make_plan(problem);
@@ -130,20 +130,21 @@ struct Outputs {
 
 // Outputs that are not wanted stay null.
 inline Outputs outputs_for(const Problem& p) {
+  const Head& head = head_of(p);
   const std::int64_t N = row_count(p);
   const DType stat = reference::stat_type(p);
   Outputs out;
   for (Array* array : {&out.nll, &out.lse, &out.row_max, &out.log_sum}) *array = Array(stat, N);
-  if (p.wants_entropy) out.entropy = Array(stat, N);
-  if (p.wants_zbar) out.zbar = Array(stat, N);
-  if (p.wants_argmax) {
+  if (p.wanted.entropy) out.entropy = Array(stat, N);
+  if (p.wanted.zbar) out.zbar = Array(stat, N);
+  if (p.wanted.argmax) {
     out.argmax_memory = Buffer(N * 8);
     out.argmax.assign(N, -7);  // no value that an engine writes
     if (N > 0) std::memcpy(out.argmax_memory.data(), out.argmax.data(), N * 8);
   }
-  if (p.needs_de) out.de = Array(p.e_type, p.sequences * p.length * p.D);
-  if (p.needs_dc) out.dc = Array(p.c_type, p.V * p.D);
-  if (p.needs_dbias) out.dbias = Array(p.bias_type, p.V);
+  if (p.wanted.de.wanted) out.de = Array(head.e_type, p.rows.sequences * p.rows.length * head.D);
+  if (p.wanted.dc.wanted) out.dc = Array(head.c_type, head.classes.count * head.D);
+  if (p.wanted.dbias.wanted) out.dbias = Array(head.bias_type, head.classes.count);
   return out;
 }
 

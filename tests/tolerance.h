@@ -91,20 +91,20 @@ inline std::vector<double> product_bounds(const Data& data, const reference::Res
   double largest_c = 0;
   for (std::int64_t v = 0; v < r.V; ++v) largest_c = std::max(largest_c, norm(r.c, v, r.D));
   double largest_bias = 0;
-  for (std::int64_t v = 0; p.has_bias && v < r.V; ++v) {
+  for (std::int64_t v = 0; head_of(p).has_bias && v < r.V; ++v) {
     const double bias = std::fabs(data.bias.get(v));
     if (std::isfinite(bias)) largest_bias = std::max(largest_bias, bias);
   }
   std::vector<double> bounds(r.N, 0);
   for (std::int64_t n = 0; n < r.N; ++n) {
-    const double product = std::fabs(p.logit_scale) * norm(r.e, n, r.D) * largest_c;
+    const double product = std::fabs(p.transform.logit_scale) * norm(r.e, n, r.D) * largest_c;
     bounds[n] = gamma(u, r.D) * (product + largest_bias) + 2 * u_inputs * product;
   }
   return bounds;
 }
 
 inline double row_temperature(const Data& data, std::int64_t n) {
-  return data.problem.temperature * stat_or(data.temperature, n, 1.0);
+  return data.problem.transform.temperature * stat_or(data.temperature, n, 1.0);
 }
 
 inline void row_bounds(const Data& data, const reference::Result& r,
@@ -124,7 +124,7 @@ inline void row_bounds(const Data& data, const reference::Result& r,
       weights += std::fabs(weight) / static_cast<double>(r.V);
       weighted += std::fabs(weight * z[v]) / static_cast<double>(r.V);
     }
-    const double cap_rounding = p.softcap ? 4 * u * *p.softcap : 0;
+    const double cap_rounding = p.transform.softcap ? 4 * u * *p.transform.softcap : 0;
     const double logit = (product[n] + cap_rounding) / row_temperature(data, n) + 4 * u * largest_z;
     const double share = -std::expm1(-r.nll[n]);  // 1 - p_target
     const double gap = std::fabs(r.row_max[n] - z[r.target[n]]);
@@ -193,6 +193,7 @@ inline double g_bound(const Data& data, const reference::Result& r, const Bounds
 inline Bounds bounds(const Data& data, const reference::Result& r) {
   using namespace detail;
   const Problem& p = data.problem;
+  const Head& head = head_of(p);
   const auto [u, u_g, u_inputs] = rounding_units(p, r.compute_type);
   const double lost = r.compute_type == DType::f16 ? kF16Underflow * largest_g(data, r) : 0;
   Bounds b;
@@ -204,13 +205,15 @@ inline Bounds bounds(const Data& data, const reference::Result& r) {
 
   const std::vector<double> product = product_bounds(data, r);
   row_bounds(data, r, product, b);
-  const double scale = std::fabs(p.logit_scale);
+  const double scale = std::fabs(p.transform.logit_scale);
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0) continue;
     const std::int64_t de_row = reference::position_of_row(p, n) * r.D;
     const double temperature = row_temperature(data, n);
     const double cap_error =
-        p.softcap ? (kMaxSlopeChange * product[n] / *p.softcap + 8 * u) / temperature : 0;
+        p.transform.softcap
+            ? (kMaxSlopeChange * product[n] / *p.transform.softcap + 8 * u) / temperature
+            : 0;
     for (std::int64_t v = 0; v < r.V; ++v) {
       const std::int64_t i = n * r.V + v;
       const double da = std::fabs(r.g[i] * r.slope[i]);
@@ -245,9 +248,9 @@ inline Bounds bounds(const Data& data, const reference::Result& r) {
     }
     return bound.empty() ? 0.0 : std::sqrt(total / static_cast<double>(bound.size()));
   };
-  b.de_rms = close(b.de, r.de, p.e_type, &de_squares);
-  b.dc_rms = close(b.dc, r.dc, p.c_type, &dc_squares);
-  close(b.dbias, r.dbias, p.bias_type, nullptr);
+  b.de_rms = close(b.de, r.de, head.e_type, &de_squares);
+  b.dc_rms = close(b.dc, r.dc, head.c_type, &dc_squares);
+  close(b.dbias, r.dbias, head.bias_type, nullptr);
   return b;
 }
 

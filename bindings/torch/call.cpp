@@ -47,11 +47,11 @@ void check_shapes(const Operands& o, const Options& options) {
 }
 
 template <class Index>
-std::int64_t count_valid(const Problem& p, const Index* targets) {
+std::int64_t count_valid(const Rows& rows, const Index* targets) {
   std::int64_t count = 0;
-  for (std::int64_t sequence = 0; sequence < p.sequences; ++sequence) {
-    for (std::int64_t i = p.shift; i < p.length; ++i) {
-      count += targets[sequence * p.length + i] != p.ignore_index ? 1 : 0;
+  for (std::int64_t sequence = 0; sequence < rows.sequences; ++sequence) {
+    for (std::int64_t i = rows.shift; i < rows.length; ++i) {
+      count += targets[sequence * rows.length + i] != rows.ignore_index ? 1 : 0;
     }
   }
   return count;
@@ -59,15 +59,15 @@ std::int64_t count_valid(const Problem& p, const Index* targets) {
 
 // On the host a wrong number costs nothing to find. On a device it would cost a synchronisation;
 // there the library makes it NaN.
-void check_num_valid(const Problem& p, const void* targets) {
-  if (!p.num_valid) return;
-  const std::int64_t count = p.target_type == IndexType::i64
-                                 ? count_valid(p, static_cast<const std::int64_t*>(targets))
-                                 : count_valid(p, static_cast<const std::int32_t*>(targets));
-  if (*p.num_valid == count) return;
-  refuse("num_valid is " + std::to_string(*p.num_valid) + ", but " + std::to_string(count) +
-         " of the " + std::to_string(row_count(p)) +
-         " targets that are predicted are not ignore_index = " + std::to_string(p.ignore_index));
+void check_num_valid(const Rows& rows, const void* targets) {
+  if (!rows.num_valid) return;
+  const std::int64_t count = rows.target_type == IndexType::i64
+                                 ? count_valid(rows, static_cast<const std::int64_t*>(targets))
+                                 : count_valid(rows, static_cast<const std::int32_t*>(targets));
+  if (*rows.num_valid == count) return;
+  refuse("num_valid is " + std::to_string(*rows.num_valid) + ", but " + std::to_string(count) +
+         " of the " + std::to_string(row_count(rows)) +
+         " targets that are predicted are not ignore_index = " + std::to_string(rows.ignore_index));
 }
 
 }  // namespace
@@ -107,24 +107,24 @@ Options read_options(Stack& s) {
 
 Problem problem_of(const Options& options, Upstream upstream) {
   Problem p;
-  p.shift = options.shift;
+  p.rows.shift = options.shift;
   p.compute_type = dtype_of(options.compute, "compute_dtype");
-  p.ignore_index = options.ignore_index;
-  p.num_valid = options.num_valid;
+  p.rows.ignore_index = options.ignore_index;
+  p.rows.num_valid = options.num_valid;
   p.allow_tf32 = options.allow_tf32;
-  p.softcap = options.softcap;
-  p.logit_scale = options.logit_scale;
-  p.temperature = options.temperature;
-  p.wants_entropy = options.wants_entropy;
-  p.wants_zbar = options.wants_zbar;
-  p.wants_argmax = options.wants_argmax;
-  p.needs_de = options.needs_de;
-  p.needs_dc = options.needs_dc;
-  p.needs_dbias = options.needs_dbias;
-  const bool gradient = p.needs_de || p.needs_dc || p.needs_dbias;
-  p.upstream = gradient ? upstream : Upstream::none;
-  p.entropy_gradient = gradient && p.wants_entropy;
-  p.zbar_gradient = gradient && p.wants_zbar;
+  p.transform.softcap = options.softcap;
+  p.transform.logit_scale = options.logit_scale;
+  p.transform.temperature = options.temperature;
+  p.wanted.entropy = options.wants_entropy;
+  p.wanted.zbar = options.wants_zbar;
+  p.wanted.argmax = options.wants_argmax;
+  p.wanted.de.wanted = options.needs_de;
+  p.wanted.dc.wanted = options.needs_dc;
+  p.wanted.dbias.wanted = options.needs_dbias;
+  const bool gradient = wants_gradient(p);
+  p.upstream.when = gradient ? upstream : Upstream::none;
+  p.upstream.entropy = gradient && p.wanted.entropy;
+  p.upstream.zbar = gradient && p.wanted.zbar;
   p.max_workspace = options.max_workspace;
   p.schedule = static_cast<Schedule>(options.schedule);
   // For tests and measurements: the one engine that a plan may take.
@@ -148,28 +148,30 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   if (o.bias) o.bias = packed(*o.bias, "bias");
 
   Problem p = problem_of(options, upstream);
-  p.sequences = o.e.size(0);
-  p.length = o.e.size(1);
-  p.V = o.c.size(0);
-  p.D = o.c.size(1);
-  p.e_sequence_stride = e_strides.sequence;
-  p.e_row_stride = e_strides.row;
-  p.c_row_stride = c_strides.row;
-  p.e_type = dtype_of(o.e.scalar_type(), "e");
-  p.c_type = dtype_of(o.c.scalar_type(), "c");
-  p.has_bias = o.bias.has_value();
-  p.bias_type = p.has_bias ? dtype_of(o.bias->scalar_type(), "bias") : p.c_type;
-  p.target_type = index_type_of(o.targets.scalar_type());
-  p.has_row_temperature = o.row_temperature.has_value();
+  p.rows.sequences = o.e.size(0);
+  p.rows.length = o.e.size(1);
+  Head& head = head_of(p);
+  head.classes.count = o.c.size(0);
+  head.D = o.c.size(1);
+  head.e_sequence_stride = e_strides.sequence;
+  head.e_row_stride = e_strides.row;
+  head.c_row_stride = c_strides.row;
+  head.e_type = dtype_of(o.e.scalar_type(), "e");
+  head.c_type = dtype_of(o.c.scalar_type(), "c");
+  head.has_bias = o.bias.has_value();
+  head.bias_type = head.has_bias ? dtype_of(o.bias->scalar_type(), "bias") : head.c_type;
+  p.rows.target_type = index_type_of(o.targets.scalar_type());
+  p.rows.has_temperature = o.row_temperature.has_value();
   p.has_class_weight = o.class_weight.has_value();
   p.device = device_.device();
-  plan_ = plan_for(p, device_.index());
+  p.device_index = device_.index();
+  plan_ = plan_for(p);
   if (kept_bytes() != options.kept_bytes) {
     refuse("kept_bytes must be what the plan says, " + std::to_string(kept_bytes()) + ", got " +
            std::to_string(options.kept_bytes));
   }
 
-  if (!device_.is_cuda()) check_num_valid(plan_->problem, o.targets.const_data_ptr());
+  if (!device_.is_cuda()) check_num_valid(plan_->problem.rows, o.targets.const_data_ptr());
 
   inputs_.emplace(device_, rows(), stats());
   args.stream = device_.stream();
@@ -194,17 +196,21 @@ Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bo
 
 Tensor Call::make_de() const {
   const Problem& p = plan_->problem;
-  return make({p.sequences, p.length, p.D}, operands_.e.scalar_type(), p.needs_de);
+  return make({p.rows.sequences, p.rows.length, head_of(p).D}, operands_.e.scalar_type(),
+              p.wanted.de.wanted);
 }
 
 Tensor Call::make_dc() const {
-  const Problem& p = plan_->problem;
-  return make({p.V, p.D}, operands_.c.scalar_type(), p.needs_dc);
+  const Head& head = head_of(plan_->problem);
+  return make({head.classes.count, head.D}, operands_.c.scalar_type(),
+              plan_->problem.wanted.dc.wanted);
 }
 
 Tensor Call::make_dbias() const {
-  const Problem& p = plan_->problem;
-  return make({p.V}, p.has_bias ? operands_.bias->scalar_type() : ScalarType::Float, p.needs_dbias);
+  const Head& head = head_of(plan_->problem);
+  return make({head.classes.count},
+              head.has_bias ? operands_.bias->scalar_type() : ScalarType::Float,
+              plan_->problem.wanted.dbias.wanted);
 }
 
 }  // namespace cutloss::binding

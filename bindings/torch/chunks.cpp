@@ -59,6 +59,7 @@ void need(const Tensor& t, std::int64_t count, const char* what) {
 void use(Call& call, const State& state) {
   const Plan& plan = call.plan();
   const Problem& p = plan.problem;
+  const Head& head = head_of(p);
   const std::int64_t rows = call.rows();
   const auto row_output = [&](const Tensor& t, const char* what) {
     return const_cast<void*>(call.inputs().row(t, what));
@@ -68,11 +69,11 @@ void use(Call& call, const State& state) {
   out.lse = row_output(state.lse, "lse");
   out.row_max = row_output(state.row_max, "row_max");
   out.log_sum = row_output(state.log_sum, "log_sum");
-  need(state.entropy, p.wants_entropy ? rows : 0, "entropy");
+  need(state.entropy, p.wanted.entropy ? rows : 0, "entropy");
   out.entropy = data(state.entropy);
-  need(state.de, p.needs_de ? p.sequences * p.length * p.D : 0, "de");
-  need(state.dc, p.needs_dc ? p.V * p.D : 0, "dc");
-  need(state.dbias, p.needs_dbias ? p.V : 0, "dbias");
+  need(state.de, p.wanted.de.wanted ? p.rows.sequences * p.rows.length * head.D : 0, "de");
+  need(state.dc, p.wanted.dc.wanted ? head.classes.count * head.D : 0, "dc");
+  need(state.dbias, p.wanted.dbias.wanted ? head.classes.count : 0, "dbias");
   call.args.gradients = {data(state.de), data(state.dc), data(state.dbias)};
   need(state.memory, workspace_at(plan) + plan.forward_workspace_bytes, "memory");
   auto* memory = static_cast<std::byte*>(data(state.memory));
@@ -88,7 +89,7 @@ void chunks_begin(Stack& stack) {
   Call call(std::move(operands), options, Upstream::at_forward);
   State state = make_state(call, options);
   use(call, state);
-  begin(call.plan(), call.args);
+  open(call.plan(), call.args, Pass::both)->begin();
   for (const Tensor* t : state.all()) stack.put(*t);
   stack.put(chunk_count(call.plan()));
 }
@@ -100,8 +101,9 @@ void chunk_statistics(Stack& stack) {
   const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   use(call, state);
-  statistics(call.plan(), call.args, chunk);
-  const RowList list = chunk_rows(call.plan(), call.args, chunk);
+  const auto session = resume(call.plan(), call.args, Pass::both);
+  session->statistics(chunk);
+  const RowList list = session->rows(chunk);
   const auto* memory = static_cast<const std::byte*>(state.memory.const_data_ptr());
   const std::int64_t offset =
       list.count == 0 ? 0 : reinterpret_cast<const std::byte*>(list.rows) - memory;
@@ -121,7 +123,7 @@ void chunk_gradients(Stack& stack) {
   up.d_nll = call.inputs().row(upstream[0], "d_nll");
   up.d_lse = call.inputs().row(upstream[1], "d_lse");
   up.d_entropy = call.inputs().row(upstream[2], "d_entropy");
-  gradients(call.plan(), call.args, chunk);
+  resume(call.plan(), call.args, Pass::both)->gradients(chunk);
 }
 
 void chunks_finish(Stack& stack) {
@@ -130,7 +132,7 @@ void chunks_finish(Stack& stack) {
   const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   use(call, state);
-  finish(call.plan(), call.args);
+  resume(call.plan(), call.args, Pass::both)->finish();
 }
 
 void is_read_in_place(Stack& stack) {

@@ -1,7 +1,7 @@
 // The operators over logits that exist, torch.ops.cutloss.logits_*. Fakes and autograd are in
 // python/cutloss/_logits_ops.py. Those whose name ends in an underscore write the gradient over the
 // logits.
-#include "cutloss/logits_loss.h"
+#include "cutloss/logits.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -45,19 +45,22 @@ Operands read_operands(Stack& s) {
 }
 
 // The keyword arguments, last in every schema.
-LogitsProblem read_options(Stack& s) {
-  LogitsProblem p;
-  p.shift = s.next<std::int64_t>();
-  p.ignore_index = s.next<std::int64_t>();
-  p.softcap = s.next<std::optional<double>>();
-  p.logit_scale = s.next<double>();
-  p.temperature = s.next<double>();
-  p.wants_entropy = s.next<bool>();
-  p.wants_zbar = s.next<bool>();
-  p.wants_argmax = s.next<bool>();
+Problem read_options(Stack& s) {
+  Problem p;
+  p.source = Logits{};
+  p.rows.shift = s.next<std::int64_t>();
+  p.rows.ignore_index = s.next<std::int64_t>();
+  p.transform.softcap = s.next<std::optional<double>>();
+  p.transform.logit_scale = s.next<double>();
+  p.transform.temperature = s.next<double>();
+  p.wanted.entropy = s.next<bool>();
+  p.wanted.zbar = s.next<bool>();
+  p.wanted.argmax = s.next<bool>();
+  p.wanted.dlogits.wanted = true;
+  p.upstream = {Upstream::at_backward, p.wanted.entropy, p.wanted.zbar};
   // For tests and measurements.
   if (const char* blocks = std::getenv("CUTLOSS_BLOCKS_PER_ROW")) {
-    p.blocks_per_row = std::atoi(blocks);
+    logits_of(p).blocks_per_row = std::atoi(blocks);
   }
   return p;
 }
@@ -78,7 +81,7 @@ void check_shapes(const Operands& o) {
 // One call: the device made current, the logits where the library can read them.
 class Call {
  public:
-  Call(Operands operands, const LogitsProblem& options, bool in_place)
+  Call(Operands operands, const Problem& options, bool in_place)
       : problem(options), o_(std::move(operands)), device_(o_.logits, "logits") {
     // PyTorch hands its number of threads to OpenMP thread by thread, when first asked there.
     if (!device_.is_cuda()) torch::stable::get_num_threads();
@@ -86,13 +89,14 @@ class Call {
     device_.require_here(o_.targets, "targets");
     settle(in_place);
     o_.targets = packed(o_.targets, "targets");
-    problem.sequences = o_.logits.size(0);
-    problem.length = o_.logits.size(1);
-    problem.V = o_.logits.size(2);
-    problem.type = dtype_of(o_.logits.scalar_type(), "logits");
-    problem.target_type = index_type_of(o_.targets.scalar_type());
+    problem.rows.sequences = o_.logits.size(0);
+    problem.rows.length = o_.logits.size(1);
+    Logits& logits = logits_of(problem);
+    logits.classes.count = o_.logits.size(2);
+    logits.type = dtype_of(o_.logits.scalar_type(), "logits");
+    problem.rows.target_type = index_type_of(o_.targets.scalar_type());
     problem.device = device_.device();
-    problem.has_row_temperature = o_.row_temperature.has_value();
+    problem.rows.has_temperature = o_.row_temperature.has_value();
     problem.has_class_weight = o_.class_weight.has_value();
     inputs.emplace(device_, rows(), stats());
     args.stream = device_.stream();
@@ -101,14 +105,13 @@ class Call {
     args.temperature = inputs->row(o_.row_temperature, "row_temperature");
     args.class_weight = inputs->class_weight(o_.class_weight);
     if (in_place) {
-      problem.gradient_sequence_stride = problem.sequence_stride;
-      problem.gradient_row_stride = problem.row_stride;
+      logits.overwrite = true;
       args.gradient = data(o_.logits);
     }
   }
 
   std::int64_t rows() const { return row_count(problem); }
-  ScalarType stats() const { return stat_type(problem.type); }
+  ScalarType stats() const { return stat_type(logits_of(problem).type); }
 
   Tensor make(std::initializer_list<std::int64_t> sizes, ScalarType type,
               bool wanted = true) const {
@@ -118,7 +121,8 @@ class Call {
   // A gradient in memory of its own.
   Tensor make_gradient() {
     const Tensor made =
-        make({problem.sequences, problem.length, problem.V}, o_.logits.scalar_type());
+        make({problem.rows.sequences, problem.rows.length, classes_of(problem).count},
+             o_.logits.scalar_type());
     args.gradient = data(made);
     return made;
   }
@@ -130,7 +134,7 @@ class Call {
     return loss;
   }
 
-  LogitsProblem problem;
+  Problem problem;
   LogitsArgs args;
   std::optional<RowInputs> inputs;
 
@@ -139,8 +143,8 @@ class Call {
   void settle(bool in_place) {
     Tensor& z = o_.logits;
     if (const auto strides = strides_in_place(place_of(z), Device::cpu)) {
-      problem.sequence_stride = strides->sequence;
-      problem.row_stride = strides->row;
+      logits_of(problem).sequence_stride = strides->sequence;
+      logits_of(problem).row_stride = strides->row;
       return;
     }
     if (in_place && z.numel() > 0) {
@@ -161,20 +165,20 @@ class Call {
 };
 
 // Per-row outputs of a call, on the device of its logits.
-struct Rows {
+struct RowTensors {
   Tensor nll, lse, row_max, log_sum, entropy, zbar, argmax;
 
-  explicit Rows(Call& call) {
-    const LogitsProblem& p = call.problem;
+  explicit RowTensors(Call& call) {
+    const Problem& p = call.problem;
     const std::int64_t rows = call.rows();
     const ScalarType type = call.stats();
     nll = call.make({rows}, type);
     lse = call.make({rows}, type);
     row_max = call.make({rows}, type);
     log_sum = call.make({rows}, type);
-    entropy = call.make({rows}, type, p.wants_entropy);
-    zbar = call.make({rows}, type, p.wants_zbar);
-    argmax = call.make({rows}, ScalarType::Long, p.wants_argmax);
+    entropy = call.make({rows}, type, p.wanted.entropy);
+    zbar = call.make({rows}, type, p.wanted.zbar);
+    argmax = call.make({rows}, ScalarType::Long, p.wanted.argmax);
     call.args.rows = {data(nll),
                       data(lse),
                       data(row_max),
@@ -192,7 +196,7 @@ void statistics(Stack& stack) {
   const auto terms = stack.next<std::optional<Tensor>>();
   const auto undefined = stack.next<std::optional<Tensor>>();
   Call call(std::move(operands), read_options(stack), /*in_place=*/false);
-  const Rows rows(call);
+  const RowTensors rows(call);
   forward(call.problem, call.args);
   call.args.upstream = call.inputs->terms(terms);
   const Tensor loss = terms ? call.sum_loss(undefined) : call.make({0}, call.stats());
@@ -211,7 +215,7 @@ void gradient(Stack& stack) {
   for (Tensor& t : saved) t = stack.next<Tensor>();
   std::array<std::optional<Tensor>, 5> upstream;
   for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
-  const LogitsProblem options = read_options(stack);
+  const Problem options = read_options(stack);
   Call call(std::move(operands), options, in_place);
 
   RowInputs& in = *call.inputs;
@@ -222,7 +226,7 @@ void gradient(Stack& stack) {
   rows.nll = read_only(saved[0], "nll");
   rows.row_max = read_only(saved[1], "row_max");
   rows.log_sum = read_only(saved[2], "log_sum");
-  if (options.wants_entropy) rows.entropy = read_only(saved[3], "entropy");
+  if (options.wanted.entropy) rows.entropy = read_only(saved[3], "entropy");
   RowGradients& up = call.args.upstream;
   up.d_nll = in.row(upstream[0], "d_nll");
   up.d_lse = in.row(upstream[1], "d_lse");
@@ -246,7 +250,7 @@ void loss_and_gradient(Stack& stack) {
   const Tensor terms = stack.next<Tensor>();
   const auto undefined = stack.next<std::optional<Tensor>>();
   Call call(std::move(operands), read_options(stack), in_place);
-  const Rows rows(call);
+  const RowTensors rows(call);
   call.args.upstream = call.inputs->terms(terms);
   std::optional<Tensor> made;
   if (!in_place) made = call.make_gradient();

@@ -226,32 +226,36 @@ std::shared_ptr<const Plan> read_plan(Stack& s) {
   const Options options = read_options(s);
 
   Problem p = problem_of(options, at_forward ? Upstream::at_forward : Upstream::at_backward);
-  p.sequences = sizes.sequences;
-  p.length = sizes.length;
-  p.V = sizes.V;
-  p.D = sizes.D;
+  p.rows.sequences = sizes.sequences;
+  p.rows.length = sizes.length;
   p.device = on_cuda ? Device::cuda : Device::cpu;
-  const Strides of_e = told_strides({{p.sequences, p.length, p.D}, {}, e, e_offset}, e_strides, 3,
-                                    p.device, "e_strides");
+  Head& head = head_of(p);
+  head.classes.count = sizes.V;
+  head.D = sizes.D;
+  const Strides of_e = told_strides({{sizes.sequences, sizes.length, sizes.D}, {}, e, e_offset},
+                                    e_strides, 3, p.device, "e_strides");
   const Strides of_c =
-      told_strides({{1, p.V, p.D}, {}, c, c_offset}, c_strides, 2, p.device, "c_strides");
-  p.e_sequence_stride = of_e.sequence;
-  p.e_row_stride = of_e.row;
-  p.c_row_stride = of_c.row;
-  p.e_type = dtype_of(e, "e");
-  p.c_type = dtype_of(c, "c");
-  p.has_bias = bias.has_value();
-  p.bias_type = bias ? dtype_of(*bias, "bias") : p.c_type;
-  p.target_type = index_type_of(targets);
-  p.has_row_temperature = has_row_temperature;
+      told_strides({{1, sizes.V, sizes.D}, {}, c, c_offset}, c_strides, 2, p.device, "c_strides");
+  head.e_sequence_stride = of_e.sequence;
+  head.e_row_stride = of_e.row;
+  head.c_row_stride = of_c.row;
+  head.e_type = dtype_of(e, "e");
+  head.c_type = dtype_of(c, "c");
+  head.has_bias = bias.has_value();
+  head.bias_type = bias ? dtype_of(*bias, "bias") : head.c_type;
+  p.rows.target_type = index_type_of(targets);
+  p.rows.has_temperature = has_row_temperature;
   p.has_class_weight = has_class_weight;
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   try {
-    if (on_cuda && device_index >= 0) guard.emplace(static_cast<std::int32_t>(device_index));
+    if (on_cuda && device_index >= 0) {
+      guard.emplace(static_cast<std::int32_t>(device_index));
+      p.device_index = static_cast<int>(device_index);
+    }
   } catch (const std::runtime_error&) {
     // A device of fake tensors only. What is missing, the engines say.
   }
-  return plan_for(p, on_cuda ? device_index : -1);
+  return plan_for(p);
 }
 
 // plan(sizes, *, options) -> [schedule, bytes kept from forward to backward, bytes of scratch of

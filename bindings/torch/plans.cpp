@@ -9,7 +9,6 @@ namespace {
 
 struct Made {
   Problem problem;
-  std::int64_t device = -1;
   std::shared_ptr<const Plan> plan;
 };
 
@@ -23,13 +22,13 @@ struct Memory {
 
 }  // namespace
 
-std::shared_ptr<const Plan> plan_for(const Problem& problem, std::int64_t device) {
+std::shared_ptr<const Plan> plan_for(const Problem& problem) {
   thread_local Memory memory;
   for (const std::optional<Made>& made : memory.made) {
-    if (made && made->device == device && made->problem == problem) return made->plan;
+    if (made && made->problem == problem) return made->plan;
   }
   auto plan = std::make_shared<const Plan>(make_plan(problem));
-  memory.made[memory.next] = Made{problem, device, plan};
+  memory.made[memory.next] = Made{problem, plan};
   memory.next = (memory.next + 1) % kRemembered;
   return plan;
 }

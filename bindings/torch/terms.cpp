@@ -32,11 +32,10 @@ void loss_terms(Stack& stack) {
   const auto token_weight = stack.next<std::optional<Tensor>>();
   const auto class_weight = stack.next<std::optional<Tensor>>();
   const auto compute = stack.next<ScalarType>();
-  Problem p;
-  p.D = 1;  // any will do
-  p.V = stack.next<std::int64_t>();
-  p.shift = stack.next<std::int64_t>();
-  p.ignore_index = stack.next<std::int64_t>();
+  LossRows rows;
+  rows.classes = stack.next<std::int64_t>();
+  rows.rows.shift = stack.next<std::int64_t>();
+  rows.rows.ignore_index = stack.next<std::int64_t>();
   Weighting weighting;
   weighting.mean = stack.next<bool>();
   weighting.label_smoothing = stack.next<double>();
@@ -48,29 +47,30 @@ void loss_terms(Stack& stack) {
   }
   const OnDevice here(targets, "targets");
   targets = packed(targets, "targets");
-  p.device = here.device();
-  p.sequences = targets.size(0);
-  p.length = targets.size(1);
-  p.target_type = index_type_of(targets.scalar_type());
-  p.compute_type = dtype_of(compute, "compute_dtype");
-  p.e_type = p.c_type = p.compute_type;
-  const ScalarType type = stat_type(p.compute_type);
+  rows.device = here.device();
+  rows.rows.sequences = targets.size(0);
+  rows.rows.length = targets.size(1);
+  rows.rows.target_type = index_type_of(targets.scalar_type());
+  const DType compute_type = dtype_of(compute, "compute_dtype");
+  rows.type = compute_type == DType::f64 ? DType::f64 : DType::f32;
+  const ScalarType type = stat_type(compute_type);
   std::optional<Tensor> alive[2];
   weighting.token_weight =
       weights(here, token_weight, targets.numel(), type, "token_weight", alive[0]);
-  weighting.class_weight = weights(here, class_weight, p.V, type, "class_weight", alive[1]);
+  weighting.class_weight =
+      weights(here, class_weight, rows.classes, type, "class_weight", alive[1]);
 
-  const std::int64_t rows = row_count(p);
+  const std::int64_t count = row_count(rows.rows);
   const TermOrder order(weighting.label_smoothing > 0, weighting.z_loss > 0);
-  const Tensor made = new_tensor(targets, {order.count, rows}, type);
+  const Tensor made = new_tensor(targets, {order.count, count}, type);
   const Tensor undefined = new_tensor(targets, {}, ScalarType::Bool);
   auto* first = static_cast<std::byte*>(made.mutable_data_ptr());
   const auto row = [&](int at) -> void* {
-    return at < 0 ? nullptr : first + at * rows * made.element_size();
+    return at < 0 ? nullptr : first + at * count * made.element_size();
   };
   const LossTerms terms{row(order.nll), row(order.lse), row(order.lse_squared), row(order.zbar),
                         static_cast<bool*>(undefined.mutable_data_ptr())};
-  cutloss::loss_terms(p, weighting, targets.const_data_ptr(), terms, here.stream());
+  cutloss::loss_terms(rows, weighting, targets.const_data_ptr(), terms, here.stream());
   stack.put(made);
   stack.put(undefined);
 }

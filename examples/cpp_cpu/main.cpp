@@ -49,11 +49,12 @@ int main() try {
   // 1. Plain facts. The gradients' upstream coefficients (1/N each, for the mean) are known when
   //    the loss is asked for, so one call may give both.
   cutloss::Problem problem;
-  problem.length = N;
-  problem.V = V;
-  problem.D = D;
-  problem.needs_de = problem.needs_dc = true;
-  problem.upstream = cutloss::Upstream::at_forward;
+  problem.rows.length = N;
+  cutloss::Head& head = head_of(problem);
+  head.classes.count = V;
+  head.D = D;
+  problem.wanted.de.wanted = problem.wanted.dc.wanted = true;
+  problem.upstream.when = cutloss::Upstream::at_forward;
 
   // 2. The plan says how it will be done, and how much memory that takes. By rows the gradients are
   //    made along with the loss, by vocabulary (where memory is short) after it.

@@ -63,11 +63,12 @@ struct Batch {
 
 cutloss::Problem problem_for(cutloss::Upstream upstream) {
   cutloss::Problem problem;
-  problem.length = N;
-  problem.V = V;
-  problem.D = D;
-  problem.needs_de = problem.needs_dc = true;
-  problem.upstream = upstream;
+  problem.rows.length = N;
+  cutloss::Head& head = head_of(problem);
+  head.classes.count = V;
+  head.D = D;
+  problem.wanted.de.wanted = problem.wanted.dc.wanted = true;
+  problem.upstream.when = upstream;
   return problem;
 }
 
@@ -98,19 +99,20 @@ float loss_in_the_seam(Batch& b) {
   const cutloss::Args args = args_for(b, kept, workspace);
 
   float loss = 0;
-  cutloss::begin(plan, args);
+  const auto session = cutloss::open(plan, args, cutloss::Pass::both);
+  session->begin();
   for (std::int64_t chunk = 0; chunk < cutloss::chunk_count(plan); ++chunk) {
-    cutloss::statistics(plan, args, chunk);
-    const cutloss::RowList list = cutloss::chunk_rows(plan, args, chunk);
+    session->statistics(chunk);
+    const cutloss::RowList list = session->rows(chunk);
     for (std::int64_t i = 0; i < list.count; ++i) {
       const std::int64_t n = list.rows[i];
       const Token token = clipped(b.nll[n], b.old_nll[n], b.advantage[n]);
       b.d_nll[n] = token.d_nll;
       loss += token.loss;
     }
-    cutloss::gradients(plan, args, chunk);
+    session->gradients(chunk);
   }
-  cutloss::finish(plan, args);
+  session->finish();
   return loss;
 }
 

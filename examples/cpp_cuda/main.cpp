@@ -143,13 +143,14 @@ std::vector<float> random_matrix(std::int64_t size, unsigned seed) {
 bool train(cutloss::DType compute_type, cutloss::Schedule schedule) {
   // 1. Plain facts.
   cutloss::Problem problem;
-  problem.length = N;
-  problem.V = V;
-  problem.D = D;
+  problem.rows.length = N;
+  cutloss::Head& head = head_of(problem);
+  head.classes.count = V;
+  head.D = D;
   problem.compute_type = compute_type;  // of the products; E, C and their gradients are fp32
-  problem.ignore_index = kIgnored;
-  problem.needs_de = problem.needs_dc = true;
-  problem.upstream = cutloss::Upstream::at_forward;
+  problem.rows.ignore_index = kIgnored;
+  problem.wanted.de.wanted = problem.wanted.dc.wanted = true;
+  problem.upstream.when = cutloss::Upstream::at_forward;
   problem.schedule = schedule;  // leave it out, and the plan takes what is quicker and fits
   problem.device = cutloss::Device::cuda;
 
@@ -189,7 +190,7 @@ bool train(cutloss::DType compute_type, cutloss::Schedule schedule) {
   cutloss::LossTerms terms;
   terms.nll = d_nll.get();
   terms.undefined = undefined.get();
-  cutloss::loss_terms(problem, {.mean = true}, targets.get(), terms, stream.get());
+  cutloss::loss_terms(loss_rows(problem), {.mean = true}, targets.get(), terms, stream.get());
 
   // 5. Steps. By rows the gradients are made along with the loss, by vocabulary after it.
   const bool at_once = plan.schedule == cutloss::Schedule::rows && !plan.keeps_logits;

@@ -69,22 +69,23 @@ Result loss_and_gradients(Tensor e, Tensor c, Tensor targets, bool needs_de, boo
   const c10::DeviceGuard guard(e.device());
 
   cutloss::Problem problem;
-  problem.length = targets.numel();
-  problem.V = c.size(0);
-  problem.D = c.size(1);
-  problem.e_type = problem.compute_type = dtype_of(e);
-  problem.c_type = dtype_of(c);
-  problem.needs_de = needs_de;
-  problem.needs_dc = needs_dc;
+  problem.rows.length = targets.numel();
+  cutloss::Head& head = head_of(problem);
+  head.classes.count = c.size(0);
+  head.D = c.size(1);
+  head.e_type = problem.compute_type = dtype_of(e);
+  head.c_type = dtype_of(c);
+  problem.wanted.de.wanted = needs_de;
+  problem.wanted.dc.wanted = needs_dc;
   const bool training = needs_de || needs_dc;
-  problem.upstream = training ? cutloss::Upstream::at_forward : cutloss::Upstream::none;
+  problem.upstream.when = training ? cutloss::Upstream::at_forward : cutloss::Upstream::none;
   problem.device = e.is_cuda() ? cutloss::Device::cuda : cutloss::Device::cpu;
   const cutloss::Plan plan = cutloss::make_plan(problem);
 
   // Memory is libtorch's. Its allocators align to 64 bytes and follow the stream, so what is freed
   // at the end of this function is not reused before the work on it is done.
   const auto stats = e.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
-  const Tensor nll = torch::empty({problem.length}, e.options().dtype(stats));
+  const Tensor nll = torch::empty({problem.rows.length}, e.options().dtype(stats));
   const Tensor row_max = torch::empty_like(nll), log_sum = torch::empty_like(nll);
   const Tensor d_nll = torch::empty_like(nll);
   const Tensor undefined = torch::empty({}, e.options().dtype(torch::kBool));
@@ -114,7 +115,7 @@ Result loss_and_gradients(Tensor e, Tensor c, Tensor targets, bool needs_de, boo
   cutloss::LossTerms terms;
   terms.nll = d_nll.mutable_data_ptr();
   terms.undefined = undefined.mutable_data_ptr<bool>();
-  cutloss::loss_terms(problem, {.mean = true}, args.in.targets, terms, args.stream);
+  cutloss::loss_terms(loss_rows(problem), {.mean = true}, args.in.targets, terms, args.stream);
 
   if (plan.schedule == cutloss::Schedule::rows && !plan.keeps_logits) {
     cutloss::forward_backward(plan, args);

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cutloss/cutloss.h"
+#include "cutloss/problem.h"
 
 namespace cutloss {
 
@@ -25,6 +25,12 @@ constexpr std::int64_t size_of(DType type) {
 // Per-row statistics and accumulators.
 constexpr DType stat_type(DType compute_type) {
   return compute_type == DType::f64 ? DType::f64 : DType::f32;
+}
+
+// That of a problem: logits have no products, and count by what they are stored in.
+inline DType stat_type(const Problem& problem) {
+  const auto* logits = std::get_if<Logits>(&problem.source);
+  return stat_type(logits != nullptr ? logits->type : problem.compute_type);
 }
 
 inline float bf16_to_float(std::uint16_t bits) {

@@ -8,10 +8,6 @@
 
 namespace cutloss {
 
-// loss_terms of a checked problem, in the CUDA engines' part of the library.
-void cuda_loss_terms(const Problem& problem, const Weighting& weighting, const void* targets,
-                     const LossTerms& terms, void* stream);
-
 // What is given to a call for row n; lse is that of the row.
 template <class T>
 CUTLOSS_HOST_DEVICE RowUpstream<T> row_upstream(const RowGradients& given, std::int64_t n, T lse) {

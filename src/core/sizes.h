@@ -1,10 +1,8 @@
-// Arithmetic on sizes that every engine's plans need.
+// Arithmetic on sizes that every plan needs.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-
-#include "cutloss/cutloss.h"
 
 namespace cutloss {
 
@@ -16,11 +14,6 @@ constexpr std::int64_t even_piece(std::int64_t total, std::int64_t most, std::in
   if (total <= most) return std::max<std::int64_t>(total, 1);
   const std::int64_t whole = std::max(most / unit * unit, unit);
   return round_up(divide_up(total, divide_up(total, whole)), unit);
-}
-
-// What a plan takes at most at a time.
-inline std::int64_t peak_bytes(const Plan& plan) {
-  return plan.kept_bytes + std::max(plan.forward_workspace_bytes, plan.backward_workspace_bytes);
 }
 
 }  // namespace cutloss

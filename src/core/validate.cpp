@@ -1,10 +1,11 @@
 #include "core/validate.h"
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 
 #include "core/dtype.h"
+#include "core/row_map.h"
 #include "core/text.h"
 
 namespace cutloss {
@@ -18,50 +19,53 @@ namespace {
 constexpr std::int64_t kMaxElements = std::int64_t{1} << 59;
 
 void check_sizes(const Problem& p) {
-  check_positions(p.sequences, p.length, p.shift);
-  if (p.V < 1) refuse_value(text("V (rows of C) must be >= 1, got ", p.V));
-  if (p.D < 1) refuse_value(text("D (columns of E and C) must be >= 1, got ", p.D));
-  const std::int64_t rows = p.sequences * p.length;
-  check_product("N x D", rows, p.D);
-  check_product("N x V", rows, p.V);
-  check_product("V x D", p.V, p.D);
+  const Head& head = head_of(p);
+  const std::int64_t V = head.classes.count;
+  if (V < 1) refuse_value(text("V (rows of C) must be >= 1, got ", V));
+  if (head.D < 1) refuse_value(text("D (columns of E and C) must be >= 1, got ", head.D));
+  const std::int64_t positions = p.rows.sequences * p.rows.length;
+  check_product("N x D", positions, head.D);
+  check_product("N x V", positions, V);
+  check_product("V x D", V, head.D);
 }
 
 void check_types(const Problem& p) {
   const auto refuse = [](const std::string& message) {
     throw Error(ErrorCode::invalid_type, message);
   };
+  const Head& head = head_of(p);
   const auto is_f64 = [](DType type) { return type == DType::f64; };
-  const bool any = is_f64(p.e_type) || is_f64(p.c_type) || (p.has_bias && is_f64(p.bias_type)) ||
-                   is_f64(p.compute_type);
-  const bool all = is_f64(p.e_type) && is_f64(p.c_type) && (!p.has_bias || is_f64(p.bias_type)) &&
-                   is_f64(p.compute_type);
+  const bool any = is_f64(head.e_type) || is_f64(head.c_type) ||
+                   (head.has_bias && is_f64(head.bias_type)) || is_f64(p.compute_type);
+  const bool all = is_f64(head.e_type) && is_f64(head.c_type) &&
+                   (!head.has_bias || is_f64(head.bias_type)) && is_f64(p.compute_type);
   if (any && !all) {
-    refuse(text("f64 does not mix with other dtypes: E is ", name(p.e_type), ", C ", name(p.c_type),
-                ", bias ", p.has_bias ? name(p.bias_type) : "absent", ", compute_type ",
-                name(p.compute_type), "; convert all of them to one dtype"));
+    refuse(text("f64 does not mix with other dtypes: E is ", name(head.e_type), ", C ",
+                name(head.c_type), ", bias ", head.has_bias ? name(head.bias_type) : "absent",
+                ", compute_type ", name(p.compute_type), "; convert all of them to one dtype"));
   }
 }
 
-void check_options(const Problem& p) {
-  check_transform(p.softcap, p.logit_scale, p.temperature, stat_type(p.compute_type));
+void check_linear_options(const Problem& p) {
   if (p.max_workspace && *p.max_workspace < 0) {
     refuse_value(text("max_workspace must be >= 0 bytes, got ", *p.max_workspace));
   }
-  const bool wants_gradient = p.needs_de || p.needs_dc || p.needs_dbias;
-  if (p.needs_dbias && !p.has_bias) refuse_value("needs_dbias is set, but there is no bias");
-  if (wants_gradient && p.upstream == Upstream::none) {
+  const Head& head = head_of(p);
+  const Wanted& w = p.wanted;
+  if (w.dlogits.wanted) {
     refuse_value(
-        "a gradient is wanted (needs_*), but upstream is none: set at_forward or "
-        "at_backward");
+        "wanted.dlogits is the gradient of Logits, but the source of the problem is "
+        "Linear: its gradients are wanted.de, dc and dbias");
   }
-  if (p.schedule == Schedule::none && wants_gradient) {
-    refuse_value("schedule none makes no gradient, but one is wanted (needs_*)");
+  if (w.dbias.wanted && !head.has_bias) {
+    refuse_value("wanted.dbias is set, but there is no bias");
   }
-  if (p.entropy_gradient && !p.wants_entropy) {
-    refuse_value("entropy_gradient needs wants_entropy");
+  check_gradient(w.de, head.e_type, "de");
+  check_gradient(w.dc, head.c_type, "dc");
+  check_gradient(w.dbias, head.bias_type, "dbias");
+  if (p.schedule == Schedule::none && wants_gradient(p)) {
+    refuse_value("schedule none makes no gradient, but one is wanted (wanted.de, dc or dbias)");
   }
-  if (p.zbar_gradient && !p.wants_zbar) refuse_value("zbar_gradient needs wants_zbar");
 }
 
 void need(const void* pointer, const char* what) { need_pointer(pointer, "Args", what); }
@@ -76,16 +80,14 @@ void need_aligned(const void* pointer, std::int64_t bytes, const char* what) {
 
 }  // namespace
 
-void check_positions(std::int64_t sequences, std::int64_t length, std::int64_t shift) {
+void settle_rows(Rows& rows) {
+  const auto [sequences, length, shift] = std::tuple{rows.sequences, rows.length, rows.shift};
   if (sequences < 0 || length < 0) {
     refuse_value(text("sequences and length must be >= 0, got ", sequences, " and ", length));
   }
   if (shift < 0) refuse_value(text("shift must be >= 0, got ", shift));
   check_product("sequences x length", sequences, length);
-}
-
-std::int64_t settled_shift(std::int64_t length, std::int64_t shift) {
-  return std::min(shift, length);
+  rows.shift = settled_shift(rows);
 }
 
 void check_product(const char* what, std::int64_t a, std::int64_t b) {
@@ -103,10 +105,60 @@ void settle_stride(std::int64_t& stride, std::int64_t packed, std::int64_t count
   if (count > 1) check_product(what, count, stride);
 }
 
-void check_transform(const std::optional<double>& softcap, double logit_scale, double temperature,
-                     DType stat) {
+void settle_classes(Classes& classes) {
+  const auto [first, count, total] = classes;
+  if (total == 0) classes.total = count;
+  if (first == 0 && classes.total == count) return;
+  throw Error(ErrorCode::unsupported,
+              text("classes {first ", first, ", count ", count, ", total ", total,
+                   "} are a part of a vocabulary, and no engine takes less than a whole one: give "
+                   "all classes, with first = 0 and total = count, or 0"));
+}
+
+void check_gradient(const GradientWanted& gradient, DType own, const char* what) {
+  const auto refuse = [](const std::string& message) {
+    throw Error(ErrorCode::unsupported, message);
+  };
+  if (gradient.add) {
+    refuse(text("wanted.", what,
+                ".add is set, but gradients can only be written, not added to "
+                "what is there: leave it false, and add the gradient yourself"));
+  }
+  if (gradient.type && *gradient.type != own) {
+    refuse(text("wanted.", what, ".type is ", name(*gradient.type),
+                ", but this gradient can only "
+                "be written in ",
+                name(own),
+                ", the dtype of what it is the gradient of: leave the "
+                "type unset, and convert the gradient yourself"));
+  }
+}
+
+void check_upstream(const Problem& p) {
+  if (wants_gradient(p) && p.upstream.when == Upstream::none) {
+    refuse_value(
+        "a gradient is wanted (in Problem::wanted), but upstream.when is none: set "
+        "at_forward or at_backward");
+  }
+  if (p.upstream.entropy && !p.wanted.entropy) {
+    refuse_value("upstream.entropy needs wanted.entropy");
+  }
+  if (p.upstream.zbar && !p.wanted.zbar) refuse_value("upstream.zbar needs wanted.zbar");
+}
+
+void check_device(const Problem& p) {
+  if (p.device_index < -1 || (p.device == Device::cpu && p.device_index != -1)) {
+    refuse_value(
+        text("device_index must be that of a CUDA device, or -1 (the current one, or the "
+             "CPU), got ",
+             p.device_index, " for a problem on ", p.device == Device::cpu ? "the CPU" : "CUDA"));
+  }
+}
+
+void check_transform(const Transform& transform, DType stat) {
+  const auto& [softcap, logit_scale, temperature] = transform;
   const auto [least, most] = usable_range(stat);
-  const auto is_usable = [&, least = least, most = most](double value) {
+  const auto is_usable = [least = least, most = most](double value) {
     return std::fabs(value) >= least && std::fabs(value) <= most;
   };
   const auto refuse_number = [&, least = least, most = most](const char* what, const char* rule,
@@ -140,19 +192,25 @@ void check_row_temperature(double own, double in_all, DType stat, Position at) {
 }
 
 Problem validated(Problem p) {
+  settle_rows(p.rows);
   check_sizes(p);
-  p.shift = settled_shift(p.length, p.shift);
-  settle_stride(p.e_row_stride, p.D, p.length, "e_row_stride");
-  settle_stride(p.e_sequence_stride, (p.length > 0 ? p.length - 1 : 0) * p.e_row_stride + p.D,
-                p.sequences, "e_sequence_stride");
-  settle_stride(p.c_row_stride, p.D, p.V, "c_row_stride");
+  Head& head = head_of(p);
+  settle_classes(head.classes);
+  settle_stride(head.e_row_stride, head.D, p.rows.length, "e_row_stride");
+  settle_stride(head.e_sequence_stride,
+                (p.rows.length > 0 ? p.rows.length - 1 : 0) * head.e_row_stride + head.D,
+                p.rows.sequences, "e_sequence_stride");
+  settle_stride(head.c_row_stride, head.D, head.classes.count, "c_row_stride");
   check_types(p);
-  check_options(p);
+  check_transform(p.transform, stat_type(p));
+  check_device(p);
+  check_linear_options(p);
+  check_upstream(p);
   return p;
 }
 
-void check_args(const Plan& plan, const Args& args, Passes passes) {
-  const auto [forward, backward] = passes;
+void check_args(const Plan& plan, const Args& args, Pass pass) {
+  const bool forward = makes_statistics(pass), backward = makes_gradients(pass);
   const Problem& p = plan.problem;
   if (row_count(p) > 0) {
     need(args.in.e, "in.e");
@@ -160,24 +218,24 @@ void check_args(const Plan& plan, const Args& args, Passes passes) {
     need(args.rows.nll, "rows.nll");
     need(args.rows.row_max, "rows.row_max");
     need(args.rows.log_sum, "rows.log_sum");
-    if (p.has_row_temperature) need(args.in.temperature, "in.temperature");
-    if (forward && p.wants_entropy) need(args.rows.entropy, "rows.entropy");
-    if (forward && p.wants_zbar) need(args.rows.zbar, "rows.zbar");
-    if (forward && p.wants_argmax) need(args.rows.argmax, "rows.argmax");
+    if (p.rows.has_temperature) need(args.in.temperature, "in.temperature");
+    if (forward && p.wanted.entropy) need(args.rows.entropy, "rows.entropy");
+    if (forward && p.wanted.zbar) need(args.rows.zbar, "rows.zbar");
+    if (forward && p.wanted.argmax) need(args.rows.argmax, "rows.argmax");
     if (backward && args.upstream.d_entropy != nullptr) need(args.rows.entropy, "rows.entropy");
   }
   need(args.in.c, "in.c");
-  if (p.has_bias) need(args.in.bias, "in.bias");
+  if (head_of(p).has_bias) need(args.in.bias, "in.bias");
   if (p.has_class_weight) need(args.in.class_weight, "in.class_weight");
   if (backward) {
-    if (p.needs_de && row_count(p) > 0) need(args.gradients.de, "gradients.de");
-    if (p.needs_dc) need(args.gradients.dc, "gradients.dc");
-    if (p.needs_dbias) need(args.gradients.dbias, "gradients.dbias");
-    if (args.upstream.d_entropy != nullptr && !p.entropy_gradient) {
-      refuse_value("upstream.d_entropy is given, but the problem has entropy_gradient = false");
+    if (p.wanted.de.wanted && row_count(p) > 0) need(args.gradients.de, "gradients.de");
+    if (p.wanted.dc.wanted) need(args.gradients.dc, "gradients.dc");
+    if (p.wanted.dbias.wanted) need(args.gradients.dbias, "gradients.dbias");
+    if (args.upstream.d_entropy != nullptr && !p.upstream.entropy) {
+      refuse_value("upstream.d_entropy is given, but the problem has upstream.entropy = false");
     }
-    if (args.upstream.d_zbar != nullptr && !p.zbar_gradient) {
-      refuse_value("upstream.d_zbar is given, but the problem has zbar_gradient = false");
+    if (args.upstream.d_zbar != nullptr && !p.upstream.zbar) {
+      refuse_value("upstream.d_zbar is given, but the problem has upstream.zbar = false");
     }
   }
   need_aligned(args.kept, plan.kept_bytes, "kept");

@@ -1,20 +1,27 @@
 #pragma once
 
-#include "core/engine.h"
+#include <optional>
+#include <string>
+
+#include "cutloss/cutloss.h"
 
 namespace cutloss {
 
-// What problems of either kind have in common. All throw Error(invalid_value).
-void check_positions(std::int64_t sequences, std::int64_t length, std::int64_t shift);
-// A sequence that is no longer than the shift predicts nothing, however long the shift is. Engines
-// see shifts of at most the length.
-std::int64_t settled_shift(std::int64_t length, std::int64_t shift);
+// What problems of either source have in common. All throw Error(invalid_value), or what they say.
+// Engines see shifts of at most the length.
+void settle_rows(Rows& rows);
 // a x b elements must have addresses.
 void check_product(const char* what, std::int64_t a, std::int64_t b);
 // Fills in a packed stride, or checks a given one.
 void settle_stride(std::int64_t& stride, std::int64_t packed, std::int64_t count, const char* what);
-void check_transform(const std::optional<double>& softcap, double logit_scale, double temperature,
-                     DType stat);
+// Fills in the total, and refuses a part of a vocabulary as unsupported.
+void settle_classes(Classes& classes);
+// Refuses as unsupported what no engine can write yet. `own`: the dtype of what it is the gradient
+// of; `what`: the member of Wanted.
+void check_gradient(const GradientWanted& gradient, DType own, const char* what);
+void check_transform(const Transform& transform, DType stat);
+void check_upstream(const Problem& problem);
+void check_device(const Problem& problem);
 // `what` is a member of `args`.
 void need_pointer(const void* pointer, const char* args, const char* what);
 
@@ -25,8 +32,9 @@ struct Position {
 void check_target(std::int64_t target, std::int64_t V, std::int64_t ignore_index, Position at);
 void check_row_temperature(double own, double in_all, DType stat, Position at);
 
-// Every refusal that follows from the problem alone. Returns the problem with its strides filled
-// in and its shift settled. Throws Error(invalid_value | invalid_type).
+// Every refusal that follows from a problem alone whose source is Linear. Returns the problem with
+// its strides and classes filled in and its shift settled. Throws Error(invalid_value |
+// invalid_type | unsupported).
 Problem validated(Problem problem);
 
 // The sizes of numbers that have a reciprocal in a stat dtype: an option outside would silently
@@ -39,6 +47,6 @@ inline NumberRange usable_range(DType stat) {
 }
 
 // Every refusal that follows from the pointers of a call: missing, misaligned, too small.
-void check_args(const Plan& plan, const Args& args, Passes passes);
+void check_args(const Plan& plan, const Args& args, Pass pass);
 
 }  // namespace cutloss

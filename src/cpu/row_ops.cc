@@ -99,7 +99,7 @@ HWY_INLINE hn::Vec<D> from_bf16(D d, hn::Vec<hn::Rebind<std::uint16_t, D>> v) {
 }
 
 template <class T>
-void apply_transform(T* z, std::int64_t columns, const Transform<T>& transform) {
+void apply_transform(T* z, std::int64_t columns, const RowTransform<T>& transform) {
   const Tag<T> d;
   const auto inv_temperature = hn::Set(d, transform.inv_temperature);
   const auto softcap = hn::Set(d, transform.softcap);
@@ -242,7 +242,7 @@ void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
 // Calls write(i, valid, g) for each vector of the row's g. Returns g at the target, which the
 // caller writes over what stands there.
 template <class T, class Write>
-HWY_INLINE T make_gradient(const GradientRow<T>& row, T* z, const Transform<T>* transform,
+HWY_INLINE T make_gradient(const GradientRow<T>& row, T* z, const RowTransform<T>* transform,
                            Write write) {
   const Tag<T> d;
   const RowCoefficients<T>& k = row.coefficients;
@@ -293,7 +293,7 @@ HWY_INLINE T make_gradient(const GradientRow<T>& row, T* z, const Transform<T>* 
 }
 
 template <class T>
-void row_gradient_impl(const GradientRow<T>& row, T* z, const Transform<T>* transform, T* g) {
+void row_gradient_impl(const GradientRow<T>& row, T* z, const RowTransform<T>* transform, T* g) {
   const Tag<T> d;
   const T at_target =
       make_gradient(row, z, transform,
@@ -302,7 +302,7 @@ void row_gradient_impl(const GradientRow<T>& row, T* z, const Transform<T>* tran
 }
 
 void row_gradient_bf16_impl(const GradientRow<float>& row, float* z,
-                            const Transform<float>* transform, std::uint16_t* g) {
+                            const RowTransform<float>* transform, std::uint16_t* g) {
   const Tag<float> d;
   const hn::Rebind<std::uint16_t, Tag<float>> d16;
   const float at_target = make_gradient(
@@ -407,12 +407,12 @@ void row_statistics_f32(StatisticsRow<float>& row, RowState<float>& state) {
 void row_statistics_f64(StatisticsRow<double>& row, RowState<double>& state) {
   row_statistics_impl(row, state);
 }
-void row_gradient_f32(const GradientRow<float>& row, float* z, const Transform<float>* transform,
+void row_gradient_f32(const GradientRow<float>& row, float* z, const RowTransform<float>* transform,
                       float* g) {
   row_gradient_impl(row, z, transform, g);
 }
-void row_gradient_f64(const GradientRow<double>& row, double* z, const Transform<double>* transform,
-                      double* g) {
+void row_gradient_f64(const GradientRow<double>& row, double* z,
+                      const RowTransform<double>* transform, double* g) {
   row_gradient_impl(row, z, transform, g);
 }
 void from_exponentials_f32(const GradientRow<float>& row, const float* exponentials, float slab_max,
@@ -461,17 +461,17 @@ void row_statistics(StatisticsRow<double>& row, RowState<double>& state) {
   HWY_DYNAMIC_DISPATCH(row_statistics_f64)(row, state);
 }
 template <>
-void row_gradient(const GradientRow<float>& row, float* z, const Transform<float>* transform,
+void row_gradient(const GradientRow<float>& row, float* z, const RowTransform<float>* transform,
                   float* g) {
   HWY_DYNAMIC_DISPATCH(row_gradient_f32)(row, z, transform, g);
 }
 template <>
-void row_gradient(const GradientRow<double>& row, double* z, const Transform<double>* transform,
+void row_gradient(const GradientRow<double>& row, double* z, const RowTransform<double>* transform,
                   double* g) {
   HWY_DYNAMIC_DISPATCH(row_gradient_f64)(row, z, transform, g);
 }
-void row_gradient_bf16(const GradientRow<float>& row, float* z, const Transform<float>* transform,
-                       std::uint16_t* g) {
+void row_gradient_bf16(const GradientRow<float>& row, float* z,
+                       const RowTransform<float>* transform, std::uint16_t* g) {
   HWY_DYNAMIC_DISPATCH(row_gradient_bf16_impl)(row, z, transform, g);
 }
 template <>

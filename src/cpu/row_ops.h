@@ -11,7 +11,7 @@ namespace cutloss::cpu {
 
 // z = softcap(dot + bias) * inv_temperature.
 template <class T>
-struct Transform {
+struct RowTransform {
   const T* bias = nullptr;  // of the slab's columns, or null
   T softcap = 0;            // 0: none
   T inv_temperature = 1;
@@ -24,7 +24,7 @@ struct StatisticsRow {
   std::int64_t columns;
   std::int64_t first_column;  // of the vocabulary
   std::int64_t target;        // in the vocabulary
-  Transform<T> transform;
+  RowTransform<T> transform;
   bool entropy;
   bool argmax;
   bool zbar;
@@ -51,9 +51,9 @@ struct GradientRow {
 // g from logits; `transform` still to be applied where the logits are recomputed, null where z is
 // final. Writes T to `g` (which may be z), or bf16.
 template <class T>
-void row_gradient(const GradientRow<T>& row, T* z, const Transform<T>* transform, T* g);
-void row_gradient_bf16(const GradientRow<float>& row, float* z, const Transform<float>* transform,
-                       std::uint16_t* g);
+void row_gradient(const GradientRow<T>& row, T* z, const RowTransform<T>* transform, T* g);
+void row_gradient_bf16(const GradientRow<float>& row, float* z,
+                       const RowTransform<float>* transform, std::uint16_t* g);
 
 // g from the exponentials that row_statistics kept, whose slab maximum was `slab_max`.
 template <class T>

@@ -69,6 +69,12 @@ const DeviceFacts& current_device() {
   return found != known.end() ? found->second : known.emplace(device, ask(device)).first->second;
 }
 
+std::string index_refusal(int device_index) {
+  if (device_index < 0 || device_index == current_device().index) return "";
+  return text("device_index is ", device_index, ", but the current CUDA device is ",
+              current_device().index, ": make that one current, or leave device_index -1");
+}
+
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // it has been seen

@@ -21,6 +21,9 @@ struct DeviceFacts {
 // Why nothing can run on a GPU here, in words; empty where something can.
 std::string cuda_refusal();
 
+// Why a problem for the device of this index (-1: any) cannot run now; empty where it is current.
+std::string index_refusal(int device_index);
+
 // Facts of the current device, asked for once. Throws Error where there is none.
 const DeviceFacts& current_device();
 

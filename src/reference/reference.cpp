@@ -27,7 +27,7 @@ double at(const std::vector<double>& values, std::int64_t index) {
 }
 
 std::int64_t load_target(const Problem& problem, const Inputs& in, std::int64_t position) {
-  if (problem.target_type == IndexType::i32) {
+  if (problem.rows.target_type == IndexType::i32) {
     return static_cast<const std::int32_t*>(in.targets)[position];
   }
   return static_cast<const std::int64_t*>(in.targets)[position];
@@ -38,63 +38,72 @@ double operand(const Problem& problem, const void* array, DType type, std::int64
   return problem.compute_type == DType::bf16 ? rounded(stored, DType::bf16) : stored;
 }
 
-// Where row n lies in E, or among logits, whose rows are `packed` elements apart if nothing is
-// said.
-std::int64_t offset_of_row(const Problem& problem, std::int64_t packed, std::int64_t n) {
-  const std::int64_t row_stride = problem.e_row_stride != 0 ? problem.e_row_stride : packed;
+// How E, or logits, lie in memory; 0: packed.
+struct Matrix {
+  std::int64_t columns, sequence_stride, row_stride;
+};
+
+Matrix matrix_of(const Head& head) { return {head.D, head.e_sequence_stride, head.e_row_stride}; }
+Matrix matrix_of(const Logits& logits) {
+  return {logits.classes.count, logits.sequence_stride, logits.row_stride};
+}
+
+std::int64_t offset_of_row(const Problem& problem, const Matrix& matrix, std::int64_t n) {
+  const std::int64_t row_stride = matrix.row_stride != 0 ? matrix.row_stride : matrix.columns;
   const std::int64_t sequence_stride =
-      problem.e_sequence_stride != 0 ? problem.e_sequence_stride : problem.length * row_stride;
+      matrix.sequence_stride != 0 ? matrix.sequence_stride : problem.rows.length * row_stride;
   const std::int64_t position = position_of_row(problem, n);
-  return position / problem.length * sequence_stride + position % problem.length * row_stride;
+  return position / problem.rows.length * sequence_stride +
+         position % problem.rows.length * row_stride;
 }
 
 void read_targets(const Problem& problem, const Inputs& in, Result& r) {
   for (std::int64_t n = 0; n < r.N; ++n) {
-    const std::int64_t position = position_of_row(problem, n) + problem.shift;
+    const std::int64_t position = position_of_row(problem, n) + problem.rows.shift;
     const std::int64_t target = load_target(problem, in, position);
-    if (target == problem.ignore_index) continue;
-    if (target < 0 || target >= problem.V) {
+    if (target == problem.rows.ignore_index) continue;
+    if (target < 0 || target >= classes_of(problem).count) {
       throw Error(ErrorCode::invalid_value, "target at position " + std::to_string(position) +
                                                 " is " + std::to_string(target) + ", outside [0, " +
-                                                std::to_string(problem.V) + ")");
+                                                std::to_string(classes_of(problem).count) + ")");
     }
     r.target[n] = target;
   }
 }
 
 void read_operands(const Problem& problem, const Inputs& in, Result& r) {
-  const std::int64_t D = problem.D;
-  const std::int64_t c_stride = problem.c_row_stride != 0 ? problem.c_row_stride : D;
+  const Head& head = head_of(problem);
+  const std::int64_t D = head.D;
+  const std::int64_t c_stride = head.c_row_stride != 0 ? head.c_row_stride : D;
   for (std::int64_t n = 0; n < r.N; ++n) {
-    const std::int64_t offset = offset_of_row(problem, D, n);
+    const std::int64_t offset = offset_of_row(problem, matrix_of(head), n);
     for (std::int64_t d = 0; d < D; ++d) {
-      r.e[n * D + d] = operand(problem, in.e, problem.e_type, offset + d);
+      r.e[n * D + d] = operand(problem, in.e, head.e_type, offset + d);
     }
   }
-  for (std::int64_t v = 0; v < problem.V; ++v) {
+  for (std::int64_t v = 0; v < head.classes.count; ++v) {
     for (std::int64_t d = 0; d < D; ++d) {
-      r.c[v * D + d] = operand(problem, in.c, problem.c_type, v * c_stride + d);
+      r.c[v * D + d] = operand(problem, in.c, head.c_type, v * c_stride + d);
     }
   }
 }
 
-// z = transform(product(n, v)) and slope = dz/da.
-template <class Product>
-void transform(const Problem& problem, const Inputs& in, Product product, Result& r) {
+// z = transform(logit(n, v)) and slope = dz/da, where logit has logit_scale and bias in it.
+template <class Logit>
+void transform(const Problem& problem, const Inputs& in, Logit logit, Result& r) {
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0) continue;
-    double temperature = problem.temperature;
-    if (problem.has_row_temperature) {
+    double temperature = problem.transform.temperature;
+    if (problem.rows.has_temperature) {
       temperature *= load(in.temperature, stat_type(problem), n);
     }
     for (std::int64_t v = 0; v < r.V; ++v) {
-      double a = problem.logit_scale * product(n, v);
-      if (problem.has_bias) a += load(in.bias, problem.bias_type, v);
+      const double a = logit(n, v);
       double s = a;
       double slope = 1;
-      if (problem.softcap) {
-        const double ratio = std::tanh(a / *problem.softcap);
-        s = *problem.softcap * ratio;
+      if (problem.transform.softcap) {
+        const double ratio = std::tanh(a / *problem.transform.softcap);
+        s = *problem.transform.softcap * ratio;
         slope = 1 - ratio * ratio;
       }
       r.z[n * r.V + v] = s / temperature;
@@ -192,7 +201,7 @@ void products(const Problem& problem, Result& r) {
     std::vector<T> de(r.D, 0);
     for (std::int64_t v = 0; v < r.V; ++v) {
       const T da = T(r.g[n * r.V + v]) * r.slope[n * r.V + v];
-      const T dot = da * problem.logit_scale;
+      const T dot = da * problem.transform.logit_scale;
       for (std::int64_t d = 0; d < r.D; ++d) {
         de[d] += dot * r.c[v * r.D + d];
         dc[v * r.D + d] += dot * r.e[n * r.D + d];
@@ -232,9 +241,9 @@ void store_all(void* array, DType type, const std::vector<double>& values) {
 Result empty_result(const Problem& problem, std::int64_t D) {
   Result r;
   r.N = row_count(problem);
-  r.V = problem.V;
+  r.V = classes_of(problem).count;
   r.D = D;
-  r.compute_type = problem.compute_type;
+  r.compute_type = D > 0 ? problem.compute_type : stat_type(problem);
   r.e.assign(r.N * r.D, 0);
   r.c.assign(r.V * r.D, 0);
   r.target.assign(r.N, -1);
@@ -243,7 +252,7 @@ Result empty_result(const Problem& problem, std::int64_t D) {
     row->assign(r.N, 0);
   }
   r.argmax.assign(r.N, -1);
-  r.de.assign(problem.sequences * problem.length * r.D, 0);
+  r.de.assign(problem.rows.sequences * problem.rows.length * r.D, 0);
   r.dc.assign(r.V * r.D, 0);
   r.dbias.assign(r.V, 0);
   return r;
@@ -252,24 +261,28 @@ Result empty_result(const Problem& problem, std::int64_t D) {
 }  // namespace
 
 std::int64_t position_of_row(const Problem& problem, std::int64_t row) {
-  const std::int64_t per_sequence = problem.length - problem.shift;
-  return row / per_sequence * problem.length + row % per_sequence;
+  const std::int64_t per_sequence = problem.rows.length - problem.rows.shift;
+  return row / per_sequence * problem.rows.length + row % per_sequence;
 }
 
 DType stat_type(const Problem& problem) {
-  return problem.compute_type == DType::f64 ? DType::f64 : DType::f32;
+  const auto* logits = std::get_if<Logits>(&problem.source);
+  const DType type = logits != nullptr ? logits->type : problem.compute_type;
+  return type == DType::f64 ? DType::f64 : DType::f32;
 }
 
 Result evaluate(const Problem& problem, const Inputs& in, const RowGradients64& upstream) {
-  Result r = empty_result(problem, problem.D);
+  const Head& head = head_of(problem);
+  Result r = empty_result(problem, head.D);
   read_targets(problem, in, r);
   read_operands(problem, in, r);
-  const auto product = [&](std::int64_t n, std::int64_t v) {
+  const auto logit = [&](std::int64_t n, std::int64_t v) {
     double dot = 0;
     for (std::int64_t d = 0; d < r.D; ++d) dot += r.e[n * r.D + d] * r.c[v * r.D + d];
-    return dot;
+    const double bias = head.has_bias ? load(in.bias, head.bias_type, v) : 0.0;
+    return problem.transform.logit_scale * dot + bias;
   };
-  transform(problem, in, product, r);
+  transform(problem, in, logit, r);
   statistics(problem, in, r);
   logit_gradients(problem, in, upstream, r);
   problem.compute_type == DType::f64 ? products<Sum>(problem, r) : products<double>(problem, r);
@@ -277,10 +290,12 @@ Result evaluate(const Problem& problem, const Inputs& in, const RowGradients64& 
 }
 
 Result evaluate_logits(const Problem& problem, const Inputs& in, const RowGradients64& upstream) {
+  const Logits& logits = logits_of(problem);
   Result r = empty_result(problem, 0);
   read_targets(problem, in, r);
   const auto logit = [&](std::int64_t n, std::int64_t v) {
-    return load(in.e, problem.e_type, offset_of_row(problem, problem.V, n) + v);
+    const std::int64_t row = offset_of_row(problem, matrix_of(logits), n);
+    return problem.transform.logit_scale * load(in.e, logits.type, row + v);
   };
   transform(problem, in, logit, r);
   statistics(problem, in, r);
@@ -295,18 +310,19 @@ void forward(const Problem& problem, const Args& args) {
   store_all(args.rows.lse, type, r.lse);
   store_all(args.rows.row_max, type, r.row_max);
   store_all(args.rows.log_sum, type, r.log_sum);
-  if (problem.wants_entropy) store_all(args.rows.entropy, type, r.entropy);
-  if (problem.wants_zbar) store_all(args.rows.zbar, type, r.zbar);
-  if (problem.wants_argmax) {
+  if (problem.wanted.entropy) store_all(args.rows.entropy, type, r.entropy);
+  if (problem.wanted.zbar) store_all(args.rows.zbar, type, r.zbar);
+  if (problem.wanted.argmax) {
     for (std::int64_t n = 0; n < r.N; ++n) args.rows.argmax[n] = r.argmax[n];
   }
 }
 
 void backward(const Problem& problem, const Args& args) {
+  const Head& head = head_of(problem);
   const Result r = evaluate(problem, args.in, load_upstream(problem, args));
-  if (problem.needs_de) store_all(args.gradients.de, problem.e_type, r.de);
-  if (problem.needs_dc) store_all(args.gradients.dc, problem.c_type, r.dc);
-  if (problem.needs_dbias) store_all(args.gradients.dbias, problem.bias_type, r.dbias);
+  if (problem.wanted.de.wanted) store_all(args.gradients.de, head.e_type, r.de);
+  if (problem.wanted.dc.wanted) store_all(args.gradients.dc, head.c_type, r.dc);
+  if (problem.wanted.dbias.wanted) store_all(args.gradients.dbias, head.bias_type, r.dbias);
 }
 
 }  // namespace cutloss::reference

@@ -44,13 +44,12 @@ struct Result {
 };
 
 // Statistics, and the gradients of sum_n upstream[n] * output[n]. The gradients come whatever
-// problem.needs_* says; entropy, zbar and argmax come whatever problem.wants_* says.
+// problem.wanted says, and so do entropy, zbar and argmax.
 // Throws Error(invalid_value) for a target that is neither ignore_index nor in [0, V).
 Result evaluate(const Problem& problem, const Inputs& in, const RowGradients64& upstream = {});
 
-// The same where the logits are given: in.e is (sequences, length, V) in e_type, with E's strides
-// (packed: V), and bias and C are none. The Result has D = 0 and no products; the
-// gradient of a logit is g * slope * logit_scale.
+// The same of a problem whose source is Logits, which are in.e; C and bias are none. The Result has
+// D = 0 and no products; the gradient of a logit is g * slope * logit_scale.
 Result evaluate_logits(const Problem& problem, const Inputs& in,
                        const RowGradients64& upstream = {});
 

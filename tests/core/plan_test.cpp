@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/text.h"
+#include "plan/decision.h"
 #include "problems.h"
 #include "run.h"
 
@@ -13,7 +14,7 @@ namespace {
 
 Problem training() {
   Problem p = with_size(1, 1000, 20000, 64).problem;
-  p.upstream = Upstream::at_forward;
+  p.upstream.when = Upstream::at_forward;
   return p;
 }
 
@@ -32,9 +33,9 @@ bool contains(const std::string& text, const std::string& part) {
 
 TEST(Plan, NoGradientMeansForwardAlone) {
   Problem p = training();
-  p.needs_de = p.needs_dc = false;
+  p.wanted.de.wanted = p.wanted.dc.wanted = false;
   for (const Upstream upstream : {Upstream::none, Upstream::at_forward, Upstream::at_backward}) {
-    p.upstream = upstream;
+    p.upstream.when = upstream;
     const Plan plan = make_plan(p);
     EXPECT_EQ(plan.schedule, Schedule::none);
     EXPECT_EQ(plan.products, 1);
@@ -51,13 +52,13 @@ TEST(Plan, TakesTheFewestProductsThatFit) {
   EXPECT_GT(plan.kept_bytes, 0);
 
   Problem frozen = training();
-  frozen.needs_dc = false;
+  frozen.wanted.dc.wanted = false;
   EXPECT_EQ(make_plan(frozen).products, 2);
 }
 
 TEST(Plan, UpstreamAtBackwardKeepsEveryLogitOrRecomputes) {
   Problem p = training();
-  p.upstream = Upstream::at_backward;
+  p.upstream.when = Upstream::at_backward;
   const Plan kept = make_plan(p);
   EXPECT_EQ(kept.schedule, Schedule::rows);
   EXPECT_TRUE(kept.keeps_logits);
@@ -73,11 +74,11 @@ TEST(Plan, UpstreamAtBackwardKeepsEveryLogitOrRecomputes) {
 // fp16 gradients underflow without the loss scale, which only backward knows.
 TEST(Plan, Fp16GradientsAreMadeInBackward) {
   Problem p = training();
-  p.c_type = DType::f16;
+  head_of(p).c_type = DType::f16;
   const Plan plan = make_plan(p);
   EXPECT_EQ(plan.schedule, Schedule::rows);
   EXPECT_TRUE(plan.keeps_logits);
-  p.needs_dc = false;
+  p.wanted.dc.wanted = false;
   EXPECT_FALSE(make_plan(p).keeps_logits) << "dE is fp32";
 }
 
@@ -123,8 +124,8 @@ TEST(Plan, StaysWithinTheGrantedBytes) {
   for (const Upstream upstream : {Upstream::at_forward, Upstream::at_backward}) {
     for (const Types& types : kTypes) {
       Problem p = training();
-      p.upstream = upstream;
-      p.has_bias = p.needs_dbias = true;
+      p.upstream.when = upstream;
+      head_of(p).has_bias = p.wanted.dbias.wanted = true;
       set_types(p, types);
       const std::int64_t least = smallest_workspace(p);
       for (std::int64_t bytes = least; bytes < std::int64_t{1} << 31; bytes += bytes / 3) {
@@ -152,7 +153,7 @@ TEST(Plan, MoreMemoryIsNeverMoreWork) {
 TEST(Plan, WithoutALimitEveryProblemGetsOne) {
   Problem p = with_size(1, 60000, 300000, 8192).problem;
   set_types(p, kTypes[1]);
-  p.upstream = Upstream::at_backward;
+  p.upstream.when = Upstream::at_backward;
   const Plan plan = make_plan(p);
   EXPECT_GT(total_bytes(plan), kDefaultWorkspace) << "dE's sums alone are more";
   EXPECT_EQ(plan.schedule, Schedule::vocabulary);
@@ -168,11 +169,12 @@ TEST(Plan, TheScheduleAskedForIsTheScheduleGiven) {
 
 TEST(Plan, FillsInStrides) {
   Problem p = with_size(3, 7, 50, 12).problem;
-  p.upstream = Upstream::at_backward;
-  const Problem filled = make_plan(p).problem;
+  p.upstream.when = Upstream::at_backward;
+  const Head filled = head_of(make_plan(p).problem);
   EXPECT_EQ(filled.e_row_stride, 12);
   EXPECT_EQ(filled.e_sequence_stride, 84);
   EXPECT_EQ(filled.c_row_stride, 12);
+  EXPECT_EQ(filled.classes, (Classes{0, 50, 50}));
 }
 
 TEST(Plan, ChunksCoverTheRows) {
@@ -184,7 +186,7 @@ TEST(Plan, ChunksCoverTheRows) {
   EXPECT_GE(plan.chunk_rows * chunk_count(plan), row_count(p));
   EXPECT_LT(plan.chunk_rows * (chunk_count(plan) - 1), row_count(p));
 
-  p.length = 0;
+  p.rows.length = 0;
   p.max_workspace.reset();
   EXPECT_EQ(chunk_count(make_plan(p)), 0);
 }
@@ -199,7 +201,9 @@ TEST(Plan, DescribesItself) {
   for (const std::string& part :
        {std::string("N 1000"), std::string("V 20000"), std::string("D 64"), std::string("bf16"),
         std::string("engine cpu"), std::string("schedule vocabulary"), std::string("products 4"),
-        std::to_string(plan.block_rows) + " rows", std::to_string(plan.slab) + " columns",
+        std::string("algorithm cpu/by_vocabulary"),
+        std::to_string(plan.decision->sizes.block_rows) + " rows",
+        std::to_string(plan.decision->sizes.slab) + " columns",
         std::to_string(plan.forward_workspace_bytes) + " bytes",
         std::to_string(plan.backward_workspace_bytes) + " bytes",
         // Why not by rows: what it needs and what was granted.
@@ -220,15 +224,16 @@ TEST(Text, SaysMemoryInBytesAndInMiB) {
 
 TEST(Plan, SaysWhereRowsLieApart) {
   Problem p = with_size(3, 7, 50, 16).problem;
-  p.upstream = Upstream::at_backward;
+  Head& head = head_of(p);
+  p.upstream.when = Upstream::at_backward;
   EXPECT_FALSE(contains(describe(make_plan(p)), "apart"));
-  p.e_sequence_stride = 200;
+  head.e_sequence_stride = 200;
   EXPECT_TRUE(contains(describe(make_plan(p)), "\nsequences of E 200 elements apart\n"));
-  p.e_row_stride = 24;
-  p.c_row_stride = 19;
+  head.e_row_stride = 24;
+  head.c_row_stride = 19;
   EXPECT_TRUE(contains(describe(make_plan(p)),
                        "\nrows of E 24, sequences of E 200, rows of C 19 elements apart\n"));
-  p.sequences = p.length = p.V = 1;  // nothing to be apart from
+  p.rows.sequences = p.rows.length = head.classes.count = 1;  // nothing to be apart from
   EXPECT_FALSE(contains(describe(make_plan(p)), "apart"));
 }
 

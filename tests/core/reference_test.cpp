@@ -45,10 +45,11 @@ TEST_P(ReferenceGradients, AreTheDerivativesOfItsOutputs) {
   GetParam().apply(c);
   Data data = make_data(c);
   const Problem& p = data.problem;
+  const Head& head = head_of(p);
   const reference::Result r = reference::evaluate(p, data.inputs(), data.upstream64());
-  for (std::int64_t position = 0; position < p.sequences * p.length; ++position) {
-    for (std::int64_t d = 0; d < p.D; ++d) {
-      const double got = r.de[position * p.D + d];
+  for (std::int64_t position = 0; position < p.rows.sequences * p.rows.length; ++position) {
+    for (std::int64_t d = 0; d < head.D; ++d) {
+      const double got = r.de[position * head.D + d];
       if (std::isnan(data.e.get(data.e_offset(position) + d))) {
         EXPECT_EQ(got, 0) << "a position that does not count";
         continue;
@@ -56,12 +57,12 @@ TEST_P(ReferenceGradients, AreTheDerivativesOfItsOutputs) {
       EXPECT_NEAR(got, difference_quotient(data, data.e, data.e_offset(position) + d), 1e-8);
     }
   }
-  for (std::int64_t v = 0; v < p.V; ++v) {
-    for (std::int64_t d = 0; d < p.D; ++d) {
-      EXPECT_NEAR(r.dc[v * p.D + d], difference_quotient(data, data.c, v * p.c_row_stride + d),
-                  1e-8);
+  for (std::int64_t v = 0; v < head.classes.count; ++v) {
+    for (std::int64_t d = 0; d < head.D; ++d) {
+      EXPECT_NEAR(r.dc[v * head.D + d],
+                  difference_quotient(data, data.c, v * head.c_row_stride + d), 1e-8);
     }
-    if (p.has_bias) {
+    if (head.has_bias) {
       EXPECT_NEAR(r.dbias[v], difference_quotient(data, data.bias, v), 1e-8);
     }
   }
@@ -72,9 +73,9 @@ INSTANTIATE_TEST_SUITE_P(Options, ReferenceGradients, testing::ValuesIn(kOptions
 
 TEST(Reference, FlatLogitsHaveKnownStatistics) {
   Case c = with_size(1, 6, 11, 4);
-  c.logits = Logits::flat;
+  c.logits = LogitKind::flat;
   c.ignored = 0;
-  c.problem.wants_entropy = c.problem.wants_zbar = c.problem.wants_argmax = true;
+  c.problem.wanted.entropy = c.problem.wanted.zbar = c.problem.wanted.argmax = true;
   const Data data = make_data(c);
   const reference::Result r = reference::evaluate(data.problem, data.inputs());
   for (std::int64_t n = 0; n < r.N; ++n) {

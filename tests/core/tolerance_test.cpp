@@ -14,7 +14,7 @@ struct Compared {
   Bounds bound;
 };
 
-Compared compared(const Types& types, Logits logits = Logits::random) {
+Compared compared(const Types& types, LogitKind logits = LogitKind::random) {
   Case c = with_size(1, 200, 500, 16);
   set_types(c.problem, types);
   c.logits = logits;
@@ -89,7 +89,7 @@ TEST(Tolerance, TheMeanErrorRefusesAccumulationInSixteenBits) {
 
 // nll = lse - z_target in fp32 loses the digits of confident rows, and is refused there.
 TEST(Tolerance, RefusesASubtractionOnConfidentRows) {
-  const auto [data, want, bound] = compared(kTypes[0], Logits::peaked);
+  const auto [data, want, bound] = compared(kTypes[0], LogitKind::peaked);
   std::vector<double> subtracted(want.nll.size(), 0);
   for (std::int64_t n = 0; n < want.N; ++n) {
     if (want.target[n] < 0) continue;

@@ -36,8 +36,8 @@ std::vector<Case> options() {
 
 std::vector<Case> kinds_of_logits() {
   std::vector<Case> cases;
-  const std::pair<const char*, Logits> kinds[] = {
-      {"peaked", Logits::peaked}, {"flat", Logits::flat}, {"offset", Logits::offset}};
+  const std::pair<const char*, LogitKind> kinds[] = {
+      {"peaked", LogitKind::peaked}, {"flat", LogitKind::flat}, {"offset", LogitKind::offset}};
   for (const auto& [name, kind] : kinds) {
     for (const bool everything : {false, true}) {
       Case c = with_size(1, 67, 1043, 24);

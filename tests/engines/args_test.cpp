@@ -71,7 +71,7 @@ TEST_P(BadData, ATargetOutsideTheVocabulary) {
     for (const Mode* mode : call_modes(GetParam())) {
       for (const IndexType type : {IndexType::i32, IndexType::i64}) {
         Subject subject = GetParam();
-        subject.problem.problem.target_type = type;
+        subject.problem.problem.rows.target_type = type;
         Call call(subject, *mode);
         call.data.set_target(2 * 20 + 7, bad);
         call.expect_refusal(call.args(), {"target", "(2, 7)", std::to_string(bad), "200", "-100"});
@@ -171,7 +171,7 @@ TEST_P(BadArgs, AnUpstreamGradientThatThePlanDoesNotKnow) {
   for (const bool entropy : {true, false}) {
     Subject subject = GetParam();
     Problem& p = subject.problem.problem;
-    (entropy ? p.entropy_gradient : p.zbar_gradient) = false;
+    (entropy ? p.upstream.entropy : p.upstream.zbar) = false;
     Call call(subject, kModes[4]);
     forward(call.plan, call.args());
     Args args = args_for(call.data, call.out, call.scratch, /*forward=*/false);
@@ -180,7 +180,7 @@ TEST_P(BadArgs, AnUpstreamGradientThatThePlanDoesNotKnow) {
       backward(call.plan, args);
       ADD_FAILURE() << "no error";
     } catch (const Error& error) {
-      EXPECT_NE(std::string(error.what()).find(entropy ? "entropy_gradient" : "zbar_gradient"),
+      EXPECT_NE(std::string(error.what()).find(entropy ? "upstream.entropy" : "upstream.zbar"),
                 std::string::npos)
           << error.what();
     }
@@ -192,7 +192,7 @@ TEST_P(BadArgs, AnUpstreamGradientThatThePlanDoesNotKnow) {
 TEST_P(BadArgs, OutputsThatAreNotWantedAreNotWritten) {
   Subject subject = GetParam();
   Problem& p = subject.problem.problem;
-  p.wants_entropy = p.wants_zbar = p.wants_argmax = p.entropy_gradient = p.zbar_gradient = false;
+  p.wanted.entropy = p.wanted.zbar = p.wanted.argmax = p.upstream.entropy = p.upstream.zbar = false;
   for (const Mode* mode : call_modes(GetParam())) {
     SCOPED_TRACE(mode->name);
     Call call(subject, *mode);

@@ -18,7 +18,7 @@ struct Truth {
   Truth(const std::string& engine, const Case& c, const Data& data)
       : want(truth_for(engine, data)),
         bound(bounds(data, want)),
-        errors_are_independent(want.compute_type == DType::bf16 && c.logits == Logits::random &&
+        errors_are_independent(want.compute_type == DType::bf16 && c.logits == LogitKind::random &&
                                want.de.size() >= 1000) {}
 };
 
@@ -61,14 +61,14 @@ inline void expect_accurate(const Plan& plan, const Data& data, const Truth& tru
   for (std::int64_t n = 0; n < want.N; ++n) EXPECT_GE(got.nll.get(n), 0) << "row " << n;
 
   const Problem& p = data.problem;
-  if (p.wants_entropy) check("entropy", got.entropy, want.entropy, bound.entropy);
-  if (p.wants_zbar) check("zbar", got.zbar, want.zbar, bound.zbar);
-  if (p.wants_argmax) {
+  if (p.wanted.entropy) check("entropy", got.entropy, want.entropy, bound.entropy);
+  if (p.wanted.zbar) check("zbar", got.zbar, want.zbar, bound.zbar);
+  if (p.wanted.argmax) {
     EXPECT_EQ(wrong_argmax(got.argmax, want, bound), "");
   }
-  if (p.needs_de) check("de", got.de, want.de, bound.de);
-  if (p.needs_dc) check("dc", got.dc, want.dc, bound.dc);
-  if (p.needs_dbias) check("dbias", got.dbias, want.dbias, bound.dbias);
+  if (p.wanted.de.wanted) check("de", got.de, want.de, bound.de);
+  if (p.wanted.dc.wanted) check("dc", got.dc, want.dc, bound.dc);
+  if (p.wanted.dbias.wanted) check("dbias", got.dbias, want.dbias, bound.dbias);
 
   // Rule 2 needs many errors, independent of each other.
   if (!errors_are_independent) return;
@@ -77,8 +77,8 @@ inline void expect_accurate(const Plan& plan, const Data& data, const Truth& tru
     const double error = root_mean_square_error(array.values(), expected);
     EXPECT_LE(error, kRmsSlack * allowed) << what << " (root mean square)";
   };
-  if (p.needs_de) check_rms("de", got.de, want.de, bound.de_rms);
-  if (p.needs_dc) check_rms("dc", got.dc, want.dc, bound.dc_rms);
+  if (p.wanted.de.wanted) check_rms("de", got.de, want.de, bound.de_rms);
+  if (p.wanted.dc.wanted) check_rms("dc", got.dc, want.dc, bound.dc_rms);
 }
 
 }  // namespace cutloss::test

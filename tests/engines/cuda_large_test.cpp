@@ -59,7 +59,7 @@ TEST(GpuLarge, MoreKeptLogitsThanThirtyTwoBitsCount) {
       Problem p = data.problem;
       set_engine(p, engine);
       p.schedule = Schedule::rows;
-      p.upstream = upstream;
+      p.upstream.when = upstream;
       p.max_workspace = 16 * kGiB;
       if (!takes(engine, p, kModes[0])) continue;
       const Plan plan = make_plan(p);
@@ -113,7 +113,7 @@ TEST(GpuLarge, MoreOfCThanThirtyTwoBitsCount) {
   set_types(c.problem, kTypes[1]);  // bf16
   c.ignored = 0;
   Data data = make_data(c);
-  data.problem.V = kV;
+  classes_of(data.problem).count = kV;
   const auto logit = [&](std::int64_t n, std::int64_t row) {
     double z = 0;
     for (std::int64_t d = 0; d < kD; ++d) z += data.e.get(n * kD + d) * data.c.get(row * kD + d);
@@ -132,11 +132,11 @@ TEST(GpuLarge, MoreOfCThanThirtyTwoBitsCount) {
       set_engine(p, engine);
       if (!takes(engine, p, mode)) continue;
       p.schedule = mode.schedule;
-      p.upstream = mode.upstream;
+      p.upstream.when = mode.upstream;
       const Plan plan = make_plan(p);
       SCOPED_TRACE(text(engine, "\n", describe(plan)));
       Problem small = p;
-      small.needs_dc = false;  // dC lies in big_dc
+      small.wanted.dc.wanted = false;  // dC lies in big_dc
       Outputs out = outputs_for(small);
       const DeviceMemory kept(plan.kept_bytes);
       const DeviceMemory workspace(

@@ -171,7 +171,7 @@ TEST_P(Gpu, TheNumberOfValidRowsMayBeGiven) {
     c.ignored = ignored;
     Data data = make_data(c);
     const Truth truth(GetParam().engine, c, data);
-    data.problem.num_valid = valid_rows(data);
+    data.problem.rows.num_valid = valid_rows(data);
     for (const Mode& mode : modes_of(GetParam().engine, data.problem)) {
       SCOPED_TRACE(mode.name);
       expect_accurate(plan_for(data.problem, GetParam().engine, mode), data, truth);
@@ -188,7 +188,7 @@ TEST_P(Gpu, AWrongNumberOfValidRowsMakesEverythingNaN) {
     for (const std::int64_t wrong : {right - 1, right + 1, std::int64_t{0}}) {
       if (wrong == right || wrong < 0) continue;
       SCOPED_TRACE(text(wrong, " instead of ", right));
-      data.problem.num_valid = wrong;
+      data.problem.rows.num_valid = wrong;
       for (const Mode& mode : modes_of(GetParam().engine, data.problem)) {
         SCOPED_TRACE(mode.name);
         bool intact = false;
@@ -229,18 +229,18 @@ void expect_one_bad_row(const Outputs& got, const Outputs& want, std::int64_t ba
 
 TEST_P(Gpu, ATargetOutsideTheVocabularyMakesItsRowNaN) {
   Case c = GetParam().problem;
-  for (const std::int64_t bad : {c.problem.V, std::int64_t{-1}, std::int64_t{-101},
+  for (const std::int64_t bad : {classes_of(c.problem).count, std::int64_t{-1}, std::int64_t{-101},
                                  std::int64_t{std::numeric_limits<std::int32_t>::max()}}) {
     for (const IndexType type : {IndexType::i32, IndexType::i64}) {
       SCOPED_TRACE(bad);
-      c.problem.target_type = type;
+      c.problem.rows.target_type = type;
       Data data = make_data(c);
       const Problem& p = data.problem;
-      const std::int64_t row = p.shift == 0 ? 17 : p.length - p.shift + 5;
+      const std::int64_t row = p.rows.shift == 0 ? 17 : p.rows.length - p.rows.shift + 5;
       const std::int64_t position = reference::position_of_row(p, row);
       // E of a row that counts.
-      for (std::int64_t d = 0; d < p.D; ++d) data.e.set(data.e_offset(position) + d, 0.25);
-      data.set_target(position + p.shift, 3);
+      for (std::int64_t d = 0; d < head_of(p).D; ++d) data.e.set(data.e_offset(position) + d, 0.25);
+      data.set_target(position + p.rows.shift, 3);
       for (Array* array :
            {&data.d_nll, &data.d_lse, &data.d_lse_squared, &data.d_entropy, &data.d_zbar}) {
         if (array->count > 0) array->set(row, 0.5);
@@ -248,13 +248,13 @@ TEST_P(Gpu, ATargetOutsideTheVocabularyMakesItsRowNaN) {
       for (const Mode& mode : modes_of(GetParam().engine, p)) {
         SCOPED_TRACE(mode.name);
         const Plan plan = plan_for(p, GetParam().engine, mode);
-        data.set_target(position + p.shift, 3);
+        data.set_target(position + p.rows.shift, 3);
         const Outputs want = run(plan, data);
-        data.set_target(position + p.shift, bad);
+        data.set_target(position + p.rows.shift, bad);
         bool intact = false;
         const Outputs got = run(plan, data, &intact);
         EXPECT_TRUE(intact);
-        expect_one_bad_row(got, want, row, position, p.D);
+        expect_one_bad_row(got, want, row, position, head_of(p).D);
         EXPECT_NEAR(got.lse.get(row), want.lse.get(row),
                     1e-5 * std::fabs(want.lse.get(row)) + 1e-5);
       }
@@ -264,7 +264,7 @@ TEST_P(Gpu, ATargetOutsideTheVocabularyMakesItsRowNaN) {
 
 TEST_P(Gpu, ATemperatureThatIsNotUsableMakesItsRowNaN) {
   Case c = GetParam().problem;
-  c.problem.has_row_temperature = true;
+  c.problem.rows.has_temperature = true;
   c.ignored = 0;
   Data data = make_data(c);
   const Problem& p = data.problem;
@@ -276,7 +276,8 @@ TEST_P(Gpu, ATemperatureThatIsNotUsableMakesItsRowNaN) {
       data.temperature.set(row, 1.5);
       const Outputs want = run(plan, data);
       data.temperature.set(row, bad);
-      expect_one_bad_row(run(plan, data), want, row, reference::position_of_row(p, row), p.D);
+      expect_one_bad_row(run(plan, data), want, row, reference::position_of_row(p, row),
+                         head_of(p).D);
     }
   }
 }

@@ -53,7 +53,7 @@ Array product(const cpu::Product& shape, DType type, int thread_count) {
 // products of the shapes that the cases below have. The engine is to add no difference to that.
 bool product_depends_on_threads(const Problem& problem) {
   constexpr std::int64_t kRows = 131, kColumns = 1043;
-  const std::int64_t D = problem.D;
+  const std::int64_t D = head_of(problem).D;
   cpu::Product logits{}, de{}, dc{};
   logits.M = kRows, logits.N = kColumns, logits.K = D, logits.b.transposed = true;
   de.M = kRows, de.N = D, de.K = kColumns;

@@ -34,9 +34,9 @@ void for_each_mode(const Data& data, const std::string& engine, Check check) {
 // 40 rows, each of which counts; the bias of some columns is theirs to set.
 Case with_bias() {
   Case c = with_size(1, 40, 333, 16);
-  c.problem.has_bias = c.problem.needs_dbias = true;
-  c.problem.wants_entropy = c.problem.entropy_gradient = true;
-  c.problem.wants_argmax = true;
+  head_of(c.problem).has_bias = c.problem.wanted.dbias.wanted = true;
+  c.problem.wanted.entropy = c.problem.upstream.entropy = true;
+  c.problem.wanted.argmax = true;
   c.ignored = 0;
   c.name = "with_bias";
   return c;
@@ -45,7 +45,7 @@ Case with_bias() {
 // Without what an engine may leave to other schedules: exponentials are kept.
 Case with_bias_alone() {
   Case c = with_bias();
-  c.problem.wants_entropy = c.problem.entropy_gradient = c.problem.wants_argmax = false;
+  c.problem.wanted.entropy = c.problem.upstream.entropy = c.problem.wanted.argmax = false;
   c.name = "with_bias_alone";
   return c;
 }
@@ -68,8 +68,8 @@ using Edge = EverySubject;
 TEST_P(Edge, NoRowsMakeZeroGradients) {
   for (const auto& [sequences, length] : {std::pair{1, 0}, std::pair{0, 5}, std::pair{0, 0}}) {
     Case c = GetParam().problem;
-    c.problem.sequences = sequences;
-    c.problem.length = length;
+    c.problem.rows.sequences = sequences;
+    c.problem.rows.length = length;
     const Data data = make_data(c);
     for_each_mode(data, GetParam().engine, [](const Outputs& out) {
       EXPECT_TRUE(all_zero(out.dc));
@@ -84,14 +84,14 @@ TEST_P(Edge, AShiftOfTheLengthOrMoreMakesZeroGradients) {
        {std::pair{1, 1}, std::pair{1, 5}, std::pair{3, 3}, std::pair{3, 4}, std::pair{0, 1}}) {
     SCOPED_TRACE(shift);
     Case c = GetParam().problem;
-    c.problem.sequences = 4;
-    c.problem.length = length;
-    c.problem.shift = shift;
+    c.problem.rows.sequences = 4;
+    c.problem.rows.length = length;
+    c.problem.rows.shift = shift;
     const Data data = make_data(c);
     ASSERT_EQ(row_count(data.problem), 0);
     for_each_mode(data, GetParam().engine, [&](const Outputs& out) {
       EXPECT_EQ(out.nll.count, 0);
-      EXPECT_EQ(out.de.count, 4 * length * data.problem.D);
+      EXPECT_EQ(out.de.count, 4 * length * head_of(data.problem).D);
       EXPECT_TRUE(all_zero(out.de));
       EXPECT_TRUE(all_zero(out.dc));
       EXPECT_TRUE(all_zero(out.dbias));
@@ -108,7 +108,7 @@ TEST_P(Edge, IgnoredRowsAloneMakeZeros) {
                                &out.de, &out.dc, &out.dbias}) {
       EXPECT_TRUE(all_zero(*array));
     }
-    if (data.problem.wants_argmax) {
+    if (data.problem.wanted.argmax) {
       EXPECT_EQ(out.argmax, std::vector<std::int64_t>(row_count(data.problem), -1));
     }
   });
@@ -117,13 +117,13 @@ TEST_P(Edge, IgnoredRowsAloneMakeZeros) {
 // A token that may not be said: its probability and gradients are exactly 0.
 TEST_P(Edge, MinusInfinityInTheBiasTakesAColumnOut) {
   Data data = make_data(GetParam().problem);
-  for (std::int64_t v = 3; v < data.problem.V; v += 5) data.bias.set(v, -kInf);
+  for (std::int64_t v = 3; v < classes_of(data.problem).count; v += 5) data.bias.set(v, -kInf);
   for (std::int64_t n = 0; n < row_count(data.problem); ++n) {
     if (data.target(n) % 5 == 3) data.set_target(n, data.target(n) - 1);
   }
   for_each_mode(data, GetParam().engine, [&](const Outputs& out) {
     expect_as_reference(GetParam().engine, data, out);
-    for (std::int64_t v = 3; v < data.problem.V; v += 5) {
+    for (std::int64_t v = 3; v < classes_of(data.problem).count; v += 5) {
       ASSERT_EQ(out.dbias.get(v), 0) << "column " << v;
     }
   });
@@ -143,7 +143,7 @@ TEST_P(Edge, ATargetAtMinusInfinityHasAnInfiniteNll) {
 
 TEST_P(Edge, SoftcapMakesInfinitiesFinite) {
   Case c = GetParam().problem;
-  c.problem.softcap = 3.0;
+  c.problem.transform.softcap = 3.0;
   Data data = make_data(c);
   data.bias.set(7, -kInf);
   data.bias.set(8, kInf);
@@ -155,11 +155,12 @@ TEST_P(Edge, SoftcapMakesInfinitiesFinite) {
 TEST_P(Edge, ANaNInOneRowOfEStaysInThatRow) {
   for (const double bad : {std::nan(""), kInf, -kInf}) {
     Case c = GetParam().problem;
-    c.problem.needs_dc = c.problem.needs_dbias = false;
+    c.problem.wanted.dc.wanted = c.problem.wanted.dbias.wanted = false;
     Data data = make_data(c);
+    const Head& head = head_of(data.problem);
     Data without = make_data(c);
     const std::int64_t row = 5;
-    data.e.set(row * data.problem.e_row_stride + 1, bad);
+    data.e.set(row * head.e_row_stride + 1, bad);
     for (const Mode& mode : modes_of(GetParam().engine, data.problem)) {
       SCOPED_TRACE(mode.name);
       const Plan plan = plan_for(data.problem, GetParam().engine, mode);
@@ -176,8 +177,8 @@ TEST_P(Edge, ANaNInOneRowOfEStaysInThatRow) {
         } else {
           EXPECT_EQ(nll, want.nll.get(n));
         }
-        for (std::int64_t d = 0; d < data.problem.D; ++d) {
-          const std::int64_t i = n * data.problem.D + d;
+        for (std::int64_t d = 0; d < head.D; ++d) {
+          const std::int64_t i = n * head.D + d;
           if (n == row) {
             EXPECT_TRUE(std::isnan(got.de.get(i)));
           } else {
@@ -191,7 +192,7 @@ TEST_P(Edge, ANaNInOneRowOfEStaysInThatRow) {
 
 TEST_P(Edge, ANaNRowMakesTheGradientsOfCNaN) {
   Data data = make_data(GetParam().problem);
-  data.e.set(5 * data.problem.e_row_stride + 1, std::nan(""));
+  data.e.set(5 * head_of(data.problem).e_row_stride + 1, std::nan(""));
   for_each_mode(data, GetParam().engine, [&](const Outputs& out) {
     for (std::int64_t i = 0; i < out.dc.count; ++i) ASSERT_TRUE(std::isnan(out.dc.get(i))) << i;
     for (std::int64_t v = 0; v < out.dbias.count; ++v) ASSERT_TRUE(std::isnan(out.dbias.get(v)));
@@ -208,13 +209,13 @@ TEST_P(Edge, PlusInfinityMakesEveryRowNaN) {
       EXPECT_FALSE(std::isfinite(out.lse.get(n))) << "row " << n;
     }
     EXPECT_TRUE(std::isnan(out.de.get(0)));
-    EXPECT_TRUE(std::isnan(out.de.get(3 * data.problem.D)));
+    EXPECT_TRUE(std::isnan(out.de.get(3 * head_of(data.problem).D)));
   });
 }
 
 TEST_P(Edge, NothingButMinusInfinityMakesEveryRowNaN) {
   Data data = make_data(GetParam().problem);
-  for (std::int64_t v = 0; v < data.problem.V; ++v) data.bias.set(v, -kInf);
+  for (std::int64_t v = 0; v < classes_of(data.problem).count; ++v) data.bias.set(v, -kInf);
   for_each_mode(data, GetParam().engine, [&](const Outputs& out) {
     for (std::int64_t n = 0; n < out.nll.count; ++n) {
       EXPECT_TRUE(std::isnan(out.nll.get(n))) << "row " << n;
@@ -229,21 +230,23 @@ TEST_P(Edge, NothingButMinusInfinityMakesEveryRowNaN) {
 // Small integers are exact in every dtype, so that equal logits are equal to the bit. The first
 // of them is the prediction, wherever slabs and vectors begin.
 TEST_P(Edge, TheFirstOfEqualLogitsIsTheArgmax) {
-  if (!GetParam().problem.problem.wants_argmax) GTEST_SKIP() << "asks for no argmax";
+  if (!GetParam().problem.problem.wanted.argmax) GTEST_SKIP() << "asks for no argmax";
   Case c = GetParam().problem;
-  c.problem.V = 2051;
+  classes_of(c.problem).count = 2051;
   Data data = make_data(c);
   const Problem& p = data.problem;
+  const Head& head = head_of(p);
   for (std::int64_t n = 0; n < row_count(p); ++n) {
-    for (std::int64_t d = 0; d < p.D; ++d) data.e.set(n * p.e_row_stride + d, d == 0 ? 1 : 0);
+    for (std::int64_t d = 0; d < head.D; ++d) data.e.set(n * head.e_row_stride + d, d == 0 ? 1 : 0);
   }
-  for (std::int64_t v = 0; v < p.V; ++v) {
+  for (std::int64_t v = 0; v < head.classes.count; ++v) {
     data.bias.set(v, 0);
-    for (std::int64_t d = 0; d < p.D; ++d) data.c.set(v * p.c_row_stride + d, 0);
+    for (std::int64_t d = 0; d < head.D; ++d) data.c.set(v * head.c_row_stride + d, 0);
   }
-  for (const std::int64_t first : {std::int64_t{0}, std::int64_t{1}, std::int64_t{700}, p.V - 2}) {
-    for (std::int64_t v = first; v < p.V; v += v == first ? 1 : 97) {
-      data.c.set(v * p.c_row_stride, 3);
+  for (const std::int64_t first :
+       {std::int64_t{0}, std::int64_t{1}, std::int64_t{700}, head.classes.count - 2}) {
+    for (std::int64_t v = first; v < head.classes.count; v += v == first ? 1 : 97) {
+      data.c.set(v * head.c_row_stride, 3);
     }
     // Targets among the equals and elsewhere: the target's logit takes a way of its own.
     data.set_target(0, first);
@@ -252,17 +255,17 @@ TEST_P(Edge, TheFirstOfEqualLogitsIsTheArgmax) {
     for_each_mode(data, GetParam().engine, [&](const Outputs& out) {
       EXPECT_EQ(out.argmax, std::vector<std::int64_t>(row_count(p), first));
     });
-    for (std::int64_t v = 0; v < p.V; ++v) data.c.set(v * p.c_row_stride, 0);
+    for (std::int64_t v = 0; v < head.classes.count; ++v) data.c.set(v * head.c_row_stride, 0);
   }
 }
 
 // p of the target is 1 to the last bit, and still nll and the gradients keep their digits.
 TEST_P(Edge, ConfidentRowsKeepTheirDigits) {
   Case c = GetParam().problem;
-  c.problem.has_bias = c.problem.needs_dbias = true;
+  head_of(c.problem).has_bias = c.problem.wanted.dbias.wanted = true;
   Data data = make_data(c);
   const Problem& p = data.problem;
-  for (std::int64_t v = 0; v < p.V; ++v) data.bias.set(v, -30);
+  for (std::int64_t v = 0; v < classes_of(p).count; ++v) data.bias.set(v, -30);
   data.bias.set(11, 8);
   for (std::int64_t n = 0; n < row_count(p); ++n) data.set_target(n, 11);
   for_each_mode(data, GetParam().engine, [&](const Outputs& out) {
@@ -278,7 +281,7 @@ TEST_P(Edge, ConfidentRowsKeepTheirDigits) {
 // gradients are NaN in every test).
 TEST_P(Edge, TemperaturesOfIgnoredRowsAreNotRead) {
   Case c = GetParam().problem;
-  c.problem.has_row_temperature = true;
+  c.problem.rows.has_temperature = true;
   c.ignored = 0.4;
   Data data = make_data(c);
   for (std::int64_t n = 0; n < row_count(data.problem); ++n) {
@@ -296,7 +299,7 @@ INSTANTIATE_TEST_SUITE_P(Engines, Edge,
 // are compared with the reference; they lie at both ends.
 TEST(LargeProblem, MoreLogitsThanThirtyTwoBitsCount) {
   Case c = with_size(1, 17000, 131072, 8);
-  c.problem.needs_dc = false;
+  c.problem.wanted.dc.wanted = false;
   c.ignored = 0;
   for (const std::string& engine : engine_names()) {
     SCOPED_TRACE(engine);
@@ -305,17 +308,18 @@ TEST(LargeProblem, MoreLogitsThanThirtyTwoBitsCount) {
     const Outputs got = run(plan_for(data.problem, engine, kModes[4]), data);
     for (const std::int64_t row : {0, 8191, 16383, 16384, 16999}) {
       SCOPED_TRACE(row);
-      Data alone = make_data(with_size(1, 1, c.problem.V, c.problem.D));
+      Data alone = make_data(with_size(1, 1, classes_of(c.problem).count, head_of(c.problem).D));
       std::memcpy(alone.c.pointer(), data.c.pointer(), data.c.buffer.bytes());
-      for (std::int64_t d = 0; d < c.problem.D; ++d)
-        alone.e.set(d, data.e.get(row * c.problem.D + d));
+      for (std::int64_t d = 0; d < head_of(c.problem).D; ++d) {
+        alone.e.set(d, data.e.get(row * head_of(c.problem).D + d));
+      }
       alone.set_target(0, data.target(row));
       alone.d_nll.set(0, data.d_nll.get(row));
       const reference::Result want = truth_for(engine, alone);
       const Bounds bound = bounds(alone, want);
       EXPECT_NEAR(got.nll.get(row), want.nll[0], bound.nll[0]);
-      for (std::int64_t d = 0; d < c.problem.D; ++d) {
-        EXPECT_NEAR(got.de.get(row * c.problem.D + d), want.de[d], bound.de[d]);
+      for (std::int64_t d = 0; d < head_of(c.problem).D; ++d) {
+        EXPECT_NEAR(got.de.get(row * head_of(c.problem).D + d), want.de[d], bound.de[d]);
       }
     }
   }

@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
-#include "core/engine.h"
-#include "cpu/layout.h"
+#include "api/algorithms.h"
+#include "cpu/decision.h"
 #ifdef CUTLOSS_CUDA
-#include "cuda/layout.h"
+#include "cuda/decision.h"
 #endif
 #include "problems.h"
 #include "run.h"
@@ -23,8 +23,8 @@ inline std::vector<std::string> engine_names() {
   std::vector<std::string> names;
   for (const Engine* engine : engines()) {
     Problem problem;
-    problem.length = problem.V = problem.D = 128;
-    problem.compute_type = problem.e_type = problem.c_type = DType::bf16;
+    problem.rows.length = classes_of(problem).count = head_of(problem).D = 128;
+    problem.compute_type = head_of(problem).e_type = head_of(problem).c_type = DType::bf16;
     set_engine(problem, std::string(engine->name()));
     if (engine->refusal(problem).empty()) names.emplace_back(engine->name());
   }
@@ -48,7 +48,10 @@ inline bool takes(const std::string& engine, Problem problem) {
   return engine_named(engine).refusal(problem).empty();
 }
 inline bool takes(const std::string& engine, const Problem& problem, const Mode& mode) {
-  return engine_named(engine).schedule_refusal(problem, mode.schedule).empty();
+  const auto algorithms = engine_named(engine).algorithms();
+  return std::any_of(algorithms.begin(), algorithms.end(), [&](const Algorithm* algorithm) {
+    return algorithm->way().schedule == mode.schedule && algorithm->refusal(problem).empty();
+  });
 }
 
 inline std::vector<Mode> modes_of(const std::string& engine, const Problem& problem) {

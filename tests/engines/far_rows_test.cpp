@@ -31,19 +31,20 @@ bool is_far(std::int64_t row) {
 Data data_with_far_rows(const Case& c, bool far = true) {
   Data data = make_data(c);
   const Problem& p = data.problem;
-  const std::int64_t last = p.D - 1;
-  for (std::int64_t v = 0; v < p.V; ++v) {
-    data.c.set(v * p.c_row_stride + last, v == kUp ? kLever : v == kDown ? -kLever : 0);
+  const Head& head = head_of(p);
+  const std::int64_t last = head.D - 1;
+  for (std::int64_t v = 0; v < head.classes.count; ++v) {
+    data.c.set(v * head.c_row_stride + last, v == kUp ? kLever : v == kDown ? -kLever : 0);
   }
   for (std::int64_t n = 4; n < row_count(p); n += 9) {
-    if (!is_far(n)) data.set_target(n, p.ignore_index);
+    if (!is_far(n)) data.set_target(n, p.rows.ignore_index);
   }
   for (const auto& [row, z] : kFarRows) {
     data.set_target(row, z > 0 ? kUp : kDown);
     if (!far) continue;
     double a = z * detail::row_temperature(data, row);
-    if (p.softcap) a = *p.softcap * std::atanh(a / *p.softcap);
-    data.e.set(data.e_offset(row) + last, std::fabs(a) / kLever / p.logit_scale);
+    if (p.transform.softcap) a = *p.transform.softcap * std::atanh(a / *p.transform.softcap);
+    data.e.set(data.e_offset(row) + last, std::fabs(a) / kLever / p.transform.logit_scale);
   }
   return data;
 }
@@ -74,16 +75,16 @@ std::vector<Case> cases() {
   plain.ignored = 0;  // data_with_far_rows chooses
   plain.name = "plain";
   Case scaled = plain;
-  scaled.problem.has_bias = scaled.problem.needs_dbias = true;
-  scaled.problem.temperature = 1.25;
-  scaled.problem.has_row_temperature = true;
-  scaled.problem.logit_scale = 0.75;
+  head_of(scaled.problem).has_bias = scaled.problem.wanted.dbias.wanted = true;
+  scaled.problem.transform.temperature = 1.25;
+  scaled.problem.rows.has_temperature = true;
+  scaled.problem.transform.logit_scale = 0.75;
   scaled.lse_gradient = true;
   scaled.name = "scaled";
   Case capped = scaled;
-  capped.problem.softcap = 250;
+  capped.problem.transform.softcap = 250;
   capped.name = "capped";
-  capped.problem.has_row_temperature = false;  // the cap has room for 125 * 1.25
+  capped.problem.rows.has_temperature = false;  // the cap has room for 125 * 1.25
   return {plain, scaled, capped};
 }
 
@@ -144,7 +145,7 @@ TEST(FarRowsOnHopper, OneChunkIsDoneAgain) {
       const Outputs first = run(plan, data);
       for (int i = 0; i < 20; ++i) ASSERT_EQ(run(plan, data).first_difference(first), "") << i;
       const Data near = data_with_far_rows(c, /*far=*/false);
-      expect_the_others_as_in(run(plan, near), first, plan.problem.D);
+      expect_the_others_as_in(run(plan, near), first, head_of(plan.problem).D);
     }
   }
 }

@@ -1,6 +1,6 @@
 // Losses over logits that exist, on every device, against the reference in fp64: sizes, options,
 // layouts, the gradient in memory of its own and in the logits' place.
-#include "cutloss/logits_loss.h"
+#include "cutloss/logits.h"
 
 #include "check.h"
 #include "core/text.h"
@@ -31,12 +31,13 @@ struct Logits3d {
   Logits3d() = default;
   Logits3d(const Problem& p, DType type, const Layout& layout)
       : offset(layout.offset),
-        row_stride(p.V + layout.extra_row),
-        sequence_stride(p.length * row_stride + layout.extra_sequence) {
-    array = Array(type, offset + p.sequences * sequence_stride);
+        row_stride(classes_of(p).count + layout.extra_row),
+        sequence_stride(p.rows.length * row_stride + layout.extra_sequence) {
+    array = Array(type, offset + p.rows.sequences * sequence_stride);
   }
   std::int64_t at(const Problem& p, std::int64_t position) const {
-    return offset + position / p.length * sequence_stride + position % p.length * row_stride;
+    return offset + position / p.rows.length * sequence_stride +
+           position % p.rows.length * row_stride;
   }
   void* on(Device device) const {
     return static_cast<std::byte*>(array.on(device)) + offset * reference::bytes_of(array.type);
@@ -45,68 +46,69 @@ struct Logits3d {
 
 struct LogitsData {
   Data data;  // targets, temperatures, weights, upstream gradients
-  LogitsProblem problem;
+  Problem problem;
   Layout layout;
   Logits3d logits;
   reference::Result want;
   Bounds bound;
 };
 
-LogitsProblem problem_of(const Problem& p, DType type) {
-  LogitsProblem q;
-  q.sequences = p.sequences;
-  q.length = p.length;
-  q.V = p.V;
-  q.shift = p.shift;
-  q.type = type;
-  q.target_type = p.target_type;
-  q.ignore_index = p.ignore_index;
-  q.softcap = p.softcap;
-  q.logit_scale = p.logit_scale;
-  q.temperature = p.temperature;
-  q.has_row_temperature = p.has_row_temperature;
+// The problem of the logits that `p` would make.
+Problem problem_of(const Problem& p, DType type) {
+  Problem q;
+  q.rows = p.rows;
+  Logits logits;
+  logits.classes = classes_of(p);
+  logits.type = type;
+  q.source = logits;
+  q.transform = p.transform;
+  q.wanted.entropy = p.wanted.entropy;
+  q.wanted.zbar = p.wanted.zbar;
+  q.wanted.argmax = p.wanted.argmax;
+  q.wanted.dlogits.wanted = true;
+  q.upstream = p.upstream;
+  q.upstream.when = Upstream::at_forward;
   q.has_class_weight = p.has_class_weight;
-  q.wants_entropy = p.wants_entropy;
-  q.wants_zbar = p.wants_zbar;
-  q.wants_argmax = p.wants_argmax;
   return q;
 }
 
 // Logits are the products of a case's E and C. Those of rows that do not count, and what lies
 // between rows, are NaN: reading them would show.
 LogitsData make_logits(Case c, DType type, const Layout& layout) {
-  c.problem.has_bias = c.problem.needs_dbias = false;
+  head_of(c.problem).has_bias = c.problem.wanted.dbias.wanted = false;
   const DType stat = type == DType::f64 ? DType::f64 : DType::f32;
   set_types(c.problem, {"", stat, stat, stat, stat});
   LogitsData made;
   Data& data = made.data;
   data = make_data(c);
   Problem& p = data.problem;
+  Head& head = head_of(p);
   made.layout = layout;
   made.logits = Logits3d(p, type, layout);
   for (std::int64_t n = 0; n < row_count(p); ++n) {
     if (!data.counts(n)) continue;
     const std::int64_t position = reference::position_of_row(p, n);
     const std::int64_t e = data.e_offset(position), to = made.logits.at(p, position);
-    for (std::int64_t v = 0; v < p.V; ++v) {
+    for (std::int64_t v = 0; v < head.classes.count; ++v) {
       double z = 0;
-      for (std::int64_t d = 0; d < p.D; ++d)
-        z += data.e.get(e + d) * data.c.get(v * p.c_row_stride + d);
+      for (std::int64_t d = 0; d < head.D; ++d) {
+        z += data.e.get(e + d) * data.c.get(v * head.c_row_stride + d);
+      }
       EXPECT_TRUE(std::isfinite(z));
       made.logits.array.set(to + v, z);
     }
   }
   made.problem = problem_of(p, type);
-  made.problem.row_stride = p.e_row_stride = made.logits.row_stride;
-  made.problem.sequence_stride = p.e_sequence_stride = made.logits.sequence_stride;
-  p.e_type = type;
+  logits_of(made.problem).row_stride = made.logits.row_stride;
+  logits_of(made.problem).sequence_stride = made.logits.sequence_stride;
+  head.e_type = type;
   return made;
 }
 
 void evaluate(LogitsData& made) {
   Inputs in = made.data.inputs();
   in.e = made.logits.on(Device::cpu);
-  made.want = reference::evaluate_logits(made.data.problem, in, made.data.upstream64());
+  made.want = reference::evaluate_logits(made.problem, in, made.data.upstream64());
   made.bound = bounds(made.data, made.want);
 }
 
@@ -114,20 +116,23 @@ void evaluate(LogitsData& made) {
 std::vector<double> gradient_of(const LogitsData& made, std::vector<double>& allowed) {
   const reference::Result& r = made.want;
   const Problem& p = made.data.problem;
+  const Head& head = head_of(p);
   const double u = detail::rounding_units(p, r.compute_type).accumulator;
-  const double scale = std::fabs(p.logit_scale);
+  const double scale = std::fabs(p.transform.logit_scale);
   std::vector<double> want(r.N * r.V);
   allowed.assign(r.N * r.V, 0);
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0) continue;
-    const double cap_error = p.softcap ? 8 * u / detail::row_temperature(made.data, n) : 0;
+    const double cap_error =
+        p.transform.softcap ? 8 * u / detail::row_temperature(made.data, n) : 0;
     for (std::int64_t v = 0; v < r.V; ++v) {
       const std::int64_t i = n * r.V + v;
-      want[i] = r.g[i] * r.slope[i] * p.logit_scale;
+      want[i] = r.g[i] * r.slope[i] * p.transform.logit_scale;
       const double exact = detail::g_bound(made.data, r, made.bound, n, v) * r.slope[i] +
                            std::fabs(r.g[i]) * (cap_error + 4 * u * r.slope[i]);
-      allowed[i] = scale * exact + 1.01 * reference::unit_roundoff(p.e_type) * std::fabs(want[i]) +
-                   std::max(reference::smallest(p.e_type), kUnderflow);
+      allowed[i] = scale * exact +
+                   1.01 * reference::unit_roundoff(head.e_type) * std::fabs(want[i]) +
+                   std::max(reference::smallest(head.e_type), kUnderflow);
     }
   }
   return want;
@@ -145,18 +150,19 @@ Result run(const LogitsData& made, Device device, Way way, bool in_place, const 
            int blocks_per_row = 0) {
   const Problem& p = made.data.problem;
   Problem rows_only = p;
-  rows_only.needs_de = rows_only.needs_dc = false;
+  rows_only.wanted.de.wanted = rows_only.wanted.dc.wanted = false;
   Result result{outputs_for(rows_only), {}};
-  Logits3d copy(p, p.e_type, made.layout);
+  Logits3d copy(p, head_of(p).e_type, made.layout);
   std::memcpy(copy.array.pointer(), made.logits.array.pointer(), copy.array.buffer.bytes());
-  result.gradient = Logits3d(p, p.e_type, layout);
+  result.gradient = Logits3d(p, head_of(p).e_type, layout);
   Logits3d& gradient = in_place ? copy : result.gradient;
 
-  LogitsProblem problem = made.problem;
+  Problem problem = made.problem;
   problem.device = device;
-  problem.blocks_per_row = blocks_per_row;
-  problem.gradient_row_stride = gradient.row_stride;
-  problem.gradient_sequence_stride = gradient.sequence_stride;
+  logits_of(problem).blocks_per_row = blocks_per_row;
+  logits_of(problem).overwrite = in_place;
+  problem.wanted.dlogits_row_stride = gradient.row_stride;
+  problem.wanted.dlogits_sequence_stride = gradient.sequence_stride;
   const Inputs in = made.data.inputs(device);
   LogitsArgs args;
   args.logits = copy.on(device);
@@ -184,7 +190,9 @@ std::vector<double> rows_of(const LogitsData& made, const Logits3d& gradient) {
   std::vector<double> values;
   for (std::int64_t n = 0; n < row_count(p); ++n) {
     const std::int64_t at = gradient.at(p, reference::position_of_row(p, n));
-    for (std::int64_t v = 0; v < p.V; ++v) values.push_back(gradient.array.get(at + v));
+    for (std::int64_t v = 0; v < classes_of(p).count; ++v) {
+      values.push_back(gradient.array.get(at + v));
+    }
   }
   return values;
 }
@@ -193,11 +201,11 @@ std::vector<double> rows_of(const LogitsData& made, const Logits3d& gradient) {
 void expect_the_rest_alone(const LogitsData& made, const Logits3d& gradient) {
   const Problem& p = made.data.problem;
   std::vector<bool> seen(gradient.array.count, false);
-  for (std::int64_t position = 0; position < p.sequences * p.length; ++position) {
+  for (std::int64_t position = 0; position < p.rows.sequences * p.rows.length; ++position) {
     const std::int64_t at = gradient.at(p, position);
-    std::fill_n(seen.begin() + at, p.V, true);
-    if (position % p.length < p.length - p.shift) continue;
-    for (std::int64_t v = 0; v < p.V; ++v) ASSERT_EQ(gradient.array.get(at + v), 0);
+    std::fill_n(seen.begin() + at, classes_of(p).count, true);
+    if (position % p.rows.length < p.rows.length - p.rows.shift) continue;
+    for (std::int64_t v = 0; v < classes_of(p).count; ++v) ASSERT_EQ(gradient.array.get(at + v), 0);
   }
   for (std::int64_t i = 0; i < gradient.array.count; ++i) {
     if (seen[i]) continue;
@@ -216,9 +224,9 @@ void expect_accurate(const LogitsData& made, const Result& got) {
   check("nll", rows.nll, want.nll, bound.nll);
   check("lse", rows.lse, want.lse, bound.lse);
   for (std::int64_t n = 0; n < want.N; ++n) EXPECT_GE(rows.nll.get(n), 0) << "row " << n;
-  if (p.wants_entropy) check("entropy", rows.entropy, want.entropy, bound.entropy);
-  if (p.wants_zbar) check("zbar", rows.zbar, want.zbar, bound.zbar);
-  if (p.wants_argmax) {
+  if (p.wanted.entropy) check("entropy", rows.entropy, want.entropy, bound.entropy);
+  if (p.wanted.zbar) check("zbar", rows.zbar, want.zbar, bound.zbar);
+  if (p.wanted.argmax) {
     EXPECT_EQ(wrong_argmax(rows.argmax, want, bound), "");
   }
   std::vector<double> allowed;
@@ -243,7 +251,7 @@ void expect_accurate_everywhere(const Case& c, DType type, const Layout& layout)
           if (gradient.size() > 100000 && &of_gradient != &layout) continue;
           const Result other = run(made, device, way, in_place, of_gradient);
           EXPECT_EQ(other.rows.first_difference(first.rows), "");
-          if (made.problem.wants_argmax) {  // backward has another kernel: it needs no argmax
+          if (made.problem.wanted.argmax) {  // backward has another kernel: it needs no argmax
             expect_accurate(made, other);
           } else {
             EXPECT_EQ(rows_of(made, other.gradient), gradient) << in_place << of_gradient.name;
@@ -287,7 +295,8 @@ TEST(GivenLogits, Options) {
 }
 
 TEST(GivenLogits, KindsOfLogits) {
-  for (const Logits kind : {Logits::random, Logits::peaked, Logits::flat, Logits::offset}) {
+  for (const LogitKind kind :
+       {LogitKind::random, LogitKind::peaked, LogitKind::flat, LogitKind::offset}) {
     for (const bool all : {false, true}) {
       Case c = with_size(1, 37, 211, 16);
       if (all) add_everything(c);
@@ -339,12 +348,12 @@ TEST(GivenLogits, LongRows) {
 // As cutloss.h has them, but for these rows.
 TEST(GivenLogits, LossFromTerms) {
   Case c = with_size(2, 9, 33, 4, 1);
-  c.problem.wants_zbar = true;
+  c.problem.wanted.zbar = true;
   LogitsData made = make_logits(c, DType::f32, kLayouts[1]);
   evaluate(made);
   const std::int64_t N = row_count(made.problem);
   for (const Device device : devices()) {
-    LogitsProblem p = made.problem;
+    Problem p = made.problem;
     p.device = device;
     Array nll(DType::f32, N), lse(DType::f32, N), zbar(DType::f32, N), loss(DType::f32, 1);
     Buffer undefined(1);
@@ -354,7 +363,7 @@ TEST(GivenLogits, LossFromTerms) {
     auto* flag = reinterpret_cast<bool*>(undefined.on(device));
     const LossTerms terms{nll.on(device), lse.on(device), nullptr, zbar.on(device), flag};
     const Inputs in = made.data.inputs(device);
-    loss_terms(p, weighting, in.targets, terms, nullptr);
+    loss_terms(loss_rows(p), weighting, in.targets, terms, nullptr);
     Outputs out = outputs_for(made.data.problem);
     LogitsArgs args;
     args.logits = made.logits.on(device);
@@ -379,7 +388,7 @@ TEST(GivenLogits, LossFromTerms) {
 // --- refusals -----------------------------------------------------------------------------------
 
 struct Call {
-  LogitsProblem p;
+  Problem p;
   LogitsArgs args;
 };
 
@@ -387,6 +396,7 @@ struct Refusal {
   const char* name;
   void (*spoil)(Call&);
   std::vector<const char*> message;  // all of these are in it
+  ErrorCode code = ErrorCode::invalid_value;
 };
 
 void* beyond(const void* pointer, std::int64_t bytes) {
@@ -394,26 +404,30 @@ void* beyond(const void* pointer, std::int64_t bytes) {
 }
 
 const Refusal kRefusals[] = {
-    {"length", [](Call& c) { c.p.length = -1; }, {"length", ">= 0", "-1"}},
-    {"vocabulary", [](Call& c) { c.p.V = 0; }, {"V", ">= 1", "0"}},
-    {"shift", [](Call& c) { c.p.shift = -1; }, {"shift", ">= 0", "-1"}},
-    {"row_stride", [](Call& c) { c.p.row_stride = 6; }, {"row_stride", "at least 7", "6"}},
+    {"length", [](Call& c) { c.p.rows.length = -1; }, {"length", ">= 0", "-1"}},
+    {"vocabulary", [](Call& c) { classes_of(c.p).count = 0; }, {"V", ">= 1", "0"}},
+    {"shift", [](Call& c) { c.p.rows.shift = -1; }, {"shift", ">= 0", "-1"}},
+    {"row_stride",
+     [](Call& c) { logits_of(c.p).row_stride = 6; },
+     {"row_stride", "at least 7", "6"}},
     {"gradient_stride",
-     [](Call& c) { c.p.gradient_row_stride = 6; },
-     {"gradient_row_stride", "at least 7", "6"}},
+     [](Call& c) { c.p.wanted.dlogits_row_stride = 6; },
+     {"dlogits_row_stride", "at least 7", "6"}},
     {"sequence_stride",
-     [](Call& c) { c.p.sequence_stride = 27; },
+     [](Call& c) { logits_of(c.p).sequence_stride = 27; },
      {"sequence_stride", "at least 28", "27"}},
-    {"softcap", [](Call& c) { c.p.softcap = -1; }, {"softcap", "> 0", "-1"}},
-    {"scale", [](Call& c) { c.p.logit_scale = 0; }, {"logit_scale", "other than 0"}},
-    {"temperature", [](Call& c) { c.p.temperature = 0; }, {"temperature", "> 0"}},
+    {"softcap", [](Call& c) { c.p.transform.softcap = -1; }, {"softcap", "> 0", "-1"}},
+    {"scale", [](Call& c) { c.p.transform.logit_scale = 0; }, {"logit_scale", "other than 0"}},
+    {"temperature", [](Call& c) { c.p.transform.temperature = 0; }, {"temperature", "> 0"}},
     {"scale_over_temperature",
      [](Call& c) {
-       c.p.logit_scale = 1e30;
-       c.p.temperature = 1e-30;
+       c.p.transform.logit_scale = 1e30;
+       c.p.transform.temperature = 1e-30;
      },
      {"logit_scale / temperature", "1e+60"}},
-    {"blocks", [](Call& c) { c.p.blocks_per_row = 3; }, {"blocks_per_row", "0, 1, 2, 4 or 8", "3"}},
+    {"blocks",
+     [](Call& c) { logits_of(c.p).blocks_per_row = 3; },
+     {"blocks_per_row", "0, 1, 2, 4 or 8", "3"}},
     {"no_logits", [](Call& c) { c.args.logits = nullptr; }, {"LogitsArgs::logits", "null"}},
     {"no_targets", [](Call& c) { c.args.targets = nullptr; }, {"LogitsArgs::targets", "null"}},
     {"no_nll", [](Call& c) { c.args.rows.nll = nullptr; }, {"rows.nll", "null"}},
@@ -421,20 +435,58 @@ const Refusal kRefusals[] = {
     {"no_weight",
      [](Call& c) { c.p.has_class_weight = true; },
      {"LogitsArgs::class_weight", "null"}},
-    {"no_zbar", [](Call& c) { c.p.wants_zbar = true; }, {"rows.zbar", "null"}},
+    {"part_of_a_vocabulary",
+     [](Call& c) {
+       classes_of(c.p) = {7, 7, 14};
+     },
+     {"first 7", "count 7", "total 14", "first = 0"},
+     ErrorCode::unsupported},
+    {"linear", [](Call& c) { c.p.source = Linear{}; }, {"Linear", "needs Logits", "make_plan"}},
+    {"gradient_not_wanted",
+     [](Call& c) { c.p.wanted.dlogits.wanted = false; },
+     {"wanted.dlogits.wanted = false", "call forward"}},
+    {"gradient_that_adds",
+     [](Call& c) { c.p.wanted.dlogits.add = true; },
+     {"wanted.dlogits.add", "leave it false"},
+     ErrorCode::unsupported},
+    {"gradient_of_another_type",
+     [](Call& c) { c.p.wanted.dlogits.type = DType::bf16; },
+     {"wanted.dlogits.type", "bf16", "f32", "unset"},
+     ErrorCode::unsupported},
+    {"gradient_of_a_head", [](Call& c) { c.p.wanted.dc.wanted = true; }, {"wanted.dlogits"}},
+    {"upstream_unknown",
+     [](Call& c) { c.p.upstream.when = Upstream::none; },
+     {"upstream.when", "at_forward"}},
+    {"compute_type",
+     [](Call& c) { c.p.compute_type = DType::bf16; },
+     {"compute_type", "bf16", "f32"},
+     ErrorCode::invalid_type},
+    {"num_valid", [](Call& c) { c.p.rows.num_valid = 8; }, {"num_valid", "8", "unset"}},
+    {"max_workspace", [](Call& c) { c.p.max_workspace = 4096; }, {"max_workspace", "4096"}},
+    {"schedule", [](Call& c) { c.p.schedule = Schedule::rows; }, {"schedule", "rows", "automatic"}},
+    {"engine", [](Call& c) { c.p.engine = "cpu"; }, {"engine 'cpu'", "no plan"}},
+    {"device_index", [](Call& c) { c.p.device_index = 1; }, {"device_index", "1", "the CPU"}},
+    {"no_zbar", [](Call& c) { c.p.wanted.zbar = true; }, {"rows.zbar", "null"}},
     {"entropy",
      [](Call& c) {
        c.args.upstream.d_entropy = c.args.rows.nll;
        c.args.rows.entropy = c.args.rows.nll;
      },
-     {"d_entropy", "wants_entropy = false"}},
+     {"d_entropy", "upstream.entropy = false"}},
     {"overlap",
      [](Call& c) { c.args.gradient = beyond(c.args.logits, 8); },
-     {"overlaps", "does not begin where they do"}},
+     {"overlaps", "memory of its own"}},
+    {"the_place_unsaid",
+     [](Call& c) { c.args.gradient = beyond(c.args.logits, 0); },
+     {"overlaps", "overwrite"}},
+    {"another_place",
+     [](Call& c) { logits_of(c.p).overwrite = true; },
+     {"overwrite is set", "the logits' address"}},
     {"place_with_other_strides",
      [](Call& c) {
        c.args.gradient = beyond(c.args.logits, 0);
-       c.p.gradient_row_stride = 9;
+       logits_of(c.p).overwrite = true;
+       c.p.wanted.dlogits_row_stride = 9;
      },
      {"strides", "the same", "9", "7"}},
 };
@@ -446,7 +498,7 @@ TEST(GivenLogits, RefusalsNameBothValues) {
     Outputs out = outputs_for(made.data.problem);
     Logits3d gradient(made.data.problem, DType::f32, kLayouts[0]);
     Call call{made.problem, {}};
-    call.p.row_stride = call.p.sequence_stride = 0;
+    logits_of(call.p).row_stride = logits_of(call.p).sequence_stride = 0;
     call.args.logits = made.logits.on(Device::cpu);
     call.args.targets = made.data.inputs().targets;
     call.args.rows = out.rows(Device::cpu);
@@ -457,7 +509,7 @@ TEST(GivenLogits, RefusalsNameBothValues) {
       forward_backward(call.p, call.args);
       ADD_FAILURE() << "not refused";
     } catch (const Error& error) {
-      EXPECT_EQ(error.code(), ErrorCode::invalid_value);
+      EXPECT_EQ(error.code(), refusal.code);
       for (const char* part : refusal.message) {
         EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
       }

@@ -28,12 +28,12 @@ Weights random_weights(const Data& data, bool token, bool classes) {
   std::mt19937_64 random(3);
   Weights weights;
   if (token) {
-    weights.token = detail::random_array(stat, p.sequences * p.length, 0.5, 2, random);
+    weights.token = detail::random_array(stat, p.rows.sequences * p.rows.length, 0.5, 2, random);
     for (std::int64_t i = 0; i < weights.token.count; ++i) {
-      if (data.target(i) == p.ignore_index) weights.token.set(i, std::nan(""));  // not read
+      if (data.target(i) == p.rows.ignore_index) weights.token.set(i, std::nan(""));  // not read
     }
   }
-  if (classes) weights.classes = detail::random_array(stat, p.V, 0.5, 2, random);
+  if (classes) weights.classes = detail::random_array(stat, classes_of(p).count, 0.5, 2, random);
   return weights;
 }
 
@@ -57,7 +57,7 @@ Weighting weighting_of(const Weights& weights, Device device, bool mean, double 
 Terms make_terms(const Data& data, const Weighting& w, Device device) {
   Problem p = data.problem;
   p.device = device;
-  p.upstream = Upstream::at_forward;
+  p.upstream.when = Upstream::at_forward;
   const DType stat = reference::stat_type(p);
   const std::int64_t N = row_count(p);
   Terms terms;
@@ -71,7 +71,7 @@ Terms make_terms(const Data& data, const Weighting& w, Device device) {
   out.lse_squared = terms.lse_squared.on(device);
   out.zbar = terms.zbar.on(device);
   out.undefined = reinterpret_cast<bool*>(terms.undefined.on(device));
-  loss_terms(p, w, data.targets.on(device), out, nullptr);
+  loss_terms(loss_rows(p), w, data.targets.on(device), out, nullptr);
   for (Array* array : {&terms.nll, &terms.lse, &terms.lse_squared, &terms.zbar}) {
     array->buffer.fetch();
     EXPECT_TRUE(array->buffer.guards_intact());
@@ -88,15 +88,15 @@ void expect_terms(const Data& data, const Weights& weights, const Weighting& w,
   const std::int64_t N = row_count(p);
   std::vector<double> token(N), weighted(N);
   double token_total = 0, total = 0, classes = 0;
-  for (std::int64_t v = 0; v < p.V; ++v) {
+  for (std::int64_t v = 0; v < classes_of(p).count; ++v) {
     classes += weights.classes.count > 0 ? weights.classes.get(v) : 1;
   }
   for (std::int64_t n = 0; n < N; ++n) {
-    const std::int64_t i = reference::position_of_row(p, n) + p.shift;
+    const std::int64_t i = reference::position_of_row(p, n) + p.rows.shift;
     const std::int64_t target = data.target(i);
-    if (target == p.ignore_index) continue;
+    if (target == p.rows.ignore_index) continue;
     token[n] = weights.token.count > 0 ? weights.token.get(i) : 1;
-    const std::int64_t nearest = std::clamp<std::int64_t>(target, 0, p.V - 1);
+    const std::int64_t nearest = std::clamp<std::int64_t>(target, 0, classes_of(p).count - 1);
     weighted[n] = token[n] * (weights.classes.count > 0 ? weights.classes.get(nearest) : 1);
     token_total += token[n];
     total += weighted[n];
@@ -106,15 +106,16 @@ void expect_terms(const Data& data, const Weights& weights, const Weighting& w,
   if (!w.mean || undefined) total = token_total = 1;
   const double eps = w.label_smoothing;
   // Sums are made in fp64, here and on a device in orders of their own.
-  const double unit = 8 * reference::unit_roundoff(reference::stat_type(p)) +
-                      static_cast<double>(N + p.V) * reference::unit_roundoff(DType::f64);
+  const double unit =
+      8 * reference::unit_roundoff(reference::stat_type(p)) +
+      static_cast<double>(N + classes_of(p).count) * reference::unit_roundoff(DType::f64);
   const auto near = [&](const Array& got, std::int64_t n, double want) {
     if (got.count == 0) return;
     EXPECT_NEAR(got.get(n), want, unit * std::fabs(want)) << "row " << n;
   };
   for (std::int64_t n = 0; n < N; ++n) {
     near(terms.nll, n, weighted[n] / total * (1 - eps));
-    near(terms.lse, n, token[n] / total * eps * classes / static_cast<double>(p.V));
+    near(terms.lse, n, token[n] / total * eps * classes / static_cast<double>(classes_of(p).count));
     near(terms.zbar, n, -token[n] / total * eps);
     near(terms.lse_squared, n, token[n] / token_total * w.z_loss);
   }
@@ -126,8 +127,8 @@ std::vector<Case> term_cases() {
   const std::size_t sizes = cases.size();
   for (std::size_t i = 0; i < sizes; ++i) {
     Case other = cases[i];
-    other.problem.target_type = IndexType::i32;
-    other.problem.ignore_index = 0;
+    other.problem.rows.target_type = IndexType::i32;
+    other.problem.rows.ignore_index = 0;
     cases.push_back(other);
     other.ignored = 1;
     cases.push_back(other);
@@ -143,7 +144,8 @@ TEST(LossTerms, AreTheFormula) {
   for (const Device device : devices()) {
     for (const Case& c : term_cases()) {
       Data data = make_data(c);
-      if (row_count(data.problem) > 4) data.set_target(3, data.problem.V + 5);  // of the last class
+      if (row_count(data.problem) > 4)
+        data.set_target(3, classes_of(data.problem).count + 5);  // of the last class
       for (const int options : {0, 1, 2, 3, 4, 5, 6, 7}) {
         const Weights weights = random_weights(data, options & 1, options & 2);
         for (const double smoothing : {0.0, 0.25, 1.0}) {
@@ -191,12 +193,12 @@ TEST(LossTerms, OfNoRows) {
 
 TEST(LossTerms, RefuseWhatDoesNotFit) {
   Data data = make_data(with_size(1, 4, 7, 1));
-  data.problem.upstream = Upstream::at_forward;
+  data.problem.upstream.when = Upstream::at_forward;
   float row[4];
   bool undefined;
   const auto expect_refusal = [&](const Weighting& w, const LossTerms& terms, const char* part) {
     try {
-      loss_terms(data.problem, w, data.targets.data(), terms, nullptr);
+      loss_terms(loss_rows(data.problem), w, data.targets.data(), terms, nullptr);
       ADD_FAILURE() << "no error";
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), ErrorCode::invalid_value);
@@ -278,7 +280,7 @@ TEST_P(WeightedLoss, IsTheRowsSum) {
     add(data.d_nll, n, loss.out.nll.get(n));
     add(data.d_lse, n, lse);
     add(data.d_lse_squared, n, lse * lse);
-    add(data.d_zbar, n, data.problem.wants_zbar ? loss.out.zbar.get(n) : 0);
+    add(data.d_zbar, n, data.problem.wanted.zbar ? loss.out.zbar.get(n) : 0);
   }
   const double sums = gamma(reference::unit_roundoff(DType::f64), row_count(data.problem));
   EXPECT_NEAR(loss.value, want, (2 * reference::unit_roundoff(stat) + sums) * size);
@@ -304,9 +306,9 @@ TEST_P(WeightedLossOnGpu, IsNaNWhereNumValidIsWrong) {
   Data data = make_data(GetParam().problem);
   std::int64_t valid = 0;
   for (std::int64_t n = 0; n < row_count(data.problem); ++n) valid += data.counts(n) ? 1 : 0;
-  data.problem.num_valid = valid + 1;
+  data.problem.rows.num_valid = valid + 1;
   EXPECT_TRUE(std::isnan(run_loss(GetParam(), data, nullptr).value));
-  data.problem.num_valid = valid;
+  data.problem.rows.num_valid = valid;
   EXPECT_FALSE(std::isnan(run_loss(GetParam(), data, nullptr).value));
 }
 

@@ -26,10 +26,10 @@ Case random_case(std::mt19937_64& random, unsigned seed) {
   if (one_in(8)) add_everything(c);
   Problem& p = c.problem;
   set_types(p, kTypes[up_to(0, std::size(kTypes) - 1)]);
-  p.needs_de = !one_in(4);
-  p.needs_dc = !one_in(4);
-  p.needs_dbias = p.has_bias && !one_in(4);
-  c.logits = static_cast<Logits>(up_to(0, 3));
+  p.wanted.de.wanted = !one_in(4);
+  p.wanted.dc.wanted = !one_in(4);
+  p.wanted.dbias.wanted = head_of(p).has_bias && !one_in(4);
+  c.logits = static_cast<LogitKind>(up_to(0, 3));
   c.ignored = one_in(6) ? up_to(0, 1) : 0.3;
   c.seed = seed;
   return c;
@@ -42,7 +42,7 @@ Plan random_plan(Problem problem, std::mt19937_64& random) {
   const bool any = std::uniform_int_distribution<int>(0, 3)(random) == 0;
   problem.schedule =
       any || !takes(problem.engine, problem, mode) ? Schedule::automatic : mode.schedule;
-  problem.upstream = mode.upstream;
+  problem.upstream.when = mode.upstream;
   const double factor = std::exp(std::uniform_real_distribution<double>(0, 4)(random));
   problem.max_workspace =
       static_cast<std::int64_t>(factor * static_cast<double>(smallest_workspace(problem)));

@@ -1,5 +1,6 @@
-// forward_backward taken apart: begin, then statistics and gradients of each chunk with the
-// caller's coefficients written in between, then finish.
+// Calls taken apart: a session's begin, then statistics and gradients of each chunk, with the
+// caller's coefficients written in between, then finish; in one session, or in a new one for each
+// step.
 #include <algorithm>
 #include <cmath>
 
@@ -46,12 +47,13 @@ TEST_P(Seam, PiecesMakeTheSameBitsAsTheWhole) {
   Outputs pieces = outputs_for(plan.problem);
   Scratch scratch(plan);
   const Args args = args_for(data, pieces, scratch, /*forward=*/true);
-  begin(plan, args);
+  const auto session = open(plan, args, Pass::both);
+  session->begin();
   for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
-    statistics(plan, args, chunk);
-    gradients(plan, args, chunk);
+    session->statistics(chunk);
+    session->gradients(chunk);
   }
-  finish(plan, args);
+  session->finish();
   pieces.fetch();
   EXPECT_EQ(pieces.first_difference(whole), "");
   EXPECT_TRUE(scratch.intact() && pieces.guards_intact());
@@ -93,10 +95,11 @@ TEST_P(Seam, EveryRowThatCountsIsInOneChunk) {
   Outputs out = outputs_for(plan.problem);
   Scratch scratch(plan);
   const Args args = args_for(data, out, scratch, /*forward=*/true);
-  begin(plan, args);
+  const auto session = open(plan, args, Pass::both);
+  session->begin();
   std::vector<std::int64_t> seen;
   for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
-    const RowList list = chunk_rows(plan, args, chunk);
+    const RowList list = session->rows(chunk);
     EXPECT_LE(list.count, plan.chunk_rows);
     const std::vector<std::int64_t> rows = rows_of(list, plan.problem.device);
     seen.insert(seen.end(), rows.begin(), rows.end());
@@ -123,18 +126,19 @@ TEST_P(Seam, CoefficientsMayComeFromTheChunksOwnStatistics) {
     Scratch scratch(plan);
     std::fill_n(reinterpret_cast<unsigned char*>(data.d_nll.pointer()), data.d_nll.buffer.bytes(),
                 static_cast<unsigned char>(0xff));
-    Args args = args_for(data, in_seam, scratch, /*forward=*/true);
-    begin(plan, args);
+    const Args args = args_for(data, in_seam, scratch, /*forward=*/true);
+    const auto session = open(plan, args, Pass::both);
+    session->begin();
     for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
-      statistics(plan, args, chunk);
+      session->statistics(chunk);
       in_seam.nll.buffer.fetch();
-      for (const std::int64_t n : rows_of(chunk_rows(plan, args, chunk), plan.problem.device)) {
+      for (const std::int64_t n : rows_of(session->rows(chunk), plan.problem.device)) {
         data.d_nll.set(n, focal(in_seam.nll.get(n)));
       }
-      args.upstream = data.upstream(plan.problem.device);
-      gradients(plan, args, chunk);
+      data.upstream(plan.problem.device);  // into the same memory
+      session->gradients(chunk);
     }
-    finish(plan, args);
+    session->finish();
     in_seam.fetch();
   }
   EXPECT_EQ(run(plan, data).first_difference(in_seam), "");
@@ -146,16 +150,55 @@ TEST_P(Seam, RefusesPlansAndChunksThatHaveNone) {
   Outputs out = outputs_for(plan.problem);
   Scratch scratch(plan);
   const Args args = args_for(data, out, scratch, /*forward=*/true);
-  begin(plan, args);
-  EXPECT_THROW(statistics(plan, args, -1), Error);
-  EXPECT_THROW(gradients(plan, args, chunk_count(plan)), Error);
+  const auto session = open(plan, args, Pass::both);
+  session->begin();
+  EXPECT_THROW(session->rows(-1), Error);
+  EXPECT_THROW(session->statistics(-1), Error);
+  EXPECT_THROW(session->gradients(chunk_count(plan)), Error);
+  EXPECT_THROW(open(plan, args, Pass::forward)->gradients(0), Error);
+  EXPECT_THROW(open(plan, args, Pass::backward), Error);
   EXPECT_THROW(backward(plan, args), Error);
 
   const Plan by_vocabulary = plan_for(data.problem, GetParam().engine, kModes[4]);
-  EXPECT_THROW(begin(by_vocabulary, args), Error);
+  EXPECT_THROW(open(by_vocabulary, args, Pass::both), Error);
   EXPECT_THROW(forward_backward(by_vocabulary, args), Error);
 }
 
+// Every algorithm: what a session leaves behind for the next is in memory, and nowhere else.
+using Sessions = EverySubject;
+
+TEST_P(Sessions, ASessionForEachStepMakesTheSameBits) {
+  const Data data = make_data(GetParam().problem);
+  for (const Mode& mode : modes_of(GetParam().engine, data.problem)) {
+    const Plan plan = plan_for(data.problem, GetParam().engine, mode);
+    const Outputs whole = run(plan, data);
+    Outputs pieces = outputs_for(plan.problem);
+    Scratch scratch(plan);
+    const bool joint = plan.schedule == Schedule::rows && !plan.keeps_logits;
+    const Pass first = joint ? Pass::both : Pass::forward;
+    const Args args = args_for(data, pieces, scratch, /*forward=*/true);
+    open(plan, args, first)->begin();
+    for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
+      resume(plan, args, first)->statistics(chunk);
+      if (joint) resume(plan, args, first)->gradients(chunk);
+    }
+    if (joint) {
+      resume(plan, args, first)->finish();
+    } else if (plan.schedule != Schedule::none) {
+      const Args then = args_for(data, pieces, scratch, /*forward=*/false);
+      open(plan, then, Pass::backward)->begin();
+      for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
+        resume(plan, then, Pass::backward)->gradients(chunk);
+      }
+      resume(plan, then, Pass::backward)->finish();
+    }
+    pieces.fetch();
+    EXPECT_EQ(pieces.first_difference(whole), "") << mode.name << ", " << plan.algorithm;
+    EXPECT_TRUE(scratch.intact() && pieces.guards_intact()) << mode.name;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Engines, Sessions, testing::ValuesIn(subjects(cases())), subject_name);
 INSTANTIATE_TEST_SUITE_P(Engines, Seam, testing::ValuesIn(subjects_with_seam()), subject_name);
 
 }  // namespace

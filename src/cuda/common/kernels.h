@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "core/logit_math.h"
+#include "core/row_map.h"
 #include "cuda/common/row_table.h"
 #include "cuda/cublaslt.h"
 #include "cutloss/cutloss.h"
@@ -22,9 +22,7 @@ struct RowFacts {
   IndexType target_type = IndexType::i64;
   std::int64_t ignore_index = 0;
   int rows = 0;
-  int predicted = 0;  // rows of a sequence
-  int length = 0;
-  int shift = 0;
+  RowMap<int> map;
   int V = 0;
   std::int64_t num_valid = -1;        // -1: not given
   bool compact = true;                // else entry n is row n or nothing

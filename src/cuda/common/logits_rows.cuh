@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(kMostRowThreads, (kBlocksAtOnce<T, kPlain>))
   const RowFacts& f = s.facts;
   const int position = static_cast<int>(blockIdx.x / static_cast<unsigned>(blocks_per_row));
   const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(blocks_per_row));
-  const int sequence = position / f.length, at = position % f.length;
+  const int sequence = position / f.map.length, at = position % f.map.length;
   const E* row = static_cast<const E*>(s.logits) + sequence * s.sequence_stride + at * s.row_stride;
   const Slice<E> slice = slice_of(row, f.V, blocks_per_row, part);
   Output<E> out{nullptr, false};
@@ -355,8 +355,8 @@ __global__ void __launch_bounds__(kMostRowThreads, (kBlocksAtOnce<T, kPlain>))
                   reinterpret_cast<std::uintptr_t>(row) % 16;
   }
 
-  const bool predicts = at < f.predicted;
-  const int n = sequence * f.predicted + at;
+  const bool predicts = at < f.map.predicted;
+  const int n = f.map.row(sequence, at);
   const std::int64_t target = predicts ? target_at(f, position) : f.ignore_index;
   if (target == f.ignore_index) {  // the whole cluster leaves
     if (out.row != nullptr) {

@@ -24,10 +24,9 @@ __device__ U block_sum(U value) {
 
 template <class T>
 __device__ RowWeight<T> weight_of(const RowFacts& f, const Weighting& w, int n) {
-  const std::int64_t position = position_of(f, n);
   const auto* token_weight = static_cast<const T*>(w.token_weight);
-  return row_weight<T>(target_at(f, position), f.ignore_index, f.V,
-                       token_weight == nullptr ? nullptr : token_weight + position + f.shift,
+  return row_weight<T>(target_of(f, n), f.ignore_index, f.V,
+                       token_weight == nullptr ? nullptr : token_weight + f.map.target(n),
                        static_cast<const T*>(w.class_weight));
 }
 

@@ -87,8 +87,8 @@ template <class E>
 __global__ void __launch_bounds__(kCopyThreads)
     clear_unpredicted_kernel(RowFacts f, E* de, std::int64_t D) {
   const std::int64_t position = blockIdx.x;
-  const int column = static_cast<int>(position % f.length);
-  if (column < f.predicted) {
+  const int column = static_cast<int>(position % f.map.length);
+  if (column < f.map.predicted) {
     if (target_at(f, position) != f.ignore_index) return;
   }
   for (std::int64_t d = threadIdx.x; d < D; d += kCopyThreads) {

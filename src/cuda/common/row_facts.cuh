@@ -1,4 +1,4 @@
-// Where a row lies among the targets, and its entry of an array that may be absent.
+// The target of a row, and its entry of an array that may be absent.
 #pragma once
 
 #include <cstdint>
@@ -8,19 +8,17 @@
 
 namespace cutloss::cuda {
 
-__device__ inline std::int64_t position_of(const RowFacts& f, int n) {
-  return std::int64_t{n / f.predicted} * f.length + n % f.predicted;
-}
-
 // The target that the row at a position predicts.
 __device__ inline std::int64_t target_at(const RowFacts& f, std::int64_t position) {
-  return f.target_type == IndexType::i64
-             ? static_cast<const std::int64_t*>(f.targets)[position + f.shift]
-             : static_cast<const std::int32_t*>(f.targets)[position + f.shift];
+  return cutloss::target_at(f.targets, f.target_type, position + f.map.shift);
+}
+
+__device__ inline std::int64_t target_of(const RowFacts& f, int n) {
+  return target_at(f, f.map.position(n));
 }
 
 __device__ inline bool counts(const RowFacts& f, int n) {
-  return target_at(f, position_of(f, n)) != f.ignore_index;
+  return target_of(f, n) != f.ignore_index;
 }
 
 // NaN where the row's temperature is not usable.

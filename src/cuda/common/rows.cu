@@ -15,10 +15,9 @@ constexpr int kScanRows = 4;  // a thread takes at a time
 
 template <class T>
 __device__ void write_entry(const RowFacts& f, const RowTable& table, int entry, int n) {
-  const std::int64_t position = position_of(f, n);
-  const std::int64_t target = target_at(f, position);
+  const std::int64_t target = target_of(f, n);
   table.row[entry] = n;
-  table.position[entry] = static_cast<int>(position);
+  table.position[entry] = static_cast<int>(f.map.position(n));
   table.target[entry] = target >= 0 && target < f.V ? static_cast<int>(target) : -1;
   static_cast<T*>(table.inv_temperature)[entry] = inv_temperature<T>(f, n);
 }

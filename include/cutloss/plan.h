@@ -1,0 +1,57 @@
+// From a problem whose source is Linear to a plan: which engine makes it how, in which memory.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cutloss/error.h"
+#include "cutloss/problem.h"
+
+namespace cutloss {
+
+struct Decision;
+
+// What was decided for a problem, and why. Made by make_plan, read by anybody, cheap to copy.
+struct Plan {
+  // With every stride filled in, and a shift of at most the length.
+  Problem problem;
+  // "cpu/by_rows", of the engine "cpu".
+  std::string algorithm;
+  std::string engine;
+  Schedule schedule = Schedule::none;
+  // With schedule rows: forward keeps every row's logits, and backward makes the gradients of them.
+  // Else gradients by rows are made with the statistics, in one call.
+  bool keeps_logits = false;
+  // N x V x D products of forward and backward together.
+  int products = 1;
+  // Rows whose statistics are made together.
+  std::int64_t chunk_rows = 0;
+
+  // Bytes of Args::kept, and of Args::workspace: of sessions with statistics, and of those with
+  // gradients alone (0 where none may be opened).
+  std::int64_t kept_bytes = 0;
+  std::int64_t forward_workspace_bytes = 0;
+  std::int64_t backward_workspace_bytes = 0;
+
+  // A line for each engine and each way that was considered.
+  std::vector<std::string> reasons;
+
+  // What the algorithm's sessions go by.
+  std::shared_ptr<const Decision> decision;
+};
+
+// Validates the problem and decides engine, schedule and sizes. Touches no data.
+// Throws Error(invalid_value, invalid_type, unsupported, workspace).
+Plan make_plan(const Problem& problem);
+
+// The plan in words: algorithm, schedule, sizes, the memory buffer by buffer, and the reasons. For
+// people: the text may change.
+std::string describe(const Plan& plan);
+
+// What was found on this machine: a line for each engine (and why it is not there), the
+// libraries behind it with their versions, processor features.
+std::vector<std::string> describe_machine();
+
+}  // namespace cutloss

@@ -1,0 +1,62 @@
+// From targets and weights to a loss: the coefficients of its rows, and their sum.
+#pragma once
+
+#include <cstdint>
+
+#include "cutloss/call.h"
+
+namespace cutloss {
+
+// How rows count in a loss, in the words of PyTorch's F.cross_entropy. With t the token weight of a
+// row, w that of its target's class (1 where not given), eps = label_smoothing and W = sum_v w_v:
+//   t ((1 - eps) w nll + eps (W lse / V - zbar) + z_loss lse^2)
+// Weights in the stat dtype.
+struct Weighting {
+  // Divided by the sum of t w, what z_loss adds by the sum of t.
+  bool mean = false;
+  double label_smoothing = 0;          // in [0, 1]
+  double z_loss = 0;                   // >= 0
+  const void* token_weight = nullptr;  // (sequences, length): a row's lies where its target does
+  const void* class_weight = nullptr;  // (V)
+};
+
+// The coefficients of a loss, (rows) each, stat dtype: RowGradients, to be written. Ignored rows
+// get 0.
+struct LossTerms {
+  void* nll = nullptr;
+  void* lse = nullptr;          // with label_smoothing, and only then
+  void* lse_squared = nullptr;  // with z_loss
+  void* zbar = nullptr;         // with label_smoothing
+  bool* undefined = nullptr;    // one: the mean of nothing. Its coefficients are 0.
+};
+
+// What loss_terms must know of a problem.
+struct LossRows {
+  Rows rows;
+  std::int64_t classes = 0;  // of the whole vocabulary: V
+  // The stat dtype: f32 or f64.
+  DType type = DType::f32;
+  Device device = Device::cpu;
+};
+LossRows loss_rows(const Problem& problem);
+
+// What `weighting` makes of the targets, (sequences, length) in the memory of rows.device, as all
+// else. Sums are in fp64 in a fixed order. A target outside of the vocabulary has the weight of the
+// nearest class: forward names it. CUDA: one kernel on the stream, nothing waits. Throws
+// Error(invalid_value, invalid_type, unsupported).
+void loss_terms(const LossRows& rows, const Weighting& weighting, const void* targets,
+                const LossTerms& terms, void* stream);
+
+// The loss whose coefficients are args.upstream: the sum over rows of d_nll nll + d_lse lse +
+// d_lse_squared lse^2 + d_zbar zbar, added up in fp64 in a fixed order, to one number of the stat
+// dtype at `loss` (in the memory of the problem's device). Ignored rows are not read. Where
+// `undefined` is given (there too) and true, the loss is NaN.
+void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* undefined = nullptr);
+
+// CUDA: values *= *factor, both in device memory, ordered on the stream. Nothing is read or written
+// where the factor is 1, and the host need not know. Throws Error(unsupported) in a build without
+// CUDA.
+void cuda_scale(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
+                void* stream);
+
+}  // namespace cutloss

@@ -1,0 +1,33 @@
+// What a device does that takes no plan: one table of functions for each. Their arguments are
+// checked.
+#pragma once
+
+#include "cutloss/cutloss.h"
+
+namespace cutloss {
+
+// weighted_loss: a sum over the rows of `rows`, whose targets say which of them count.
+struct LossSum {
+  LossRows rows;
+  const void* targets = nullptr;
+  RowOutputs out;
+  RowGradients upstream;
+  const bool* undefined = nullptr;
+};
+
+struct DeviceCalls {
+  void (*loss_terms)(const LossRows& rows, const Weighting& weighting, const void* targets,
+                     const LossTerms& terms, void* stream);
+  // To one number of the stat dtype, in the device's memory.
+  void (*sum_loss)(const LossSum& sum, void* loss, void* stream);
+  // Losses over logits that exist. With both passes the gradient of a row follows its statistics.
+  void (*logits)(const Problem& problem, const LogitsArgs& args, Pass pass);
+  // values *= *factor.
+  void (*scale)(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
+                void* stream);
+};
+
+// Throws Error(unsupported), which names `call`, where this build has nothing for the device.
+const DeviceCalls& calls_of(Device device, const char* call);
+
+}  // namespace cutloss

@@ -1,0 +1,76 @@
+// The calls of a plan: check the pointers, open a session, run it over all chunks.
+#include "api/algorithms.h"
+#include "core/text.h"
+#include "core/validate.h"
+#include "core/verbose.h"
+
+namespace cutloss {
+namespace {
+
+Way way_of(const Plan& plan) { return {plan.schedule, plan.keeps_logits}; }
+
+[[noreturn]] void refuse(const std::string& message) {
+  throw Error(ErrorCode::invalid_value, message);
+}
+
+// Every plan has forward; what else depends on where its gradients are made.
+void need_pass(const Plan& plan, Pass pass) {
+  const std::string has = text("; this plan has schedule ", name(plan.schedule),
+                               plan.keeps_logits ? " with kept logits" : "");
+  if (pass == Pass::both && !in_one_call(way_of(plan))) {
+    refuse(
+        text("gradients with the statistics (forward_backward, a session of both) need a plan "
+             "with schedule rows and upstream at_forward",
+             has, ": call forward, then backward"));
+  }
+  if (pass == Pass::backward && (in_one_call(way_of(plan)) || plan.schedule == Schedule::none)) {
+    refuse(text("backward needs a plan that makes gradients in backward", has,
+                in_one_call(way_of(plan)) ? ": call forward_backward" : ""));
+  }
+}
+
+std::unique_ptr<Session> open_checked(const Plan& plan, const Args& args, Pass pass) {
+  need_pass(plan, pass);
+  check_args(plan, args, pass);
+  return plan.decision->algorithm->open(plan.decision, args, pass);
+}
+
+}  // namespace
+
+std::int64_t chunk_count(const Plan& plan) { return chunk_count(*plan.decision); }
+
+std::unique_ptr<Session> open(const Plan& plan, const Args& args, Pass pass) {
+  return open_checked(plan, args, pass);
+}
+
+std::unique_ptr<Session> resume(const Plan& plan, const Args& args, Pass pass) {
+  return open_checked(plan, args, pass);
+}
+
+void forward(const Plan& plan, const Args& args) {
+  const CallReport report("forward", plan);
+  const auto session = open_checked(plan, args, Pass::forward);
+  session->begin();
+  for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) session->statistics(chunk);
+}
+
+void backward(const Plan& plan, const Args& args) {
+  const CallReport report("backward", plan);
+  const auto session = open_checked(plan, args, Pass::backward);
+  session->begin();
+  for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) session->gradients(chunk);
+  session->finish();
+}
+
+void forward_backward(const Plan& plan, const Args& args) {
+  const CallReport report("forward_backward", plan);
+  const auto session = open_checked(plan, args, Pass::both);
+  session->begin();
+  for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
+    session->statistics(chunk);
+    session->gradients(chunk);
+  }
+  session->finish();
+}
+
+}  // namespace cutloss

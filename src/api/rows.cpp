@@ -1,0 +1,91 @@
+// The calls over rows alone: coefficients of a loss, and its sum.
+#include "cutloss/rows.h"
+
+#include <cmath>
+
+#include "api/device_calls.h"
+#include "core/dtype.h"
+#include "core/text.h"
+#include "core/validate.h"
+
+namespace cutloss {
+namespace {
+
+[[noreturn]] void refuse(const std::string& message) {
+  throw Error(ErrorCode::invalid_value, "loss_terms: " + message);
+}
+
+void check(const LossRows& rows, const Weighting& w, const void* targets, const LossTerms& terms) {
+  if (rows.classes < 1) refuse(text("V must be >= 1, got ", rows.classes));
+  check_product("N x V", rows.rows.sequences * rows.rows.length, rows.classes);
+  if (rows.type != DType::f32 && rows.type != DType::f64) {
+    throw Error(ErrorCode::invalid_type,
+                text("loss_terms: type must be f32 or f64, the dtypes of per-row numbers, got ",
+                     name(rows.type)));
+  }
+  if (!(w.label_smoothing >= 0 && w.label_smoothing <= 1)) {
+    refuse(text("label_smoothing must be in [0, 1], got ", w.label_smoothing));
+  }
+  if (!(w.z_loss >= 0 && std::isfinite(w.z_loss))) {
+    refuse(text("z_loss must be finite and >= 0, got ", w.z_loss));
+  }
+  if (terms.undefined == nullptr) refuse("terms.undefined is null");
+  const auto agrees = [&](const void* pointer, bool wanted, const char* what, const char* why) {
+    if (row_count(rows.rows) == 0 || (pointer != nullptr) == wanted) return;
+    refuse(text(what, wanted ? " is null, but " : " is given, but ", why));
+  };
+  agrees(targets, true, "targets", "there are rows");
+  agrees(terms.nll, true, "terms.nll", "there are rows");
+  const bool smooth = w.label_smoothing > 0;
+  const std::string smoothing = text("label_smoothing is ", w.label_smoothing);
+  agrees(terms.lse, smooth, "terms.lse", smoothing.c_str());
+  agrees(terms.zbar, smooth, "terms.zbar", smoothing.c_str());
+  const std::string z_loss = text("z_loss is ", w.z_loss);
+  agrees(terms.lse_squared, w.z_loss > 0, "terms.lse_squared", z_loss.c_str());
+}
+
+}  // namespace
+
+LossRows loss_rows(const Problem& problem) {
+  return {problem.rows, classes_of(problem).count, stat_type(problem), problem.device};
+}
+
+void loss_terms(const LossRows& given, const Weighting& weighting, const void* targets,
+                const LossTerms& terms, void* stream) {
+  LossRows rows = given;
+  settle_rows(rows.rows);
+  check(rows, weighting, targets, terms);
+  calls_of(rows.device, "loss_terms").loss_terms(rows, weighting, targets, terms, stream);
+}
+
+void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* undefined) {
+  const Problem& p = plan.problem;
+  const RowGradients& up = args.upstream;
+  const auto refuse_sum = [](const char* message) {
+    throw Error(ErrorCode::invalid_value, message);
+  };
+  if (loss == nullptr) refuse_sum("loss is null");
+  if ((up.d_lse != nullptr || up.d_lse_squared != nullptr) && args.rows.lse == nullptr) {
+    refuse_sum("upstream.d_lse or d_lse_squared is given, but rows.lse is null");
+  }
+  if (up.d_zbar != nullptr && !p.wanted.zbar) {
+    refuse_sum("upstream.d_zbar is given, but the problem has wanted.zbar = false");
+  }
+  calls_of(p.device, "weighted_loss")
+      .sum_loss({loss_rows(p), args.in.targets, args.rows, up, undefined}, loss, args.stream);
+}
+
+void cuda_scale(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
+                void* stream) {
+  const DeviceCalls& calls = calls_of(Device::cuda, "cuda_scale");
+  if (count < 0) {
+    throw Error(ErrorCode::invalid_value, text("cuda_scale: count must be >= 0, got ", count));
+  }
+  if (count == 0) return;
+  if (values == nullptr || factor == nullptr) {
+    throw Error(ErrorCode::invalid_value, "cuda_scale: values or factor is null");
+  }
+  calls.scale(type, values, count, factor_type, factor, stream);
+}
+
+}  // namespace cutloss

@@ -1,0 +1,53 @@
+#include "core/ledger.h"
+
+#include <algorithm>
+
+#include "core/sizes.h"
+#include "core/text.h"
+#include "cutloss/error.h"
+
+namespace cutloss {
+namespace {
+
+auto named(const std::vector<Booking>& bookings, std::string_view name) {
+  return std::find_if(bookings.begin(), bookings.end(),
+                      [&](const Booking& b) { return b.name == name; });
+}
+
+}  // namespace
+
+void Ledger::book(std::string_view name, std::int64_t bytes, Lifetime lifetime) {
+  bookings_.push_back({name, bytes, lifetime, "", "", bytes_});
+  bytes_ += round_up(bytes, alignment_);
+}
+
+void Ledger::share(std::string_view name, std::int64_t bytes, std::string_view lies_in,
+                   std::string_view until, Lifetime lifetime) {
+  const auto host = named(bookings_, lies_in);
+  const bool inside = host != bookings_.end();
+  if (inside && host->bytes < bytes) {
+    throw Error(ErrorCode::internal,
+                text("the buffer '", name, "' of ", bytes, " bytes does not fit into '", lies_in,
+                     "' of ", host->bytes));
+  }
+  bookings_.push_back({name, bytes, lifetime, lies_in, until, inside ? host->offset : 0});
+}
+
+const Booking& Ledger::booking(std::string_view name) const {
+  const auto found = named(bookings_, name);
+  if (found == bookings_.end()) {
+    throw Error(ErrorCode::internal, text("the call's memory has no buffer '", name, "'"));
+  }
+  return *found;
+}
+
+std::string in_words(const Ledger& ledger) {
+  std::string out;
+  for (const Booking& b : ledger.bookings()) {
+    out += text(out.empty() ? "" : ", ", b.name, " ", b.bytes);
+    if (!b.lies_in.empty()) out += text(" (in ", b.lies_in, " until ", b.until, ")");
+  }
+  return out.empty() ? "nothing" : out;
+}
+
+}  // namespace cutloss

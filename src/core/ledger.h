@@ -1,0 +1,58 @@
+// The memory of a call, buffer by named buffer: what a plan books, adds up and prints is what a
+// session finds its pointers by.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cutloss/types.h"
+
+namespace cutloss {
+
+// One entry. Names are literals of the components that book them.
+struct Booking {
+  std::string_view name;
+  std::int64_t bytes = 0;
+  Lifetime lifetime = Lifetime::call;
+  // The name of the memory that holds it where it has none of its own: another buffer of this
+  // ledger, or a gradient ("dC"). Empty: it has its own.
+  std::string_view lies_in = "";
+  // When that memory is needed for what it is there for.
+  std::string_view until = "";
+  // From the ledger's begin. Of no meaning in a gradient's memory.
+  std::int64_t offset = 0;
+};
+
+// Buffers one behind the other, in the order in which they are booked.
+class Ledger {
+ public:
+  Ledger() = default;
+  // Every buffer starts at a multiple of so many bytes.
+  explicit Ledger(std::int64_t alignment) : alignment_(alignment) {}
+
+  void book(std::string_view name, std::int64_t bytes, Lifetime lifetime = Lifetime::call);
+  // Books a buffer that lies in other memory until that is needed itself.
+  void share(std::string_view name, std::int64_t bytes, std::string_view lies_in,
+             std::string_view until, Lifetime lifetime = Lifetime::call);
+
+  // The buffer's place and size. Both throw Error(internal) where there is none of that name.
+  std::int64_t offset(std::string_view name) const { return booking(name).offset; }
+  std::int64_t bytes_of(std::string_view name) const { return booking(name).bytes; }
+  // What all of it takes.
+  std::int64_t bytes() const { return bytes_; }
+  const std::vector<Booking>& bookings() const { return bookings_; }
+
+ private:
+  const Booking& booking(std::string_view name) const;
+
+  std::int64_t alignment_ = 64;
+  std::int64_t bytes_ = 0;
+  std::vector<Booking> bookings_;
+};
+
+// The buffers in one line: "row list 8008, z 4194304, dE's sums 262144 (in ... until ...)".
+std::string in_words(const Ledger& ledger);
+
+}  // namespace cutloss

@@ -1,0 +1,47 @@
+// Where the rows of a loss lie among the positions of its sequences, written once for host and
+// device.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/logit_math.h"
+#include "cutloss/problem.h"
+
+namespace cutloss {
+
+// I counts rows: std::int64_t on the host, int on a device.
+template <class I>
+struct RowMap {
+  I length = 0;     // positions of a sequence
+  I predicted = 0;  // of these, the first ones, which are rows
+  I shift = 0;      // from a row's position to that of its target
+
+  CUTLOSS_HOST_DEVICE I sequence(I row) const { return row / predicted; }
+  CUTLOSS_HOST_DEVICE I column(I row) const { return row % predicted; }
+  CUTLOSS_HOST_DEVICE I row(I sequence, I column) const { return sequence * predicted + column; }
+
+  // Counting the positions of all sequences.
+  CUTLOSS_HOST_DEVICE std::int64_t position(I row) const {
+    return std::int64_t{sequence(row)} * length + column(row);
+  }
+  CUTLOSS_HOST_DEVICE std::int64_t target(I row) const { return position(row) + shift; }
+};
+
+// A sequence that is no longer than the shift predicts nothing, however long the shift is.
+inline std::int64_t settled_shift(const Rows& rows) { return std::min(rows.shift, rows.length); }
+
+template <class I>
+RowMap<I> row_map(const Rows& rows) {
+  const std::int64_t shift = settled_shift(rows);
+  return {static_cast<I>(rows.length), static_cast<I>(rows.length - shift), static_cast<I>(shift)};
+}
+
+// The target at a position.
+inline CUTLOSS_HOST_DEVICE std::int64_t target_at(const void* targets, IndexType type,
+                                                  std::int64_t position) {
+  return type == IndexType::i64 ? static_cast<const std::int64_t*>(targets)[position]
+                                : static_cast<const std::int32_t*>(targets)[position];
+}
+
+}  // namespace cutloss

@@ -1,0 +1,74 @@
+// What the CPU engine's algorithms decide: sizes, and what lies where in the memory of a call.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "plan/algorithm.h"
+
+namespace cutloss::cpu {
+
+// The dtype of the products' operands on this machine for a problem.
+DType product_type(const Problem& problem);
+
+// The names of the buffers.
+namespace buffer {
+// int64: how many rows count, then which.
+inline constexpr std::string_view kRowList = "row list";
+// RowState of the chunk's rows.
+inline constexpr std::string_view kStates = "states";
+// E of a block, gathered and converted.
+inline constexpr std::string_view kE = "E of a block";
+// C of a slab, converted.
+inline constexpr std::string_view kC = "C of a slab";
+// The bias in the stat dtype.
+inline constexpr std::string_view kBias = "bias";
+// Logits of a block.
+inline constexpr std::string_view kZ = "logits";
+// g of a block.
+inline constexpr std::string_view kG = "g";
+// dE of a chunk in the stat dtype.
+inline constexpr std::string_view kDeSums = "dE's sums";
+// dC of a slab, or of the whole vocabulary, in the stat dtype.
+inline constexpr std::string_view kDcSums = "dC's sums";
+// fp64.
+inline constexpr std::string_view kDbiasSums = "dbias's sums";
+// Kept: logits or exponentials, slab after slab, each a packed (chunk rows, slab columns) matrix.
+inline constexpr std::string_view kKept = "kept logits";
+// Of the same, those of the chunk's first rows.
+inline constexpr std::string_view kKeptInDc = "kept logits of the first rows";
+// The maxima of kept exponentials, (chunk rows, slabs).
+inline constexpr std::string_view kMaxima = "slab maxima";
+}  // namespace buffer
+
+struct CpuDecision : Decision {
+  // Of the products' operands, and of statistics and accumulators.
+  DType operand = DType::f32;
+  DType stat = DType::f32;
+  // C and the bias are read where they lie, or converted.
+  bool converts_c = false;
+  bool converts_bias = false;
+  // A gradient of the accumulators' dtype accumulates in its output.
+  bool de_in_place = false;
+  bool dc_in_place = false;
+  // One chunk holds every row.
+  bool one_chunk = false;
+  // What is kept of logits: e^(z - slab maximum) times the softcap's slope in the products' dtype,
+  // or z in the stat dtype where g needs z itself.
+  bool keeps_exponentials = false;
+  DType kept_type = DType::f32;
+  // A slab of dC is written when the slab's kept logits have been read for the last time, so where
+  // one chunk holds every row, a slab's first rows wait in that slab of dC: memory that must exist
+  // anyway (decision 0002). So many rows do.
+  std::int64_t rows_in_dc = 0;
+  // g has a place of its own, or takes that of the logits that it is made of.
+  bool g_in_logits = false;
+
+  std::int64_t slab_count() const { return divide_up(classes_of(problem).count, sizes.slab); }
+};
+
+// The decision of the algorithm that goes `way`. What Algorithm::decide returns.
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& problem,
+                                       std::int64_t budget, std::int64_t& least);
+
+}  // namespace cutloss::cpu

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "api/device_calls.h"
+
+namespace cutloss {
+
+const DeviceCalls& cpu_calls();
+
+namespace cpu {
+
+void loss_terms(const LossRows& rows, const Weighting& weighting, const void* targets,
+                const LossTerms& terms, void* stream);
+void sum_loss(const LossSum& sum, void* loss, void* stream);
+void logits(const Problem& problem, const LogitsArgs& args, Pass pass);
+
+}  // namespace cpu
+}  // namespace cutloss

@@ -1,0 +1,95 @@
+#include "cpu/gradient_rows.h"
+
+#include <type_traits>
+
+#include "core/loss_terms.h"
+
+namespace cutloss::cpu {
+
+template <class T>
+const void* GradientRows<T>::from_kept(const Block& block, const KeptLogits<T>& kept) {
+  void* g = call_.buffer<void>(buffer::kG);
+#pragma omp parallel for schedule(static)
+  for (std::int64_t r = 0; r < block.rows.count; ++r) {
+    const GradientRow<T> of_row = row(rows_.row(block.rows.begin + r), block.columns);
+    const std::int64_t in_chunk = block.rows.begin - block.chunk.begin + r;
+    void* place = kept.row(in_chunk, block.columns);
+    void* to = at(g, call_.d.operand, r * block.columns.count);
+    if (call_.d.keeps_exponentials) {
+      from_exponentials(of_row, place, kept.slab_max(in_chunk, block.columns), to);
+    } else {
+      from_logits(of_row, static_cast<T*>(place), nullptr, to);
+    }
+  }
+  return g;
+}
+
+template <class T>
+const void* GradientRows<T>::from_product(const Block& block) {
+  T* z = call_.buffer<T>(buffer::kZ);
+  operands_.multiply_logits(block, z);
+  void* g = call_.buffer<void>(buffer::kG);
+#pragma omp parallel for schedule(static)
+  for (std::int64_t r = 0; r < block.rows.count; ++r) {
+    const std::int64_t n = rows_.row(block.rows.begin + r);
+    const RowTransform<T> transform = operands_.transform(n, block.columns);
+    from_logits(row(n, block.columns), z + r * block.columns.count, &transform,
+                at(g, call_.d.operand, r * block.columns.count));
+  }
+  return g;
+}
+
+template <class T>
+GradientRow<T> GradientRows<T>::row(std::int64_t n, Columns columns) const {
+  const RowOutputs& rows = call_.args.rows;
+  const auto read = [n](const void* array) {
+    return array == nullptr ? T(0) : static_cast<const T*>(array)[n];
+  };
+  const T nll = read(rows.nll), row_max = read(rows.row_max), log_sum = read(rows.log_sum);
+  const RowUpstream<T> up = row_upstream<T>(call_.args.upstream, n, row_max + log_sum);
+  GradientRow<T> out{};
+  out.columns = columns.count;
+  out.class_weight = operands_.class_weight(columns);
+  RowCoefficients<T>& k = out.coefficients;
+  k = row_coefficients(up, nll, row_max, log_sum, call_.head.classes.count);
+  k.entropy = k.d_entropy != T(0) ? read(rows.entropy) : T(0);
+  k.softcap = static_cast<T>(call_.p.transform.softcap.value_or(0));
+  k.inv_temperature = rows_.inv_temperature(n);
+  const std::int64_t target = rows_.target(n) - columns.begin;
+  out.target = target >= 0 && target < columns.count ? target : -1;
+  if (out.target >= 0) {
+    const T weight = out.class_weight == nullptr ? T(1) : out.class_weight[out.target];
+    out.target_g = target_gradient(k, nll, up.d_nll, up.d_lse, weight);
+  }
+  return out;
+}
+
+template <class T>
+void GradientRows<T>::from_logits(const GradientRow<T>& row, T* z, const RowTransform<T>* transform,
+                                  void* g) const {
+  if constexpr (std::is_same_v<T, float>) {
+    if (call_.d.operand == DType::bf16) {
+      row_gradient_bf16(row, z, transform, static_cast<std::uint16_t*>(g));
+      return;
+    }
+  }
+  row_gradient(row, z, transform, static_cast<T*>(g));
+}
+
+template <class T>
+void GradientRows<T>::from_exponentials(const GradientRow<T>& row, const void* kept, T slab_max,
+                                        void* g) const {
+  if constexpr (std::is_same_v<T, float>) {
+    if (call_.d.operand == DType::bf16) {
+      row_gradient_from_exponentials_bf16(row, static_cast<const std::uint16_t*>(kept), slab_max,
+                                          static_cast<std::uint16_t*>(g));
+      return;
+    }
+  }
+  row_gradient_from_exponentials(row, static_cast<const T*>(kept), slab_max, static_cast<T*>(g));
+}
+
+template class GradientRows<float>;
+template class GradientRows<double>;
+
+}  // namespace cutloss::cpu

@@ -1,0 +1,35 @@
+// g of a block: dLoss/dlogit before scale and bias, (rows, columns), packed, in the products'
+// dtype.
+#pragma once
+
+#include "cpu/kept_logits.h"
+#include "cpu/operands.h"
+
+namespace cutloss::cpu {
+
+template <class T>
+class GradientRows {
+ public:
+  GradientRows(const Call& call, const ListedRows<T>& rows, Operands<T>& operands)
+      : call_(call), rows_(rows), operands_(operands) {}
+
+  // From what was kept of the block's logits.
+  const void* from_kept(const Block& block, const KeptLogits<T>& kept);
+  // From its logits, which are made once more.
+  const void* from_product(const Block& block);
+
+ private:
+  GradientRow<T> row(std::int64_t n, Columns columns) const;
+  void from_logits(const GradientRow<T>& row, T* z, const RowTransform<T>* transform,
+                   void* g) const;
+  void from_exponentials(const GradientRow<T>& row, const void* kept, T slab_max, void* g) const;
+
+  const Call& call_;
+  const ListedRows<T>& rows_;
+  Operands<T>& operands_;
+};
+
+extern template class GradientRows<float>;
+extern template class GradientRows<double>;
+
+}  // namespace cutloss::cpu

@@ -1,0 +1,210 @@
+#include "cpu/gradient_sums.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/gemm.h"
+#include "cpu/tuning.h"
+
+namespace cutloss::cpu {
+
+template <class T>
+void GradientSums<T>::add(const Block& block, const void* g) {
+  const Wanted& wanted = call_.p.wanted;
+  if (wanted.dbias.wanted) add_dbias(block, g);
+  if (wanted.de.wanted) add_de(block, g);
+  if (wanted.dc.wanted) add_dc(block, g);
+}
+
+// Threads take columns, so that every sum runs over the rows in order. A few rows at a time are
+// summed in the stat dtype, those sums in fp64: where all rows are alike, a long sum in fp32 would
+// lose digits that no product loses.
+template <class T>
+void GradientSums<T>::add_dbias(const Block& block, const void* g) {
+  double* sums = call_.buffer<double>(buffer::kDbiasSums) + block.columns.begin;
+  const std::int64_t columns = block.columns.count;
+  const std::int64_t rows = block.rows.count;
+  if (block.rows.begin == 0) std::fill_n(sums, columns, 0.0);
+#pragma omp parallel for schedule(static)
+  for (std::int64_t v = 0; v < columns; v += kStrip) {
+    const std::int64_t count = std::min(kStrip, columns - v);
+    std::array<T, kStrip> few;
+    for (std::int64_t r = 0; r < rows; r += kFewRows) {
+      std::fill_n(few.begin(), count, T(0));
+      for (std::int64_t i = r; i < std::min(r + kFewRows, rows); ++i) {
+        add_row(g, i * columns + v, few.data(), count);
+      }
+      for (std::int64_t j = 0; j < count; ++j) sums[v + j] += static_cast<double>(few[j]);
+    }
+  }
+}
+
+// sums += g's elements from `offset` on.
+template <class T>
+void GradientSums<T>::add_row(const void* g, std::int64_t offset, T* sums,
+                              std::int64_t count) const {
+  if constexpr (std::is_same_v<T, float>) {
+    if (call_.d.operand == DType::bf16) {
+      add_bf16(static_cast<const std::uint16_t*>(g) + offset, sums, count);
+      return;
+    }
+  }
+  cpu::add(static_cast<const T*>(g) + offset, sums, count);
+}
+
+template <class T>
+void GradientSums<T>::add_de(const Block& block, const void* g) {
+  const std::int64_t D = call_.head.D;
+  const Matrix c = operands_.c(block.columns);
+  Product product{};
+  product.M = block.rows.count;
+  product.N = D;
+  product.K = block.columns.count;
+  product.a = {g, block.columns.count, false};
+  product.b = {c.data, c.stride, false};
+  product.c = de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * D;
+  product.c_stride = D;
+  product.type = call_.d.operand;
+  product.c_type = call_.d.stat;
+  product.alpha = call_.p.transform.logit_scale;
+  product.accumulate = block.columns.begin > 0;
+  multiply(product);
+}
+
+template <class T>
+void GradientSums<T>::add_dc(const Block& block, const void* g) {
+  const Head& head = call_.head;
+  const Matrix e = operands_.e(block.rows);
+  const bool whole = one_product_makes_dc();
+  Product product{};
+  product.M = block.columns.count;
+  product.N = head.D;
+  product.K = block.rows.count;
+  product.a = {g, block.columns.count, true};
+  product.b = {e.data, e.stride, false};
+  product.c = whole ? at(call_.args.gradients.dc, head.c_type, block.columns.begin * head.D)
+                    : dc_sums(block.columns);
+  product.c_stride = head.D;
+  product.type = call_.d.operand;
+  product.c_type = whole ? head.c_type : call_.d.stat;
+  product.alpha = call_.p.transform.logit_scale;
+  product.accumulate = block.rows.begin > 0;
+  multiply(product);
+}
+
+template <class T>
+void GradientSums<T>::store_columns(Columns columns) {
+  const Head& head = call_.head;
+  if (!call_.p.wanted.dc.wanted || call_.d.dc_in_place || one_product_makes_dc()) return;
+  const T* sums = dc_sums(columns);
+#pragma omp parallel for schedule(static)
+  for (std::int64_t v = 0; v < columns.count; ++v) {
+    convert(call_.d.stat, sums + v * head.D, head.c_type,
+            at(call_.args.gradients.dc, head.c_type, (columns.begin + v) * head.D), head.D);
+  }
+}
+
+template <class T>
+void GradientSums<T>::store_rows(RowRange chunk) {
+  const Head& head = call_.head;
+  if (!call_.p.wanted.de.wanted || call_.d.de_in_place)
+    return;  // finish moves them to their places
+  const T* sums = de_sums(chunk);
+#pragma omp parallel for schedule(static)
+  for (std::int64_t r = 0; r < chunk.count; ++r) {
+    const std::int64_t place = rows_.position(rows_.row(chunk.begin + r));
+    convert(call_.d.stat, sums + r * head.D, head.e_type,
+            at(call_.args.gradients.de, head.e_type, place * head.D), head.D);
+  }
+}
+
+template <class T>
+void GradientSums<T>::finish() {
+  const Head& head = call_.head;
+  const Wanted& wanted = call_.p.wanted;
+  const bool none = rows_.count() == 0;
+  if (wanted.de.wanted) {
+    if (call_.d.de_in_place) spread_de();
+    clear_unpredicted_de();
+  }
+  if (wanted.dc.wanted && none) {
+    std::memset(call_.args.gradients.dc, 0,
+                static_cast<std::size_t>(head.classes.count * head.D * size_of(head.c_type)));
+  }
+  if (wanted.dbias.wanted) store_dbias(none);
+}
+
+// Where one block holds every row, its product is dC, and rounds it itself.
+template <class T>
+bool GradientSums<T>::one_product_makes_dc() const {
+  return call_.head.c_type == call_.d.operand && rows_.count() <= call_.d.sizes.block_rows;
+}
+
+// Where a chunk's dE accumulates: in the output, row after row of the list, or in the workspace.
+template <class T>
+T* GradientSums<T>::de_sums(RowRange chunk) const {
+  return call_.d.de_in_place ? static_cast<T*>(call_.args.gradients.de) + chunk.begin * call_.head.D
+                             : call_.buffer<T>(buffer::kDeSums);
+}
+
+template <class T>
+T* GradientSums<T>::dc_sums(Columns columns) const {
+  const std::int64_t first = columns.begin * call_.head.D;
+  if (call_.d.dc_in_place) return static_cast<T*>(call_.args.gradients.dc) + first;
+  return call_.buffer<T>(buffer::kDcSums) + (call_.d.one_chunk ? 0 : first);
+}
+
+template <class T>
+void GradientSums<T>::store_dbias(bool no_rows) const {
+  const Head& head = call_.head;
+  const double* sums = call_.buffer<double>(buffer::kDbiasSums);
+  std::array<T, kStrip> piece;
+  for (std::int64_t v = 0; v < head.classes.count; v += kStrip) {
+    const std::int64_t count = std::min(kStrip, head.classes.count - v);
+    for (std::int64_t j = 0; j < count; ++j) {
+      piece[j] = no_rows ? T(0) : static_cast<T>(sums[v + j]);
+    }
+    convert(call_.d.stat, piece.data(), head.bias_type,
+            at(call_.args.gradients.dbias, head.bias_type, v), count);
+  }
+}
+
+// Moves the rows of dE from the front of the output to their places, last first, so that none is
+// overwritten before it has moved. Threads take columns.
+template <class T>
+void GradientSums<T>::spread_de() const {
+  const std::int64_t count = rows_.count(), D = call_.head.D;
+  if (count == 0 || rows_.position(rows_.row(count - 1)) == count - 1) return;
+  T* de = static_cast<T*>(call_.args.gradients.de);
+#pragma omp parallel for schedule(static)
+  for (std::int64_t d = 0; d < D; d += kStrip) {
+    const auto bytes = static_cast<std::size_t>(std::min(kStrip, D - d)) * sizeof(T);
+    for (std::int64_t i = count - 1; i >= 0; --i) {
+      const std::int64_t to = rows_.position(rows_.row(i));
+      if (to != i) std::memcpy(de + to * D + d, de + i * D + d, bytes);
+    }
+  }
+}
+
+// Zeros in the rows of dE that predict nothing, or an ignored target.
+template <class T>
+void GradientSums<T>::clear_unpredicted_de() const {
+  const std::int64_t positions = call_.p.rows.sequences * call_.p.rows.length;
+  if (positions == 0) return;
+  const std::int64_t row_bytes = call_.head.D * size_of(call_.head.e_type);
+  auto* de = static_cast<std::byte*>(call_.args.gradients.de);
+  const std::int64_t count = rows_.count();
+  std::int64_t next = 0;  // the first place not yet seen
+  for (std::int64_t i = 0; i <= count; ++i) {
+    const std::int64_t place = i < count ? rows_.position(rows_.row(i)) : positions;
+    std::memset(de + next * row_bytes, 0, static_cast<std::size_t>((place - next) * row_bytes));
+    next = place + 1;
+  }
+}
+
+template class GradientSums<float>;
+template class GradientSums<double>;
+
+}  // namespace cutloss::cpu

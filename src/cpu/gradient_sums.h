@@ -1,0 +1,45 @@
+// dE, dC and dbias: g of each block multiplied and added up, in the order of the blocks, and what
+// becomes of the sums.
+#pragma once
+
+#include "cpu/operands.h"
+
+namespace cutloss::cpu {
+
+template <class T>
+class GradientSums {
+ public:
+  GradientSums(const Call& call, const ListedRows<T>& rows, Operands<T>& operands)
+      : call_(call), rows_(rows), operands_(operands) {}
+
+  // Adds a block's g, (rows, columns) packed. dE begins with the first columns, dC and dbias with
+  // the first rows of the list.
+  void add(const Block& block, const void* g);
+  // These columns have seen every row of the list.
+  void store_columns(Columns columns);
+  // These rows have seen every column.
+  void store_rows(RowRange chunk);
+  // The rest: rows that predict nothing or are ignored, dbias, and everything where no row counts.
+  void finish();
+
+ private:
+  void add_dbias(const Block& block, const void* g);
+  void add_de(const Block& block, const void* g);
+  void add_dc(const Block& block, const void* g);
+  void add_row(const void* g, std::int64_t offset, T* sums, std::int64_t count) const;
+  bool one_product_makes_dc() const;
+  T* de_sums(RowRange chunk) const;
+  T* dc_sums(Columns columns) const;
+  void store_dbias(bool no_rows) const;
+  void spread_de() const;
+  void clear_unpredicted_de() const;
+
+  const Call& call_;
+  const ListedRows<T>& rows_;
+  Operands<T>& operands_;
+};
+
+extern template class GradientSums<float>;
+extern template class GradientSums<double>;
+
+}  // namespace cutloss::cpu

@@ -1,0 +1,48 @@
+// The rows that count, in a list, and what is known of each.
+#pragma once
+
+#include <cstdint>
+
+#include "core/row_map.h"
+#include "cpu/call.h"
+
+namespace cutloss::cpu {
+
+// T: the stat dtype.
+template <class T>
+class ListedRows {
+ public:
+  explicit ListedRows(const Call& call);
+
+  // Checks targets and temperatures, and lists the rows that are not ignored.
+  void list();
+  // Zeros in the per-row outputs of ignored rows.
+  void clear_ignored() const;
+
+  std::int64_t count() const { return list_[0]; }
+  // Index of entry i of the list into the per-row arrays.
+  std::int64_t row(std::int64_t i) const { return list_[1 + i]; }
+  RowList entries(RowRange range) const { return {list_ + 1 + range.begin, range.count}; }
+
+  std::int64_t target(std::int64_t n) const;
+  // Of row n among the rows of E.
+  std::int64_t position(std::int64_t n) const { return map_.position(n); }
+  // From the first element of E.
+  std::int64_t e_offset(std::int64_t n) const;
+  T inv_temperature(std::int64_t n) const;
+
+  // What is not wanted is not written, even where there is room for it.
+  RowOutputs wanted_outputs() const;
+
+ private:
+  void check(std::int64_t n, std::int64_t target) const;
+
+  const Call& call_;
+  const RowMap<std::int64_t> map_;
+  std::int64_t* const list_;
+};
+
+extern template class ListedRows<float>;
+extern template class ListedRows<double>;
+
+}  // namespace cutloss::cpu

@@ -1,0 +1,201 @@
+// Losses over logits on the host: a thread takes a row at a time, in segments that stay in its L1
+// cache, with the row work of the CPU engine.
+#include "cutloss/logits.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <type_traits>
+
+#include "core/dtype.h"
+#include "core/folded_softcap.h"
+#include "core/logit_math.h"
+#include "core/loss_terms.h"
+#include "core/row_map.h"
+#include "core/validate.h"
+#include "cpu/convert.h"
+#include "cpu/device_calls.h"
+#include "cpu/row_ops.h"
+
+namespace cutloss {
+namespace {
+
+using namespace cpu;
+
+// Columns that are converted and worked on at a time. Their sums are joined in this order, whatever
+// the number of threads.
+constexpr std::int64_t kSegment = 2048;
+
+template <class T>
+class LogitRows {
+ public:
+  LogitRows(const Problem& p, const LogitsArgs& args)
+      : p_(p), logits_(logits_of(p)), args_(args), map_(row_map<std::int64_t>(p.rows)) {}
+
+  // Before anything is written.
+  void check() const {
+    for (std::int64_t n = 0; n < row_count(p_); ++n) {
+      const std::int64_t target = target_of(n);
+      if (target == p_.rows.ignore_index) continue;
+      const Position at{map_.sequence(n), map_.column(n) + map_.shift};
+      check_target(target, logits_.classes.count, p_.rows.ignore_index, at);
+      if (!p_.rows.has_temperature) continue;
+      const double own = static_cast<const T*>(args_.temperature)[n];
+      check_row_temperature(own, own * p_.transform.temperature, stat_type(p_), at);
+    }
+  }
+
+  bool counts(std::int64_t n) const { return target_of(n) != p_.rows.ignore_index; }
+
+  // A position of a sequence, whether it is a row or predicts nothing.
+  void do_position(std::int64_t position, Pass pass) const {
+    const std::int64_t sequence = position / p_.rows.length, at = position % p_.rows.length;
+    const std::int64_t n = map_.row(sequence, at);
+    if (at >= map_.predicted || !counts(n)) {
+      if (makes_statistics(pass) && at < map_.predicted) write(n, {0, 0, 0, 0, 0, 0, -1});
+      if (makes_gradients(pass)) clear(sequence, at);
+      return;
+    }
+    if (makes_statistics(pass)) make_statistics(sequence, at, n);
+    if (makes_gradients(pass)) make_gradient(sequence, at, n);
+  }
+
+ private:
+  using Segment = std::array<T, kSegment>;
+
+  std::int64_t target_of(std::int64_t n) const {
+    return target_at(args_.targets, p_.rows.target_type, map_.target(n));
+  }
+
+  RowTransform<T> transform_of(std::int64_t n) const {
+    const double own = p_.rows.has_temperature ? static_cast<const T*>(args_.temperature)[n] : 1.0;
+    RowTransform<T> transform;
+    transform.softcap = static_cast<T>(folded_softcap(p_));
+    transform.inv_temperature =
+        static_cast<T>(p_.transform.logit_scale / (own * p_.transform.temperature));
+    return transform;
+  }
+
+  const void* logits(std::int64_t sequence, std::int64_t at, std::int64_t column) const {
+    return cpu::at(args_.logits, logits_.type,
+                   sequence * logits_.sequence_stride + at * logits_.row_stride + column);
+  }
+  void* gradient(std::int64_t sequence, std::int64_t at, std::int64_t column) const {
+    return cpu::at(
+        args_.gradient, logits_.type,
+        sequence * p_.wanted.dlogits_sequence_stride + at * p_.wanted.dlogits_row_stride + column);
+  }
+  const T* class_weight(std::int64_t column) const {
+    const auto* all = static_cast<const T*>(args_.class_weight);
+    return all == nullptr ? nullptr : all + column;
+  }
+
+  void make_statistics(std::int64_t sequence, std::int64_t at, std::int64_t n) const {
+    alignas(64) Segment z;
+    RowState<T> state;
+    StatisticsRow<T> row{};
+    row.z = z.data();
+    row.target = target_of(n);
+    row.transform = transform_of(n);
+    row.entropy = p_.wanted.entropy;
+    row.argmax = p_.wanted.argmax;
+    row.zbar = p_.wanted.zbar;
+    for (std::int64_t v = 0; v < logits_.classes.count; v += kSegment) {
+      row.first_column = v;
+      row.columns = std::min(kSegment, logits_.classes.count - v);
+      row.class_weight = class_weight(v);
+      convert(logits_.type, logits(sequence, at, v), stat_type(p_), z.data(), row.columns);
+      row_statistics(row, state);
+    }
+    write(n, finish(state, row.target, logits_.classes.count));
+  }
+
+  void make_gradient(std::int64_t sequence, std::int64_t at, std::int64_t n) const {
+    alignas(64) Segment z;
+    const RowTransform<T> transform = transform_of(n);
+    const std::int64_t target = target_of(n);
+    const auto read = [n](const void* array) { return static_cast<const T*>(array)[n]; };
+    const T nll = read(args_.rows.nll), row_max = read(args_.rows.row_max);
+    const T log_sum = read(args_.rows.log_sum);
+    const RowUpstream<T> up = row_upstream<T>(args_.upstream, n, row_max + log_sum);
+    GradientRow<T> row{};
+    RowCoefficients<T>& k = row.coefficients;
+    k = row_coefficients(up, nll, row_max, log_sum, logits_.classes.count);
+    if (k.d_entropy != T(0)) k.entropy = read(args_.rows.entropy);
+    k.softcap = transform.softcap;
+    k.inv_temperature = transform.inv_temperature;
+    const T weight = args_.class_weight == nullptr ? T(1) : *class_weight(target);
+    row.target_g = target_gradient(k, nll, up.d_nll, up.d_lse, weight);
+    for (std::int64_t v = 0; v < logits_.classes.count; v += kSegment) {
+      row.columns = std::min(kSegment, logits_.classes.count - v);
+      row.class_weight = class_weight(v);
+      const bool here = target >= v && target < v + row.columns;
+      row.target = here ? target - v : -1;
+      convert(logits_.type, logits(sequence, at, v), stat_type(p_), z.data(), row.columns);
+      store_gradient(row, z.data(), transform, gradient(sequence, at, v));
+    }
+  }
+
+  void store_gradient(const GradientRow<T>& row, T* z, const RowTransform<T>& transform,
+                      void* g) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (logits_.type == DType::bf16) {
+        return row_gradient_bf16(row, z, &transform, static_cast<std::uint16_t*>(g));
+      }
+      if (logits_.type == DType::f16) {
+        row_gradient(row, z, &transform, z);
+        return convert(DType::f32, z, DType::f16, g, row.columns);
+      }
+    }
+    row_gradient(row, z, &transform, static_cast<T*>(g));
+  }
+
+  void clear(std::int64_t sequence, std::int64_t at) const {
+    std::memset(gradient(sequence, at, 0), 0,
+                static_cast<std::size_t>(logits_.classes.count * size_of(logits_.type)));
+  }
+
+  // What is not wanted is not written, even where there is room for it.
+  void write(std::int64_t n, const RowResult<T>& result) const {
+    const auto put = [n](void* array, T value) {
+      if (array != nullptr) static_cast<T*>(array)[n] = value;
+    };
+    const RowOutputs& out = args_.rows;
+    put(out.nll, result.nll);
+    put(out.lse, result.lse);
+    put(out.row_max, result.row_max);
+    put(out.log_sum, result.log_sum);
+    if (p_.wanted.entropy) put(out.entropy, result.entropy);
+    if (p_.wanted.zbar) put(out.zbar, result.zbar);
+    if (p_.wanted.argmax) out.argmax[n] = result.argmax;
+  }
+
+  const Problem& p_;
+  const Logits& logits_;
+  const LogitsArgs& args_;
+  const RowMap<std::int64_t> map_;
+};
+
+template <class T>
+void run(const Problem& p, const LogitsArgs& args, Pass pass) {
+  const LogitRows<T> rows(p, args);
+  rows.check();
+  const std::int64_t positions = p.rows.sequences * p.rows.length;
+  // Ignored rows are quick, so what a thread takes is not settled beforehand.
+  const std::int64_t at_once = std::max<std::int64_t>(1, 8 * kSegment / classes_of(p).count);
+#pragma omp parallel for schedule(dynamic, at_once)
+  for (std::int64_t i = 0; i < positions; ++i) rows.do_position(i, pass);
+}
+
+}  // namespace
+
+void cpu::logits(const Problem& p, const LogitsArgs& args, Pass pass) {
+  logits_of(p).type == DType::f64 ? run<double>(p, args, pass) : run<float>(p, args, pass);
+}
+
+const DeviceCalls& cpu_calls() {
+  static constexpr DeviceCalls calls{cpu::loss_terms, cpu::sum_loss, cpu::logits, nullptr};
+  return calls;
+}
+
+}  // namespace cutloss

@@ -1,0 +1,45 @@
+// E, C and the bias as the products and the row work read them: where they lie, or converted.
+#pragma once
+
+#include "cpu/listed_rows.h"
+#include "cpu/row_ops.h"
+
+namespace cutloss::cpu {
+
+// A read-only matrix, ready for a product; its stride in elements.
+struct Matrix {
+  const void* data = nullptr;
+  std::int64_t stride = 0;
+};
+
+template <class T>
+class Operands {
+ public:
+  Operands(const Call& call, const ListedRows<T>& rows) : call_(call), rows_(rows) {}
+
+  // E of some entries of the list, (rows, D): where it lies if its rows are evenly spaced and have
+  // the products' dtype, else gathered and converted. Valid until the next call for other rows.
+  Matrix e(RowRange rows);
+  // C of some columns, (columns, D). Valid until the next call for other columns.
+  Matrix c(Columns columns);
+  // What becomes of the logits of row n.
+  RowTransform<T> transform(std::int64_t n, Columns columns);
+  // Of the columns, or null for 1.
+  const T* class_weight(Columns columns) const;
+  // z = logit_scale E C^T of a block, packed.
+  void multiply_logits(const Block& block, T* z);
+
+ private:
+  const T* bias(Columns columns);
+
+  const Call& call_;
+  const ListedRows<T>& rows_;
+  RowRange e_rows_{-1, 0};
+  Columns c_columns_{-1, 0};
+  bool has_bias_ = false;
+};
+
+extern template class Operands<float>;
+extern template class Operands<double>;
+
+}  // namespace cutloss::cpu

@@ -1,0 +1,80 @@
+#include "cpu/statistics.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "loops/sweep.h"
+
+namespace cutloss::cpu {
+
+template <class T>
+void Statistics<T>::make(RowRange chunk, const KeptLogits<T>* kept) {
+  if (chunk.count == 0) return;
+  const Sizes& sizes = call_.d.sizes;
+  std::fill_n(states(), chunk.count, RowState<T>{});
+  sweep(
+      call_.head.classes.count, sizes.slab, chunk, sizes.block_rows,
+      [&](const Block& block) { add(block, kept); }, [](Columns) {});
+  close(chunk);
+}
+
+template <class T>
+void Statistics<T>::add(const Block& block, const KeptLogits<T>* kept) {
+  const CpuDecision& d = call_.d;
+  const Columns columns = block.columns;
+  T* z = call_.buffer<T>(buffer::kZ);
+  operands_.multiply_logits(block, z);
+
+  StatisticsRow<T> shared{};
+  shared.columns = columns.count;
+  shared.first_column = columns.begin;
+  shared.entropy = call_.p.wanted.entropy;
+  shared.argmax = call_.p.wanted.argmax;
+  shared.zbar = call_.p.wanted.zbar;
+  shared.class_weight = operands_.class_weight(columns);
+#pragma omp parallel for schedule(static)
+  for (std::int64_t r = 0; r < block.rows.count; ++r) {
+    const std::int64_t n = rows_.row(block.rows.begin + r);
+    const std::int64_t in_chunk = block.rows.begin - block.chunk.begin + r;
+    StatisticsRow<T> row = shared;
+    row.z = z + r * columns.count;
+    row.target = rows_.target(n);
+    row.transform = operands_.transform(n, columns);
+    void* place = kept == nullptr ? nullptr : kept->row(in_chunk, columns);
+    const bool exponentials = kept != nullptr && d.keeps_exponentials;
+    if (exponentials && d.operand == DType::bf16) {
+      row.exponentials_bf16 = static_cast<std::uint16_t*>(place);
+    } else if (exponentials) {
+      row.exponentials = static_cast<T*>(place);
+    }
+    row_statistics(row, states()[in_chunk]);
+    if (exponentials) kept->slab_max(in_chunk, columns) = row.slab_max;
+    if (kept != nullptr && !exponentials) {
+      std::memcpy(place, row.z, static_cast<std::size_t>(columns.count) * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+void Statistics<T>::close(RowRange chunk) {
+  const RowOutputs out = rows_.wanted_outputs();
+  const auto write = [](void* array, std::int64_t n, T value) {
+    if (array != nullptr) static_cast<T*>(array)[n] = value;
+  };
+  for (std::int64_t r = 0; r < chunk.count; ++r) {
+    const std::int64_t n = rows_.row(chunk.begin + r);
+    const RowResult<T> result = finish(states()[r], rows_.target(n), call_.head.classes.count);
+    write(out.nll, n, result.nll);
+    write(out.lse, n, result.lse);
+    write(out.row_max, n, result.row_max);
+    write(out.log_sum, n, result.log_sum);
+    write(out.entropy, n, result.entropy);
+    write(out.zbar, n, result.zbar);
+    if (out.argmax != nullptr) out.argmax[n] = result.argmax;
+  }
+}
+
+template class Statistics<float>;
+template class Statistics<double>;
+
+}  // namespace cutloss::cpu

@@ -1,0 +1,119 @@
+// What the CUDA engines' algorithms decide: sizes, and what lies where in the memory of a call.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "core/ledger.h"
+#include "plan/algorithm.h"
+
+namespace cutloss::cuda {
+
+// The dtype of the products' operands on the current device for a problem. Throws Error where there
+// is no device.
+DType product_type(const Problem& problem);
+
+// The names of the buffers. Matrices are row-major.
+namespace buffer {
+// RowTable, an array each; int64, int[2]: count and mismatch, int, int, stat dtype.
+inline constexpr std::string_view kRows = "rows";
+inline constexpr std::string_view kCounts = "counts";
+inline constexpr std::string_view kPositions = "positions";
+inline constexpr std::string_view kTargets = "targets";
+inline constexpr std::string_view kInvTemperature = "inverse temperatures";
+// DeviceScalars, with fp16 operands.
+inline constexpr std::string_view kScalars = "scalars";
+// RowState of the chunk's rows.
+inline constexpr std::string_view kStates = "states";
+// In the stat dtype.
+inline constexpr std::string_view kBias = "bias";
+// E gathered and converted.
+inline constexpr std::string_view kE = "E";
+// C converted.
+inline constexpr std::string_view kC = "C";
+// Logits of a block.
+inline constexpr std::string_view kZ = "logits";
+// RowGradient of the chunk.
+inline constexpr std::string_view kCoefficients = "coefficients";
+inline constexpr std::string_view kG = "g";
+// dE of the chunk, dC of a slab or of the vocabulary, in the stat dtype; dbias in fp64.
+inline constexpr std::string_view kDeSums = "dE's sums";
+inline constexpr std::string_view kDcSums = "dC's sums";
+inline constexpr std::string_view kDbiasSums = "dbias's sums";
+// cuBLASLt's own.
+inline constexpr std::string_view kLibrary = "cuBLASLt";
+// Kept: (chunk rows, padded vocabulary), and the maxima of exponentials, (chunk rows, pieces).
+inline constexpr std::string_view kKept = "kept logits";
+inline constexpr std::string_view kMaxima = "maxima";
+}  // namespace buffer
+
+// How one pass reads its operands.
+struct Reads {
+  // Rows of E follow each other and are read where they lie.
+  bool e_in_place = false;
+  // E is packed into dE's memory, which is written last.
+  bool e_in_de = false;
+  // E is packed for a chunk at a time, else for a block.
+  bool whole_e = true;
+  // Columns of C that are converted at a time; all of them: once for the call.
+  std::int64_t c_columns = 0;
+  // The list of rows has no gaps. Else entry n is row n or nothing: rows that are computed where
+  // they lie keep their places.
+  bool compact = true;
+};
+
+struct CudaDecision : Decision {
+  int device = 0;
+  // Of the products' operands, and of statistics and accumulators.
+  DType operand = DType::f32;
+  DType stat = DType::f32;
+  // Entry i of the list is row i of E and of dE.
+  bool identity = false;
+  // E may be read where it lies, for rows that follow each other.
+  bool evenly = false;
+  bool converts_c = false;
+  bool converts_bias = false;
+  // One chunk holds every row.
+  bool one_chunk = false;
+  // Where sums have no place of their own they lie in their output.
+  bool de_in_place = false;
+  bool dc_in_place = false;
+  // A single product makes a slab of dC and rounds it itself.
+  bool one_product_makes_dc = false;
+  // g takes the place of what was kept.
+  bool g_in_kept = false;
+  // What is kept: exponentials in the products' dtype, or z in the stat dtype.
+  bool keeps_exponentials = false;
+  DType kept_type = DType::f32;
+  // Of forward or joint sessions, and of backward.
+  Reads forward_reads, backward_reads;
+
+  const Reads& reads(Pass pass) const {
+    return pass == Pass::backward ? backward_reads : forward_reads;
+  }
+};
+
+// What follows from a problem on the current device alone.
+void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& problem);
+// What follows from the sizes too: where sums and g lie.
+void set_places(CudaDecision& d, Way way);
+
+std::int64_t e_stride(const Problem& problem, DType operand);  // of the packed E
+std::int64_t padded(std::int64_t columns, DType type);         // to 16 bytes
+
+// The rows of a chunk that backward multiplies by E must be zeros where they do not count, and what
+// is kept must lie where backward expects it; `pass` is both where forward and backward are one
+// call.
+bool reads_e_in_place(const CudaDecision& d, Way way, Pass pass);
+bool packs_e_in_de(const CudaDecision& d, Way way, Pass pass);
+
+// A session of a plan of another device cannot be opened. Throws Error(invalid_value).
+void check_device(const CudaDecision& d);
+
+// Books the list of rows, the same for all algorithms.
+void book_rows(Ledger& ledger, const CudaDecision& d);
+
+inline constexpr std::int64_t kAlign = 256;  // a cache line and more; what cuBLASLt likes best
+inline constexpr std::int64_t kMiB = std::int64_t{1} << 20;
+
+}  // namespace cutloss::cuda

@@ -1,0 +1,330 @@
+#include "cuda/fused/decision.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/logit_math.h"
+#include "core/text.h"
+#include "cuda/cublaslt.h"
+#include "cuda/device.h"
+#include "cuda/fused/tuning.h"
+#include "cuda/gradient_sums.h"
+#include "cuda/sm90/targets.h"
+
+namespace cutloss::cuda::fused {
+namespace {
+
+using sm90::column_tiles;
+
+// What a pass may do otherwise where memory is short.
+struct Shape {
+  std::int64_t c_columns = 0;  // of C, converted at a time; V: once for the call
+  bool packs_e_in_forward = false;
+};
+
+Pass first_pass(Way way) { return in_one_call(way) ? Pass::both : Pass::forward; }
+bool has_backward(Way way) { return way.schedule != Schedule::none && !in_one_call(way); }
+bool makes_statistics_by_slabs(Way way, Pass pass) {
+  return makes_statistics(pass) && way.schedule != Schedule::rows;
+}
+
+// E is evenly spaced rows in the products' dtype: kernels find a row by its position.
+bool finds_e_by_position(const CudaDecision& d) {
+  const Head& head = head_of(d.problem);
+  const Rows& rows = d.problem.rows;
+  return head.e_type == d.operand &&
+         (rows.sequences == 1 || head.e_sequence_stride == rows.length * head.e_row_stride);
+}
+
+// The shapes that a pass may have, the quickest first. Packed rows are read a little quicker than
+// gathered ones; with no gradient wanted, memory counts more.
+std::vector<Shape> shapes(const FusedDecision& d, Way way, Pass pass) {
+  const bool by_rows = way.schedule == Schedule::rows;
+  const bool statistics = makes_statistics_by_slabs(way, pass);
+  std::vector<bool> packing = {false};
+  if (statistics && !finds_e_by_position(d)) {
+    packing = {true};
+  } else if (statistics && way.schedule != Schedule::none) {
+    packing = {true, false};
+  }
+  const std::int64_t V = classes_of(d.problem).count, slab = d.sizes.slab;
+  std::vector<std::int64_t> columns = {V};
+  if (d.converts_c && !by_rows) {
+    for (const std::int64_t some : {kSomeColumns[0], kSomeColumns[1], slab}) {
+      if (some < columns.back() && some >= std::min(slab, V)) columns.push_back(some);
+    }
+  }
+  std::vector<Shape> list;
+  for (const bool packs : packing) {
+    for (const std::int64_t c_columns : columns) list.push_back({c_columns, packs});
+  }
+  return list;
+}
+
+Reads reads_of(const FusedDecision& d, Way way, Pass pass, const Shape& shape) {
+  Reads reads;
+  reads.e_in_place = reads_e_in_place(d, way, pass);
+  reads.e_in_de = packs_e_in_de(d, way, pass);
+  reads.c_columns = shape.c_columns;
+  return reads;  // the list is compact: kernels find rows by their positions
+}
+
+// Forward's statistics, a slab of columns at a time.
+void book_statistics(Ledger& ledger, const FusedDecision& d) {
+  const Problem& p = d.problem;
+  const Sizes& s = d.sizes;
+  const std::int64_t entries =
+      sm90::partial_entries(d.statistics_grid, static_cast<int>(s.block_rows));
+  ledger.book(buffer::kPartials, entries * 8);
+  if (p.wanted.entropy || p.wanted.zbar || p.wanted.argmax) {
+    ledger.book(buffer::kPartialsMore, entries * 8);
+    ledger.book(buffer::kPartialsArgmax, entries * 4);
+  }
+  ledger.book(buffer::kTargetLogit, s.chunk_rows * 4);
+  if (d.several_slabs) {
+    ledger.book(buffer::kStates, s.chunk_rows * std::int64_t{sizeof(RowState<float>)});
+  }
+}
+
+// A chunk's exponentials, but for what is kept of them.
+void book_exponentials(Ledger& ledger, const FusedDecision& d, Way way, Pass pass) {
+  const Problem& p = d.problem;
+  const std::int64_t rows = d.sizes.chunk_rows;
+  const std::int64_t sums = rows * column_tiles(classes_of(p).count) * 8;
+  const std::int64_t de = rows * head_of(p).D * 4;
+  ledger.book(buffer::kRedo, 4);
+  if (!way.keeps_logits) {
+    ledger.book(buffer::kTargetLogit, rows * 4, Lifetime::seam);
+    ledger.book(buffer::kReference, rows * 4, Lifetime::seam);
+  }
+  // The sums of a chunk are read before its dE begins: there they lie where there is room.
+  if (!makes_gradients(pass) || !p.wanted.de.wanted || sums > de) ledger.book(buffer::kSums, sums);
+}
+
+// Gradients from exponentials.
+void book_by_rows(Ledger& ledger, const FusedDecision& d) {
+  const Problem& p = d.problem;
+  const Head& head = head_of(p);
+  const std::int64_t rows = d.sizes.chunk_rows, V = head.classes.count;
+  ledger.book(buffer::kFactor, rows * 4);
+  ledger.book(buffer::kTargetG, rows * 4);
+  if (p.wanted.dc.wanted || p.wanted.dbias.wanted) {
+    ledger.book(buffer::kTargetOrder, rows * 4 * 4);
+    ledger.book(buffer::kTargetSort,
+                sm90::target_sort_bytes(static_cast<int>(rows), static_cast<int>(V)));
+  }
+  if (p.wanted.dc.wanted) {
+    ledger.book(buffer::kScaledE, rows * e_stride(p, d.operand) * size_of(d.operand));
+    ledger.book(buffer::kSumOfColumn, V * 4);
+    // Else they lie where dE's sums will be.
+    if (!p.wanted.de.wanted) ledger.book(buffer::kTargetSums, rows * head.D * 4);
+  }
+}
+
+// Gradients from logits that are made once more.
+void book_by_vocabulary(Ledger& ledger, const FusedDecision& d) {
+  const Sizes& s = d.sizes;
+  if (d.operand == DType::f16) ledger.book(buffer::kScalars, sizeof(DeviceScalars));
+  ledger.book(buffer::kCoefficients, s.chunk_rows * std::int64_t{sizeof(RowGradient<float>)});
+  ledger.book(buffer::kG,
+              s.gradient_rows * padded(s.gradient_slab, d.operand) * size_of(d.operand));
+}
+
+// What lies in memory that another buffer will need later.
+void book_shares(Ledger& ledger, const FusedDecision& d, Way way, Pass pass) {
+  const Problem& p = d.problem;
+  if (way.schedule != Schedule::rows || !p.wanted.de.wanted || !makes_gradients(pass)) return;
+  const std::int64_t rows = d.sizes.chunk_rows, de = rows * head_of(p).D * 4;
+  const std::int64_t sums = rows * column_tiles(classes_of(p).count) * 8;
+  if (makes_statistics(pass) && sums <= de) {
+    ledger.share(buffer::kSums, sums, buffer::kDeSums, "the targets are summed");
+  }
+  if (p.wanted.dc.wanted) {
+    ledger.share(buffer::kTargetSums, de, buffer::kDeSums, "dE's product");
+  }
+}
+
+// All but the matrix library's own.
+Ledger workspace(const FusedDecision& d, Way way, Pass pass, const Shape& shape) {
+  const Problem& p = d.problem;
+  const std::int64_t V = classes_of(p).count;
+  const std::int64_t e_bytes = e_stride(p, d.operand) * size_of(d.operand);
+  const bool by_rows = way.schedule == Schedule::rows;
+  const Reads reads = reads_of(d, way, pass, shape);
+  Ledger ledger(kAlign);
+  book_rows(ledger, d);
+  if (d.converts_bias) ledger.book(buffer::kBias, V * 4);
+  if (d.converts_c) ledger.book(buffer::kC, shape.c_columns * e_bytes);
+  const bool packs_e = makes_statistics_by_slabs(way, pass) ? shape.packs_e_in_forward
+                                                            : !reads.e_in_place && !reads.e_in_de;
+  if (packs_e) {
+    ledger.book(buffer::kE, d.sizes.chunk_rows * e_bytes,
+                pass == Pass::both ? Lifetime::seam : Lifetime::call);
+  }
+  if (makes_statistics_by_slabs(way, pass)) book_statistics(ledger, d);
+  if (makes_statistics(pass) && by_rows) book_exponentials(ledger, d, way, pass);
+  if (!makes_gradients(pass)) return ledger;
+  by_rows ? book_by_rows(ledger, d) : book_by_vocabulary(ledger, d);
+  book_sums(ledger, d, /*always_de_sums=*/by_rows);
+  book_shares(ledger, d, way, pass);
+  return ledger;
+}
+
+Ledger kept(const FusedDecision& d, Way way) {
+  Ledger ledger(kAlign);
+  if (way.schedule != Schedule::rows) return ledger;
+  const Lifetime life = way.keeps_logits ? Lifetime::kept : Lifetime::seam;
+  const std::int64_t rows = d.sizes.chunk_rows;
+  ledger.book(buffer::kX,
+              rows * padded(classes_of(d.problem).count, DType::bf16) * size_of(DType::bf16), life);
+  if (way.keeps_logits) {
+    ledger.book(buffer::kTargetLogit, rows * 4, life);
+    ledger.book(buffer::kReference, rows * 4, life);
+  }
+  return ledger;
+}
+
+// A pass in its first shape whose bytes, with the matrix library's, are within `budget`, or else in
+// the last; then in the roomiest shape that those bytes hold, the rest being the library's.
+Ledger settle(FusedDecision& d, Way way, Pass pass, std::int64_t library_bytes,
+              std::int64_t budget) {
+  const std::vector<Shape> all = shapes(d, way, pass);
+  std::int64_t bytes = 0;
+  for (const Shape& shape : all) {
+    bytes = workspace(d, way, pass, shape).bytes() + library_bytes;
+    if (bytes <= budget) break;
+  }
+  for (const Shape& shape : all) {
+    Ledger ledger = workspace(d, way, pass, shape);
+    if (ledger.bytes() > bytes) continue;
+    ledger.book(buffer::kLibrary, bytes - ledger.bytes());
+    Reads& reads = pass == Pass::backward ? d.backward_reads : d.forward_reads;
+    reads = reads_of(d, way, pass, shape);
+    if (makes_statistics(pass)) d.packs_e_in_forward = shape.packs_e_in_forward;
+    return ledger;
+  }
+  throw Error(ErrorCode::internal, text("a pass does not fit into its own ", bytes, " bytes"));
+}
+
+// Books the memory of a decision whose sizes are set.
+void book(FusedDecision& d, Way way, std::int64_t library_bytes, std::int64_t budget) {
+  const Sizes& s = d.sizes;
+  set_places(d, way);
+  d.several_slabs = s.slab < classes_of(d.problem).count;
+  d.statistics_grid =
+      sm90::grid_for(current_device().multiprocessors, static_cast<int>(s.block_rows),
+                     static_cast<int>(s.slab), /*may_share_rows=*/true);
+  d.kept = kept(d, way);
+  const std::int64_t left = budget - d.kept.bytes();
+  const Pass first = first_pass(way);
+  d.forward = settle(d, way, first, makes_gradients(first) ? library_bytes : 0, left);
+  d.backward = has_backward(way) ? settle(d, way, Pass::backward, library_bytes, left) : Ledger();
+}
+
+// Columns of a slab that need not be the whole vocabulary: C is converted a slab at a time.
+std::int64_t forward_slab(const FusedDecision& d, bool small) {
+  const std::int64_t V = classes_of(d.problem).count;
+  if (!d.converts_c) return V;
+  return std::min(V, small ? kSmallForwardSlab : kForwardSlab);
+}
+
+std::vector<std::int64_t> chunks(const Problem& p, Way way, std::int64_t rows) {
+  std::vector<std::int64_t> sizes = {rows};
+  if (way.keeps_logits) return sizes;
+  const bool asked_for = p.schedule == Schedule::rows || !p.wanted.dc.wanted;
+  const std::int64_t least = asked_for ? kBlockRows : kLeastChunk;
+  for (std::int64_t most = kMostChunk; most >= least; most -= kBlockRows) {
+    const std::int64_t even = even_piece(rows, most, kBlockRows);
+    if (even < sizes.back()) sizes.push_back(even);
+  }
+  return sizes;
+}
+
+using Found = std::shared_ptr<const FusedDecision>;
+
+// One size of the matrix library's memory, within a budget. Notes the least that was tried.
+class Search {
+ public:
+  Search(const FusedDecision& facts, Way way, std::int64_t library_bytes, std::int64_t budget,
+         std::int64_t& least)
+      : facts_(facts),
+        way_(way),
+        library_bytes_(library_bytes),
+        budget_(budget),
+        least_(least),
+        rows_(std::max<std::int64_t>(row_count(facts.problem), 1)),
+        V_(classes_of(facts.problem).count) {}
+
+  Found by_rows() const {
+    Found best;
+    for (const std::int64_t chunk : chunks(facts_.problem, way_, rows_)) {
+      const Found trial = attempt({chunk, chunk, V_, chunk, V_});
+      if (!trial) continue;
+      // The whole in one chunk, or chunks of enough rows: the smaller of the two.
+      if (!best || (chunk >= kGoodChunk && peak_bytes(*trial) < peak_bytes(*best))) best = trial;
+      if (chunk < rows_) break;
+    }
+    return best;
+  }
+
+  Found by_slabs() const {
+    const bool none = way_.schedule == Schedule::none;
+    for (const bool small : {false, true}) {
+      const std::int64_t slab = forward_slab(facts_, small);
+      for (std::int64_t most = std::min(V_, kMostSlab);; most = most * 7 / 8) {
+        const std::int64_t wide =
+            none ? slab : even_piece(V_, std::max(most, kLeastSlab), kTileColumns);
+        if (const Found found = attempt({rows_, rows_, slab, rows_, wide})) return found;
+        if (most <= kLeastSlab || none) break;
+      }
+    }
+    return nullptr;
+  }
+
+ private:
+  Found attempt(const Sizes& sizes) const {
+    auto trial = std::make_shared<FusedDecision>(facts_);
+    trial->sizes = sizes;
+    book(*trial, way_, library_bytes_, budget_);
+    least_ = std::min(least_, peak_bytes(*trial));
+    return peak_bytes(*trial) <= budget_ ? trial : nullptr;
+  }
+
+  const FusedDecision& facts_;
+  const Way way_;
+  const std::int64_t library_bytes_, budget_;
+  std::int64_t& least_;
+  const std::int64_t rows_, V_;
+};
+
+}  // namespace
+
+sm90::Grid logits_grid(std::int64_t rows) {
+  return sm90::grid_for(current_device().multiprocessors, static_cast<int>(rows), 0, false);
+}
+
+std::string by_rows_refusal(const Problem& p) {
+  if (product_type(p) != DType::bf16) {
+    return "kept exponentials need the range of bf16; the products' dtype is f16";
+  }
+  if (p.wanted.entropy || p.wanted.zbar || p.wanted.argmax || p.upstream.entropy ||
+      p.upstream.zbar) {
+    return "entropy, zbar and argmax need logits, but by rows exponentials are kept";
+  }
+  return "";
+}
+
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& p,
+                                       std::int64_t budget, std::int64_t& least) {
+  FusedDecision facts;
+  set_facts(facts, algorithm, p);
+  for (const std::int64_t library_bytes : kLibraryBytes) {
+    const Search search(facts, way, library_bytes, budget, least);
+    const Found found = way.schedule == Schedule::rows ? search.by_rows() : search.by_slabs();
+    if (found) return found;
+  }
+  return nullptr;
+}
+
+}  // namespace cutloss::cuda::fused

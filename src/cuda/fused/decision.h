@@ -1,0 +1,52 @@
+// What the fused engine's algorithms decide, beside what cuda/decision.h has.
+#pragma once
+
+#include <memory>
+
+#include "cuda/decision.h"
+#include "cuda/sm90/sm90.h"
+
+namespace cutloss::cuda::fused {
+
+namespace buffer {
+using namespace cuda::buffer;
+// Partial statistics of a slab.
+inline constexpr std::string_view kPartials = "partial sums";
+inline constexpr std::string_view kPartialsMore = "partial weighted sums";
+inline constexpr std::string_view kPartialsArgmax = "partial argmax";
+inline constexpr std::string_view kTargetLogit = "target logits";
+inline constexpr std::string_view kReference = "reference exponents";
+// Whether a chunk's exponentials are made again.
+inline constexpr std::string_view kRedo = "redo";
+// Of exponentials: sum and maximum of each row and column tile.
+inline constexpr std::string_view kSums = "sums of exponentials";
+inline constexpr std::string_view kFactor = "factors";
+inline constexpr std::string_view kTargetG = "g of the targets";
+inline constexpr std::string_view kTargetOrder = "order of the targets";
+inline constexpr std::string_view kTargetSort = "sort of the targets";
+inline constexpr std::string_view kTargetSums = "sums of the targets";
+inline constexpr std::string_view kSumOfColumn = "sum of each column";
+inline constexpr std::string_view kScaledE = "scaled E";
+// Kept: exponentials, (chunk rows, padded vocabulary) bf16.
+inline constexpr std::string_view kX = "exponentials";
+}  // namespace buffer
+
+struct FusedDecision : CudaDecision {
+  // Forward's statistics read packed rows of E, else rows where they lie, found by their positions.
+  bool packs_e_in_forward = false;
+  // Forward passes over several slabs, since C is converted slab by slab: rows' states live on.
+  bool several_slabs = false;
+  sm90::Grid statistics_grid;
+};
+
+// The decision of the algorithm that goes `way`. What Algorithm::decide returns.
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& problem,
+                                       std::int64_t budget, std::int64_t& least);
+
+// Of kernels that store what they make of a block of rows.
+sm90::Grid logits_grid(std::int64_t rows);
+
+// Why a problem cannot go by rows here; empty where it can.
+std::string by_rows_refusal(const Problem& problem);
+
+}  // namespace cutloss::cuda::fused

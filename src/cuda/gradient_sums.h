@@ -1,0 +1,55 @@
+// dE, dC and dbias: g of each block multiplied and added up, in the order of the blocks, and what
+// becomes of the sums.
+#pragma once
+
+#include "cuda/operands.h"
+#include "cuda/products.h"
+
+namespace cutloss::cuda {
+
+// g of a block, (rows, columns), in the products' dtype; `scalars` where it carries a scale.
+struct BlockGradient {
+  void* data = nullptr;
+  std::int64_t stride = 0;
+  const DeviceScalars* scalars = nullptr;
+};
+
+template <class T>
+class GradientSums {
+ public:
+  GradientSums(const Call& call, const ListedRows<T>& rows, Operands<T>& operands,
+               const Products& products)
+      : call_(call), rows_(rows), operands_(operands), products_(products) {}
+
+  // dE begins with the first columns, dC and dbias with the first rows of the list.
+  void add_dbias(const Block& block, const BlockGradient& g) const;
+  void add_de(const Block& block, const BlockGradient& g);
+  void add_dc(const Block& block, const BlockGradient& g);
+
+  // These columns have seen every row of the list, these rows every column.
+  void store_columns(Columns columns) const;
+  void store_rows(RowRange chunk) const;
+  // The rest: rows that predict nothing or are ignored, dbias, everything where no row counts, and NaN
+  // where num_valid is wrong.
+  void finish() const;
+
+  // Where dC of some columns accumulates; in the stat dtype unless it is written by one product.
+  bool dc_has_sums() const;
+  T* dc_sums(Columns columns) const;
+
+ private:
+  T* de_sums(RowRange chunk) const;
+
+  const Call& call_;
+  const ListedRows<T>& rows_;
+  Operands<T>& operands_;
+  const Products& products_;
+};
+
+// What the sums take in a workspace: dE of `chunk_rows` rows, dC, dbias.
+void book_sums(Ledger& ledger, const CudaDecision& d, bool always_de_sums);
+
+extern template class GradientSums<float>;
+extern template class GradientSums<double>;
+
+}  // namespace cutloss::cuda

@@ -1,0 +1,46 @@
+// The sizes of cuda/library, and why. Measured on an H200 (docs/kernels.md).
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/decision.h"
+
+namespace cutloss::cuda::library {
+
+// What a plan is tried with, the quickest first. A later step gives up a little speed for memory;
+// there is none that would give up most of it.
+struct Step {
+  std::int64_t logit_bytes;    // of a block of logits in the stat dtype
+  std::int64_t library_bytes;  // cuBLASLt's workspace
+  std::int64_t block_rows;     // at most
+  std::int64_t least_chunk;    // rows that a chunk must have, unless it has all
+  std::int64_t least_slab;     // columns that a slab of gradients must have, unless it has all
+  std::int64_t gradient_rows;  // of gradients by vocabulary, at most; 0: all
+};
+inline constexpr Step kSteps[] = {
+    {128 * kMiB, 32 * kMiB, 8192, 1024, 2048, 0},
+    {32 * kMiB, 32 * kMiB, 4096, 1024, 2048, 0},
+    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 0},
+    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 8192},
+    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 0},
+    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 4096},
+    {kMiB, 0, 512, 128, 256, 0},
+    {kMiB, 0, 512, 128, 256, 2048},
+};
+
+// A block of logits passes through L2 where it can. Only quick memory (HBM3), in bytes a second, is
+// better used by larger products, which leave fewer multiprocessors idle.
+inline constexpr std::int64_t kL2Block = 32 * kMiB;
+inline constexpr double kQuickMemory = 3e12;
+
+// Beyond this a slab of gradients gains nothing: dE's sums are read and written once for each.
+inline constexpr std::int64_t kMostSlab = 65536;
+// The most rows of a chunk, unless one chunk has all: dC's sums are read and written once for each.
+inline constexpr std::int64_t kMostChunk = 4096;
+inline constexpr std::int64_t kGoodChunk = 2048;
+// Columns of g that are made at a time where g has a place of its own, in chunks.
+inline constexpr std::int64_t kChunkSlab = 8192;
+// Columns of C that are converted at a time where not all of it is.
+inline constexpr std::int64_t kSomeColumns = 8192;
+
+}  // namespace cutloss::cuda::library

@@ -1,0 +1,41 @@
+#include "cuda/products.h"
+
+#include <algorithm>
+
+namespace cutloss::cuda {
+namespace {
+
+// More does not make a product quicker.
+constexpr std::int64_t kMostLibraryBytes = 32 * kMiB;
+
+}  // namespace
+
+void Products::multiply(Product product) const {
+  product.type = call_.d.operand;
+  product.tf32 = call_.p.allow_tf32;
+  // From a multiple of the library's 256 bytes on.
+  auto* begin = call_.buffer<std::byte>(buffer::kLibrary);
+  const std::int64_t skip =
+      static_cast<std::int64_t>((256 - reinterpret_cast<std::uintptr_t>(begin) % 256) % 256);
+  const std::int64_t left = call_.workspace.bytes_of(buffer::kLibrary) - skip;
+  product.workspace_bytes = std::clamp<std::int64_t>(left / 256 * 256, 0, kMostLibraryBytes);
+  product.workspace = product.workspace_bytes == 0 ? nullptr : begin + skip;
+  cuda::multiply(product, call_.stream);
+}
+
+void Products::multiply_logits(const Matrix& e, const Matrix& c, std::int64_t rows,
+                               std::int64_t columns, void* z, std::int64_t z_stride) const {
+  Product product{};
+  product.M = rows;
+  product.N = columns;
+  product.K = call_.head.D;
+  product.a = {e.data, e.stride, false};
+  product.b = {c.data, c.stride, true};
+  product.c = z;
+  product.c_stride = z_stride;
+  product.c_type = call_.d.stat;
+  product.alpha = call_.p.transform.logit_scale;
+  multiply(product);
+}
+
+}  // namespace cutloss::cuda
