@@ -186,11 +186,11 @@ bool has_avx512() { return has_isa(dnnl::cpu_isa::avx512_core); }
 std::string describe_onednn() {
   const dnnl_version_t* v = onednn().dnnl_version();
   const bool amx_off = !amx_is_right() && !has_amx();
-  const char* bf16 = has_native_bf16()               ? "bf16 products"
+  const char* bf16 = has_native_bf16()              ? "bf16 products"
                      : !amx_is_right() && has_amx() ? "bf16 widened to f32 (its products are wrong "
-                                                       "with AMX before 3.2, and it was in use "
-                                                       "before AMX could be switched off)"
-                                                     : "bf16 widened to f32 (no AVX512_BF16)";
+                                                      "with AMX before 3.2, and it was in use "
+                                                      "before AMX could be switched off)"
+                                                    : "bf16 widened to f32 (no AVX512_BF16)";
   return text("oneDNN ", v->major, ".", v->minor, ".", v->patch,
               amx_off ? " without AMX (wrong there before 3.2)" : "", ", ", bf16);
 }

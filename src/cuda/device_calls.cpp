@@ -18,9 +18,8 @@ void loss_terms_of(const LossRows& rows, const Weighting& weighting, const void*
 void sum_of(const LossSum& s, void* loss, void* stream) {
   const RowFacts facts = row_facts(s.rows.rows, s.rows.classes, s.targets);
   auto* on = static_cast<cudaStream_t>(stream);
-  s.rows.type == DType::f64
-      ? sum_loss<double>(facts, s.out, s.upstream, s.undefined, loss, on)
-      : sum_loss<float>(facts, s.out, s.upstream, s.undefined, loss, on);
+  s.rows.type == DType::f64 ? sum_loss<double>(facts, s.out, s.upstream, s.undefined, loss, on)
+                            : sum_loss<float>(facts, s.out, s.upstream, s.undefined, loss, on);
 }
 
 void scale_by(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,

@@ -134,9 +134,8 @@ void GradientSums<T>::finish() const {
 
 template <class T>
 T* GradientSums<T>::de_sums(RowRange chunk) const {
-  return call_.d.de_in_place
-             ? static_cast<T*>(call_.args.gradients.de) + chunk.begin * call_.head.D
-             : call_.buffer<T>(buffer::kDeSums);
+  return call_.d.de_in_place ? static_cast<T*>(call_.args.gradients.de) + chunk.begin * call_.head.D
+                             : call_.buffer<T>(buffer::kDeSums);
 }
 
 template <class T>

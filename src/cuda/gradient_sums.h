@@ -29,8 +29,8 @@ class GradientSums {
   // These columns have seen every row of the list, these rows every column.
   void store_columns(Columns columns) const;
   void store_rows(RowRange chunk) const;
-  // The rest: rows that predict nothing or are ignored, dbias, everything where no row counts, and NaN
-  // where num_valid is wrong.
+  // The rest: rows that predict nothing or are ignored, dbias, everything where no row counts, and
+  // NaN where num_valid is wrong.
   void finish() const;
 
   // Where dC of some columns accumulates; in the stat dtype unless it is written by one product.

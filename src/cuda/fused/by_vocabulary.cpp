@@ -1,6 +1,6 @@
-// Forward keeps nothing but the statistics. Backward makes the logits once more, a slab of columns at a
-// time, and g of them in the registers of the same kernel; dE's product is cuBLASLt's, dC's our own
-// where it can be. Four products.
+// Forward keeps nothing but the statistics. Backward makes the logits once more, a slab of columns
+// at a time, and g of them in the registers of the same kernel; dE's product is cuBLASLt's, dC's
+// our own where it can be. Four products.
 #include <algorithm>
 
 #include "cuda/fused/components.h"
@@ -53,8 +53,7 @@ class ByVocabularySession final : public FusedSession {
       out.g_stride = g.stride;
       out.row = parts.coefficients.of(block.chunk, block.rows.begin);
       out.class_weight = parts.operands.class_weight(v);
-      out.general =
-          call.args.upstream.d_entropy != nullptr || call.args.upstream.d_zbar != nullptr;
+      out.general = call.args.upstream.d_entropy != nullptr || call.args.upstream.d_zbar != nullptr;
       const Matrix e = parts.operands.e(block.rows, block.chunk);
       sm90::launch_gradient(parts.logits(block.rows, columns, e, /*by_position=*/false), out, grid,
                             call.stream);

@@ -68,8 +68,7 @@ sm90::Logits Components::logits(RowRange range, Columns columns, const Matrix& e
   l.transform.inv_temperature = inv_temperature(range.begin);
   l.transform.scale = static_cast<float>(transform.logit_scale);
   l.transform.softcap = operands.softcap();
-  l.transform.inv_softcap =
-      transform.softcap ? static_cast<float>(1.0 / *transform.softcap) : 0.f;
+  l.transform.inv_softcap = transform.softcap ? static_cast<float>(1.0 / *transform.softcap) : 0.f;
   l.target = rows.table().target + range.begin;
   l.origin = static_cast<int>(columns.begin);
   return l;

@@ -19,9 +19,7 @@ struct Components {
   // Throws Error(invalid_value) for pointers that the copy engine cannot read from.
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass);
 
-  RowRange chunk(std::int64_t index) const {
-    return chunk_range(d.sizes, rows.to_cover(), index);
-  }
+  RowRange chunk(std::int64_t index) const { return chunk_range(d.sizes, rows.to_cover(), index); }
   sm90::Listed listed(RowRange range) const;
   // The product of some entries of the list and some columns. E is given: rows of this list, or, by
   // position, all of E.

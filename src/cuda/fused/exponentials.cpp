@@ -27,8 +27,7 @@ void ExponentialsSession::make_statistics(std::int64_t index) {
   sm90::launch_references(r, call.stream);
 
   const sm90::Grid grid = logits_grid(chunk.count);
-  const sm90::Exponentials out{x(), x_stride(), r.reference,
-                               call.buffer<float2>(buffer::kSums)};
+  const sm90::Exponentials out{x(), x_stride(), r.reference, call.buffer<float2>(buffer::kSums)};
   sm90::Close close;
   close.list = r.list;
   close.sum_and_max = out.sum_and_max;
@@ -87,8 +86,8 @@ void ExponentialsSession::scale_e(RowRange chunk) {
 
 void ExponentialsSession::add_dbias(RowRange chunk) {
   const Call& call = parts.call;
-  sm90::launch_add_dbias(parts.listed(chunk), x(), x_stride(),
-                         call.buffer<float>(buffer::kFactor), 1.0 / call.p.transform.logit_scale,
+  sm90::launch_add_dbias(parts.listed(chunk), x(), x_stride(), call.buffer<float>(buffer::kFactor),
+                         1.0 / call.p.transform.logit_scale,
                          static_cast<int>(call.head.classes.count),
                          call.buffer<double>(buffer::kDbiasSums), chunk.begin == 0, call.stream);
   if (!call.p.wanted.dc.wanted) sum_targets(chunk);

@@ -26,8 +26,7 @@ void add_slab(Components& parts, const Block& block) {
   s.class_weight = parts.operands.class_weight(columns.begin);
   const bool first = columns.begin == 0;
   const bool last = columns.begin + columns.count == call.head.classes.count;
-  const std::int64_t entries =
-      sm90::partial_entries(grid, static_cast<int>(d.sizes.block_rows));
+  const std::int64_t entries = sm90::partial_entries(grid, static_cast<int>(d.sizes.block_rows));
   sm90::launch_clear_statistics(s.partials, entries, s.target_logit,
                                 first ? static_cast<int>(rows.count) : 0, call.stream);
   sm90::launch_statistics(parts.logits(rows, columns, e, by_position), s, grid, call.stream);

@@ -1,5 +1,5 @@
-// Forward keeps the exponentials of all rows, with their references; backward makes the gradients of
-// them when the upstream gradients are known. Three products.
+// Forward keeps the exponentials of all rows, with their references; backward makes the gradients
+// of them when the upstream gradients are known. Three products.
 #include "cuda/fused/exponentials.h"
 
 namespace cutloss::cuda::fused {

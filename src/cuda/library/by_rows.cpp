@@ -27,7 +27,8 @@ class ByRowsSession final : public LibrarySession<T> {
 }  // namespace
 
 const Algorithm& by_rows() {
-  static const LibraryAlgorithm<ByRowsSession> algorithm("cuda/library/by_rows", {Schedule::rows, false});
+  static const LibraryAlgorithm<ByRowsSession> algorithm("cuda/library/by_rows",
+                                                         {Schedule::rows, false});
   return algorithm;
 }
 

@@ -1,5 +1,5 @@
-// Forward keeps nothing but the statistics, backward makes the logits once more, a slab of columns at
-// a time. Four products, the least memory.
+// Forward keeps nothing but the statistics, backward makes the logits once more, a slab of columns
+// at a time. Four products, the least memory.
 #include "cuda/library/session.h"
 
 namespace cutloss::cuda::library {
@@ -24,7 +24,8 @@ class ByVocabularySession final : public LibrarySession<T> {
 }  // namespace
 
 const Algorithm& by_vocabulary() {
-  static const LibraryAlgorithm<ByVocabularySession> algorithm("cuda/library/by_vocabulary", {Schedule::vocabulary, false});
+  static const LibraryAlgorithm<ByVocabularySession> algorithm("cuda/library/by_vocabulary",
+                                                               {Schedule::vocabulary, false});
   return algorithm;
 }
 

@@ -21,7 +21,8 @@ struct Room {
   std::int64_t c_columns = 0;
 };
 
-// The roomiest choice first; the last is the least. For every decision of a problem there are as many.
+// The roomiest choice first; the last is the least. For every decision of a problem there are as
+// many.
 std::vector<Room> rooms(const CudaDecision& d) {
   const std::int64_t V = classes_of(d.problem).count;
   const std::int64_t least = std::min(d.sizes.slab, V);
@@ -100,7 +101,8 @@ Bytes bytes_of(const CudaDecision& d, Way way, Room room, std::int64_t library_b
   return {kept(d, way).bytes(), of(first_pass(way)), has_backward(way) ? of(Pass::backward) : 0};
 }
 
-// Books a pass in so many bytes: the roomiest choice that fits, and the rest for the matrix library.
+// Books a pass in so many bytes: the roomiest choice that fits, and the rest for the matrix
+// library.
 Ledger settle(CudaDecision& d, Way way, Pass pass, std::int64_t bytes, Reads& reads) {
   for (const Room room : rooms(d)) {
     reads = reads_of(d, way, pass, room);
@@ -212,8 +214,8 @@ class Search {
     Sizes& s = d.sizes;
     const std::int64_t numbers = step_.logit_bytes / size_of(d.stat) / s.chunk_rows;
     const std::int64_t count = std::min(kChunkSlab, numbers) / s.slab;
-    s.gradient_slab = even_piece(classes_of(d.problem).count,
-                                 std::max<std::int64_t>(count, 1) * s.slab, s.slab);
+    s.gradient_slab =
+        even_piece(classes_of(d.problem).count, std::max<std::int64_t>(count, 1) * s.slab, s.slab);
   }
 
   // Gradients of all rows, a slab of columns at a time, or none.
@@ -221,9 +223,10 @@ class Search {
     CudaDecision trial = d;
     Sizes& s = trial.sizes;
     const bool none = way_.schedule == Schedule::none;
-    s.gradient_rows = none                        ? s.block_rows
-                      : step_.gradient_rows == 0 ? s.chunk_rows
-                                                 : even_piece(s.chunk_rows, step_.gradient_rows, 128);
+    s.gradient_rows = none ? s.block_rows
+                      : step_.gradient_rows == 0
+                          ? s.chunk_rows
+                          : even_piece(s.chunk_rows, step_.gradient_rows, 128);
     const std::vector<std::int64_t> widths =
         none ? std::vector<std::int64_t>{s.slab} : slabs(trial, step_);
     for (const std::int64_t slab : widths) {
@@ -254,8 +257,7 @@ class Search {
 }  // namespace
 
 std::int64_t pieces_per_slab(const CudaDecision& d) {
-  const std::int64_t columns =
-      d.stat == DType::f64 ? kPieceColumns<double> : kPieceColumns<float>;
+  const std::int64_t columns = d.stat == DType::f64 ? kPieceColumns<double> : kPieceColumns<float>;
   return divide_up(d.sizes.slab, columns);
 }
 

@@ -19,7 +19,8 @@ class ForwardSession final : public LibrarySession<T> {
 }  // namespace
 
 const Algorithm& forward_algorithm() {
-  static const LibraryAlgorithm<ForwardSession> algorithm("cuda/library/forward", {Schedule::none, false});
+  static const LibraryAlgorithm<ForwardSession> algorithm("cuda/library/forward",
+                                                          {Schedule::none, false});
   return algorithm;
 }
 

@@ -11,9 +11,8 @@ void Components<T>::make_statistics(RowRange chunk, bool keep) {
   sweep(
       call.head.classes.count, s.slab, chunk, s.block_rows,
       [&](const Block& block) { add_statistics(block, keep); }, [](Columns) {});
-  finish_rows<T>(rows.table(), chunk.begin, chunk.count,
-                 call.buffer<RowState<T>>(buffer::kStates), rows.wanted_outputs(),
-                 call.head.classes.count, call.stream);
+  finish_rows<T>(rows.table(), chunk.begin, chunk.count, call.buffer<RowState<T>>(buffer::kStates),
+                 rows.wanted_outputs(), call.head.classes.count, call.stream);
 }
 
 template <class T>

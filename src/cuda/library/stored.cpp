@@ -23,7 +23,8 @@ class StoredSession final : public LibrarySession<T> {
 }  // namespace
 
 const Algorithm& stored() {
-  static const LibraryAlgorithm<StoredSession> algorithm("cuda/library/stored", {Schedule::rows, true});
+  static const LibraryAlgorithm<StoredSession> algorithm("cuda/library/stored",
+                                                         {Schedule::rows, true});
   return algorithm;
 }
 
