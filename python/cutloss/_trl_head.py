@@ -1,6 +1,7 @@
 """The forward that cutloss puts on a model in place of that of TRL's ``add_fused_lm_head``."""
 
 import contextlib
+import itertools
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -25,10 +26,14 @@ def version() -> str:
     return f"trl {trl.__version__}"
 
 
+_NUMBERS = itertools.count(1)
+
+
 class Use:
     """What a training step makes of the forward that cutloss gave to its model."""
 
     def __init__(self):
+        self.number = next(_NUMBERS)
         self.refusal = ""  # of a step whose loss comes from elsewhere
         self.called = False  # for this loss
         self.in_backward = False  # of this step
@@ -64,13 +69,21 @@ class Use:
 
     def check_logits(self) -> None:
         """Before they are made, with gradients, and perhaps find no memory."""
-        if _CALL.loss_of is self and not self.called and torch.is_grad_enabled():
+        if _CALL.now.loss_of == self.number and not self.called and torch.is_grad_enabled():
             raise NotImplementedError(self.refusal)
 
 
+class _Now:
+    """Of one thread. A plain object, and numbers in it: what the compiler can guard."""
+
+    def __init__(self):
+        self.label_smoothing = 0.0
+        self.loss_of = 0  # the number of a Use
+
+
 class _Call(threading.local):
-    label_smoothing = 0.0
-    loss_of: "Use | None" = None
+    def __init__(self):
+        self.now = _Now()
 
 
 _CALL = _Call()
@@ -80,12 +93,12 @@ _CALL = _Call()
 def label_smoothing(value: float) -> Iterator[None]:
     """Within, and in this thread, log_probs are those of smoothed labels:
     (1 - value) · log p of the label + value · the mean of log p over the vocabulary."""
-    before = _CALL.label_smoothing
-    _CALL.label_smoothing = value
+    now = _CALL.now
+    before, now.label_smoothing = now.label_smoothing, value
     try:
         yield
     finally:
-        _CALL.label_smoothing = before
+        now.label_smoothing = before
 
 
 @contextlib.contextmanager
@@ -101,12 +114,13 @@ def training_step(use: Use) -> Iterator[None]:
 def loss_of(use: Use) -> Iterator[None]:
     """Within, in this thread, a loss is made: a first call of the model that makes logits, with
     gradients, is not for something else."""
-    before, _CALL.loss_of = _CALL.loss_of, use
+    now = _CALL.now
+    before, now.loss_of = now.loss_of, use.number
     use.called = False
     try:
         yield
     finally:
-        _CALL.loss_of = before
+        now.loss_of = before
 
 
 def add_fused_lm_head(
@@ -223,7 +237,7 @@ def _results(
 ) -> dict[str, Tensor]:
     results = linear_cross_entropy(
         e, c, labels, bias, reduction="none", return_entropy="entropy" in outputs,
-        return_predictions="is_top1" in outputs, label_smoothing=_CALL.label_smoothing, **options,
+        return_predictions="is_top1" in outputs, label_smoothing=_CALL.now.label_smoothing, **options,
     )  # fmt: skip
     results = list(results) if isinstance(results, tuple) else [results]
     found = {"log_probs": -results.pop(0)}

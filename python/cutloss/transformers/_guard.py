@@ -66,7 +66,7 @@ def check_made_logits(patch, model: nn.Module, labels: bool, asked: bool, output
     name = type(model).__name__
     if labels and given:
         _say_once(
-            patch,
+            patch.number,
             f"the loss of a training call of {name} with return_logits=True is the model's own, "
             f"without the {written} that cutloss.patch was given: take the loss from a call "
             f"without return_logits, and logits from a second one",
@@ -82,7 +82,7 @@ def check_made_logits(patch, model: nn.Module, labels: bool, asked: bool, output
         )
     elif not labels:
         _say_once(
-            patch,
+            patch.number,
             f"a training call of {name} without labels: its logits are made, and cutloss.patch has "
             f"no part in a loss that is computed from them (Trainer does so with "
             f"label_smoothing_factor or compute_loss_func). For a loss without logits pass labels "
@@ -92,10 +92,13 @@ def check_made_logits(patch, model: nn.Module, labels: bool, asked: bool, output
         )
 
 
-@while_traced
-def _say_once(patch, message: str) -> None:
-    if not patch.warned:
-        patch.warned = True
+_said: set[int] = set()  # the numbers of patches
+
+
+@while_traced  # the compiler takes constants alone: a number, and not the patch
+def _say_once(patch: int, message: str) -> None:
+    if patch not in _said:
+        _said.add(patch)
         warnings.warn(message, stacklevel=2)
 
 

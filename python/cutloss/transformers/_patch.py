@@ -1,7 +1,9 @@
 """patch and unpatch: a model of Transformers whose training loss is computed without logits."""
 
+import copy
 import functools
 import inspect
+import itertools
 from types import MethodType
 
 from torch import nn
@@ -13,6 +15,8 @@ from ._switch import Switch, place_of_forward
 from ._unmade import UnmadeLogits
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+_NUMBERS = itertools.count()
 
 
 class _Patch:
@@ -27,7 +31,14 @@ class _Patch:
         self.place_of_labels = _guard.place_of_labels(model)
         self.forward = None  # the function that was put there, as no wrapper of it is
         self.guards: list = []  # what removes the hooks
-        self.warned = False  # of a training call whose loss is not ours
+        self.number = next(_NUMBERS)  # by which it is told from others
+
+    def __deepcopy__(self, memo: dict) -> "_Patch":
+        """Of a copy of the model, with a number of its own."""
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        made.number = next(_NUMBERS)
+        return made
 
     def stock(self, model: nn.Module):
         return self.before or MethodType(type(model).forward, model)
