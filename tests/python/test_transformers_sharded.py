@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from architectures import batch, make
 from test_transformers import NoLogits
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,11 +18,12 @@ import cutloss
 def wrapped(model, how):
     if how == "ddp":
         return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # also where there is a GPU
     for layer in model.model.layers:
-        fully_shard(layer)
+        fully_shard(layer, mesh=mesh)
     if how == "fsdp_head":  # its weight is whole only while it is called
-        fully_shard(model.lm_head)
-    return fully_shard(model)
+        fully_shard(model.lm_head, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def largest_difference(how):
