@@ -29,7 +29,7 @@ def without_labels():
 
 def quiet(function, *args, **given):
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="a training call of")
+        warnings.filterwarnings("error", message="a (training )?call of")
         return function(*args, **given)
 
 
@@ -78,6 +78,18 @@ def test_what_is_said_once_and_of_which_calls():
     quiet(frozen, **inputs)
     unpatched = cutloss.unpatch(patched())
     quiet(unpatched, **inputs)
+
+
+def test_gradients_in_evaluation_are_spoken_of_once():
+    model = patched().eval()  # as from_pretrained gives it
+    with pytest.warns(UserWarning, match=r"in evaluation mode .* model.train\(\)"):
+        assert model(**batch()).logits is not None
+    quiet(model, **batch())
+    for other in (patched().eval(), patched(return_logits=True).eval()):
+        with torch.no_grad():
+            quiet(other, **batch())
+        quiet(other, **batch(), return_logits=True)
+    assert quiet(patched(return_logits=False).eval(), **batch()).logits is None
 
 
 def test_a_whole_graph_stays_whole():

@@ -53,7 +53,7 @@ def check_made_logits(patch, model: nn.Module, labels: bool, asked: bool, output
     :param labels: Whether the call had labels.
     :param asked: Whether it had return_logits=True.
     """
-    if not model.training or not torch.is_grad_enabled() or (asked and not labels):
+    if not torch.is_grad_enabled() or (asked and not labels):
         return
     values = output.values() if isinstance(output, dict) else output
     values = [output] if isinstance(output, Tensor) else list(values)
@@ -61,9 +61,19 @@ def check_made_logits(patch, model: nn.Module, labels: bool, asked: bool, output
         return
     if not any(isinstance(v, Tensor) and v.requires_grad for v in values):
         return
+    name = type(model).__name__
+    if not model.training:
+        if labels and not asked and patch.return_logits is None:
+            _say_once(
+                patch.number,
+                f"a call of {name} with labels and gradients, but in evaluation mode (in which "
+                f"from_pretrained gives a model): there cutloss.patch leaves the logits to the model. "
+                f"Call model.train() before training, or patch(model, return_logits=False) to leave "
+                f"them out in evaluation too; without gradients torch.no_grad() is right",
+            )
+        return
     given = patch.regularisers()
     written = ", ".join(f"{k}={v}" for k, v in given.items())
-    name = type(model).__name__
     if labels and given:
         _say_once(
             patch.number,
@@ -92,13 +102,13 @@ def check_made_logits(patch, model: nn.Module, labels: bool, asked: bool, output
         )
 
 
-_said: set[int] = set()  # the numbers of patches
+_said: set[tuple[int, str]] = set()  # of which patch, by its number, what
 
 
 @while_traced  # the compiler takes constants alone: a number, and not the patch
 def _say_once(patch: int, message: str) -> None:
-    if patch not in _said:
-        _said.add(patch)
+    if (patch, message) not in _said:
+        _said.add((patch, message))
         warnings.warn(message, stacklevel=2)
 
 
