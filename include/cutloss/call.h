@@ -72,8 +72,8 @@ void backward(const Plan& plan, const Args& args);
 // Forward and backward in one call, for a plan with upstream at_forward and schedule rows.
 void forward_backward(const Plan& plan, const Args& args);
 
-// The rows of a chunk, as indices into the per-row arrays. CUDA: `rows` is device memory, and
-// beyond the rows that count (which the host need not know) it holds -1.
+// The rows of a chunk, as indices into the per-row arrays. CUDA: `rows` is device memory, and an
+// entry of -1 stands for no row: how many rows count the host need not know.
 struct RowList {
   const std::int64_t* rows = nullptr;
   std::int64_t count = 0;

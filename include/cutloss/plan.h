@@ -1,4 +1,4 @@
-// From a problem whose source is Linear to a plan: which engine makes it how, in which memory.
+// From a problem whose source is Linear to a plan: which algorithm computes it, in which memory.
 #pragma once
 
 #include <cstdint>

@@ -29,22 +29,30 @@ void need_pass(const Plan& plan, Pass pass) {
   }
 }
 
-std::unique_ptr<Session> open_checked(const Plan& plan, const Args& args, Pass pass) {
+const Decision& decision_of(const Plan& plan) {
+  if (plan.decision == nullptr) refuse("the plan is empty: make_plan makes plans");
+  return *plan.decision;
+}
+
+std::unique_ptr<CheckedSession> open_checked(const Plan& plan, const Args& args, Pass pass) {
+  const Algorithm& algorithm = *decision_of(plan).algorithm;
   need_pass(plan, pass);
   check_args(plan, args, pass);
-  return plan.decision->algorithm->open(plan.decision, args, pass);
+  return algorithm.open(plan.decision, args, pass);
 }
 
 }  // namespace
 
-std::int64_t chunk_count(const Plan& plan) { return chunk_count(*plan.decision); }
+std::int64_t chunk_count(const Plan& plan) { return chunk_count(decision_of(plan)); }
 
 std::unique_ptr<Session> open(const Plan& plan, const Args& args, Pass pass) {
   return open_checked(plan, args, pass);
 }
 
 std::unique_ptr<Session> resume(const Plan& plan, const Args& args, Pass pass) {
-  return open_checked(plan, args, pass);
+  std::unique_ptr<CheckedSession> session = open_checked(plan, args, pass);
+  session->resume();
+  return session;
 }
 
 void forward(const Plan& plan, const Args& args) {

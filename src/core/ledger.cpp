@@ -30,7 +30,15 @@ void Ledger::share(std::string_view name, std::int64_t bytes, std::string_view l
                 text("the buffer '", name, "' of ", bytes, " bytes does not fit into '", lies_in,
                      "' of ", host->bytes));
   }
-  bookings_.push_back({name, bytes, lifetime, lies_in, until, inside ? host->offset : 0});
+  bookings_.push_back({name, bytes, lifetime, lies_in, until, inside ? host->offset : -1});
+}
+
+std::int64_t Ledger::offset(std::string_view name) const {
+  const Booking& b = booking(name);
+  if (b.offset < 0) {
+    throw Error(ErrorCode::internal, text("the buffer '", name, "' lies in ", b.lies_in));
+  }
+  return b.offset;
 }
 
 const Booking& Ledger::booking(std::string_view name) const {

@@ -21,7 +21,7 @@ struct Booking {
   std::string_view lies_in = "";
   // When that memory is needed for what it is there for.
   std::string_view until = "";
-  // From the ledger's begin. Of no meaning in a gradient's memory.
+  // From the ledger's begin; -1 in a gradient's memory.
   std::int64_t offset = 0;
 };
 
@@ -33,12 +33,14 @@ class Ledger {
   explicit Ledger(std::int64_t alignment) : alignment_(alignment) {}
 
   void book(std::string_view name, std::int64_t bytes, Lifetime lifetime = Lifetime::call);
-  // Books a buffer that lies in other memory until that is needed itself.
+  // Books a buffer that lies in another of this ledger, or, where `lies_in` names none, in a
+  // gradient, until that memory is needed itself. Throws Error(internal) where it does not fit.
   void share(std::string_view name, std::int64_t bytes, std::string_view lies_in,
              std::string_view until, Lifetime lifetime = Lifetime::call);
 
-  // The buffer's place and size. Both throw Error(internal) where there is none of that name.
-  std::int64_t offset(std::string_view name) const { return booking(name).offset; }
+  // The buffer's place and size. Both throw Error(internal) where there is none of that name, and
+  // `offset` where it lies in a gradient.
+  std::int64_t offset(std::string_view name) const;
   std::int64_t bytes_of(std::string_view name) const { return booking(name).bytes; }
   // What all of it takes.
   std::int64_t bytes() const { return bytes_; }

@@ -10,6 +10,7 @@
 
 #include "cutloss/call.h"
 #include "plan/decision.h"
+#include "plan/sessions.h"
 
 namespace cutloss {
 
@@ -40,8 +41,8 @@ class Algorithm {
   virtual std::shared_ptr<const Decision> decide(const Problem& problem, std::int64_t budget,
                                                  std::int64_t& least) const = 0;
   // A session over checked pointers, of a decision of its own.
-  virtual std::unique_ptr<Session> open(std::shared_ptr<const Decision> decision, const Args& args,
-                                        Pass pass) const = 0;
+  virtual std::unique_ptr<CheckedSession> open(std::shared_ptr<const Decision> decision,
+                                               const Args& args, Pass pass) const = 0;
 };
 
 // The algorithms of one kind of device, which share its libraries.

@@ -193,6 +193,7 @@ Plan make_plan(const Problem& problem) {
 }
 
 std::string describe(const Plan& plan) {
+  if (plan.decision == nullptr) return "an empty plan: make_plan makes plans\n";
   const Problem& p = plan.problem;
   const Head& head = head_of(p);
   const Decision& d = *plan.decision;

@@ -1,4 +1,4 @@
-// What sessions of every kind check of a chunk.
+// What sessions of every kind check: the pass, the chunk, and the order of the steps.
 #pragma once
 
 #include <string>
@@ -12,42 +12,71 @@ class CheckedSession : public Session {
  public:
   CheckedSession(std::int64_t chunk_count, Pass pass) : chunks_(chunk_count), pass_(pass) {}
 
+  // Another session has begun in the same memory, and made the statistics of its last chunk.
+  void resume() { begun_ = resumed_ = true; }
+
+  void begin() final {
+    if (resumed_) refuse("begin", "the session continues another, which has begun");
+    list_rows();
+    begun_ = true;
+  }
   RowList rows(std::int64_t chunk) final {
-    check(chunk);
+    check("rows", chunk);
     return rows_of(chunk);
   }
   void statistics(std::int64_t chunk) final {
-    check(chunk);
-    if (!makes_statistics(pass_)) refuse("statistics", "backward");
+    check("statistics", chunk);
+    if (!makes_statistics(pass_)) refuse("statistics", "it was opened for Pass::backward");
     make_statistics(chunk);
+    last_ = chunk;
   }
   void gradients(std::int64_t chunk) final {
-    check(chunk);
-    if (!makes_gradients(pass_)) refuse("gradients", "forward");
+    check("gradients", chunk);
+    need_gradients("gradients");
+    if (pass_ == Pass::both && !resumed_ && chunk != last_) {
+      refuse("gradients", text("the last statistics were not those of chunk ", chunk));
+    }
     make_gradients(chunk);
+  }
+  void finish() final {
+    need_begun("finish");
+    need_gradients("finish");
+    finish_gradients();
   }
 
  protected:
+  virtual void list_rows() = 0;
   virtual RowList rows_of(std::int64_t chunk) = 0;
   virtual void make_statistics(std::int64_t chunk) = 0;
   // Algorithms that make none never open such a pass.
   virtual void make_gradients(std::int64_t) {
     throw Error(ErrorCode::internal, "a session without gradients was asked for some");
   }
+  virtual void finish_gradients() = 0;
   Pass pass() const { return pass_; }
 
  private:
-  void check(std::int64_t chunk) const {
+  void check(const char* call, std::int64_t chunk) const {
+    need_begun(call);
     if (chunk >= 0 && chunk < chunks_) return;
     throw Error(ErrorCode::invalid_value, text("chunk ", chunk, " is outside [0, ", chunks_, ")"));
   }
-  [[noreturn]] static void refuse(const char* call, const char* pass) {
-    throw Error(ErrorCode::invalid_value,
-                text("Session::", call, ": the session was opened for Pass::", pass));
+  void need_begun(const char* call) const {
+    if (!begun_) refuse(call, "begin was not called; resume continues a session that has begun");
+  }
+  void need_gradients(const char* call) const {
+    if (!cutloss::makes_gradients(pass_)) refuse(call, "it was opened for Pass::forward");
+  }
+  [[noreturn]] static void refuse(const char* call, const std::string& why) {
+    throw Error(ErrorCode::invalid_value, text("Session::", call, ": ", why));
   }
 
   const std::int64_t chunks_;
   const Pass pass_;
+  bool begun_ = false;
+  bool resumed_ = false;
+  // The chunk whose statistics were made last.
+  std::int64_t last_ = -1;
 };
 
 }  // namespace cutloss

@@ -30,6 +30,7 @@ TEST(Ledger, SharedMemoryTakesNone) {
   ledger.share("sums", 900, "dE's sums", "dE begins", Lifetime::seam);
   ledger.share("kept logits", 5000, "dC", "the slab is written");
   EXPECT_EQ(ledger.offset("sums"), ledger.offset("dE's sums"));
+  EXPECT_THROW(ledger.offset("kept logits"), Error);  // it is dC's memory
   EXPECT_EQ(ledger.bytes(), 256 + 1024);
   EXPECT_EQ(in_words(ledger),
             "rows 8, dE's sums 1000, sums 900 (in dE's sums until dE begins), kept logits 5000 (in "

@@ -155,7 +155,16 @@ TEST_P(Seam, RefusesPlansAndChunksThatHaveNone) {
   EXPECT_THROW(session->rows(-1), Error);
   EXPECT_THROW(session->statistics(-1), Error);
   EXPECT_THROW(session->gradients(chunk_count(plan)), Error);
-  EXPECT_THROW(open(plan, args, Pass::forward)->gradients(0), Error);
+  EXPECT_THROW(session->gradients(0), Error);                        // without its statistics
+  EXPECT_THROW(open(plan, args, Pass::both)->statistics(0), Error);  // without begin
+  EXPECT_THROW(open(plan, args, Pass::both)->finish(), Error);
+  EXPECT_THROW(resume(plan, args, Pass::both)->begin(), Error);
+  const auto forward_alone = open(plan, args, Pass::forward);
+  forward_alone->begin();
+  EXPECT_THROW(forward_alone->gradients(0), Error);
+  EXPECT_THROW(forward_alone->finish(), Error);
+  EXPECT_THROW(open(Plan(), args, Pass::both), Error);
+  EXPECT_THROW(chunk_count(Plan()), Error);
   EXPECT_THROW(open(plan, args, Pass::backward), Error);
   EXPECT_THROW(backward(plan, args), Error);
 

@@ -17,6 +17,8 @@ namespace cutloss::cpu {
 // T: the stat dtype.
 template <class T>
 struct Components {
+  Components(const Components&) = delete;
+  Components& operator=(const Components&) = delete;
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)
       : call(std::move(decision), args, pass),
         rows(call),
@@ -61,13 +63,12 @@ class CpuSession : public CheckedSession {
   CpuSession(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)
       : CheckedSession(chunk_count(*decision), pass), parts(std::move(decision), args, pass) {}
 
-  void begin() override {
+ protected:
+  void list_rows() override {
     parts.rows.list();
     if (makes_statistics(pass())) parts.rows.clear_ignored();
   }
-  void finish() override { parts.sums.finish(); }
-
- protected:
+  void finish_gradients() override { parts.sums.finish(); }
   RowList rows_of(std::int64_t chunk) override { return parts.rows.entries(parts.chunk(chunk)); }
 
   Components<T> parts;
@@ -75,8 +76,8 @@ class CpuSession : public CheckedSession {
 
 // A session in the decision's stat dtype.
 template <template <class> class SessionOf>
-std::unique_ptr<Session> open_session(std::shared_ptr<const Decision> decision, const Args& args,
-                                      Pass pass) {
+std::unique_ptr<CheckedSession> open_session(std::shared_ptr<const Decision> decision,
+                                             const Args& args, Pass pass) {
   if (static_cast<const CpuDecision&>(*decision).stat == DType::f64) {
     return std::make_unique<SessionOf<double>>(std::move(decision), args, pass);
   }
@@ -95,8 +96,8 @@ class CpuAlgorithm final : public Algorithm {
                                          std::int64_t& least) const override {
     return cpu::decide(*this, way_, problem, budget, least);
   }
-  std::unique_ptr<Session> open(std::shared_ptr<const Decision> decision, const Args& args,
-                                Pass pass) const override {
+  std::unique_ptr<CheckedSession> open(std::shared_ptr<const Decision> decision, const Args& args,
+                                       Pass pass) const override {
     return open_session<SessionOf>(std::move(decision), args, pass);
   }
 

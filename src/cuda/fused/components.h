@@ -16,6 +16,8 @@ namespace cutloss::cuda::fused {
 inline sm90::Matrix kernel_matrix(const Matrix& m) { return {m.data, m.stride}; }
 
 struct Components {
+  Components(const Components&) = delete;
+  Components& operator=(const Components&) = delete;
   // Throws Error(invalid_value) for pointers that the copy engine cannot read from.
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass);
 
@@ -40,14 +42,13 @@ class FusedSession : public CheckedSession {
   FusedSession(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)
       : CheckedSession(chunk_count(*decision), pass), parts(std::move(decision), args, pass) {}
 
-  void begin() override {
+ protected:
+  void list_rows() override {
     parts.rows.list();
     parts.operands.begin();
     if (makes_statistics(pass())) parts.rows.clear_ignored();
   }
-  void finish() override { parts.sums.finish(); }
-
- protected:
+  void finish_gradients() override { parts.sums.finish(); }
   RowList rows_of(std::int64_t chunk) override { return parts.rows.entries(parts.chunk(chunk)); }
 
   Components parts;
@@ -68,8 +69,8 @@ class FusedAlgorithm final : public Algorithm {
                                          std::int64_t& least) const override {
     return fused::decide(*this, way_, problem, budget, least);
   }
-  std::unique_ptr<Session> open(std::shared_ptr<const Decision> decision, const Args& args,
-                                Pass pass) const override {
+  std::unique_ptr<CheckedSession> open(std::shared_ptr<const Decision> decision, const Args& args,
+                                       Pass pass) const override {
     check_device(static_cast<const CudaDecision&>(*decision));
     return std::make_unique<SessionType>(std::move(decision), args, pass);
   }

@@ -15,6 +15,8 @@ namespace cutloss::cuda::library {
 // T: the stat dtype.
 template <class T>
 struct Components {
+  Components(const Components&) = delete;
+  Components& operator=(const Components&) = delete;
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)
       : call(std::move(decision), args, pass),
         rows(call),
@@ -58,14 +60,13 @@ class LibrarySession : public CheckedSession {
   LibrarySession(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)
       : CheckedSession(chunk_count(*decision), pass), parts(std::move(decision), args, pass) {}
 
-  void begin() override {
+ protected:
+  void list_rows() override {
     parts.rows.list();
     parts.operands.begin();
     if (makes_statistics(pass())) parts.rows.clear_ignored();
   }
-  void finish() override { parts.sums.finish(); }
-
- protected:
+  void finish_gradients() override { parts.sums.finish(); }
   RowList rows_of(std::int64_t chunk) override { return parts.rows.entries(parts.chunk(chunk)); }
 
   Components<T> parts;
@@ -83,8 +84,8 @@ class LibraryAlgorithm final : public Algorithm {
                                          std::int64_t& least) const override {
     return library::decide(*this, way_, problem, budget, least);
   }
-  std::unique_ptr<Session> open(std::shared_ptr<const Decision> decision, const Args& args,
-                                Pass pass) const override {
+  std::unique_ptr<CheckedSession> open(std::shared_ptr<const Decision> decision, const Args& args,
+                                       Pass pass) const override {
     const auto& d = static_cast<const CudaDecision&>(*decision);
     check_device(d);
     if (d.stat == DType::f64) {
