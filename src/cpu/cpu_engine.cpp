@@ -29,7 +29,6 @@ constexpr std::array<Tile, 6> kTiles = {
 // A block of logits in fp32 stays within 4 MB, and within 2 MB where rows are few; with very few
 // a slab takes more columns, so that a product stays worth its call.
 std::int64_t columns_beside(std::int64_t rows) {
-  constexpr std::int64_t kMostColumns = 8192;
   const std::int64_t in_4mb = std::max<std::int64_t>((std::int64_t{1} << 20) / rows, 512);
   const std::int64_t in_2mb = std::max<std::int64_t>((std::int64_t{1} << 19) / rows, 1024);
   return std::min({in_4mb, in_2mb, kMostColumns});

@@ -103,9 +103,12 @@ class CpuParts final : public Parts {
       } else if (exponentials) {
         row.exponentials = static_cast<T*>(kept);
       }
+      // With a softcap the products are kept as they are: its slope cannot be told from z.
+      const auto keep_z = [&] { std::memcpy(kept, row.z, columns.count * sizeof(T)); };
+      if (keep && !exponentials && p_.softcap) keep_z();
       row_statistics(row, states()[in_chunk]);
       if (exponentials) slab_maxima(in_chunk)[columns.begin / plan_.slab] = row.slab_max;
-      if (keep && !exponentials) std::memcpy(kept, row.z, columns.count * sizeof(T));
+      if (keep && !exponentials && !p_.softcap) keep_z();
     }
   }
 
@@ -136,7 +139,7 @@ class CpuParts final : public Parts {
       const GradientRow<T> row = gradient_row(row_at(block.rows.begin + r), block.columns);
       void* g = at(g_, operand_, r * block.columns.count);
       if (from_kept) {
-        make_g_from_kept(row, block.rows.begin - block.chunk.begin + r, block.columns, g);
+        make_g_from_kept(row, block.rows.begin + r, block, g);
       } else {
         T* z = buffer<T>(layout_.z) + r * block.columns.count;
         const Transform<T> transform = transform_of(row_at(block.rows.begin + r), block.columns);
@@ -403,11 +406,15 @@ class CpuParts final : public Parts {
     return reinterpret_cast<T*>(base) + in_chunk * slab_count(plan_);
   }
 
-  void make_g_from_kept(const GradientRow<T>& row, std::int64_t in_chunk, Columns columns,
+  // `listed`: the row's place in the list.
+  void make_g_from_kept(const GradientRow<T>& row, std::int64_t listed, const Block& block,
                         void* g) const {
+    const std::int64_t in_chunk = listed - block.chunk.begin;
+    const Columns columns = block.columns;
     void* kept = kept_row(in_chunk, columns);
     if (!keeps_exponentials(p_)) {
-      make_g_from_logits(row, static_cast<T*>(kept), nullptr, g);
+      const Transform<T> transform = transform_of(row_at(listed), columns);
+      make_g_from_logits(row, static_cast<T*>(kept), p_.softcap ? &transform : nullptr, g);
       return;
     }
     const T slab_max = slab_maxima(in_chunk)[columns.begin / plan_.slab];

@@ -325,7 +325,7 @@ void CudaParts<T>::make_g(const Block& block, bool from_kept) {
     const Kept<T> place = kept(in_chunk, block.columns.begin);
     what.block = logit_block(place.exponentials ? nullptr : static_cast<T*>(place.data),
                              place.stride, block.rows, block.columns);
-    what.transformed = true;
+    what.transformed = !p_.softcap;  // with one the products are kept as they are
     place.exponentials ? row_gradient_from_exponentials(what, place, plan_.slab, stream_)
                        : row_gradient(what, stream_);
     return;

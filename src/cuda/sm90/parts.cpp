@@ -205,6 +205,7 @@ void FusedParts::make_exponentials(Rows chunk) {
   close.sum_and_max = out.sum_and_max;
   close.column_tiles = column_tiles(p_.V);
   close.target_logit = r.target_logit;
+  close.transform = r.transform;
   close.reference = r.reference;
   close.V = static_cast<int>(p_.V);
   close.out = wanted_outputs();
