@@ -119,22 +119,33 @@ class GradientEpilogue {
   __device__ __forceinline__ void to_g(Z z, const float4& own, const float4& more, int target,
                                        float inv_temperature) const {
     const Lane at;
-    const float cap = p_.transform.softcap * inv_temperature;
-    const auto slope = [&](float value) {
-      return kGaps ? slope_of_gap(value) * inv_temperature : inv_temperature;
-    };
-    float at_target = 0.f;
-    take_target(z, target, kGaps ? 0.f : -kInfinity,
-                [&](float value) { at_target = own.w * slope(value); });
-    CUTE_UNROLL
-    for (int k = 0; k < kRowSums; ++k) {
-      const float logit = kGaps ? tanh_of_gap(z[k]) * cap : z[k];
+    // Where p is 0, t may be infinite.
+    const auto by_p = [&](float logit) {
       const float t = (logit - own.x) - own.y;
       const float p = exp_approx(t);
-      const float weight = facts_.weight[at.column(k)];
-      // Where p is 0, t may be infinite.
-      const float g = p * fmaf(-more.x, p == 0.f ? 0.f : t + more.y, own.z);
-      z[k] = fmaf(more.z, weight, g) * slope(z[k]);
+      return p * fmaf(-more.x, p == 0.f ? 0.f : t + more.y, own.z);
+    };
+    float at_target = own.w * inv_temperature;
+    if constexpr (kGaps) {
+      const float cap = p_.transform.softcap * inv_temperature;
+      take_target(z, target, 0.f, [&](float gap) { at_target *= slope_of_gap(gap); });
+      CUTE_UNROLL
+      for (int k = 0; k < kRowSums; ++k) {
+        const float g = fmaf(more.z, facts_.weight[at.column(k)], by_p(tanh_of_gap(z[k]) * cap));
+        z[k] = g * slope_of_gap(z[k]) * inv_temperature;
+      }
+    } else {
+      CUTE_UNROLL
+      for (int k = 0; k < kRowSums; ++k) z[k] = by_p(z[k]);
+      // By itself: beside the exponentials the weights would not find registers.
+      if (more.z != 0.f) {
+        CUTE_UNROLL
+        for (int k = 0; k < kRowSums; ++k) {
+          z[k] = fmaf(more.z, facts_.weight[at.column(k)], z[k]);
+        }
+      }
+      CUTE_UNROLL
+      for (int k = 0; k < kRowSums; ++k) z[k] *= inv_temperature;
     }
     take_target(z, target, at_target, [](float) {});
   }
