@@ -169,8 +169,9 @@ struct RowOutputs {
   void* row_max = nullptr;  // lse = row_max + log_sum, in two parts so that no digit is lost
   void* log_sum = nullptr;
   void* entropy = nullptr;         // wants_entropy
-  void* zbar = nullptr;            // wants_zbar
+  void* zbar = nullptr;            // wants_zbar: this, zbar_centred, or both
   std::int64_t* argmax = nullptr;  // wants_argmax; the first of equal logits
+  void* zbar_centred = nullptr;    // sum_v weight_v (z_v - row_max) / V: no digit goes to an offset
 };
 
 // dLoss/d(output), (rows) each, stat dtype; null is zero. Entries of ignored rows are not read.
@@ -274,6 +275,10 @@ void loss_terms(const Problem& problem, const Weighting& weighting, const void* 
 // d_lse_squared lse^2 + d_zbar zbar, added up in fp64 in a fixed order, to one number of the stat
 // dtype at `loss` (in the memory of the problem's device). Ignored rows are not read. Where
 // `undefined` is given (there too) and true, the loss is NaN.
+//
+// rows.zbar_centred says that d_lse and d_zbar are those of label smoothing (loss_terms), whose
+// d_lse lse + d_zbar zbar is taken as d_lse log_sum + d_zbar zbar_centred: the same number, without
+// the difference of two large ones where all logits of a row lie far from 0.
 void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* undefined = nullptr);
 
 // CUDA: values *= *factor, both in device memory, ordered on the stream. Nothing is read or written

@@ -119,7 +119,9 @@ void forward_backward(const Plan& plan, const Args& args) {
 void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* undefined) {
   const RowGradients& up = args.upstream;
   if (loss == nullptr) throw Error(ErrorCode::invalid_value, "loss is null");
-  if ((up.d_lse != nullptr || up.d_lse_squared != nullptr) && args.rows.lse == nullptr) {
+  const bool lse_in_parts = args.rows.zbar_centred != nullptr && args.rows.log_sum != nullptr;
+  if (((up.d_lse != nullptr && !lse_in_parts) || up.d_lse_squared != nullptr) &&
+      args.rows.lse == nullptr) {
     throw Error(ErrorCode::invalid_value,
                 "upstream.d_lse or d_lse_squared is given, but rows.lse is null");
   }

@@ -94,7 +94,9 @@ void check_args(const LogitsProblem& p, const LogitsArgs& args, Passes passes) {
     need(args.rows.log_sum, "rows.log_sum");
     if (p.has_row_temperature) need(args.temperature, "temperature");
     if (makes_statistics && p.wants_entropy) need(args.rows.entropy, "rows.entropy");
-    if (makes_statistics && p.wants_zbar) need(args.rows.zbar, "rows.zbar");
+    if (makes_statistics && p.wants_zbar && args.rows.zbar_centred == nullptr) {
+      need(args.rows.zbar, "rows.zbar");
+    }
     if (makes_statistics && p.wants_argmax) need(args.rows.argmax, "rows.argmax");
   }
   if (!makes_gradient) return;
@@ -161,8 +163,12 @@ void weighted_loss(const LogitsProblem& problem, const LogitsArgs& args, void* l
   if (row_count(p) > 0) {
     need(args.targets, "targets");
     if (up.d_nll != nullptr) need(args.rows.nll, "rows.nll");
-    if (up.d_lse != nullptr || up.d_lse_squared != nullptr) need(args.rows.lse, "rows.lse");
-    if (up.d_zbar != nullptr) need(args.rows.zbar, "rows.zbar");
+    const bool centred = args.rows.zbar_centred != nullptr;
+    if ((up.d_lse != nullptr && !centred) || up.d_lse_squared != nullptr) {
+      need(args.rows.lse, "rows.lse");
+    }
+    if (up.d_lse != nullptr && centred) need(args.rows.log_sum, "rows.log_sum");
+    if (up.d_zbar != nullptr && !centred) need(args.rows.zbar, "rows.zbar");
   }
   if (p.device == Device::cuda) return cuda_weighted_loss(p, args, loss, undefined);
   cpu_weighted_loss(p, args, loss, undefined);

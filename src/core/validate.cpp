@@ -159,7 +159,9 @@ void check_args(const Plan& plan, const Args& args, Passes passes) {
     need(args.rows.log_sum, "rows.log_sum");
     if (p.has_row_temperature) need(args.in.temperature, "in.temperature");
     if (forward && p.wants_entropy) need(args.rows.entropy, "rows.entropy");
-    if (forward && p.wants_zbar) need(args.rows.zbar, "rows.zbar");
+    if (forward && p.wants_zbar && args.rows.zbar_centred == nullptr) {
+      need(args.rows.zbar, "rows.zbar");
+    }
     if (forward && p.wants_argmax) need(args.rows.argmax, "rows.argmax");
     if (backward && args.upstream.d_entropy != nullptr) need(args.rows.entropy, "rows.entropy");
   }

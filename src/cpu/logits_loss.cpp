@@ -48,7 +48,7 @@ class LogitRows {
     const std::int64_t sequence = position / p_.length, at = position % p_.length;
     const std::int64_t n = sequence * predicted_ + at;
     if (at >= predicted_ || !counts(n)) {
-      if (passes.forward && at < predicted_) write(n, {0, 0, 0, 0, 0, 0, -1});
+      if (passes.forward && at < predicted_) write(n, {0, 0, 0, 0, 0, 0, 0, -1});
       if (passes.backward) clear(sequence, at);
       return;
     }
@@ -103,7 +103,8 @@ class LogitRows {
       convert(p_.type, logits(sequence, at, v), stat_type_of(p_), z.data(), row.columns);
       row_statistics(row, state);
     }
-    write(n, finish(state, row.target, p_.V));
+    const T weight = args_.class_weight == nullptr ? T(1) : *class_weight(row.target);
+    write(n, close(state, row.target, weight, p_.V));
   }
 
   void make_gradient(std::int64_t sequence, std::int64_t at, std::int64_t n) const {
@@ -162,6 +163,7 @@ class LogitRows {
     put(out.log_sum, result.log_sum);
     if (p_.wants_entropy) put(out.entropy, result.entropy);
     if (p_.wants_zbar) put(out.zbar, result.zbar);
+    if (p_.wants_zbar) put(out.zbar_centred, result.zbar_centred);
     if (p_.wants_argmax) out.argmax[n] = result.argmax;
   }
 

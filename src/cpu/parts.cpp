@@ -64,7 +64,8 @@ class CpuParts final : public Parts {
     for (std::int64_t n = 0; n < rows; ++n) {
       if (target_of(n) != p_.ignore_index) continue;
       const RowOutputs out = wanted_outputs();
-      for (void* array : {out.nll, out.lse, out.row_max, out.log_sum, out.entropy, out.zbar}) {
+      for (void* array :
+           {out.nll, out.lse, out.row_max, out.log_sum, out.entropy, out.zbar, out.zbar_centred}) {
         if (array != nullptr) static_cast<T*>(array)[n] = T(0);
       }
       if (out.argmax != nullptr) out.argmax[n] = -1;
@@ -119,13 +120,16 @@ class CpuParts final : public Parts {
     };
     for (std::int64_t r = 0; r < chunk.count; ++r) {
       const std::int64_t n = row_at(chunk.begin + r);
-      const RowResult<T> result = finish(states()[r], target_of(n), p_.V);
+      const std::int64_t target = target_of(n);
+      const T weight = p_.has_class_weight ? *class_weight({target, 1}) : T(1);
+      const RowResult<T> result = close(states()[r], target, weight, p_.V);
       write(out.nll, n, result.nll);
       write(out.lse, n, result.lse);
       write(out.row_max, n, result.row_max);
       write(out.log_sum, n, result.log_sum);
       write(out.entropy, n, result.entropy);
       write(out.zbar, n, result.zbar);
+      write(out.zbar_centred, n, result.zbar_centred);
       if (out.argmax != nullptr) out.argmax[n] = result.argmax;
     }
   }
@@ -250,7 +254,7 @@ class CpuParts final : public Parts {
   RowOutputs wanted_outputs() const {
     RowOutputs out = args_.rows;
     if (!p_.wants_entropy) out.entropy = nullptr;
-    if (!p_.wants_zbar) out.zbar = nullptr;
+    if (!p_.wants_zbar) out.zbar = out.zbar_centred = nullptr;
     if (!p_.wants_argmax) out.argmax = nullptr;
     return out;
   }

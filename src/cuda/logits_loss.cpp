@@ -50,7 +50,7 @@ cuda::LogitRows<T> rows_of(const LogitsProblem& p, const LogitsArgs& args, Passe
   // What is not wanted is not written, even where there is room for it. Backward reads the entropy.
   const bool reads_entropy = !passes.forward && args.upstream.d_entropy != nullptr;
   if (!p.wants_entropy && !reads_entropy) rows.rows.entropy = nullptr;
-  if (!p.wants_zbar || !passes.forward) rows.rows.zbar = nullptr;
+  if (!p.wants_zbar || !passes.forward) rows.rows.zbar = rows.rows.zbar_centred = nullptr;
   if (!p.wants_argmax || !passes.forward) rows.rows.argmax = nullptr;
   if (passes.backward) rows.upstream = args.upstream;
   rows.class_weight = static_cast<const T*>(args.class_weight);

@@ -82,7 +82,7 @@ template <class T>
 RowOutputs CudaParts<T>::wanted_outputs() const {
   RowOutputs out = args_.rows;
   if (!p_.wants_entropy) out.entropy = nullptr;
-  if (!p_.wants_zbar) out.zbar = nullptr;
+  if (!p_.wants_zbar) out.zbar = out.zbar_centred = nullptr;
   if (!p_.wants_argmax) out.argmax = nullptr;
   return out;
 }
@@ -278,7 +278,7 @@ void CudaParts<T>::accumulate_statistics(const Block& block, bool keep) {
 template <class T>
 void CudaParts<T>::finish_statistics(Rows chunk) {
   finish_rows<T>(table_, chunk.begin, chunk.count, buffer<RowState<T>>(use::kStates),
-                 wanted_outputs(), p_.V, stream_);
+                 class_weight(0), wanted_outputs(), p_.V, stream_);
 }
 
 // --- backward ---------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ std::vector<Need> workspace_needs(const Plan& plan, const Traits& t, Passes pass
     needs.push_back({use::kPartials, entries * 8});
     if (p.wants_entropy || p.wants_zbar || p.wants_argmax) {
       needs.push_back({use::kPartialsMore, entries * 8});
-      needs.push_back({use::kPartialsArgmax, entries * 4});
+      needs.push_back({use::kPartialsArgmax, entries * 8});
     }
     needs.push_back({use::kTargetLogit, plan.chunk_rows * 4});
     if (plan.slab < p.V) {

@@ -155,7 +155,7 @@ void FusedParts::accumulate_statistics(const Block& block, bool keep) {
   s.partials = {buffer<float2>(use::kPartials), nullptr, nullptr, grid.block_rows(), grid.slots()};
   if (s.all) {
     s.partials.weighted_and_zbar = buffer<float2>(use::kPartialsMore);
-    s.partials.argmax = buffer<int>(use::kPartialsArgmax);
+    s.partials.weight_and_argmax = buffer<float2>(use::kPartialsArgmax);
   }
   const std::int64_t in_chunk = rows.begin - block.chunk.begin;
   s.target_logit = buffer<float>(use::kTargetLogit) + in_chunk;
@@ -175,6 +175,7 @@ void FusedParts::accumulate_statistics(const Block& block, bool keep) {
   auto* states = buffer<RowState<float>>(all::kStates);
   merge.states = states == nullptr ? nullptr : states + in_chunk;
   merge.target_logit = s.target_logit;
+  merge.class_weight = class_weight(0);
   merge.V = static_cast<int>(p_.V);
   merge.out = wanted_outputs();
   launch_merge(merge, stream_);
