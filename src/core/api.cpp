@@ -119,15 +119,23 @@ void forward_backward(const Plan& plan, const Args& args) {
 void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* undefined) {
   const RowGradients& up = args.upstream;
   if (loss == nullptr) throw Error(ErrorCode::invalid_value, "loss is null");
-  const bool lse_in_parts = args.rows.zbar_centred != nullptr && args.rows.log_sum != nullptr;
-  if (((up.d_lse != nullptr && !lse_in_parts) || up.d_lse_squared != nullptr) &&
+  const bool centred = args.rows.zbar_centred != nullptr;
+  if (((up.d_lse != nullptr && !centred) || up.d_lse_squared != nullptr) &&
       args.rows.lse == nullptr) {
     throw Error(ErrorCode::invalid_value,
                 "upstream.d_lse or d_lse_squared is given, but rows.lse is null");
   }
+  if (up.d_lse != nullptr && centred && args.rows.log_sum == nullptr) {
+    throw Error(ErrorCode::invalid_value,
+                "upstream.d_lse and rows.zbar_centred are given, but rows.log_sum is null");
+  }
   if (up.d_zbar != nullptr && !plan.problem.wants_zbar) {
     throw Error(ErrorCode::invalid_value,
                 "upstream.d_zbar is given, but the problem has wants_zbar = false");
+  }
+  if (up.d_zbar != nullptr && !centred && args.rows.zbar == nullptr) {
+    throw Error(ErrorCode::invalid_value,
+                "upstream.d_zbar is given, but rows.zbar and rows.zbar_centred are null");
   }
   bind(plan, args, kForward)->sum_loss(loss, undefined);
 }
