@@ -12,12 +12,12 @@ namespace cutloss::cpu {
 namespace {
 
 // What follows from the problem and the way alone.
-CpuDecision facts_of(const Algorithm& algorithm, const Problem& p) {
+CpuDecision facts_of(const Algorithm& algorithm, const Problem& p, const DeviceFacts& device) {
   const Head& head = head_of(p);
   CpuDecision d;
   d.algorithm = &algorithm;
   d.problem = p;
-  d.operand = product_type(p);
+  d.operand = product_type(p, device);
   d.stat = stat_type(p);
   d.converts_c = head.c_type != d.operand;
   d.converts_bias = head.has_bias && head.bias_type != d.stat;
@@ -90,6 +90,7 @@ void set_sizes(CpuDecision& d, Way way, Tile tile, std::int64_t chunk_rows) {
   s.gradient_rows = s.block_rows;
   s.gradient_slab = s.slab;
   d.one_chunk = s.chunk_rows >= row_count(p);
+  d.last.begin = head.classes.count;
   d.g_in_logits = d.operand != DType::bf16 && way.schedule != Schedule::rows;
   // With several blocks of rows a slab of dC may be written before the last block has been read,
   // unless its sums are elsewhere.
@@ -99,10 +100,8 @@ void set_sizes(CpuDecision& d, Way way, Tile tile, std::int64_t chunk_rows) {
                      ? std::min(s.chunk_rows, head.D * size_of(head.c_type) / size_of(d.kept_type))
                      : 0;
   d.kept = kept(d, way);
-  d.forward = workspace(d, way, in_one_call(way) ? Pass::both : Pass::forward);
-  d.backward = way.schedule == Schedule::none || in_one_call(way)
-                   ? Ledger()
-                   : workspace(d, way, Pass::backward);
+  d.forward = workspace(d, way, first_pass(way));
+  d.backward = has_backward(way) ? workspace(d, way, Pass::backward) : Ledger();
 }
 
 // All rows at once where nothing else is to be had; with the gradients, quickest first.
@@ -118,12 +117,12 @@ std::vector<std::int64_t> chunk_sizes(Way way, std::int64_t rows) {
 
 }  // namespace
 
-DType product_type(const Problem& p) {
+DType product_type(const Problem& p, const DeviceFacts& device) {
   switch (p.compute_type) {
     case DType::f64:
       return DType::f64;
     case DType::bf16:
-      return has_native_bf16() ? DType::bf16 : DType::f32;
+      return device.native_bf16 ? DType::bf16 : DType::f32;
     case DType::f16:  // no processor multiplies f16 with f32 sums; f32 holds every f16
     case DType::f32:
       return DType::f32;
@@ -131,9 +130,11 @@ DType product_type(const Problem& p) {
   return DType::f32;
 }
 
-std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& p,
-                                       std::int64_t budget, std::int64_t& least) {
-  const CpuDecision facts = facts_of(algorithm, p);
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& p,
+                                       const DeviceFacts& device, std::int64_t budget,
+                                       std::int64_t& least) {
+  const Way way = algorithm.way;
+  const CpuDecision facts = facts_of(algorithm, p, device);
   for (const Tile tile : kTiles) {
     std::shared_ptr<CpuDecision> best;
     for (const std::int64_t chunk : chunk_sizes(way, row_count(p))) {

@@ -11,11 +11,11 @@
 namespace cutloss::cpu {
 
 template <class T>
-void GradientSums<T>::add(const Block& block, const void* g) {
+void GradientSums<T>::add(const Block& block, const void* g, Which which) {
   const Wanted& wanted = call_.p.wanted;
-  if (wanted.dbias.wanted) add_dbias(block, g);
-  if (wanted.de.wanted) add_de(block, g);
-  if (wanted.dc.wanted) add_dc(block, g);
+  if (wanted.dbias.wanted && which.dc) add_dbias(block, g);
+  if (wanted.de.wanted && which.de) add_de(block, g);
+  if (wanted.dc.wanted && which.dc) add_dc(block, g);
 }
 
 // Threads take columns, so that every sum runs over the rows in order. A few rows at a time are

@@ -65,15 +65,6 @@ T ListedRows<T>::inv_temperature(std::int64_t n) const {
   return static_cast<T>(1.0 / (own * p.transform.temperature));
 }
 
-template <class T>
-RowOutputs ListedRows<T>::wanted_outputs() const {
-  RowOutputs out = call_.args.rows;
-  if (!call_.p.wanted.entropy) out.entropy = nullptr;
-  if (!call_.p.wanted.zbar) out.zbar = nullptr;
-  if (!call_.p.wanted.argmax) out.argmax = nullptr;
-  return out;
-}
-
 template class ListedRows<float>;
 template class ListedRows<double>;
 

@@ -9,11 +9,10 @@ namespace cutloss::cpu {
 
 template <class T>
 void Statistics<T>::make(RowRange chunk, const KeptLogits<T>* kept) {
-  if (chunk.count == 0) return;
   const Sizes& sizes = call_.d.sizes;
   std::fill_n(states(), chunk.count, RowState<T>{});
   sweep(
-      call_.head.classes.count, sizes.slab, chunk, sizes.block_rows,
+      Columns{0, call_.head.classes.count}, sizes.slab, chunk, sizes.block_rows,
       [&](const Block& block) { add(block, kept); }, [](Columns) {});
   close(chunk);
 }

@@ -11,7 +11,7 @@
 
 namespace cutloss {
 
-class Algorithm;
+struct Algorithm;
 
 // How many rows and columns are taken at a time.
 struct Sizes {
@@ -25,6 +25,15 @@ struct Sizes {
   std::int64_t gradient_slab = 1;
 };
 
+// By vocabulary dE's sums may wait in the last rows of dC, which are written last. The gradients of
+// those columns are then made twice: for dE before its sums leave, for dC after that. None: V.
+struct LastColumns {
+  std::int64_t begin = 0;
+  // Rows and columns of dC's products there.
+  std::int64_t gradient_rows = 0;
+  std::int64_t gradient_slab = 0;
+};
+
 // An algorithm adds what else it has decided. Nothing is decided again when a session is opened.
 struct Decision {
   virtual ~Decision() = default;
@@ -32,9 +41,17 @@ struct Decision {
   const Algorithm* algorithm = nullptr;
   // With every stride filled in.
   Problem problem;
+  // Of the products' operands, and of statistics and accumulators.
+  DType operand = DType::f32;
+  DType stat = DType::f32;
   Sizes sizes;
+  LastColumns last;
   // Args::kept, and Args::workspace of a forward or joint pass and of a backward pass.
   Ledger kept, forward, backward;
+  // Forward and backward together, in products of N x V x D.
+  double predicted_time = 0;
+
+  bool has_de_sums_in_dc() const { return last.begin < classes_of(problem).count; }
 };
 
 inline std::int64_t peak_bytes(const Decision& d) {
