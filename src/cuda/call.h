@@ -26,9 +26,10 @@ struct Matrix {
 };
 
 struct Call {
+  // Throws Error(invalid_value) where the plan is for another device than the current one.
   Call(std::shared_ptr<const Decision> decision, const Args& call_args, Pass call_pass)
       : held(std::move(decision)),
-        d(static_cast<const CudaDecision&>(*held)),
+        d(on_current_device(static_cast<const CudaDecision&>(*held))),
         p(d.problem),
         head(head_of(d.problem)),
         args(call_args),

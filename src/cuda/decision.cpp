@@ -7,13 +7,13 @@
 
 namespace cutloss::cuda {
 
-DType product_type(const Problem& p) {
+DType product_type(const Problem& p, const DeviceFacts& device) {
   const Head& head = head_of(p);
   switch (p.compute_type) {
     case DType::f64:
       return DType::f64;
     case DType::bf16:  // tensor cores of sm_75 know fp16 only
-      return current_device().sm >= 80 ? DType::bf16 : DType::f32;
+      return device.sm >= 80 ? DType::bf16 : DType::f32;
     case DType::f16:  // f32 holds every f16; the reverse would lose range
       return head.e_type == DType::f16 && head.c_type == DType::f16 ? DType::f16 : DType::f32;
     case DType::f32:
@@ -22,12 +22,15 @@ DType product_type(const Problem& p) {
   return DType::f32;
 }
 
-void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& p) {
+void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& p,
+               const DeviceFacts& device) {
   const Head& head = head_of(p);
   d.algorithm = &algorithm;
   d.problem = p;
-  d.device = current_device().index;
-  d.operand = product_type(p);
+  d.device = device.index;
+  d.multiprocessors = device.multiprocessors;
+  d.operand = product_type(p, device);
+  d.last.begin = head.classes.count;
   d.stat = stat_type(p);
   const bool one_run = p.rows.shift == 0 || p.rows.sequences == 1;
   d.identity = one_run && p.rows.num_valid == row_count(p);
@@ -64,9 +67,9 @@ bool packs_e_in_de(const CudaDecision& d, Way way, Pass pass) {
          !d.de_in_place && size_of(head_of(p).e_type) == size_of(d.operand);
 }
 
-void check_device(const CudaDecision& d) {
+const CudaDecision& on_current_device(const CudaDecision& d) {
   const int now = current_device().index;
-  if (now == d.device) return;
+  if (now == d.device) return d;
   throw Error(ErrorCode::invalid_value,
               text("the plan was made on CUDA device ", d.device, ", but the current device is ",
                    now, ": make it current, or make a plan there"));

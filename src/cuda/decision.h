@@ -9,9 +9,8 @@
 
 namespace cutloss::cuda {
 
-// The dtype of the products' operands on the current device for a problem. Throws Error where there
-// is no device.
-DType product_type(const Problem& problem);
+// The dtype of the products' operands on a device for a problem.
+DType product_type(const Problem& problem, const DeviceFacts& device);
 
 // The names of the buffers. Matrices are row-major.
 namespace buffer {
@@ -40,7 +39,7 @@ inline constexpr std::string_view kG = "g";
 inline constexpr std::string_view kDeSums = "dE's sums";
 inline constexpr std::string_view kDcSums = "dC's sums";
 inline constexpr std::string_view kDbiasSums = "dbias's sums";
-// cuBLASLt's own.
+// cuBLASLt's own memory.
 inline constexpr std::string_view kLibrary = "cuBLASLt";
 // Kept: (chunk rows, padded vocabulary), and the maxima of exponentials, (chunk rows, pieces).
 inline constexpr std::string_view kKept = "kept logits";
@@ -63,10 +62,9 @@ struct Reads {
 };
 
 struct CudaDecision : Decision {
+  // What it was made for: the index of the device, and how many multiprocessors it has.
   int device = 0;
-  // Of the products' operands, and of statistics and accumulators.
-  DType operand = DType::f32;
-  DType stat = DType::f32;
+  int multiprocessors = 0;
   // Entry i of the list is row i of E and of dE.
   bool identity = false;
   // E may be read where it lies, for rows that follow each other.
@@ -93,8 +91,9 @@ struct CudaDecision : Decision {
   }
 };
 
-// What follows from a problem on the current device alone.
-void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& problem);
+// What follows from a problem on a device alone.
+void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& problem,
+               const DeviceFacts& device);
 // What follows from the sizes too: where sums and g lie.
 void set_places(CudaDecision& d, Way way);
 
@@ -107,8 +106,9 @@ std::int64_t padded(std::int64_t columns, DType type);         // to 16 bytes
 bool reads_e_in_place(const CudaDecision& d, Way way, Pass pass);
 bool packs_e_in_de(const CudaDecision& d, Way way, Pass pass);
 
-// A session of a plan of another device cannot be opened. Throws Error(invalid_value).
-void check_device(const CudaDecision& d);
+// The decision. Throws Error(invalid_value) where it was made for another device than the current
+// one.
+const CudaDecision& on_current_device(const CudaDecision& d);
 
 // Books the list of rows, the same for all algorithms.
 void book_rows(Ledger& ledger, const CudaDecision& d);

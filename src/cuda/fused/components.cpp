@@ -33,6 +33,12 @@ Components::Components(std::shared_ptr<const Decision> decision, const Args& arg
   }
 }
 
+void Components::begin() {
+  rows.list();
+  operands.begin();
+  if (makes_statistics(call.pass)) rows.clear_ignored();
+}
+
 sm90::Listed Components::listed(RowRange range) const {
   const RowTable& table = rows.table();
   return {table.count,

@@ -23,8 +23,6 @@ struct Shape {
   bool packs_e_in_forward = false;
 };
 
-Pass first_pass(Way way) { return in_one_call(way) ? Pass::both : Pass::forward; }
-bool has_backward(Way way) { return way.schedule != Schedule::none && !in_one_call(way); }
 bool makes_statistics_by_slabs(Way way, Pass pass) {
   return makes_statistics(pass) && way.schedule != Schedule::rows;
 }
@@ -213,7 +211,7 @@ void book(FusedDecision& d, Way way, std::int64_t library_bytes, std::int64_t bu
   set_places(d, way);
   d.several_slabs = s.slab < classes_of(d.problem).count;
   d.statistics_grid =
-      sm90::grid_for(current_device().multiprocessors, static_cast<int>(s.block_rows),
+      sm90::grid_for(d.multiprocessors, static_cast<int>(s.block_rows),
                      static_cast<int>(s.slab), /*may_share_rows=*/true);
   d.kept = kept(d, way);
   const std::int64_t left = budget - d.kept.bytes();
@@ -300,12 +298,12 @@ class Search {
 
 }  // namespace
 
-sm90::Grid logits_grid(std::int64_t rows) {
-  return sm90::grid_for(current_device().multiprocessors, static_cast<int>(rows), 0, false);
+sm90::Grid logits_grid(const CudaDecision& d, std::int64_t rows) {
+  return sm90::grid_for(d.multiprocessors, static_cast<int>(rows), 0, false);
 }
 
-std::string by_rows_refusal(const Problem& p) {
-  if (product_type(p) != DType::bf16) {
+std::string by_rows_refusal(const Problem& p, const DeviceFacts& device) {
+  if (product_type(p, device) != DType::bf16) {
     return "kept exponentials need the range of bf16; the products' dtype is f16";
   }
   if (p.wanted.entropy || p.wanted.zbar || p.wanted.argmax || p.upstream.entropy ||
@@ -315,10 +313,12 @@ std::string by_rows_refusal(const Problem& p) {
   return "";
 }
 
-std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& p,
-                                       std::int64_t budget, std::int64_t& least) {
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& p,
+                                       const DeviceFacts& device, std::int64_t budget,
+                                       std::int64_t& least) {
+  const Way way = algorithm.way;
   FusedDecision facts;
-  set_facts(facts, algorithm, p);
+  set_facts(facts, algorithm, p, device);
   for (const std::int64_t library_bytes : kLibraryBytes) {
     const Search search(facts, way, library_bytes, budget, least);
     const Found found = way.schedule == Schedule::rows ? search.by_rows() : search.by_slabs();

@@ -39,14 +39,15 @@ struct FusedDecision : CudaDecision {
   sm90::Grid statistics_grid;
 };
 
-// The decision of the algorithm that goes `way`. What Algorithm::decide returns.
-std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& problem,
-                                       std::int64_t budget, std::int64_t& least);
+// Algorithm::decide of all of them.
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& problem,
+                                       const DeviceFacts& device, std::int64_t budget,
+                                       std::int64_t& least);
 
 // Of kernels that store what they make of a block of rows.
-sm90::Grid logits_grid(std::int64_t rows);
+sm90::Grid logits_grid(const CudaDecision& d, std::int64_t rows);
 
 // Why a problem cannot go by rows here; empty where it can.
-std::string by_rows_refusal(const Problem& problem);
+std::string by_rows_refusal(const Problem& problem, const DeviceFacts& device);
 
 }  // namespace cutloss::cuda::fused

@@ -51,7 +51,7 @@ void add_slab(Components& parts, const Block& block) {
 void make_statistics(Components& parts, RowRange chunk) {
   const Sizes& s = parts.d.sizes;
   sweep(
-      parts.call.head.classes.count, s.slab, chunk, s.block_rows,
+      Columns{0, parts.call.head.classes.count}, s.slab, chunk, s.block_rows,
       [&](const Block& block) { add_slab(parts, block); }, [](Columns) {});
 }
 

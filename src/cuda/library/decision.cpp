@@ -86,9 +86,6 @@ Ledger kept(const CudaDecision& d, Way way) {
   return ledger;
 }
 
-Pass first_pass(Way way) { return in_one_call(way) ? Pass::both : Pass::forward; }
-bool has_backward(Way way) { return way.schedule != Schedule::none && !in_one_call(way); }
-
 // Bytes of a trial whose sizes are set.
 struct Bytes {
   std::int64_t kept = 0, forward = 0, backward = 0;
@@ -265,11 +262,13 @@ std::int64_t pieces(const CudaDecision& d) {
   return divide_up(classes_of(d.problem).count, d.sizes.slab) * pieces_per_slab(d);
 }
 
-std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& p,
-                                       std::int64_t budget, std::int64_t& least) {
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& p,
+                                       const DeviceFacts& device, std::int64_t budget,
+                                       std::int64_t& least) {
+  const Way way = algorithm.way;
   CudaDecision facts;
-  set_facts(facts, algorithm, p);
-  const bool quick = current_device().memory_rate >= kQuickMemory;
+  set_facts(facts, algorithm, p, device);
+  const bool quick = device.memory_rate >= kQuickMemory;
   for (const Step& step : kSteps) {
     if (step.logit_bytes > kL2Block && !quick) continue;
     auto d = std::make_shared<CudaDecision>(facts);

@@ -1,15 +1,21 @@
-#include "cuda/library/session.h"
+#include "cuda/library/components.h"
 
 #include <algorithm>
 
 namespace cutloss::cuda::library {
 
 template <class T>
+void Components<T>::begin() {
+  rows.list();
+  operands.begin();
+  if (makes_statistics(call.pass)) rows.clear_ignored();
+}
+
+template <class T>
 void Components<T>::make_statistics(RowRange chunk, bool keep) {
-  if (chunk.count == 0) return;
   const Sizes& s = call.d.sizes;
   sweep(
-      call.head.classes.count, s.slab, chunk, s.block_rows,
+      Columns{0, call.head.classes.count}, s.slab, chunk, s.block_rows,
       [&](const Block& block) { add_statistics(block, keep); }, [](Columns) {});
   finish_rows<T>(rows.table(), chunk.begin, chunk.count, call.buffer<RowState<T>>(buffer::kStates),
                  rows.wanted_outputs(), call.head.classes.count, call.stream);
@@ -35,22 +41,20 @@ void Components<T>::add_statistics(const Block& block, bool keep) {
 
 template <class T>
 void Components<T>::make_gradients(RowRange chunk, bool from_kept) {
-  if (chunk.count == 0) return;
-  const Sizes& s = call.d.sizes;
   const Wanted& wanted = call.p.wanted;
   const bool last_chunk = chunk.begin + chunk.count == rows.to_cover();
-  sweep(
-      call.head.classes.count, s.gradient_slab, chunk, s.gradient_rows,
-      [&](const Block& block) {
+  sweep_gradients(
+      call.d, chunk,
+      [&](const Block& block, Which which) {
         const BlockGradient g = from_kept ? from_kept_logits(block) : from_product(block);
-        if (wanted.dbias.wanted) sums.add_dbias(block, g);
-        if (wanted.de.wanted) sums.add_de(block, g);
-        if (wanted.dc.wanted) sums.add_dc(block, g);
+        if (wanted.dbias.wanted && which.dc) sums.add_dbias(block, g);
+        if (wanted.de.wanted && which.de) sums.add_de(block, g);
+        if (wanted.dc.wanted && which.dc) sums.add_dc(block, g);
       },
       [&](Columns columns) {
         if (last_chunk) sums.store_columns(columns);
-      });
-  sums.store_rows(chunk);
+      },
+      [&] { sums.store_rows(chunk); }, [] {});
 }
 
 template <class T>
