@@ -74,7 +74,24 @@ inline void set_types(Problem& problem, const Types& types) {
   head.c_type = types.c;
   head.bias_type = types.bias;
   problem.compute_type = types.compute;
+  // Where a gradient is asked for in another dtype, it is that of the sums.
+  for (GradientWanted* gradient : {&problem.wanted.de, &problem.wanted.dc, &problem.wanted.dbias}) {
+    if (gradient->type) gradient->type = reference::stat_type(problem);
+  }
 }
+
+inline DType de_type(const Problem& p) {
+  return p.wanted.de.type.value_or(head_of(p).e_type);
+}
+inline DType dc_type(const Problem& p) {
+  return p.wanted.dc.type.value_or(head_of(p).c_type);
+}
+inline DType dbias_type(const Problem& p) {
+  return p.wanted.dbias.type.value_or(head_of(p).bias_type);
+}
+
+// What lies in a gradient that is added to.
+inline double added_to(std::int64_t index) { return 0.25 * static_cast<double>(index % 7) - 0.5; }
 
 struct Option {
   const char* name;
@@ -134,6 +151,31 @@ inline constexpr Option kOptions[] = {
        c.extra_sequence_stride = 7;
      }},
     {"everything", add_everything},
+};
+
+// Gradients in the dtype of their sums, and added to what is there.
+inline constexpr Option kGradientOptions[] = {
+    {"gradients_of_the_sums_type",
+     [](Case& c) {
+       Wanted& wanted = c.problem.wanted;
+       head_of(c.problem).has_bias = wanted.dbias.wanted = true;
+       wanted.de.type = wanted.dc.type = wanted.dbias.type = DType::f32;
+     }},
+    {"dc_and_dbias_added",
+     [](Case& c) {
+       Wanted& wanted = c.problem.wanted;
+       head_of(c.problem).has_bias = wanted.dbias.wanted = true;
+       wanted.dc.type = wanted.dbias.type = DType::f32;
+       wanted.dc.add = wanted.dbias.add = true;
+     }},
+    {"added_by_no_row",
+     [](Case& c) {
+       Wanted& wanted = c.problem.wanted;
+       head_of(c.problem).has_bias = wanted.dbias.wanted = true;
+       wanted.dc.type = wanted.dbias.type = DType::f32;
+       wanted.dc.add = wanted.dbias.add = true;
+       c.ignored = 1;
+     }},
 };
 
 // Sizes that break tiles: 1, primes, and one below and above the multiples that engines use.

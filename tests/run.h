@@ -142,9 +142,14 @@ inline Outputs outputs_for(const Problem& p) {
     out.argmax.assign(N, -7);  // no value that an engine writes
     if (N > 0) std::memcpy(out.argmax_memory.data(), out.argmax.data(), N * 8);
   }
-  if (p.wanted.de.wanted) out.de = Array(head.e_type, p.rows.sequences * p.rows.length * head.D);
-  if (p.wanted.dc.wanted) out.dc = Array(head.c_type, head.classes.count * head.D);
-  if (p.wanted.dbias.wanted) out.dbias = Array(head.bias_type, head.classes.count);
+  if (p.wanted.de.wanted) out.de = Array(de_type(p), p.rows.sequences * p.rows.length * head.D);
+  if (p.wanted.dc.wanted) out.dc = Array(dc_type(p), head.classes.count * head.D);
+  if (p.wanted.dbias.wanted) out.dbias = Array(dbias_type(p), head.classes.count);
+  const auto fill = [](const GradientWanted& gradient, Array& array) {
+    for (std::int64_t i = 0; gradient.add && i < array.count; ++i) array.set(i, added_to(i));
+  };
+  fill(p.wanted.dc, out.dc);
+  fill(p.wanted.dbias, out.dbias);
   return out;
 }
 

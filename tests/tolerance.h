@@ -193,7 +193,6 @@ inline double g_bound(const Data& data, const reference::Result& r, const Bounds
 inline Bounds bounds(const Data& data, const reference::Result& r) {
   using namespace detail;
   const Problem& p = data.problem;
-  const Head& head = head_of(p);
   const auto [u, u_g, u_inputs] = rounding_units(p, r.compute_type);
   const double lost = r.compute_type == DType::f16 ? kF16Underflow * largest_g(data, r) : 0;
   Bounds b;
@@ -248,9 +247,9 @@ inline Bounds bounds(const Data& data, const reference::Result& r) {
     }
     return bound.empty() ? 0.0 : std::sqrt(total / static_cast<double>(bound.size()));
   };
-  b.de_rms = close(b.de, r.de, head.e_type, &de_squares);
-  b.dc_rms = close(b.dc, r.dc, head.c_type, &dc_squares);
-  close(b.dbias, r.dbias, head.bias_type, nullptr);
+  b.de_rms = close(b.de, r.de, de_type(p), &de_squares);
+  b.dc_rms = close(b.dc, r.dc, dc_type(p), &dc_squares);
+  close(b.dbias, r.dbias, dbias_type(p), nullptr);
   return b;
 }
 

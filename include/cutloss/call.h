@@ -38,9 +38,9 @@ struct RowGradients {
   const void* d_zbar = nullptr;
 };
 
-// Packed, in the dtype of what they are the gradient of. Written whole, rows that are ignored
-// included (zeros). Null where not wanted. Between statistics and gradients of a chunk dC's
-// memory may hold logits.
+// Packed, in the dtypes that GradientWanted says. Written whole, rows that are ignored included
+// (zeros), or added to. Null where not wanted. While a call or a session makes them, the memory of
+// those that are written may hold other things: logits or sums in dC, packed rows of E in dE.
 struct Gradients {
   void* de = nullptr;     // (sequences, length, D)
   void* dc = nullptr;     // (V, D)

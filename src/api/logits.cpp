@@ -104,7 +104,7 @@ Problem validated_logits(Problem p) {
   check_numbers(p);
   check_device(p);
   refuse_what_plans_take(p);
-  check_gradient(p.wanted.dlogits, logits.type, "dlogits");
+  check_gradient(p.wanted.dlogits, {logits.type, logits.type, /*may_add=*/false}, "dlogits");
   check_upstream(p);
   return p;
 }

@@ -34,9 +34,10 @@ class Ledger {
 
   void book(std::string_view name, std::int64_t bytes, Lifetime lifetime = Lifetime::call);
   // Books a buffer that lies in another of this ledger, or, where `lies_in` names none, in a
-  // gradient, until that memory is needed itself. Throws Error(internal) where it does not fit.
+  // gradient, until that memory is needed itself; `from` bytes behind its begin, a multiple of the
+  // alignment. Throws Error(internal) where it does not fit.
   void share(std::string_view name, std::int64_t bytes, std::string_view lies_in,
-             std::string_view until, Lifetime lifetime = Lifetime::call);
+             std::string_view until, Lifetime lifetime = Lifetime::call, std::int64_t from = 0);
 
   // The buffer's place and size. Both throw Error(internal) where there is none of that name, and
   // `offset` where it lies in a gradient.

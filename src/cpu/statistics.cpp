@@ -22,6 +22,7 @@ void Statistics<T>::add(const Block& block, const KeptLogits<T>* kept) {
   const CpuDecision& d = call_.d;
   const Columns columns = block.columns;
   T* z = call_.buffer<T>(buffer::kZ);
+  RowState<T>* const of_chunk = states();
   operands_.multiply_logits(block, z);
 
   StatisticsRow<T> shared{};
@@ -46,7 +47,7 @@ void Statistics<T>::add(const Block& block, const KeptLogits<T>* kept) {
     } else if (exponentials) {
       row.exponentials = static_cast<T*>(place);
     }
-    row_statistics(row, states()[in_chunk]);
+    row_statistics(row, of_chunk[in_chunk]);
     if (exponentials) kept->slab_max(in_chunk, columns) = row.slab_max;
     if (kept != nullptr && !exponentials) {
       std::memcpy(place, row.z, static_cast<std::size_t>(columns.count) * sizeof(T));

@@ -4,6 +4,8 @@
 #include "core/sizes.h"
 #include "core/text.h"
 #include "cuda/device.h"
+#include "cuda/tuning.h"
+#include "plan/chunking.h"
 
 namespace cutloss::cuda {
 
@@ -25,13 +27,10 @@ DType product_type(const Problem& p, const DeviceFacts& device) {
 void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& p,
                const DeviceFacts& device) {
   const Head& head = head_of(p);
-  d.algorithm = &algorithm;
-  d.problem = p;
+  set_problem(d, algorithm, p);
   d.device = device.index;
   d.multiprocessors = device.multiprocessors;
   d.operand = product_type(p, device);
-  d.last.begin = head.classes.count;
-  d.stat = stat_type(p);
   const bool one_run = p.rows.shift == 0 || p.rows.sequences == 1;
   d.identity = one_run && p.rows.num_valid == row_count(p);
   const bool even =
@@ -42,14 +41,17 @@ void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& p,
   d.converts_bias = head.has_bias && head.bias_type != d.stat;
   d.keeps_exponentials = !p.upstream.entropy && !(p.transform.softcap && p.upstream.zbar);
   d.kept_type = d.keeps_exponentials ? d.operand : d.stat;
-  d.de_in_place = d.identity && head.e_type == d.stat;
-  d.dc_in_place = head.c_type == d.stat;
+  d.de_in_place = d.identity && d.de_type == d.stat;
+  d.dc_in_place = d.dc_type == d.stat;
 }
 
 void set_places(CudaDecision& d, Way way) {
   d.one_chunk = d.sizes.chunk_rows >= row_count(d.problem);
-  d.one_product_makes_dc =
-      head_of(d.problem).c_type == d.operand && d.sizes.gradient_rows >= row_count(d.problem);
+  const auto one_product = [&](std::int64_t rows) {
+    return d.dc_type == d.operand && rows >= row_count(d.problem);
+  };
+  d.one_product_makes_dc = one_product(d.sizes.gradient_rows);
+  d.one_product_makes_last_dc = one_product(d.last.gradient_rows);
   d.g_in_kept = in_one_call(way) && d.kept_type == d.operand;
 }
 
@@ -64,7 +66,7 @@ bool reads_e_in_place(const CudaDecision& d, Way way, Pass pass) {
 bool packs_e_in_de(const CudaDecision& d, Way way, Pass pass) {
   const Problem& p = d.problem;
   return p.wanted.de.wanted && pass == Pass::backward && !reads_e_in_place(d, way, pass) &&
-         !d.de_in_place && size_of(head_of(p).e_type) == size_of(d.operand);
+         !d.de_in_place && size_of(d.de_type) >= size_of(d.operand) && d.one_chunk;
 }
 
 const CudaDecision& on_current_device(const CudaDecision& d) {
@@ -89,5 +91,56 @@ std::int64_t padded(std::int64_t columns, DType type) {
 }
 
 std::int64_t e_stride(const Problem& p, DType operand) { return padded(head_of(p).D, operand); }
+
+namespace {
+
+// What dC of the last columns needs in g's memory where E lay in dE's: g of a block, and behind it E
+// of its rows and dC's sums of its columns.
+struct LastBytes {
+  std::int64_t g = 0, e = 0, sums = 0;
+  std::int64_t all() const { return g + e + sums; }
+};
+LastBytes last_bytes(const CudaDecision& d, std::int64_t rows, std::int64_t slab) {
+  const Problem& p = d.problem;
+  const std::int64_t operand = size_of(d.operand);
+  const std::int64_t sums = d.dc_in_place ? 0 : slab * head_of(p).D * size_of(d.stat);
+  return {round_up(rows * padded(slab, d.operand) * operand, kAlign),
+          round_up(rows * e_stride(p, d.operand) * operand, kAlign), round_up(sums, kAlign)};
+}
+
+}  // namespace
+
+void book_g(Ledger& ledger, const CudaDecision& d, const Reads& reads) {
+  const Sizes& s = d.sizes;
+  const std::int64_t g = s.gradient_rows * padded(s.gradient_slab, d.operand) * size_of(d.operand);
+  if (!d.has_de_sums_in_dc() || !reads.e_in_de || d.finds_last_e) {
+    ledger.book(buffer::kG, g);
+    return;
+  }
+  const LastBytes last = last_bytes(d, d.last.gradient_rows, d.last.gradient_slab);
+  ledger.book(buffer::kG, std::max(g, last.all()));
+  const char* until = "the call ends";
+  ledger.share(buffer::kLastE, last.e, buffer::kG, until, Lifetime::call, last.g);
+  if (last.sums > 0) {
+    ledger.share(buffer::kLastDcSums, last.sums, buffer::kG, until, Lifetime::call,
+                 last.g + last.e);
+  }
+}
+
+void set_last(CudaDecision& d, Way way) {
+  const Sizes& s = d.sizes;
+  d.last.gradient_rows = s.gradient_rows;
+  d.last.gradient_slab = s.gradient_slab;
+  if (!d.has_de_sums_in_dc() || !packs_e_in_de(d, way, Pass::backward) || d.finds_last_e) return;
+  const std::int64_t g = s.gradient_rows * padded(s.gradient_slab, d.operand) * size_of(d.operand);
+  for (std::int64_t rows = kMostLastRows;; rows /= 2) {
+    const auto bytes = [&](std::int64_t slab) { return last_bytes(d, rows, slab).all(); };
+    const std::int64_t slab = largest_that_fits(128, s.gradient_slab, 128, g, bytes);
+    if (slab < kLeastLastSlab && rows > kLeastLastRows) continue;
+    d.last.gradient_rows = std::min(rows, s.chunk_rows);
+    d.last.gradient_slab = std::max<std::int64_t>(slab, 128);
+    return;
+  }
+}
 
 }  // namespace cutloss::cuda

@@ -36,6 +36,12 @@ class GradientSums {
   // Where dC of some columns accumulates; in the stat dtype unless it is written by one product.
   bool dc_has_sums() const;
   T* dc_sums(Columns columns) const;
+  // dC of a slab begins with what is there, or with the first rows.
+  bool adds_to_dc(const Block& block) const {
+    return block.rows.begin > 0 || call_.p.wanted.dc.add;
+  }
+  // dE is stored: its sums have left dC's last rows, which follow.
+  void begin_last_columns() { in_last_columns_ = true; }
 
  private:
   T* de_sums(RowRange chunk) const;
@@ -44,6 +50,7 @@ class GradientSums {
   const ListedRows<T>& rows_;
   Operands<T>& operands_;
   const Products& products_;
+  bool in_last_columns_ = false;
 };
 
 // What the sums take in a workspace: dE of `chunk_rows` rows, dC, dbias.

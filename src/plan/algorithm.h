@@ -33,6 +33,13 @@ constexpr bool has_backward(Way way) {
   return way.schedule != Schedule::none && !in_one_call(way);
 }
 
+// Products of N x V x D that an algorithm of this way makes, but for columns that come twice.
+inline int products_of(const Problem& p, Way way) {
+  const int gradients = (p.wanted.de.wanted ? 1 : 0) + (p.wanted.dc.wanted ? 1 : 0);
+  if (way.schedule == Schedule::none) return 1;
+  return (way.schedule == Schedule::rows ? 1 : 2) + gradients;
+}
+
 struct Algorithm {
   // "cpu/by_rows".
   std::string_view name;

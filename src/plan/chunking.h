@@ -2,11 +2,18 @@
 // rounded.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/sizes.h"
 
 namespace cutloss {
+
+// The time of reading and writing fp32 sums once for each of `pieces` (slabs for dE, chunks of rows
+// for dC), in products of N x V x D: `over` is how many columns, or rows, the pieces cut.
+constexpr double passes_over_sums(double flops_per_byte, std::int64_t pieces, std::int64_t over) {
+  return 4 * flops_per_byte * static_cast<double>(pieces) / static_cast<double>(over);
+}
 
 // The largest size of `least`, least + unit, ... up to `most` for which bytes(size) is at most
 // `budget`; 0 where there is none. bytes must not fall as the size grows.

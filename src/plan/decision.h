@@ -44,6 +44,8 @@ struct Decision {
   // Of the products' operands, and of statistics and accumulators.
   DType operand = DType::f32;
   DType stat = DType::f32;
+  // Of the gradients.
+  DType de_type = DType::f32, dc_type = DType::f32, dbias_type = DType::f32;
   Sizes sizes;
   LastColumns last;
   // Args::kept, and Args::workspace of a forward or joint pass and of a backward pass.
@@ -53,6 +55,16 @@ struct Decision {
 
   bool has_de_sums_in_dc() const { return last.begin < classes_of(problem).count; }
 };
+
+// What follows from the problem alone.
+void set_problem(Decision& d, const Algorithm& algorithm, const Problem& problem);
+
+// Where the columns begin in whose rows of dC dE's sums may wait; V where they may not.
+// `in_place`: dE's sums have a place already. `unit`: what the column is a multiple of.
+std::int64_t begin_of_last_columns(const Decision& d, bool in_place, std::int64_t unit);
+// What lies from a column of dC on, for sums: the next multiple of kSumsAlign bytes.
+inline constexpr std::int64_t kSumsAlign = 256;
+void* sums_in_dc(const Decision& d, void* dc);
 
 inline std::int64_t peak_bytes(const Decision& d) {
   return d.kept.bytes() + std::max(d.forward.bytes(), d.backward.bytes());

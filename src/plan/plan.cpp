@@ -18,9 +18,11 @@ constexpr std::int64_t kUnknown = std::numeric_limits<std::int64_t>::max();
 // fp16 gradients are made in backward, so that the loss scale comes before the rounding.
 bool has_f16_gradient(const Problem& p) {
   const Head& head = head_of(p);
-  return (p.wanted.de.wanted && head.e_type == DType::f16) ||
-         (p.wanted.dc.wanted && head.c_type == DType::f16) ||
-         (p.wanted.dbias.wanted && head.bias_type == DType::f16);
+  const auto is_f16 = [](const GradientWanted& gradient, DType own) {
+    return gradient.wanted && gradient.type.value_or(own) == DType::f16;
+  };
+  return is_f16(p.wanted.de, head.e_type) || is_f16(p.wanted.dc, head.c_type) ||
+         is_f16(p.wanted.dbias, head.bias_type);
 }
 
 // Why an algorithm does not make what is wanted, when it is wanted; empty where it does. "-" where
@@ -38,13 +40,6 @@ std::string way_refusal(const Problem& p, Way way) {
                       "logits of all rows are kept instead"
                     : "rows: the upstream gradients are known in backward only; the logits of all "
                       "rows are kept instead";
-}
-
-// Products of N x V x D that an algorithm of this way makes, but for columns that come twice.
-int products_of(const Problem& p, Way way) {
-  const int gradients = (p.wanted.de.wanted ? 1 : 0) + (p.wanted.dc.wanted ? 1 : 0);
-  if (way.schedule == Schedule::none) return 1;
-  return (way.schedule == Schedule::rows ? 1 : 2) + gradients;
 }
 
 // The limit where nobody named one. On CUDA gradients by vocabulary need fp32 sums of dE, and where

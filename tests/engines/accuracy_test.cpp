@@ -31,6 +31,15 @@ std::vector<Case> options() {
     c.name = option.name;
     cases.push_back(c);
   }
+  // Rows of E in sequences that predict less than all of them, and one after the other.
+  for (const Option& option : kGradientOptions) {
+    for (const std::int64_t sequences : {1, 3}) {
+      Case c = with_size(sequences, 39, 1043, 24, sequences - 1);
+      option.apply(c);
+      c.name = option.name + ("_" + std::to_string(sequences));
+      cases.push_back(c);
+    }
+  }
   return cases;
 }
 

@@ -179,6 +179,10 @@ void scatter_rows(const RowCopy& copy, const Places& places, cudaStream_t stream
 void clear_unpredicted(const RowFacts& facts, std::int64_t positions, void* de, DType type,
                        std::int64_t D, cudaStream_t stream);
 
+// to[i] += from[i]: sums in fp64 of what is there in another dtype.
+void add_flat(const void* from, DType from_type, double* to, std::int64_t count,
+              cudaStream_t stream);
+
 // NaN throughout, where the table says that num_valid is wrong.
 void poison_where_wrong(const RowTable& table, void* values, DType type, std::int64_t count,
                         cudaStream_t stream);

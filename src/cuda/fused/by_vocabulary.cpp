@@ -25,8 +25,8 @@ BlockGradient make_g(Components& parts, const Block& block) {
     out.row = parts.coefficients.of(block.chunk, block.rows.begin);
     out.class_weight = parts.operands.class_weight(v);
     out.general = call.args.upstream.d_entropy != nullptr || call.args.upstream.d_zbar != nullptr;
-    const Matrix e = parts.operands.e(block.rows, block.chunk);
-    sm90::launch_gradient(parts.logits(block.rows, columns, e, /*by_position=*/false), out, grid,
+    const Matrix e = parts.e(block);
+    sm90::launch_gradient(parts.logits(block.rows, columns, e, parts.finds_e), out, grid,
                           call.stream);
   }
   sm90::launch_clear_rest(parts.listed(block.rows), g.data, g.stride,
@@ -45,17 +45,21 @@ void add_dc(Components& parts, const Block& block, const BlockGradient& g) {
   const Columns columns = block.columns;
   sm90::DcProduct product;
   product.g = {g.data, g.stride};
-  product.e = kernel_matrix(parts.operands.e(block.rows, block.chunk));
+  product.e = kernel_matrix(parts.e(block));
+  if (parts.finds_e) {
+    product.positions = parts.rows.table().position;
+    product.e_rows = parts.positions();
+  }
   product.scale = static_cast<float>(call.p.transform.logit_scale);
-  product.dc_type = has_sums ? DType::f32 : head.c_type;
+  product.dc_type = has_sums ? DType::f32 : call.d.dc_type;
   product.dc = has_sums ? parts.sums.dc_sums(columns)
-                        : at(call.args.gradients.dc, head.c_type, columns.begin * head.D);
+                        : at(call.args.gradients.dc, call.d.dc_type, columns.begin * head.D);
   product.rows = static_cast<int>(block.rows.count);
   product.V = static_cast<int>(columns.count);
   product.D = static_cast<int>(head.D);
   product.count = parts.rows.table().count;
   product.first = static_cast<int>(block.rows.begin);
-  product.add = block.rows.begin > 0;
+  product.add = parts.sums.adds_to_dc(block);
   sm90::launch_dc(product, logits_grid(parts.d, block.rows.count), call.stream);
   if (product.add) return;
   sm90::launch_clear_if_none(product.count, product.dc,
@@ -80,7 +84,12 @@ struct Steps {
         [&](Columns columns) {
           if (last_chunk) parts.sums.store_columns(columns);
         },
-        [&] { parts.sums.store_rows(chunk); }, [] {});
+        [&] { parts.sums.store_rows(chunk); },
+        [&] {
+          parts.finds_e = parts.d.finds_last_e && parts.call.reads.e_in_de;
+          parts.operands.leave_de();
+          parts.sums.begin_last_columns();
+        });
   }
 };
 

@@ -62,7 +62,7 @@ sm90::Logits Components::logits(RowRange range, Columns columns, const Matrix& e
   l.e = kernel_matrix(e);
   if (by_position) {
     l.positions = rows.table().position;
-    l.e_rows = call.p.rows.sequences * call.p.rows.length;
+    l.e_rows = positions();
   }
   l.c = kernel_matrix(operands.c(columns));
   l.rows = static_cast<int>(range.count);

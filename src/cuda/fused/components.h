@@ -27,6 +27,12 @@ struct Components {
   // position, all of E.
   sm90::Logits logits(RowRange range, Columns columns, const Matrix& e, bool by_position);
   const float* inv_temperature(std::int64_t entry) const;
+  // E of a block: packed, or, where kernels find its rows by their positions, all of it.
+  Matrix e(const Block& block) {
+    return finds_e ? Matrix{call.args.in.e, call.head.e_row_stride}
+                   : operands.e(block.rows, block.chunk);
+  }
+  std::int64_t positions() const { return call.p.rows.sequences * call.p.rows.length; }
 
   const Call call;
   const FusedDecision& d;
@@ -35,6 +41,7 @@ struct Components {
   Products products;
   RowCoefficientsOf<float> coefficients;
   GradientSums<float> sums;
+  bool finds_e = false;
 };
 
 // Algorithm::open.

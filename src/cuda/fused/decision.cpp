@@ -7,10 +7,10 @@
 #include "core/logit_math.h"
 #include "core/text.h"
 #include "cuda/cublaslt.h"
-#include "cuda/device.h"
 #include "cuda/fused/tuning.h"
 #include "cuda/gradient_sums.h"
 #include "cuda/sm90/targets.h"
+#include "plan/chunking.h"
 
 namespace cutloss::cuda::fused {
 namespace {
@@ -121,12 +121,11 @@ void book_by_rows(Ledger& ledger, const FusedDecision& d) {
 }
 
 // Gradients from logits that are made once more.
-void book_by_vocabulary(Ledger& ledger, const FusedDecision& d) {
+void book_by_vocabulary(Ledger& ledger, const FusedDecision& d, const Reads& reads) {
   const Sizes& s = d.sizes;
   if (d.operand == DType::f16) ledger.book(buffer::kScalars, sizeof(DeviceScalars));
   ledger.book(buffer::kCoefficients, s.chunk_rows * std::int64_t{sizeof(RowGradient<float>)});
-  ledger.book(buffer::kG,
-              s.gradient_rows * padded(s.gradient_slab, d.operand) * size_of(d.operand));
+  book_g(ledger, d, reads);
 }
 
 // What lies in memory that another buffer will need later.
@@ -163,7 +162,7 @@ Ledger workspace(const FusedDecision& d, Way way, Pass pass, const Shape& shape)
   if (makes_statistics_by_slabs(way, pass)) book_statistics(ledger, d);
   if (makes_statistics(pass) && by_rows) book_exponentials(ledger, d, way, pass);
   if (!makes_gradients(pass)) return ledger;
-  by_rows ? book_by_rows(ledger, d) : book_by_vocabulary(ledger, d);
+  by_rows ? book_by_rows(ledger, d) : book_by_vocabulary(ledger, d, reads);
   book_sums(ledger, d, /*always_de_sums=*/by_rows);
   book_shares(ledger, d, way, pass);
   return ledger;
@@ -209,6 +208,8 @@ Ledger settle(FusedDecision& d, Way way, Pass pass, std::int64_t library_bytes,
 void book(FusedDecision& d, Way way, std::int64_t library_bytes, std::int64_t budget) {
   const Sizes& s = d.sizes;
   set_places(d, way);
+  set_last(d, way);
+  set_places(d, way);
   d.several_slabs = s.slab < classes_of(d.problem).count;
   d.statistics_grid =
       sm90::grid_for(d.multiprocessors, static_cast<int>(s.block_rows),
@@ -227,21 +228,7 @@ std::int64_t forward_slab(const FusedDecision& d, bool small) {
   return std::min(V, small ? kSmallForwardSlab : kForwardSlab);
 }
 
-std::vector<std::int64_t> chunks(const Problem& p, Way way, std::int64_t rows) {
-  std::vector<std::int64_t> sizes = {rows};
-  if (way.keeps_logits) return sizes;
-  const bool asked_for = p.schedule == Schedule::rows || !p.wanted.dc.wanted;
-  const std::int64_t least = asked_for ? kBlockRows : kLeastChunk;
-  for (std::int64_t most = kMostChunk; most >= least; most -= kBlockRows) {
-    const std::int64_t even = even_piece(rows, most, kBlockRows);
-    if (even < sizes.back()) sizes.push_back(even);
-  }
-  return sizes;
-}
-
-using Found = std::shared_ptr<const FusedDecision>;
-
-// One size of the matrix library's memory, within a budget. Notes the least that was tried.
+// One size of the matrix library's memory, within a budget.
 class Search {
  public:
   Search(const FusedDecision& facts, Way way, std::int64_t library_bytes, std::int64_t budget,
@@ -254,39 +241,96 @@ class Search {
         rows_(std::max<std::int64_t>(row_count(facts.problem), 1)),
         V_(classes_of(facts.problem).count) {}
 
-  Found by_rows() const {
-    Found best;
-    for (const std::int64_t chunk : chunks(facts_.problem, way_, rows_)) {
-      const Found trial = attempt({chunk, chunk, V_, chunk, V_});
-      if (!trial) continue;
-      // The whole in one chunk, or chunks of enough rows: the smaller of the two.
-      if (!best || (chunk >= kGoodChunk && peak_bytes(*trial) < peak_bytes(*best))) best = trial;
-      if (chunk < rows_) break;
-    }
-    return best;
-  }
-
-  Found by_slabs() const {
-    const bool none = way_.schedule == Schedule::none;
-    for (const bool small : {false, true}) {
-      const std::int64_t slab = forward_slab(facts_, small);
-      for (std::int64_t most = std::min(V_, kMostSlab);; most = most * 7 / 8) {
-        const std::int64_t wide =
-            none ? slab : even_piece(V_, std::max(most, kLeastSlab), kTileColumns);
-        if (const Found found = attempt({rows_, rows_, slab, rows_, wide})) return found;
-        if (most <= kLeastSlab || none) break;
-      }
-    }
-    return nullptr;
+  // Null where nothing fits.
+  std::shared_ptr<const FusedDecision> find() const {
+    FusedDecision found = way_.schedule == Schedule::rows ? by_rows() : by_slabs();
+    if (peak_bytes(found) > budget_) return nullptr;
+    found.predicted_time = predicted_time(found);
+    return std::make_shared<FusedDecision>(std::move(found));
   }
 
  private:
-  Found attempt(const Sizes& sizes) const {
-    auto trial = std::make_shared<FusedDecision>(facts_);
-    trial->sizes = sizes;
-    book(*trial, way_, library_bytes_, budget_);
-    least_ = std::min(least_, peak_bytes(*trial));
-    return peak_bytes(*trial) <= budget_ ? trial : nullptr;
+  FusedDecision by_rows() const {
+    const auto of = [&](std::int64_t most) {
+      const std::int64_t chunk = even_piece(rows_, most, kBlockRows);
+      return attempt({chunk, chunk, V_, chunk, V_}, V_);
+    };
+    FusedDecision whole = of(rows_);
+    const Problem& p = facts_.problem;
+    const bool asked_for = p.schedule == Schedule::rows || !p.wanted.dc.wanted;
+    const std::int64_t least = asked_for ? kBlockRows : kLeastChunk;
+    if (way_.keeps_logits || rows_ <= least) return whole;
+    const std::int64_t chunk =
+        largest_that_fits(least, kMostChunk, kBlockRows, budget_,
+                          [&](std::int64_t most) { return peak_bytes(of(most)); });
+    if (chunk == 0) return whole;
+    FusedDecision parts = of(chunk);
+    // The whole in one chunk, or chunks of enough rows: the smaller of the two.
+    const bool smaller = chunk >= kGoodChunk && peak_bytes(parts) < peak_bytes(whole);
+    return peak_bytes(whole) > budget_ || smaller ? std::move(parts) : std::move(whole);
+  }
+
+  FusedDecision by_slabs() const {
+    FusedDecision found;
+    for (const bool small : {false, true}) {
+      found = by_slabs(forward_slab(facts_, small));
+      if (peak_bytes(found) <= budget_) break;
+    }
+    return found;
+  }
+
+  // Gradients a slab of columns at a time, of all rows; or, where dC is not wanted, of some after
+  // the others. dE's sums at home where there is room for them and a wide slab, else in dC.
+  FusedDecision by_slabs(std::int64_t slab) const {
+    if (way_.schedule == Schedule::none) return attempt({rows_, rows_, slab, rows_, slab}, V_);
+    const auto of = [&](std::int64_t most_rows, std::int64_t wide, std::int64_t last_begin) {
+      const std::int64_t chunk = even_piece(rows_, most_rows, kBlockRows);
+      return attempt({chunk, chunk, slab, chunk, even_piece(V_, wide, kTileColumns)}, last_begin);
+    };
+    const auto widest = [&](std::int64_t most_rows, std::int64_t last_begin) {
+      const std::int64_t wide = largest_that_fits(
+          kLeastSlab, std::max(kLeastSlab, std::min(V_, kMostSlab)), kTileColumns, budget_,
+          [&](std::int64_t size) { return peak_bytes(of(most_rows, size, last_begin)); });
+      return of(most_rows, std::max(wide, kLeastSlab), last_begin);
+    };
+    FusedDecision own = widest(rows_, V_);
+    if (!facts_.problem.wanted.dc.wanted) {
+      if (peak_bytes(own) <= budget_) return own;
+      const std::int64_t chunk = largest_that_fits(
+          kLeastChunk, std::max(rows_, kLeastChunk), kBlockRows, budget_,
+          [&](std::int64_t size) { return peak_bytes(of(size, kLeastSlab, V_)); });
+      return chunk == 0 ? std::move(own) : widest(chunk, V_);
+    }
+    const std::int64_t begin = begin_of_last_columns(facts_, facts_.de_in_place, kTileColumns);
+    if (begin == 0 || begin == V_) return own;
+    FusedDecision in_dc = widest(rows_, begin);
+    if (peak_bytes(in_dc) > budget_) return own;
+    const bool better =
+        peak_bytes(own) > budget_ || predicted_time(in_dc) < predicted_time(own);
+    return better ? std::move(in_dc) : std::move(own);
+  }
+
+  // Notes the least that was tried.
+  FusedDecision attempt(const Sizes& sizes, std::int64_t last_begin) const {
+    FusedDecision trial = facts_;
+    trial.sizes = sizes;
+    trial.last.begin = last_begin;
+    book(trial, way_, library_bytes_, budget_);
+    least_ = std::min(least_, peak_bytes(trial));
+    return trial;
+  }
+
+  double predicted_time(const FusedDecision& d) const {
+    const Problem& p = facts_.problem;
+    const Sizes& s = d.sizes;
+    double time = products_of(p, way_);
+    if (p.wanted.de.wanted && way_.schedule == Schedule::vocabulary) {
+      time += passes_over_sums(kFlopsPerByte, divide_up(V_, s.gradient_slab), V_);
+    }
+    if (p.wanted.dc.wanted) {
+      time += passes_over_sums(kFlopsPerByte, divide_up(rows_, s.chunk_rows), rows_);
+    }
+    return time + static_cast<double>(V_ - d.last.begin) / static_cast<double>(V_);
   }
 
   const FusedDecision& facts_;
@@ -319,10 +363,9 @@ std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem
   const Way way = algorithm.way;
   FusedDecision facts;
   set_facts(facts, algorithm, p, device);
+  facts.finds_last_e = facts.operand == DType::bf16 && finds_e_by_position(facts);
   for (const std::int64_t library_bytes : kLibraryBytes) {
-    const Search search(facts, way, library_bytes, budget, least);
-    const Found found = way.schedule == Schedule::rows ? search.by_rows() : search.by_slabs();
-    if (found) return found;
+    if (auto found = Search(facts, way, library_bytes, budget, least).find()) return found;
   }
   return nullptr;
 }

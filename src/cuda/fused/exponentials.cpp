@@ -131,14 +131,14 @@ void add_dc(Components& parts, RowRange chunk) {
   product.e = {call.buffer<void>(buffer::kScaledE), e_stride(call.p, parts.d.operand)};
   product.sum_of_column = call.buffer<int>(buffer::kSumOfColumn);
   product.sums = target_sums(parts);
-  product.dc_type = has_sums ? DType::f32 : head.c_type;
+  product.dc_type = has_sums ? DType::f32 : call.d.dc_type;
   product.dc = has_sums ? parts.sums.dc_sums(all_columns(parts)) : call.args.gradients.dc;
   product.rows = static_cast<int>(chunk.count);
   product.V = static_cast<int>(V);
   product.D = static_cast<int>(head.D);
   product.count = parts.rows.table().count;
   product.first = static_cast<int>(chunk.begin);
-  product.add = chunk.begin > 0;
+  product.add = chunk.begin > 0 || call.p.wanted.dc.add;
   sm90::launch_dc(product, logits_grid(parts.d, chunk.count), call.stream);
   if (product.add) return;
   sm90::launch_clear_if_none(product.count, product.dc, V * head.D * size_of(product.dc_type),
@@ -167,7 +167,7 @@ void make_de(Components& parts, RowRange chunk) {
   store.c = kernel_matrix(c);
   store.depth = static_cast<int>(head.D);
   store.de = call.args.gradients.de;
-  store.de_type = head.e_type;
+  store.de_type = call.d.de_type;
   sm90::launch_store_de(store, call.stream);
 }
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/decision.h"
+#include "cuda/tuning.h"
 
 namespace cutloss::cuda::fused {
 

@@ -54,7 +54,11 @@ void Components<T>::make_gradients(RowRange chunk, bool from_kept) {
       [&](Columns columns) {
         if (last_chunk) sums.store_columns(columns);
       },
-      [&] { sums.store_rows(chunk); }, [] {});
+      [&] { sums.store_rows(chunk); },
+      [&] {
+        operands.leave_de();
+        sums.begin_last_columns();
+      });
 }
 
 template <class T>

@@ -123,6 +123,9 @@ struct DcProduct {
   Matrix e;
   void* dc = nullptr;          // (V, D)
   DType dc_type = DType::f32;  // or bf16
+  // As in Logits: E where its rows lie, among `e_rows`.
+  const int* positions = nullptr;
+  std::int64_t e_rows = 0;
   int rows = 0;                // at most
   int V = 0;
   int D = 0;
