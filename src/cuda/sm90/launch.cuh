@@ -10,8 +10,8 @@ namespace cutloss::sm90 {
 
 template <class Config, class Epilogue>
 void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& out,
-                    const ProductParams& params, const typename Epilogue::Params& epilogue,
-                    int blocks, cudaStream_t stream) {
+                    const typename Config::MapOfRow& row_of_b, const ProductParams& params,
+                    const typename Epilogue::Params& epilogue, int blocks, cudaStream_t stream) {
   const auto kernel = product_kernel<Config, Epilogue>;
   // A property of the kernel on the current device; setting it again costs a microsecond.
   cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -28,7 +28,7 @@ void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMa
   attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
   config.attrs = attribute;
   config.numAttrs = 1;
-  cuda::check(cudaLaunchKernelEx(&config, kernel, a, b, out, params, epilogue),
+  cuda::check(cudaLaunchKernelEx(&config, kernel, a, b, out, row_of_b, params, epilogue),
               "launch of the Hopper kernel");
 }
 
@@ -57,11 +57,12 @@ void launch_logits(const Logits& l, const CUtensorMap* out,
           ? c
           : tensor_map(l.e.data, l.type, l.positions == nullptr ? l.rows : l.e_rows, l.depth,
                        l.e.stride, kSharesColumns ? kTileRows : kTileRows / 2, kTileDepth);
-  launch_product<Config, Epilogue>(e, c, out == nullptr ? c : *out, params, epilogue, grid.blocks,
-                                   stream);
+  launch_product<Config, Epilogue>(e, c, out == nullptr ? c : *out, {}, params, epilogue,
+                                   grid.blocks, stream);
 }
 
 template <class Element, Share kShare = Share::columns, bool kGather = false>
-using LogitsConfig = Config<Element, Major::K, Major::K, kShare, kGather>;
+using LogitsConfig =
+    Config<Element, Major::K, Major::K, kShare, kGather ? Gather::a : Gather::nothing>;
 
 }  // namespace cutloss::sm90

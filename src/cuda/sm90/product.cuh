@@ -42,13 +42,21 @@ struct Multiply<cute::half_t, a, b> {
 inline constexpr int kCluster = 2;
 enum class Share { columns, rows };
 
+// Rows that lie anywhere: of A, which are copied by all threads that load; of B where its rows are
+// the product's depth, which a warp loads row by row where they do not lie one after the other.
+enum class Gather { nothing, a, b };
+struct NoMap {};
+
 // What a kernel is compiled for.
-template <class Element_, Major kMajorA_, Major kMajorB_, Share kShare_, bool kGather_ = false>
+template <class Element_, Major kMajorA_, Major kMajorB_, Share kShare_,
+          Gather kGather_ = Gather::nothing>
 struct Config {
   using Element = Element_;
   static constexpr Major kMajorA = kMajorA_, kMajorB = kMajorB_;
   static constexpr Share kShare = kShare_;   // what the blocks of a cluster have in common
-  static constexpr bool kGather = kGather_;  // rows of A lie anywhere
+  static constexpr bool kGather = kGather_ == Gather::a;
+  static constexpr bool kGatherB = kGather_ == Gather::b;
+  using MapOfRow = std::conditional_t<kGatherB, CUtensorMap, NoMap>;
   static constexpr int kStages = 5;
   // Of a cluster's tile.
   static constexpr int kBlockRows = kShare == Share::columns ? kCluster * kTileRows : kTileRows;
@@ -97,7 +105,8 @@ struct ProductParams {
                        // (nor where there is no row, or no depth: the output stays as it is)
   // Null: row r of A is row r of the product. Else row r of the product is row
   // positions[first + r] of `a`. Of the two kernels, the one that gathers works where these rows
-  // do not lie one after the other, the other one where they do.
+  // do not lie one after the other, the other one where they do. With Gather::b the same of the
+  // depth and of B, and one kernel does both.
   const int* positions;
   const void* a;
   std::int64_t a_stride;
@@ -114,6 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap map_a,
                    const __grid_constant__ CUtensorMap map_b,
                    const __grid_constant__ CUtensorMap map_out,
+                   const __grid_constant__ typename Config::MapOfRow map_row_of_b,
                    const __grid_constant__ ProductParams p,
                    const __grid_constant__ typename Epilogue::Params epilogue_params) {
   using namespace cute;
@@ -137,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   int rows = !wanted ? 0 : p.count_is_depth ? p.rows : clamp_count(p, p.rows);
   const int steps = (depth + kTileDepth - 1) / kTileDepth;
   int first_position = 0;
-  if (p.positions != nullptr && rows > 0) {
+  if (!Config::kGatherB && p.positions != nullptr && rows > 0) {
     first_position = p.positions[p.first];
     const bool dense = p.positions[p.first + rows - 1] - first_position == rows - 1;
     if (dense == Config::kGather) rows = 0;
@@ -167,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp_group == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kLoaderRegisters>();
-    if (Config::kGather || thread == 0) {
+    if (Config::kGather || thread < (Config::kGatherB ? 32 : 1)) {
       int stage = 0, parity = 1;
       // Where this thread's 16 bytes of a row of the tile come from: eight threads copy a row.
       [[maybe_unused]] const char* from[kTileRows / 16];
@@ -202,10 +212,31 @@ __global__ void __launch_bounds__(kThreads, 1)
               ptx::load_tile_multicast(&map_b, full, b + half * kTileDepth, d, column + half,
                                        kBoth);
             } else {
-              const int half = kTileDepth / 2 * rank;
-              for (int i = 0; i < kTileColumns; i += 64) {
-                ptx::load_tile_multicast(&map_b, full, b + i * kTileDepth + half * 64, column + i,
-                                         d + half, kBoth);
+              if constexpr (!Config::kGatherB) {
+                const int half = kTileDepth / 2 * rank;
+                for (int i = 0; i < kTileColumns; i += 64) {
+                  ptx::load_tile_multicast(&map_b, full, b + i * kTileDepth + half * 64,
+                                           column + i, d + half, kBoth);
+                }
+              }
+            }
+          }
+          if constexpr (Config::kGatherB) {
+            // A lane has a row of the block's half. Beyond the depth, where A is zero, it takes the
+            // last row again: what lies there may be no number.
+            __syncwarp();  // the barrier expects these bytes
+            const int half = kTileDepth / 2 * rank;
+            const int r = d + half + thread;
+            const int position = p.positions[p.first + (r < depth ? r : depth - 1)];
+            const int first = __shfl_sync(~0u, position, 0);
+            const bool together = __all_sync(~0u, position - first == thread);
+            for (int i = 0; i < kTileColumns; i += 64) {
+              Element* to = b + i * kTileDepth + half * 64;
+              if (!together) {
+                ptx::load_tile_multicast(&map_row_of_b, full, to + thread * 64, column + i,
+                                         position, kBoth);
+              } else if (thread == 0) {
+                ptx::load_tile_multicast(&map_b, full, to, column + i, first, kBoth);
               }
             }
           }
@@ -225,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                      first_position + row + half, kBoth);
           } else if constexpr (Config::kMajorA == Major::K) {
             ptx::load_tile(&map_a, full, a, d, first_position + row);
-          } else {
+          } else if (!Config::kGatherB || thread == 0) {
             for (int i = 0; i < kTileRows; i += 64) {
               ptx::load_tile(&map_a, full, a + i * kTileDepth, row + i, d);
             }
