@@ -34,9 +34,6 @@ inline double gamma(double u, std::int64_t terms) {
 
 // Where e^x underflows: fp32 without subnormals.
 inline constexpr double kUnderflow = 0x1p-126;
-// Largest derivative of 1 - tanh^2.
-inline constexpr double kMaxSlopeChange = 0.77;
-
 inline constexpr int kRoundingsOfG = 2;
 inline constexpr double kRmsSlack = 1.25;
 // A rounding's relative error is uniform within u / m, m in [1, 2) the significand: with m evenly
@@ -158,6 +155,20 @@ inline double largest_g(const Data& data, const reference::Result& r) {
   return largest;
 }
 
+// The error of a slope dz/da, of which a is known to `product`. Relative to the slope itself: with
+// x = a / softcap it is 4 u / (1 + u)^2, u = e^(-2|x|), which an error of x changes by 2|tanh x| of
+// itself at most, and a rounding of the exponent by 2|x| of it. |x| is at most log(4 / slope) / 2.
+inline double slope_bound(const Data& data, const reference::Result& r, double product,
+                          std::int64_t n, std::int64_t v) {
+  const Problem& p = data.problem;
+  const double slope = r.slope[n * r.V + v];
+  if (!p.transform.softcap) return 0;
+  if (slope == 0) return kUnderflow;
+  const double u = rounding_units(p, r.compute_type).accumulator;
+  const double x = std::log(4 / (slope * row_temperature(data, n))) / 2;
+  return slope * (std::expm1(2 * product / *p.transform.softcap + 8 * u * x) + 16 * u) + kUnderflow;
+}
+
 // The error of g[n, v].
 inline double g_bound(const Data& data, const reference::Result& r, const Bounds& b, std::int64_t n,
                       std::int64_t v) {
@@ -209,14 +220,10 @@ inline Bounds bounds(const Data& data, const reference::Result& r) {
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0) continue;
     const std::int64_t de_row = reference::position_of_row(p, n) * r.D;
-    const double temperature = row_temperature(data, n);
-    const double cap_error =
-        p.transform.softcap
-            ? (kMaxSlopeChange * product[n] / *p.transform.softcap + 8 * u) / temperature
-            : 0;
     for (std::int64_t v = 0; v < r.V; ++v) {
       const std::int64_t i = n * r.V + v;
       const double da = std::fabs(r.g[i] * r.slope[i]);
+      const double cap_error = slope_bound(data, r, product[n], n, v);
       const double exact_g = g_bound(data, r, b, n, v) * r.slope[i] +
                              std::fabs(r.g[i]) * (cap_error + 4 * u * r.slope[i]) + lost +
                              u_inputs * da;

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _ops
+from . import _checks, _ops, _softcap
 from ._ops import Options
 from ._terms import Rows
 
@@ -36,8 +36,7 @@ def statistics(
         z = z * options["logit_scale"]
     if bias is not None:
         z = z + bias.to(stats)
-    if options["softcap"] is not None:
-        z = options["softcap"] * torch.tanh(z / options["softcap"])
+    z = _softcap.capped(z, options["softcap"])
     if row_temperature is not None:
         z = z / row_temperature[:, None]
     if options["temperature"] != 1.0:

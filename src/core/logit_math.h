@@ -102,8 +102,8 @@ CUTLOSS_HOST_DEVICE RowResult<T> finish(const RowState<T>& state, std::int64_t t
 }
 
 // The coefficients of one row's g: with t = (z - row_max) - log_sum = log p,
-//   g_v = [p (a - d_entropy (t + H)) + zbar weight_v] (1 - (s/softcap)^2) inv_temperature
-// for v != target, and g_target exactly.
+//   g_v = [p (a - d_entropy (t + H)) + zbar weight_v] dz/da
+// for v != target, and g_target exactly; dz/da as transform.h has it.
 template <class T>
 struct RowCoefficients {
   T row_max, log_sum;
@@ -134,14 +134,6 @@ CUTLOSS_HOST_DEVICE RowCoefficients<T> row_coefficients(const RowUpstream<T>& up
   k.d_entropy = up.d_entropy;
   k.zbar = up.d_zbar / static_cast<T>(V);
   return k;
-}
-
-// d(z)/d(logit before softcap and temperature), from z.
-template <class T>
-CUTLOSS_HOST_DEVICE T transform_slope(T z, T softcap, T inv_temperature) {
-  if (softcap == T(0)) return inv_temperature;
-  const T t = z / (inv_temperature * softcap);
-  return (T(1) - t * t) * inv_temperature;
 }
 
 // g at the target, without the transform's slope. 1 - p_target comes from nll, so that it keeps

@@ -47,11 +47,15 @@ void Statistics<T>::add(const Block& block, const KeptLogits<T>* kept) {
     } else if (exponentials) {
       row.exponentials = static_cast<T*>(place);
     }
+    // With a softcap the products are kept as they are: its slope cannot be told from z.
+    const auto keep_z = [&] {
+      std::memcpy(place, row.z, static_cast<std::size_t>(columns.count) * sizeof(T));
+    };
+    const bool keeps_z = kept != nullptr && !exponentials;
+    if (keeps_z && call_.p.transform.softcap) keep_z();
     row_statistics(row, states()[in_chunk]);
     if (exponentials) kept->slab_max(in_chunk, columns) = row.slab_max;
-    if (kept != nullptr && !exponentials) {
-      std::memcpy(place, row.z, static_cast<std::size_t>(columns.count) * sizeof(T));
-    }
+    if (keeps_z && !call_.p.transform.softcap) keep_z();
   }
 }
 

@@ -102,9 +102,11 @@ void transform(const Problem& problem, const Inputs& in, Logit logit, Result& r)
       double s = a;
       double slope = 1;
       if (problem.transform.softcap) {
-        const double ratio = std::tanh(a / *problem.transform.softcap);
-        s = *problem.transform.softcap * ratio;
-        slope = 1 - ratio * ratio;
+        const double x = a / *problem.transform.softcap;
+        s = *problem.transform.softcap * std::tanh(x);
+        // Not 1 - tanh^2, which is 0 from |x| = 19 on.
+        const double u = std::exp(-2 * std::fabs(x));
+        slope = 4 * u / ((1 + u) * (1 + u));
       }
       r.z[n * r.V + v] = s / temperature;
       r.slope[n * r.V + v] = slope / temperature;

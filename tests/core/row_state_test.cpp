@@ -207,15 +207,5 @@ TEST(TargetGradient, IsTheDerivativeOfTheOutputs) {
   EXPECT_NEAR(target_gradient(k, row.nll, d_nll, d_lse, weight), want, 1e-9);
 }
 
-TEST(TransformSlope, IsTheDerivativeOfTheTransform) {
-  const double softcap = 3, inv_temperature = 0.8, step = 1e-6;
-  const auto z = [&](double a) { return softcap * std::tanh(a / softcap) * inv_temperature; };
-  for (const double a : {-9.0, -2.0, 0.0, 0.5, 4.0}) {
-    EXPECT_NEAR(transform_slope(z(a), softcap, inv_temperature),
-                (z(a + step) - z(a - step)) / (2 * step), 1e-9);
-  }
-  EXPECT_EQ(transform_slope(123.0, 0.0, inv_temperature), inv_temperature);
-}
-
 }  // namespace
 }  // namespace cutloss::test

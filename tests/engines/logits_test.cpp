@@ -123,11 +123,10 @@ std::vector<double> gradient_of(const LogitsData& made, std::vector<double>& all
   allowed.assign(r.N * r.V, 0);
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0) continue;
-    const double cap_error =
-        p.transform.softcap ? 8 * u / detail::row_temperature(made.data, n) : 0;
     for (std::int64_t v = 0; v < r.V; ++v) {
       const std::int64_t i = n * r.V + v;
       want[i] = r.g[i] * r.slope[i] * p.transform.logit_scale;
+      const double cap_error = detail::slope_bound(made.data, r, 0, n, v);  // the logits are given
       const double exact = detail::g_bound(made.data, r, made.bound, n, v) * r.slope[i] +
                            std::fabs(r.g[i]) * (cap_error + 4 * u * r.slope[i]);
       allowed[i] = scale * exact +
@@ -305,6 +304,17 @@ TEST(GivenLogits, KindsOfLogits) {
         SCOPED_TRACE(text(static_cast<int>(kind), " ", all, " ", name(type)));
         expect_accurate_everywhere(c, type, kLayouts[1]);
       }
+    }
+  }
+}
+
+// Where the softcap has flattened every logit, g is of the size of its slopes, and so are the
+// bounds.
+TEST(GivenLogits, SaturatedSoftcap) {
+  for (const Case& c : saturated_cases(with_size(2, 19, 211, 16, 1))) {
+    for (const DType type : kDTypes) {
+      SCOPED_TRACE(text(c.name, " ", name(type)));
+      expect_accurate_everywhere(c, type, kLayouts[1]);
     }
   }
 }

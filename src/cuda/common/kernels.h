@@ -125,7 +125,7 @@ struct GradientOf {
   LogitBlock<T> block;                        // z: logits, or what is kept (as T)
   const RowGradient<T>* gradients = nullptr;  // of the block's first row
   const T* class_weight = nullptr;
-  bool transformed = false;  // z is final: kept
+  bool transformed = false;  // z is final: kept, without a softcap
   void* g = nullptr;
   std::int64_t g_stride = 0;
   DType g_type = DType::f32;

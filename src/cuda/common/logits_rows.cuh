@@ -15,6 +15,7 @@
 #include <limits>
 
 #include "core/loss_terms.h"
+#include "core/transform.h"
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/device_math.cuh"
 #include "cuda/common/logits_rows.h"
@@ -271,24 +272,21 @@ __device__ __forceinline__ Vector<E> gradient_of(const RowCoefficients<T>& k, co
         if (column + i == row.target) z[i] = target_g;
       }
     }
-    return narrow_all<E>(z);
-  }
-  transform(row, z);
-  const T slope_scale = row.softcap == T(0) ? T(0) : T(1) / (row.inv_temperature * row.softcap);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    const T t = (z[i] - k.row_max) - k.log_sum;
-    const T p = exp_nonpositive(t);
-    T g = p * k.a;
-    if (k.d_entropy != T(0) && p != T(0)) g -= p * k.d_entropy * (t + k.entropy);
-    if (k.zbar != T(0)) {
-      const bool inside = column + i >= 0 && column + i < row.V;
-      g += class_weight == nullptr ? k.zbar : inside ? k.zbar * class_weight[column + i] : T(0);
+    for (int i = 0; i < kVector; ++i) {
+      const T logit = transformed(z[i], row.softcap, row.inv_temperature);
+      const T t = (logit - k.row_max) - k.log_sum;
+      const T p = exp_nonpositive(t);
+      T g = p * k.a;
+      if (k.d_entropy != T(0) && p != T(0)) g -= p * k.d_entropy * (t + k.entropy);
+      if (k.zbar != T(0)) {
+        const bool inside = column + i >= 0 && column + i < row.V;
+        g += class_weight == nullptr ? k.zbar : inside ? k.zbar * class_weight[column + i] : T(0);
+      }
+      if (column + i == row.target) g = target_g;
+      z[i] = g * transform_slope(z[i], row.softcap, row.inv_temperature);
     }
-    if (column + i == row.target) g = target_g;
-    const T u = z[i] * slope_scale;
-    if (row.softcap != T(0)) g *= T(1) - u * u;
-    z[i] = g * row.inv_temperature;
   }
   return narrow_all<E>(z);
 }

@@ -15,32 +15,34 @@ struct Nothing {};
 
 // A piece's e^(z - shift) to memory, times the softcap's slope; the target's place then holds its
 // own slope. Instructions bound this pass, so what most losses do not want is behind branches that
-// a whole piece takes.
+// a whole piece takes. `from`, `bias`: the piece's, which the slopes are made of. They are read
+// once more, from a cache: there are no registers in which they could have waited.
 template <class T, class K>
-__device__ __forceinline__ void keep_piece(const T (&z)[Piece<T>::kValues],
-                                           const T (&e)[Piece<T>::kValues], T slope_scale,
-                                           int target, T target_logit, K* kept, int columns) {
+__device__ __forceinline__ void keep_piece(T (&e)[Piece<T>::kValues], T softcap, const T* from,
+                                           const T* bias, int target, K* kept, int columns) {
   using P = Piece<T>;
   constexpr T kScale = std::is_same_v<K, __half> ? T(kept_scale(DType::f16)) : T(1);
-  T x[P::kValues];
-  if (slope_scale == T(0)) {
+  if (softcap == T(0)) {
+    if (target >= 0) {
 #pragma unroll
-    for (int i = 0; i < P::kValues; ++i) x[i] = e[i] * kScale;
+      for (int i = 0; i < P::kValues; ++i) {
+        if (P::column(i) == target) e[i] = T(1);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) e[i] *= kScale;
   } else {
+    T a[P::kValues];
+    load_piece(from, columns, a);
+    add_bias(a, bias, columns);
+    const T inverse = T(1) / softcap;
 #pragma unroll
     for (int i = 0; i < P::kValues; ++i) {
-      const T u = e[i] == T(0) ? T(0) : z[i] * slope_scale;
-      x[i] = (e[i] - e[i] * u * u) * kScale;
+      const T slope = tanh_slope(a[i] * inverse) * kScale;
+      e[i] = P::column(i) == target ? slope : e[i] * slope;
     }
   }
-  if (target >= 0) {
-    const T u = target_logit * slope_scale;
-#pragma unroll
-    for (int i = 0; i < P::kValues; ++i) {
-      if (P::column(i) == target) x[i] = T(1) - u * u;
-    }
-  }
-  store_piece(x, kept, columns);
+  store_piece(e, kept, columns);
 }
 
 template <class T, class K, bool kAll>
@@ -51,9 +53,15 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
   const int first = piece * kPieceColumns<T>;
   const int columns = s.block.columns - first;  // or more than a piece
   T z[P::kValues];
-  load_piece(s.block.z + row * s.block.stride + first, columns, z);
-  transform_piece(z, s.block.bias == nullptr ? nullptr : s.block.bias + first, s.block.softcap,
-                  inv_temperature, columns);
+  const T* from = s.block.z + row * s.block.stride + first;
+  const T* bias = s.block.bias == nullptr ? nullptr : s.block.bias + first;
+  load_piece(from, columns, z);
+  [[maybe_unused]] K* kept = static_cast<K*>(s.kept.data) + row * s.kept.stride + first;
+  if constexpr (std::is_same_v<K, T>) {
+    // With a softcap the products are kept as they are: its slope cannot be told from z.
+    if (!s.kept.exponentials && s.block.softcap != T(0)) store_piece(z, kept, columns);
+  }
+  transform_piece(z, bias, s.block.softcap, inv_temperature, columns);
   if (kAll && s.zbar) {
     T total = 0;
 #pragma unroll
@@ -64,9 +72,8 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
     }
     state.zbar_sum += warp_sum(total);
   }
-  [[maybe_unused]] K* kept = static_cast<K*>(s.kept.data) + row * s.kept.stride + first;
   if constexpr (std::is_same_v<K, T>) {
-    if (!s.kept.exponentials) store_piece(z, kept, columns);
+    if (!s.kept.exponentials && s.block.softcap == T(0)) store_piece(z, kept, columns);
   }
 
   if (columns < kPieceColumns<T>) {
@@ -121,9 +128,7 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
   if (kAll && s.entropy) weighted = warp_sum(weighted);
   if constexpr (!std::is_same_v<K, Nothing>) {
     if (s.kept.exponentials) {
-      const T cap = s.block.softcap;
-      keep_piece(z, e, cap == T(0) ? T(0) : T(1) / (inv_temperature * cap), target,
-                 state.target_logit, kept, columns);
+      keep_piece(e, s.block.softcap, from, bias, target, kept, columns);
       if (threadIdx.x % 32 == 0) s.kept.maxima[row * s.kept.maxima_stride + piece] = top;
     }
   }

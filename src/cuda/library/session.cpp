@@ -81,7 +81,7 @@ BlockGradient Components<T>::from_kept_logits(const Block& block) {
   const Kept<T> place = kept(block.rows.begin - block.chunk.begin, block.columns.begin);
   what.block = logit_block(place.exponentials ? nullptr : static_cast<T*>(place.data), place.stride,
                            block.rows, block.columns);
-  what.transformed = true;
+  what.transformed = !call.p.transform.softcap;  // with one the products are kept as they are
   if (place.exponentials) {
     row_gradient_from_exponentials(what, place, call.d.sizes.slab, call.stream);
   } else {

@@ -1,5 +1,6 @@
 #include "cuda/sm90/rows.h"
 
+#include "core/transform.h"
 #include "cuda/common/device_math.cuh"
 
 namespace cutloss::sm90 {
@@ -137,7 +138,7 @@ __global__ void references_of_rows(References r) {
   const int lane = threadIdx.x % kWarp;
   if (i >= listed_rows(r.list)) return;
   const int target = r.list.target[r.list.first + i];
-  float z = -INFINITY;  // of a target out of range; write_outputs says the rest
+  float z = -INFINITY, a = 0.f;  // of a target out of range; write_outputs says the rest
   if (target >= 0) {
     const auto* e = static_cast<const __nv_bfloat16*>(r.e.data) + i * r.e.stride;
     const auto* c = static_cast<const __nv_bfloat16*>(r.c.data) + target * r.c.stride;
@@ -156,12 +157,14 @@ __global__ void references_of_rows(References r) {
     z = sum * (r.transform.scale * t);
     if (r.transform.bias != nullptr) z = fmaf(r.transform.bias[target], t, z);
     if (r.transform.softcap != 0.f) {
-      const float cap = r.transform.softcap * t;
-      z = cap * tanhf(z / cap);
+      // The product as it is, which both the logit and its slope are made of.
+      a = r.transform.scale * sum;
+      if (r.transform.bias != nullptr) a += r.transform.bias[target];
+      z = transformed(a, r.transform.softcap, t);
     }
   }
   if (lane != 0) return;
-  r.target_logit[i] = z;
+  r.target_logit[i] = r.transform.softcap == 0.f ? z : a;
   r.reference[i] = z == -INFINITY ? 0.f : z + kReferenceAbove;
 }
 
@@ -191,6 +194,10 @@ __global__ void close_rows(Close k) {
   // e^(z - reference) to e^(z - maximum). An infinite logit makes NaN, as in every engine.
   state.sum = top == -INFINITY ? sum : sum * expf(reference - top);
   state.target_logit = k.target_logit[i];
+  if (k.transform.softcap != 0.f) {
+    state.target_logit =
+        transformed(state.target_logit, k.transform.softcap, k.transform.inv_temperature[i]);
+  }
   write_outputs(k.out, k.list, i, state, k.V);
 }
 
