@@ -42,7 +42,7 @@ inline constexpr double kMeanSquareOfRounding = 0.18;
 
 struct Bounds {
   std::vector<double> logit;  // (N): of the row's finite logits, the largest error
-  std::vector<double> nll, lse, entropy, zbar;
+  std::vector<double> nll, lse, entropy, zbar, zbar_centred;
   std::vector<double> de, dc, dbias;
   // Expected root mean square of the errors (rule 2).
   double de_rms = 0, dc_rms = 0;
@@ -112,7 +112,7 @@ inline void row_bounds(const Data& data, const reference::Result& r,
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0 || !std::isfinite(r.lse[n])) continue;
     const double* z = r.z.data() + n * r.V;
-    double largest_z = 0, distance = 0, weighted = 0, weights = 0;
+    double largest_z = 0, distance = 0, weighted = 0, centred = 0, weights = 0;
     for (std::int64_t v = 0; v < r.V; ++v) {
       if (!std::isfinite(z[v])) continue;
       const double weight = stat_or(data.class_weight, v, 1.0);
@@ -120,6 +120,7 @@ inline void row_bounds(const Data& data, const reference::Result& r,
       distance += std::exp(z[v] - r.lse[n]) * std::fabs(z[v] - r.row_max[n]);
       weights += std::fabs(weight) / static_cast<double>(r.V);
       weighted += std::fabs(weight * z[v]) / static_cast<double>(r.V);
+      centred += std::fabs(weight * (z[v] - r.row_max[n])) / static_cast<double>(r.V);
     }
     const double cap_rounding = p.transform.softcap ? 4 * u * *p.transform.softcap : 0;
     const double logit = (product[n] + cap_rounding) / row_temperature(data, n) + 4 * u * largest_z;
@@ -134,6 +135,7 @@ inline void row_bounds(const Data& data, const reference::Result& r,
     b.entropy[n] = 2 * entropy * logit + 2 * logit * logit + (1 + entropy) * (sum + 8 * u) +
                    4 * u * distance * (1 + entropy);
     b.zbar[n] = weights * logit + weighted * sum + kUnderflow;
+    b.zbar_centred[n] = 2 * weights * logit + centred * sum + kUnderflow;
   }
 }
 
@@ -208,7 +210,8 @@ inline Bounds bounds(const Data& data, const reference::Result& r) {
   const auto [u, u_g, u_inputs] = rounding_units(p, r.compute_type);
   const double lost = r.compute_type == DType::f16 ? kF16Underflow * largest_g(data, r) : 0;
   Bounds b;
-  for (auto* row : {&b.logit, &b.nll, &b.lse, &b.entropy, &b.zbar}) row->assign(r.N, 0);
+  for (auto* row : {&b.logit, &b.nll, &b.lse, &b.entropy, &b.zbar, &b.zbar_centred})
+    row->assign(r.N, 0);
   b.de.assign(r.de.size(), 0);
   b.dc.assign(r.dc.size(), 0);
   b.dbias.assign(r.dbias.size(), 0);

@@ -65,7 +65,9 @@ void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* u
     throw Error(ErrorCode::invalid_value, message);
   };
   if (loss == nullptr) refuse_sum("loss is null");
-  if ((up.d_lse != nullptr || up.d_lse_squared != nullptr) && args.rows.lse == nullptr) {
+  const bool lse_in_parts = args.rows.zbar_centred != nullptr && args.rows.log_sum != nullptr;
+  if (((up.d_lse != nullptr && !lse_in_parts) || up.d_lse_squared != nullptr) &&
+      args.rows.lse == nullptr) {
     refuse_sum("upstream.d_lse or d_lse_squared is given, but rows.lse is null");
   }
   if (up.d_zbar != nullptr && !p.wanted.zbar) {

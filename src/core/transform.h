@@ -10,7 +10,7 @@
 
 #include <cmath>
 
-#include "core/logit_math.h"
+#include "core/host_device.h"
 
 namespace cutloss {
 

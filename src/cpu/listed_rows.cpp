@@ -40,7 +40,8 @@ void ListedRows<T>::clear_ignored() const {
   const RowOutputs out = wanted_outputs();
   for (std::int64_t n = 0; n < rows; ++n) {
     if (target(n) != call_.p.rows.ignore_index) continue;
-    for (void* array : {out.nll, out.lse, out.row_max, out.log_sum, out.entropy, out.zbar}) {
+    for (void* array :
+         {out.nll, out.lse, out.row_max, out.log_sum, out.entropy, out.zbar, out.zbar_centred}) {
       if (array != nullptr) static_cast<T*>(array)[n] = T(0);
     }
     if (out.argmax != nullptr) out.argmax[n] = -1;
@@ -69,7 +70,7 @@ template <class T>
 RowOutputs ListedRows<T>::wanted_outputs() const {
   RowOutputs out = call_.args.rows;
   if (!call_.p.wanted.entropy) out.entropy = nullptr;
-  if (!call_.p.wanted.zbar) out.zbar = nullptr;
+  if (!call_.p.wanted.zbar) out.zbar = out.zbar_centred = nullptr;
   if (!call_.p.wanted.argmax) out.argmax = nullptr;
   return out;
 }

@@ -126,16 +126,26 @@ void apply_transform(T* z, std::int64_t columns, const RowTransform<T>& transfor
   });
 }
 
+// Adds columns to a state's zbar, relative to `shift`. weight: null for 1.
 template <class T>
-T weighted_total(const T* z, const T* weight, std::int64_t columns) {
+void add_zbar(RowState<T>& state, const T* z, const T* weight, std::int64_t columns, T shift) {
   const Tag<T> d;
+  const auto shift_v = hn::Set(d, shift);
   auto total = hn::Zero(d);
+  auto weights = hn::Zero(d);
   for_each_vector(d, columns, [&](std::int64_t i, std::int64_t valid) {
-    const auto v = load(d, z + i, valid, T(0));
-    total = weight == nullptr ? hn::Add(total, v)
-                              : hn::MulAdd(v, load(d, weight + i, valid, T(0)), total);
+    const auto v = hn::Sub(load(d, z + i, valid, shift), shift_v);
+    if (weight == nullptr) {
+      total = hn::Add(total, v);
+    } else {
+      const auto w = load(d, weight + i, valid, T(0));
+      total = hn::MulAdd(v, w, total);
+      weights = hn::Add(weights, w);
+    }
   });
-  return hn::GetLane(hn::SumOfLanes(d, total));
+  state.zbar += hn::GetLane(hn::SumOfLanes(d, total));
+  state.weight_seen +=
+      weight == nullptr ? static_cast<T>(columns) : hn::GetLane(hn::SumOfLanes(d, weights));
 }
 
 template <class T>
@@ -179,12 +189,11 @@ void row_statistics_with(StatisticsRow<T>& row, RowState<T>& state, T* slopes) {
   constexpr T inf = std::numeric_limits<T>::infinity();
   const Tag<T> d;
   if (!row.transform.identity()) apply_transform(row.z, row.columns, row.transform, slopes);
-  if (row.zbar) state.zbar_sum += weighted_total(row.z, row.class_weight, row.columns);
-
   const std::int64_t at = row.target - row.first_column;
   const bool here = at >= 0 && at < row.columns;
+  RowState<T> part;
   if (here) {
-    state.target_logit = row.z[at];
+    part.target_logit = row.z[at];
     row.z[at] = -inf;
   }
   const T top = maximum(row.z, row.columns);
@@ -192,6 +201,13 @@ void row_statistics_with(StatisticsRow<T>& row, RowState<T>& state, T* slopes) {
   // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
   const T shift = top == -inf ? T(0) : top;
   const auto shift_v = hn::Set(d, shift);
+  if (row.zbar) {  // of the columns on both sides of the target
+    const std::int64_t before = here ? at : row.columns, after = here ? at + 1 : row.columns;
+    const T* weight = row.class_weight;
+    add_zbar(part, row.z, weight, before, shift);
+    add_zbar(part, row.z + after, weight == nullptr ? nullptr : weight + after, row.columns - after,
+             shift);
+  }
   auto sum = hn::Zero(d);
   auto weighted = hn::Zero(d);
 
@@ -232,10 +248,12 @@ void row_statistics_with(StatisticsRow<T>& row, RowState<T>& state, T* slopes) {
   } else {
     for_each_vector(d, row.columns, plain);
   }
-  const std::int64_t argmax =
-      row.argmax && top > state.max ? row.first_column + first_equal(row.z, top, row.columns) : 0;
+  // Columns come in their order: only a larger logit can be the first of the largest.
+  if (row.argmax && top > state.max) {
+    part.argmax = row.first_column + first_equal(row.z, top, row.columns);
+  }
   if (here) {
-    row.z[at] = state.target_logit;
+    row.z[at] = part.target_logit;
     const T slope = (slopes == nullptr ? T(1) : slopes[at]) * row.transform.inv_temperature;
     if (row.exponentials != nullptr) row.exponentials[at] = slope;
     if constexpr (std::is_same_v<T, float>) {
@@ -244,8 +262,10 @@ void row_statistics_with(StatisticsRow<T>& row, RowState<T>& state, T* slopes) {
       }
     }
   }
-  merge(state, top, hn::GetLane(hn::SumOfLanes(d, sum)), hn::GetLane(hn::SumOfLanes(d, weighted)),
-        argmax);
+  part.max = top;
+  part.sum = hn::GetLane(hn::SumOfLanes(d, sum));
+  part.weighted_sum = hn::GetLane(hn::SumOfLanes(d, weighted));
+  merge(state, part);
 }
 
 template <class T>

@@ -55,7 +55,7 @@ template <class T>
 RowOutputs ListedRows<T>::wanted_outputs() const {
   RowOutputs out = call_.args.rows;
   if (!call_.p.wanted.entropy) out.entropy = nullptr;
-  if (!call_.p.wanted.zbar) out.zbar = nullptr;
+  if (!call_.p.wanted.zbar) out.zbar = out.zbar_centred = nullptr;
   if (!call_.p.wanted.argmax) out.argmax = nullptr;
   return out;
 }

@@ -248,7 +248,9 @@ Loss run_loss(const Subject& subject, const Data& data, const Buffer* undefined)
   Scratch scratch(plan);
   Array number(reference::stat_type(data.problem), 1);
   const Device device = plan.problem.device;
-  const Args args = args_for(data, loss.out, scratch, /*forward=*/true);
+  Args args = args_for(data, loss.out, scratch, /*forward=*/true);
+  // With it d_lse and d_zbar would be label smoothing's, not any numbers.
+  args.rows.zbar_centred = nullptr;
   forward(plan, args);
   weighted_loss(
       plan, args, number.on(device),

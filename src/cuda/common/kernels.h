@@ -39,11 +39,12 @@ template <class T>
 void clear_ignored(const RowFacts& facts, const RowTable& table, const RowOutputs& out,
                    cudaStream_t stream);
 
-// Entries [first, first + count), the states of which begin at `states`.
+// Entries [first, first + count), the states of which begin at `states`. class_weight: (V), or
+// null.
 template <class T>
 void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
-                 const RowState<T>* states, const RowOutputs& out, std::int64_t V,
-                 cudaStream_t stream);
+                 const RowState<T>* states, const T* class_weight, const RowOutputs& out,
+                 std::int64_t V, cudaStream_t stream);
 
 struct Coefficients {
   RowTable table;

@@ -62,16 +62,6 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
     if (!s.kept.exponentials && s.block.softcap != T(0)) store_piece(z, kept, columns);
   }
   transform_piece(z, bias, s.block.softcap, inv_temperature, columns);
-  if (kAll && s.zbar) {
-    T total = 0;
-#pragma unroll
-    for (int i = 0; i < P::kValues; ++i) {
-      const int column = P::column(i);
-      if (column >= columns) continue;
-      total += s.class_weight == nullptr ? z[i] : z[i] * s.class_weight[first + column];
-    }
-    state.zbar_sum += warp_sum(total);
-  }
   if constexpr (std::is_same_v<K, T>) {
     if (!s.kept.exponentials && s.block.softcap == T(0)) store_piece(z, kept, columns);
   }
@@ -84,6 +74,7 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
   }
   int target = vocabulary_target - s.block.first_column - first;
   if (target >= kPieceColumns<T> || target >= columns) target = -1;
+  RowState<T> part;
   if (target >= 0) {
     T found = 0;
 #pragma unroll
@@ -100,7 +91,7 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
 #pragma unroll
   for (int i = 0; i < P::kValues; ++i) top = larger(top, z[i]);
   top = warp_max(top);
-  int argmax = 0;
+  // Columns come in their order: only a larger logit can be the first of the largest.
   if (kAll && s.argmax && top > state.max) {
     int column = kPieceColumns<T>;
 #pragma unroll
@@ -111,11 +102,24 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
     for (int distance = 16; distance > 0; distance /= 2) {
       column = min(column, __shfl_xor_sync(kAllLanes, column, distance));
     }
-    argmax = s.block.first_column + first + column;
+    part.argmax = s.block.first_column + first + column;
   }
 
   // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
   const T shift = top == -infinity<T>() ? T(0) : top;
+  if (kAll && s.zbar) {
+    T total = 0, weights = 0;
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      const int column = P::column(i);
+      if (column >= columns || column == target) continue;
+      const T weight = s.class_weight == nullptr ? T(1) : s.class_weight[first + column];
+      total += weight * (z[i] - shift);
+      weights += weight;
+    }
+    part.zbar = warp_sum(total);
+    part.weight_seen = warp_sum(weights);
+  }
   T e[P::kValues];
   T sum = 0, weighted = 0;
 #pragma unroll
@@ -132,7 +136,10 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
       if (threadIdx.x % 32 == 0) s.kept.maxima[row * s.kept.maxima_stride + piece] = top;
     }
   }
-  merge(state, top, sum, weighted, static_cast<std::int64_t>(argmax));
+  part.max = top;
+  part.sum = sum;
+  part.weighted_sum = weighted;
+  merge(state, part);
 }
 
 // Blocks on a multiprocessor, as registers allow.
@@ -157,6 +164,10 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
   RowState<T> state;
   if (live) {
     if (part == 0 && s.block.first_column > 0) state = s.states[row];
+    if (!kAll) {  // registers are short: what is not wanted shall not take one
+      state.zbar = state.weight_seen = 0;
+      state.argmax = -1;
+    }
     const int target = s.block.table.target[entry];
     const T inv_temperature = static_cast<const T*>(s.block.table.inv_temperature)[entry];
     const int pieces = (s.block.columns + kPieceColumns<T> - 1) / kPieceColumns<T>;
@@ -169,12 +180,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
     if (threadIdx.x % 32 == 0) shared[warp] = state;
     __syncthreads();
     if (part == 0) {
-      for (int i = 1; i < warps_per_row; ++i) {
-        const RowState<T> later = shared[warp + i];
-        state.zbar_sum += later.zbar_sum;
-        if (later.target_logit == later.target_logit) state.target_logit = later.target_logit;
-        merge(state, later.max, later.sum, later.weighted_sum, later.argmax);
-      }
+      for (int i = 1; i < warps_per_row; ++i) merge(state, shared[warp + i]);
     }
   }
   if (live && part == 0 && threadIdx.x % 32 == 0) s.states[row] = state;

@@ -38,6 +38,7 @@ struct Merge {
   bool first_slab = true, last_slab = true;
   RowState<float>* states = nullptr;
   const float* target_logit = nullptr;
+  const float* class_weight = nullptr;  // of the whole vocabulary, or null
   int V = 0;
   RowOutputs out;
 };
