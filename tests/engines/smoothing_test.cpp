@@ -1,6 +1,7 @@
 // Label smoothing's part of a loss, W lse / V - zbar, where all logits of a row have a common
 // offset: as W log_sum / V - zbar_centred it has the digits that the logits have among each other.
 #include "check.h"
+#include "core/text.h"
 
 namespace cutloss::test {
 namespace {
@@ -72,7 +73,7 @@ std::vector<Case> offsets() {
       Case c = with_size(2, 39, V, 16, 1);
       c.problem.wanted.zbar = c.problem.upstream.zbar = true;
       c.problem.has_class_weight = weighted;
-      c.name = "V" + std::to_string(V) + (weighted ? "_weighted" : "");
+      c.name = text("V", V, weighted ? "_weighted" : "");
       cases.push_back(c);
     }
   }
