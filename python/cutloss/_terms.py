@@ -5,10 +5,10 @@
 Label smoothing is that of F.cross_entropy: with eps, class weights w and W = sum(w),
 (1 - eps) * w[target] * nll + eps * (W * lse / V - zbar), where zbar = sum_v w[v] z[v] / V.
 The difference is taken as W * log_sum / V - zbar_centred, both relative to the row's largest logit
-(lse = row_max + log_sum, zbar_centred = zbar - W * row_max / V): logits that all lie far from 0 have
-an lse and a zbar of that size, whose difference has lost its digits. As to derivatives row_max is a
-constant, for it is in neither side of the difference; so log_sum has that of lse, zbar_centred that
-of zbar.
+(lse = row_max + log_sum, zbar_centred = zbar - W * row_max / V): logits that all lie far from 0
+have an lse and a zbar of that size, whose difference has lost its digits. As to derivatives row_max
+is a constant, for the difference does not depend on it; so log_sum has that of lse, zbar_centred
+that of zbar.
 
 The operator loss_terms makes the coefficients in one step (src/core/loss_terms.h). `terms` makes
 the same ones of PyTorch's own operators, where token weights carry a gradient, under torch.func,
