@@ -12,7 +12,10 @@ from torch import Tensor
 
 def capped(a: Tensor, softcap: float | None) -> Tensor:
     """softcap tanh(a / softcap), the same bits as written that way; a without a softcap."""
-    return a if softcap is None else softcap * _Tanh.apply(a / softcap)
+    if softcap is None:
+        return a
+    tanh = _Tanh if torch.compiler.is_compiling() else _TanhForwardToo
+    return softcap * tanh.apply(a / softcap)
 
 
 def slope(x: Tensor) -> Tensor:
@@ -37,11 +40,19 @@ class _Tanh(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, d):
         return d * slope(*ctx.saved_tensors)
+
+
+class _TanhForwardToo(_Tanh):
+    """With forward-mode derivatives. torch.compile takes no function that has them."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def jvp(ctx, tangent):

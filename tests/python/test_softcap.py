@@ -164,3 +164,17 @@ def test_second_derivatives_and_other_transforms():
     (g,) = torch.autograd.grad(capped(far, 1.5).sum(), far, create_graph=True)
     assert g.tolist() == [0.0, 1.0, 0.0]
     assert torch.autograd.grad(g.sum(), far)[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_one_graph():
+    """torch.compile traces impl="torch", with the derivative that it has uncompiled."""
+    from cutloss._softcap import capped
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a: capped(a, 1.5), fullgraph=True, backend="aot_eager")
+    x = torch.linspace(-30, 30, 13, device=problems.device, requires_grad=True)
+    got, want = (f(x) for f in (compiled, lambda a: capped(a, 1.5)))
+    assert torch.equal(got, want)
+    got, want = (torch.autograd.grad(z.sum(), x)[0] for z in (got, want))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    assert want.abs().min() > 0
