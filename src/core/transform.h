@@ -1,6 +1,6 @@
 // From a (a product's sum, its scale and bias included) to the logit z, and the derivative of that:
-//   z = softcap tanh(x) inv_temperature,   x = a / softcap       (z = a inv_temperature without
-//   one) dz/da = 4 u / (1 + u)^2 inv_temperature,   u = e^(-2|x|)
+//   z = softcap tanh(x) inv_temperature,   x = a / softcap      (without one a inv_temperature)
+//   dz/da = 4 u / (1 + u)^2 inv_temperature,   u = e^(-2|x|)    (without one inv_temperature)
 // once for host and device. Engines vectorise both, and take what is done once a row from here.
 //
 // The derivative is made of x, never of z. 1 - tanh^2 is the same on paper, but where tanh is
