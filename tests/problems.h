@@ -147,7 +147,8 @@ inline std::vector<Case> saturated_cases(const Case& size) {
       {"softcap_bias_temperature",
        [](Case& c) {
          c.problem.transform.softcap = 3.0;
-         head_of(c.problem).has_bias = c.problem.wanted.dbias.wanted = c.problem.rows.has_temperature = true;
+         head_of(c.problem).has_bias = c.problem.wanted.dbias.wanted =
+             c.problem.rows.has_temperature = true;
          c.problem.transform.logit_scale = -0.6;
          c.lse_gradient = true;
        }},

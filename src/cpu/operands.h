@@ -32,7 +32,6 @@ class Operands {
   void multiply_logits(const Block& block, T* z);
 
  private:
-
   const Call& call_;
   const ListedRows<T>& rows_;
   RowRange e_rows_{-1, 0};
