@@ -25,8 +25,9 @@ struct RowOutputs {
   void* row_max = nullptr;  // lse = row_max + log_sum, in two parts so that no digit is lost
   void* log_sum = nullptr;
   void* entropy = nullptr;         // wanted.entropy
-  void* zbar = nullptr;            // wanted.zbar
+  void* zbar = nullptr;            // wanted.zbar: this, zbar_centred, or both
   std::int64_t* argmax = nullptr;  // wanted.argmax; the first of equal logits
+  void* zbar_centred = nullptr;    // sum_v weight_v (z_v - row_max) / V: no digit goes to an offset
 };
 
 // dLoss/d(output), (rows) each, stat dtype; null is zero. Entries of ignored rows are not read.

@@ -41,8 +41,8 @@ def loss(
     plan that goes by rows, with gradients made in forward. Where `undefined` is true gradients are
     zero. `reads`: tensors that the RowLoss takes, which must not have changed by then."""
     versions = [(t, t._version) for t in reads if not t.is_inference()]
-    value, *statistics = _Chunked.apply(*operands, undefined, options, start, versions)
-    return value, Rows(*statistics)
+    value, nll, lse, entropy = _Chunked.apply(*operands, undefined, options, start, versions)
+    return value, Rows(nll=nll, lse=lse, entropy=entropy)
 
 
 class _Chunked(torch.autograd.Function):

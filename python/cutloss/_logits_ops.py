@@ -57,8 +57,8 @@ def _deferred(inputs: tuple, options: Options, consume: bool) -> tuple[Tensor, R
 
 def _shown(outputs: tuple) -> tuple:
     """Those of the outputs of `logits_statistics` that are not for backward alone."""
-    loss, nll, lse, _, _, entropy, zbar, argmax = outputs
-    return loss, nll, lse, entropy, zbar, argmax
+    loss, nll, lse, _, log_sum, entropy, zbar_centred, argmax = outputs
+    return loss, nll, lse, log_sum, entropy, zbar_centred, argmax
 
 
 # Shapes -----------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def _statistics_backward(ctx, *d_outputs):
     options = ctx.options
     *operands, terms, undefined, nll, row_max, log_sum, entropy = ctx.saved_tensors
     with torch.no_grad():
-        d_rows = of_rows(options, terms, undefined, *d_outputs[:5])
+        d_rows = of_rows(options, terms, undefined, *d_outputs[:6])
         rows = (nll, row_max, log_sum, entropy, *d_rows)
         if getattr(ctx, "consume", False):
             gradient = operands[0]
@@ -142,7 +142,7 @@ def _statistics_backward(ctx, *d_outputs):
             increment_version(gradient)
         else:
             gradient = call(_operators.logits_gradient, *operands, *rows, **options)
-    return *first_order((gradient,), operands[0], *d_outputs[:5]), *(None,) * 5
+    return *first_order((gradient,), operands[0], *d_outputs[:6]), *(None,) * 5
 
 
 def _statistics_context(ctx, inputs, keyword_only_inputs, output):
@@ -154,8 +154,8 @@ def _statistics_context(ctx, inputs, keyword_only_inputs, output):
 
 def _traced_statistics_context(ctx, inputs, keyword_only_inputs, output):
     _statistics_context(ctx, inputs, keyword_only_inputs, output)
-    *_, row_max, log_sum, _, _, argmax = output
-    ctx.mark_non_differentiable(row_max, log_sum, argmax)
+    *_, row_max, _, _, _, argmax = output
+    ctx.mark_non_differentiable(row_max, argmax)
 
 
 def _traced_statistics_backward(ctx, *d_outputs):

@@ -166,8 +166,8 @@ def _deferred(inputs: tuple, options: Options) -> tuple[Tensor, Rows]:
 
 def _shown(outputs: tuple) -> tuple:
     """Those of the outputs of `statistics` that are not for backward alone."""
-    loss, nll, lse, _, _, entropy, zbar, argmax, _ = outputs
-    return loss, nll, lse, entropy, zbar, argmax
+    loss, nll, lse, _, log_sum, entropy, zbar_centred, argmax, _ = outputs
+    return loss, nll, lse, log_sum, entropy, zbar_centred, argmax
 
 
 def is_transformed() -> bool:
@@ -312,7 +312,7 @@ def wanted(gradients, options: Options):
 
 
 def _statistics_context(ctx, inputs, keyword_only_inputs, output):
-    _, nll, lse, row_max, log_sum, entropy, zbar, argmax, kept = output
+    _, nll, _, row_max, log_sum, entropy, _, _, kept = output
     ctx.save_for_backward(*inputs, nll, row_max, log_sum, entropy, kept)
     ctx.set_materialize_grads(False)
     ctx.options = keyword_only_inputs
@@ -320,8 +320,8 @@ def _statistics_context(ctx, inputs, keyword_only_inputs, output):
 
 def _traced_statistics_context(ctx, inputs, keyword_only_inputs, output):
     _statistics_context(ctx, inputs, keyword_only_inputs, output)
-    *_, row_max, log_sum, _, _, argmax, kept = output
-    ctx.mark_non_differentiable(row_max, log_sum, argmax, kept)
+    *_, row_max, _, _, _, argmax, kept = output
+    ctx.mark_non_differentiable(row_max, argmax, kept)
 
 
 def _where_defined(d_loss: Tensor, undefined: Tensor | None) -> Tensor:
@@ -333,9 +333,12 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def of_rows(options: Options, terms, undefined, d_loss, d_nll, d_lse, d_entropy, d_zbar) -> tuple:
+def of_rows(
+    options: Options, terms, undefined, d_loss, d_nll, d_lse, d_log_sum, d_entropy, d_zbar
+) -> tuple:
     """The upstream gradients of the rows, in the operators' order: what comes back for the loss and
     for each output of `statistics`. Called under no_grad."""
+    d_lse = _sum(d_lse, d_log_sum)  # row_max is a constant (_terms)
     # What was not asked for has no elements, and its gradient says nothing.
     d_entropy = d_entropy if options["wants_entropy"] else None
     d_zbar = d_zbar if options["wants_zbar"] else None
@@ -353,9 +356,9 @@ def _statistics_backward(ctx, *d_outputs):
     check_backward(*operands[:2], reads=True)
     with torch.no_grad():
         saved = (nll, row_max, log_sum, entropy, kept)
-        d_rows = of_rows(options, terms, undefined, *d_outputs[:5])
+        d_rows = of_rows(options, terms, undefined, *d_outputs[:6])
         gradients = call(_ops.gradients, *operands, *saved, *d_rows, **options)
-    sources = (*operands[:3], *d_outputs[:5])
+    sources = (*operands[:3], *d_outputs[:6])
     return *first_order(wanted(gradients, options), *sources), *(None,) * 5
 
 

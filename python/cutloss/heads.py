@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks, _sharded
+from . import _checks, _sharded, _softcap
 from .module import LinearCrossEntropy
 
 
@@ -335,8 +335,7 @@ class CausalLMHead(_Head):
             z = z * how.logit_scale
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
-        if how.softcap is not None:
-            z = how.softcap * torch.tanh(z / how.softcap)
+        z = _softcap.capped(z, how.softcap)
         return z if how.temperature == 1.0 else z / how.temperature
 
     def extra_repr(self) -> str:

@@ -225,7 +225,9 @@ void check_args(const Plan& plan, const Args& args, Pass pass) {
     need(args.rows.log_sum, "rows.log_sum");
     if (p.rows.has_temperature) need(args.in.temperature, "in.temperature");
     if (forward && p.wanted.entropy) need(args.rows.entropy, "rows.entropy");
-    if (forward && p.wanted.zbar) need(args.rows.zbar, "rows.zbar");
+    if (forward && p.wanted.zbar && args.rows.zbar_centred == nullptr) {
+      need(args.rows.zbar, "rows.zbar");
+    }
     if (forward && p.wanted.argmax) need(args.rows.argmax, "rows.argmax");
     if (backward && args.upstream.d_entropy != nullptr) need(args.rows.entropy, "rows.entropy");
   }

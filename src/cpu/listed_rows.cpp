@@ -40,7 +40,8 @@ void ListedRows<T>::clear_ignored() const {
   const RowOutputs out = wanted_outputs();
   for (std::int64_t n = 0; n < rows; ++n) {
     if (target(n) != call_.p.rows.ignore_index) continue;
-    for (void* array : {out.nll, out.lse, out.row_max, out.log_sum, out.entropy, out.zbar}) {
+    for (void* array :
+         {out.nll, out.lse, out.row_max, out.log_sum, out.entropy, out.zbar, out.zbar_centred}) {
       if (array != nullptr) static_cast<T*>(array)[n] = T(0);
     }
     if (out.argmax != nullptr) out.argmax[n] = -1;

@@ -37,7 +37,7 @@ cuda::LogitRows<T> rows_of(const Problem& p, const LogitsArgs& args, Pass pass) 
   // What is not wanted is not written, even where there is room for it. Backward reads the entropy.
   const bool reads_entropy = !makes_statistics(pass) && args.upstream.d_entropy != nullptr;
   if (!p.wanted.entropy && !reads_entropy) rows.rows.entropy = nullptr;
-  if (!p.wanted.zbar || !makes_statistics(pass)) rows.rows.zbar = nullptr;
+  if (!p.wanted.zbar || !makes_statistics(pass)) rows.rows.zbar = rows.rows.zbar_centred = nullptr;
   if (!p.wanted.argmax || !makes_statistics(pass)) rows.rows.argmax = nullptr;
   if (makes_gradients(pass)) rows.upstream = args.upstream;
   rows.class_weight = static_cast<const T*>(args.class_weight);

@@ -59,6 +59,10 @@ std::vector<Case> kinds_of_logits() {
   return cases;
 }
 
+std::vector<Case> saturated() { return saturated_cases(with_size(2, 39, 1043, 24, 1)); }
+
+INSTANTIATE_TEST_SUITE_P(SaturatedSoftcap, Accuracy, testing::ValuesIn(subjects(saturated())),
+                         subject_name);
 INSTANTIATE_TEST_SUITE_P(Sizes, Accuracy, testing::ValuesIn(subjects(size_cases())), subject_name);
 INSTANTIATE_TEST_SUITE_P(SizesWithEveryOption, Accuracy,
                          testing::ValuesIn(subjects(sizes_with_every_option())), subject_name);

@@ -62,7 +62,10 @@ inline void expect_accurate(const Plan& plan, const Data& data, const Truth& tru
 
   const Problem& p = data.problem;
   if (p.wanted.entropy) check("entropy", got.entropy, want.entropy, bound.entropy);
-  if (p.wanted.zbar) check("zbar", got.zbar, want.zbar, bound.zbar);
+  if (p.wanted.zbar) {
+    check("zbar", got.zbar, want.zbar, bound.zbar);
+    check("zbar_centred", got.zbar_centred, want.zbar_centred, bound.zbar_centred);
+  }
   if (p.wanted.argmax) {
     EXPECT_EQ(wrong_argmax(got.argmax, want, bound), "");
   }

@@ -195,7 +195,7 @@ TEST_P(Gpu, AWrongNumberOfValidRowsMakesEverythingNaN) {
         const Outputs out = run(plan_for(data.problem, GetParam().engine, mode), data, &intact);
         EXPECT_TRUE(intact);
         for (const Array* array : {&out.nll, &out.lse, &out.row_max, &out.log_sum, &out.entropy,
-                                   &out.zbar, &out.de, &out.dc, &out.dbias}) {
+                                   &out.zbar, &out.zbar_centred, &out.de, &out.dc, &out.dbias}) {
           EXPECT_TRUE(all_nan(*array));
         }
       }

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from cutloss import _softcap
 from cutloss._bench.cases import IGNORED_TARGET, bias_of, inputs, leaves
 from cutloss._bench.methods import row_losses, run_pass
 
@@ -73,9 +74,8 @@ def reference(case, tensors, dtype=torch.float64):
             z += bias.detach().to(dtype)
         slope = 1.0 / (temperature or 1.0)
         if softcap is not None:
-            z = torch.tanh(z / softcap)
-            slope = slope * (1 - z.square())
-            z *= softcap
+            slope = slope * _softcap.slope(z / softcap)
+            z = torch.tanh(z / softcap) * softcap
         if temperature is not None:
             z /= temperature
         z -= z.amax(1, keepdim=True)

@@ -39,11 +39,12 @@ template <class T>
 void clear_ignored(const RowFacts& facts, const RowTable& table, const RowOutputs& out,
                    cudaStream_t stream);
 
-// Entries [first, first + count), the states of which begin at `states`.
+// Entries [first, first + count), the states of which begin at `states`. class_weight: (V), or
+// null.
 template <class T>
 void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
-                 const RowState<T>* states, const RowOutputs& out, std::int64_t V,
-                 cudaStream_t stream);
+                 const RowState<T>* states, const T* class_weight, const RowOutputs& out,
+                 std::int64_t V, cudaStream_t stream);
 
 struct Coefficients {
   RowTable table;
@@ -125,7 +126,7 @@ struct GradientOf {
   LogitBlock<T> block;                        // z: logits, or what is kept (as T)
   const RowGradient<T>* gradients = nullptr;  // of the block's first row
   const T* class_weight = nullptr;
-  bool transformed = false;  // z is final: kept
+  bool transformed = false;  // z is final: kept, without a softcap
   void* g = nullptr;
   std::int64_t g_stride = 0;
   DType g_type = DType::f32;

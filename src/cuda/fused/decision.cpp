@@ -77,7 +77,7 @@ void book_statistics(Ledger& ledger, const FusedDecision& d) {
   ledger.book(buffer::kPartials, entries * 8);
   if (p.wanted.entropy || p.wanted.zbar || p.wanted.argmax) {
     ledger.book(buffer::kPartialsMore, entries * 8);
-    ledger.book(buffer::kPartialsArgmax, entries * 4);
+    ledger.book(buffer::kPartialsArgmax, entries * 8);
   }
   ledger.book(buffer::kTargetLogit, s.chunk_rows * 4);
   if (d.several_slabs) {

@@ -49,6 +49,7 @@ void make_exponentials(Components& parts, RowRange chunk) {
   close.sum_and_max = out.sum_and_max;
   close.column_tiles = sm90::column_tiles(call.head.classes.count);
   close.target_logit = r.target_logit;
+  close.transform = r.transform;
   close.reference = r.reference;
   close.V = static_cast<int>(call.head.classes.count);
   close.out = parts.rows.wanted_outputs();

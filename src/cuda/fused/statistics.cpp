@@ -19,7 +19,7 @@ void add_slab(Components& parts, const Block& block) {
                 grid.slots()};
   if (s.all) {
     s.partials.weighted_and_zbar = call.buffer<float2>(buffer::kPartialsMore);
-    s.partials.argmax = call.buffer<int>(buffer::kPartialsArgmax);
+    s.partials.weight_and_argmax = call.buffer<float2>(buffer::kPartialsArgmax);
   }
   const std::int64_t in_chunk = rows.begin - block.chunk.begin;
   s.target_logit = call.buffer<float>(buffer::kTargetLogit) + in_chunk;
@@ -41,6 +41,7 @@ void add_slab(Components& parts, const Block& block) {
   merge.states =
       d.several_slabs ? call.buffer<RowState<float>>(buffer::kStates) + in_chunk : nullptr;
   merge.target_logit = s.target_logit;
+  merge.class_weight = parts.operands.class_weight(0);
   merge.V = static_cast<int>(call.head.classes.count);
   merge.out = parts.rows.wanted_outputs();
   sm90::launch_merge(merge, call.stream);

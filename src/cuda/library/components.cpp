@@ -18,7 +18,8 @@ void Components<T>::make_statistics(RowRange chunk, bool keep) {
       Columns{0, call.head.classes.count}, s.slab, chunk, s.block_rows,
       [&](const Block& block) { add_statistics(block, keep); }, [](Columns) {});
   finish_rows<T>(rows.table(), chunk.begin, chunk.count, call.buffer<RowState<T>>(buffer::kStates),
-                 rows.wanted_outputs(), call.head.classes.count, call.stream);
+                 operands.class_weight(0), rows.wanted_outputs(), call.head.classes.count,
+                 call.stream);
 }
 
 template <class T>
@@ -89,7 +90,7 @@ BlockGradient Components<T>::from_kept_logits(const Block& block) {
   const Kept<T> place = kept(block.rows.begin - block.chunk.begin, block.columns.begin);
   what.block = logit_block(place.exponentials ? nullptr : static_cast<T*>(place.data), place.stride,
                            block.rows, block.columns);
-  what.transformed = true;
+  what.transformed = !call.p.transform.softcap;  // with one the products are kept as they are
   if (place.exponentials) {
     row_gradient_from_exponentials(what, place, call.d.sizes.slab, call.stream);
   } else {

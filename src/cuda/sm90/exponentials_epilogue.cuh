@@ -50,31 +50,39 @@ class ExponentialsEpilogue {
         const bool valid = row < rows;
         const float inv_temperature = facts_.inv_temperature[at.row(i)];
         const auto z = row_of(sums, i);
-        // x in z; with a softcap z holds logits in units of it.
+        // x in z; with a softcap z holds gaps, and the logits' unit is the cap.
+        constexpr float kNothing = kCapped ? kNoGap : -kInfinity;
         const float unit = kCapped ? p_.transform.softcap * inv_temperature : 1.f;
         if constexpr (kCapped) {
-          to_capped(z, p_.transform, facts_);
+          to_gaps(z, p_.transform, facts_);
         } else {
           scale_and_shift(z, p_.transform, facts_, inv_temperature);
         }
-        cut_off(z, first_column, last_column);
-        take_target(z, facts_.target[at.row(i)], -kInfinity, [](float) {});
-        float top = z[0];
-        CUTE_UNROLL
-        for (int k = 1; k < kRowSums; ++k) top = fmaxf(top, z[k]);
-        top *= unit;
+        cut_off(z, first_column, last_column, kNothing);
+        take_target(z, facts_.target[at.row(i)], kNothing, [](float) {});
         const float reference = facts_.reference[at.row(i)];
+        float top = kCapped ? -kInfinity : z[0];
         float sum = 0.f;
-        CUTE_UNROLL
-        for (int k = 0; k < kRowSums; ++k) {
-          const float e = exp_approx(fmaf(z[k], unit, -reference));
-          sum += e;
-          if constexpr (kCapped) {
-            z[k] = e == 0.f ? 0.f : e * capped_slope(z[k]);
-          } else {
+        if constexpr (kCapped) {
+          CUTE_UNROLL
+          for (int k = 0; k < kRowSums; ++k) {
+            const float t = tanh_of_gap(z[k]);
+            top = fmaxf(top, t);
+            const float e = exp_approx(fmaf(t, unit, -reference));
+            sum += e;
+            z[k] = e == 0.f ? 0.f : e * slope_of_gap(z[k]);
+          }
+        } else {
+          CUTE_UNROLL
+          for (int k = 1; k < kRowSums; ++k) top = fmaxf(top, z[k]);
+          CUTE_UNROLL
+          for (int k = 0; k < kRowSums; ++k) {
+            const float e = exp_approx(fmaf(z[k], unit, -reference));
+            sum += e;
             z[k] = e;
           }
         }
+        top *= unit;
         // Rows beyond the list are zero whatever C holds.
         if (!valid) {
           CUTE_UNROLL

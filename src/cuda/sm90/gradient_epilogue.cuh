@@ -59,21 +59,24 @@ class GradientEpilogue {
           for (int k = 0; k < kRowSums; ++k) z[k] = exp_approx((z[k] - own.x) - own.y) * a;
           take_target(z, target, own.w * inv_temperature, [](float) {});
         } else if constexpr (kKind == GradientKind::capped) {
-          to_capped(z, p_.transform, facts_);
+          to_gaps(z, p_.transform, facts_);
           const float cap = p_.transform.softcap * inv_temperature;
           const float a = own.z * inv_temperature;
           float at_target = 0.f;
-          take_target(z, target, 0.f, [&](float tanh) {
-            at_target = own.w * inv_temperature * capped_slope(tanh);
-          });
+          take_target(z, target, 0.f,
+                      [&](float gap) { at_target = own.w * inv_temperature * slope_of_gap(gap); });
           CUTE_UNROLL
           for (int k = 0; k < kRowSums; ++k) {
-            const float p = exp_approx(fmaf(z[k], cap, -own.x) - own.y);
-            z[k] = p * a * capped_slope(z[k]);
+            const float p = exp_approx(fmaf(tanh_of_gap(z[k]), cap, -own.x) - own.y);
+            z[k] = p * a * slope_of_gap(z[k]);
           }
           take_target(z, target, at_target, [](float) {});
         } else {
-          to_logits(z, p_.transform, facts_, inv_temperature, first_column, last_column);
+          if constexpr (kGaps) {
+            to_gaps(z, p_.transform, facts_);
+          } else {
+            scale_and_shift(z, p_.transform, facts_, inv_temperature);
+          }
           to_g(z, own, valid ? second_half(row) : float4{}, target, inv_temperature);
         }
         // Rows beyond the list are zero whatever C holds.
@@ -93,6 +96,8 @@ class GradientEpilogue {
   __device__ void finish() {}
 
  private:
+  static constexpr bool kGaps = kKind == GradientKind::general_capped;
+
   static __device__ __forceinline__ std::uint32_t pack(float low, float high) {
     if constexpr (std::is_same_v<Element, cute::half_t>) {
       return ptx::pack_f16(low, high);
@@ -108,28 +113,48 @@ class GradientEpilogue {
     return __ldg(reinterpret_cast<const float4*>(p_.row + row) + 1);
   }
 
-  // Logits to g = [p (a - d_entropy (t + H)) + zbar weight] slope, t = log p, in place.
+  // Logits, or gaps, to g = [p (a - d_entropy (t + H)) + zbar weight] slope, t = log p, in place.
   // own: row_max, log_sum, a, target_g; more: d_entropy, entropy, zbar.
   template <class Z>
   __device__ __forceinline__ void to_g(Z z, const float4& own, const float4& more, int target,
                                        float inv_temperature) const {
     const Lane at;
-    // 0 without a softcap.
-    const float inverse = p_.transform.inv_softcap * ptx::reciprocal_approx(inv_temperature);
-    // The least finite logit stands for -inf, which times an inverse of 0 would be NaN.
-    const auto slope = [&](float logit) {
-      return capped_slope(fmaxf(logit, -1e30f) * inverse) * inv_temperature;
-    };
-    float at_target = 0.f;
-    take_target(z, target, -kInfinity, [&](float logit) { at_target = own.w * slope(logit); });
-    CUTE_UNROLL
-    for (int k = 0; k < kRowSums; ++k) {
-      const float t = (z[k] - own.x) - own.y;
+    // Where p is 0, t may be infinite.
+    const auto by_p = [&](float logit) {
+      const float t = (logit - own.x) - own.y;
       const float p = exp_approx(t);
-      const float weight = facts_.weight[at.column(k)];
-      // Where p is 0, t may be infinite.
-      const float g = p * fmaf(-more.x, p == 0.f ? 0.f : t + more.y, own.z);
-      z[k] = fmaf(more.z, weight, g) * slope(z[k]);
+      return p * fmaf(-more.x, p == 0.f ? 0.f : t + more.y, own.z);
+    };
+    float at_target = own.w * inv_temperature;
+    if constexpr (kGaps) {
+      const float cap = p_.transform.softcap * inv_temperature;
+      take_target(z, target, 0.f, [&](float gap) { at_target *= slope_of_gap(gap); });
+      const auto by_gap = [&](float gap, float g) {
+        return g * slope_of_gap(gap) * inv_temperature;
+      };
+      // Two loops: with one for both, ptxas spills 1.3 KB.
+      if (more.z == 0.f) {
+        CUTE_UNROLL
+        for (int k = 0; k < kRowSums; ++k) z[k] = by_gap(z[k], by_p(tanh_of_gap(z[k]) * cap));
+      } else {
+        CUTE_UNROLL
+        for (int k = 0; k < kRowSums; ++k) {
+          const float p_term = by_p(tanh_of_gap(z[k]) * cap);
+          z[k] = by_gap(z[k], fmaf(more.z, facts_.weight[at.column(k)], p_term));
+        }
+      }
+    } else {
+      CUTE_UNROLL
+      for (int k = 0; k < kRowSums; ++k) z[k] = by_p(z[k]);
+      // By itself: beside the exponentials the weights would not find registers.
+      if (more.z != 0.f) {
+        CUTE_UNROLL
+        for (int k = 0; k < kRowSums; ++k) {
+          z[k] = fmaf(more.z, facts_.weight[at.column(k)], z[k]);
+        }
+      }
+      CUTE_UNROLL
+      for (int k = 0; k < kRowSums; ++k) z[k] *= inv_temperature;
     }
     take_target(z, target, at_target, [](float) {});
   }

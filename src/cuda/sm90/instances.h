@@ -18,8 +18,9 @@ namespace cutloss::sm90 {
 template <class Element, bool kSharesRows, bool kAll>
 void launch_statistics_instance(const Logits& logits, const Statistics& statistics,
                                 const Grid& grid, cudaStream_t stream);
-// g is a multiple of p; of p and the softcap's slope; or has terms of entropy and zbar.
-enum class GradientKind { plain, capped, general };
+// g is a multiple of p; of p and the softcap's slope; or has terms of entropy and zbar, without and
+// with a softcap.
+enum class GradientKind { plain, capped, general, general_capped };
 template <class Element, GradientKind kKind>
 void launch_gradient_instance(const Logits& logits, const GradientOfLogits& gradient,
                               const Grid& grid, cudaStream_t stream);

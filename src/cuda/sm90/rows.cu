@@ -1,5 +1,6 @@
 #include "cuda/sm90/rows.h"
 
+#include "core/transform.h"
 #include "cuda/common/device_math.cuh"
 
 namespace cutloss::sm90 {
@@ -39,24 +40,26 @@ __global__ void clear_statistics(Partials partials, std::int64_t entries, float*
   if (i < rows) target_logit[i] = nanf("");
   if (i >= entries) return;
   partials.max_and_sum[i] = make_float2(-INFINITY, 0.f);
-  if (partials.argmax != nullptr) {
+  if (partials.weight_and_argmax != nullptr) {
     partials.weighted_and_zbar[i] = make_float2(0.f, 0.f);
-    partials.argmax[i] = -1;
+    partials.weight_and_argmax[i] = make_float2(0.f, __int_as_float(-1));
   }
 }
 
+// class_weight: (V), or null.
 __device__ void write_outputs(const RowOutputs& out, const Listed& list, int i,
-                              const RowState<float>& state, int V) {
+                              const RowState<float>& state, const float* class_weight, int V) {
   const int entry = list.first + i;
   const std::int64_t n = list.row[entry];
   const int target = list.target[entry];
   RowState<float> closed = state;
   if (target < 0) closed.target_logit = -INFINITY;  // the row has a softmax, but no target
-  RowResult<float> row = finish(closed, target, V);
+  const float weight = target < 0 ? 0.f : class_weight == nullptr ? 1.f : class_weight[target];
+  RowResult<float> row = close(closed, target, weight, V);
   if (target < 0) row.nll = nanf("");
   if (*list.mismatch != 0) {
     const float nan = nanf("");
-    row = {nan, nan, nan, nan, nan, nan, -1};
+    row = {nan, nan, nan, nan, nan, nan, nan, -1};
   }
   write(out.nll, n, row.nll);
   write(out.lse, n, row.lse);
@@ -64,26 +67,20 @@ __device__ void write_outputs(const RowOutputs& out, const Listed& list, int i,
   write(out.log_sum, n, row.log_sum);
   write(out.entropy, n, row.entropy);
   write(out.zbar, n, row.zbar);
+  write(out.zbar_centred, n, row.zbar_centred);
   if (out.argmax != nullptr) out.argmax[n] = row.argmax;
 }
 
-// The state of a row from another lane.
+// The state of a row from another lane. Nobody has its target yet.
 __device__ RowState<float> shuffled(const RowState<float>& state, int lanes) {
   RowState<float> other;
   other.max = __shfl_down_sync(~0u, state.max, lanes);
   other.sum = __shfl_down_sync(~0u, state.sum, lanes);
   other.weighted_sum = __shfl_down_sync(~0u, state.weighted_sum, lanes);
-  other.zbar_sum = __shfl_down_sync(~0u, state.zbar_sum, lanes);
+  other.zbar = __shfl_down_sync(~0u, state.zbar, lanes);
+  other.weight_seen = __shfl_down_sync(~0u, state.weight_seen, lanes);
   other.argmax = __shfl_down_sync(~0u, state.argmax, lanes);
   return other;
-}
-
-// Slots hold tiles in turn: of equal maxima the first column is wanted, not the first slot.
-__device__ void join(RowState<float>& state, const RowState<float>& other) {
-  const bool earlier = other.sum != 0.f && other.max == state.max && other.argmax < state.argmax;
-  merge(state, other.max, other.sum, other.weighted_sum, other.argmax);
-  state.zbar_sum += other.zbar_sum;
-  if (earlier) state.argmax = other.argmax;
 }
 
 // A warp merges a row: each lane a few slots in order, then the lanes in order.
@@ -107,20 +104,21 @@ __global__ void merge_rows(Merge m) {
     RowState<float> other;
     other.max = ms.x;
     other.sum = ms.y;
-    other.argmax = 0;
     if (m.all) {
       const float2 wz = m.partials.weighted_and_zbar[at];
+      const float2 more = m.partials.weight_and_argmax[at];
       other.weighted_sum = wz.x;
-      other.zbar_sum = wz.y;
-      other.argmax = m.partials.argmax[at];
+      other.zbar = wz.y;
+      other.weight_seen = more.x;
+      other.argmax = __float_as_int(more.y);
     }
-    join(state, other);
+    cutloss::merge(state, other);
   }
-  for (int lanes = 16; lanes > 0; lanes /= 2) join(state, shuffled(state, lanes));
+  for (int lanes = 16; lanes > 0; lanes /= 2) cutloss::merge(state, shuffled(state, lanes));
   if (lane != 0) return;
   if (!m.first_slab) {
     RowState<float> earlier = m.states[i];
-    join(earlier, state);
+    cutloss::merge(earlier, state);
     state = earlier;
   }
   if (!m.last_slab) {
@@ -128,7 +126,7 @@ __global__ void merge_rows(Merge m) {
     return;
   }
   state.target_logit = m.target_logit[i];
-  write_outputs(m.out, m.list, i, state, m.V);
+  write_outputs(m.out, m.list, i, state, m.class_weight, m.V);
 }
 
 __global__ void references_of_rows(References r) {
@@ -137,7 +135,7 @@ __global__ void references_of_rows(References r) {
   const int lane = threadIdx.x % kWarp;
   if (i >= listed_rows(r.list)) return;
   const int target = r.list.target[r.list.first + i];
-  float z = -INFINITY;  // of a target out of range; write_outputs says the rest
+  float z = -INFINITY, a = 0.f;  // of a target out of range; write_outputs says the rest
   if (target >= 0) {
     const auto* e = static_cast<const __nv_bfloat16*>(r.e.data) + i * r.e.stride;
     const auto* c = static_cast<const __nv_bfloat16*>(r.c.data) + target * r.c.stride;
@@ -156,12 +154,14 @@ __global__ void references_of_rows(References r) {
     z = sum * (r.transform.scale * t);
     if (r.transform.bias != nullptr) z = fmaf(r.transform.bias[target], t, z);
     if (r.transform.softcap != 0.f) {
-      const float cap = r.transform.softcap * t;
-      z = cap * tanhf(z / cap);
+      // The product as it is, which both the logit and its slope are made of.
+      a = r.transform.scale * sum;
+      if (r.transform.bias != nullptr) a += r.transform.bias[target];
+      z = transformed(a, r.transform.softcap, t);
     }
   }
   if (lane != 0) return;
-  r.target_logit[i] = z;
+  r.target_logit[i] = r.transform.softcap == 0.f ? z : a;
   r.reference[i] = z == -INFINITY ? 0.f : z + kReferenceAbove;
 }
 
@@ -191,7 +191,11 @@ __global__ void close_rows(Close k) {
   // e^(z - reference) to e^(z - maximum). An infinite logit makes NaN, as in every engine.
   state.sum = top == -INFINITY ? sum : sum * expf(reference - top);
   state.target_logit = k.target_logit[i];
-  write_outputs(k.out, k.list, i, state, k.V);
+  if (k.transform.softcap != 0.f) {
+    state.target_logit =
+        transformed(state.target_logit, k.transform.softcap, k.transform.inv_temperature[i]);
+  }
+  write_outputs(k.out, k.list, i, state, nullptr, k.V);  // by rows there is no zbar
 }
 
 struct Known {

@@ -38,6 +38,7 @@ struct Merge {
   bool first_slab = true, last_slab = true;
   RowState<float>* states = nullptr;
   const float* target_logit = nullptr;
+  const float* class_weight = nullptr;  // of the whole vocabulary, or null
   int V = 0;
   RowOutputs out;
 };
@@ -49,8 +50,8 @@ struct References {
   Matrix e;  // bf16, rows of this list
   Matrix c;  // bf16
   int depth = 0;
-  LogitTransform transform;  // bias: of the whole vocabulary
-  float* target_logit = nullptr;
+  LogitTransform transform;       // bias: of the whole vocabulary
+  float* target_logit = nullptr;  // as it is before the transform, where that has a softcap
   float* reference = nullptr;
   int* redo = nullptr;
 };
@@ -62,7 +63,8 @@ struct Close {
   Listed list;
   const float2* sum_and_max = nullptr;  // (rows, column tiles)
   int column_tiles = 0;
-  const float* target_logit = nullptr;
+  const float* target_logit = nullptr;  // these three: of References
+  LogitTransform transform;
   float* reference = nullptr;
   int V = 0;
   RowOutputs out;
@@ -82,7 +84,7 @@ struct Coefficients {
 };
 // By rows: g = factor * x for all columns but the target's, where it is target_g.
 struct RowFactors {
-  const float* reference = nullptr;
+  const float* reference = nullptr;  // these two: of References
   const float* target_logit = nullptr;
   float* factor = nullptr;
   float* target_g = nullptr;

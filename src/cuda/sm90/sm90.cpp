@@ -80,10 +80,13 @@ void launch_statistics(const Logits& logits, const Statistics& statistics, const
 void launch_gradient(const Logits& logits, const GradientOfLogits& gradient, const Grid& grid,
                      cudaStream_t stream) {
   const auto launch = [&]<class Element>(Element*) {
-    const auto instance =
-        gradient.general                  ? launch_gradient_instance<Element, GradientKind::general>
-        : logits.transform.softcap != 0.f ? launch_gradient_instance<Element, GradientKind::capped>
-                                          : launch_gradient_instance<Element, GradientKind::plain>;
+    using Kind = GradientKind;
+    const bool capped = logits.transform.softcap != 0.f;
+    const auto instance = gradient.general
+                              ? (capped ? launch_gradient_instance<Element, Kind::general_capped>
+                                        : launch_gradient_instance<Element, Kind::general>)
+                              : (capped ? launch_gradient_instance<Element, Kind::capped>
+                                        : launch_gradient_instance<Element, Kind::plain>);
     instance(logits, gradient, grid, stream);
   };
   if (logits.type == DType::f16) {

@@ -52,8 +52,8 @@ struct Logits {
 struct Partials {
   float2* max_and_sum = nullptr;
   float2* weighted_and_zbar = nullptr;  // these two where all statistics are wanted
-  int* argmax = nullptr;
-  int block_rows = 0;  // these two: Grid
+  float2* weight_and_argmax = nullptr;  // class weights seen; the bits of an int
+  int block_rows = 0;                   // these two: Grid
   int slots = 0;
 
 #ifdef __CUDACC__

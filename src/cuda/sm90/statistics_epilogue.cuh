@@ -3,6 +3,7 @@
 // of its two groups of threads leaves one set of partial statistics per row.
 #pragma once
 
+#include "core/row_state.h"
 #include "cuda/sm90/sm90.h"
 #include "cuda/sm90/transform.cuh"
 
@@ -11,7 +12,7 @@ namespace cutloss::sm90 {
 // kAll: entropy, zbar and argmax too.
 template <bool kAll>
 class StatisticsEpilogue {
-  static constexpr int kNumbers = kAll ? 5 : 2;  // of a row
+  static constexpr int kNumbers = kAll ? 6 : 2;  // of a row
 
  public:
   // The statistics wait in shared memory, each thread's in a column of its own: the registers are
@@ -62,10 +63,11 @@ class StatisticsEpilogue {
       to_logits(z, p_.transform, facts_, facts_.inv_temperature[at.row(i)], first_column,
                 last_column);
       Row state = get(i);
-      if constexpr (kAll) add_zbar(z, state);
-      take_target(z, facts_.target[at.row(i)], -kInfinity,
+      const int target = facts_.target[at.row(i)];
+      take_target(z, target, -kInfinity,
                   [&](float logit) { p_.target_logit[first_row + at.row(i)] = logit; });
       add(z, state, first_column);
+      if constexpr (kAll) add_zbar(z, state, target);
       put(i, state);
     }
   }
@@ -77,24 +79,24 @@ class StatisticsEpilogue {
     const std::int64_t slot = p_.partials.slots * walk_.sharer(run_, cluster_) + slot_;
     for (int i = 0; i < kRowsOfThread; ++i) {
       Row state = get(i);
-      for (int lanes = 1; lanes < 4; lanes *= 2) join(state, lanes);
+      for (int lanes = 1; lanes < 4; lanes *= 2) merge(state, from_lane(state, lanes), ExpApprox{});
       const int row = first_row_ + at.row(i);
       if (at.lane % 4 != 0 || row >= rows_) continue;
       const std::int64_t to = p_.partials.index(walk_, run_, slot, row);
       p_.partials.max_and_sum[to] = make_float2(state.max, state.sum);
       if constexpr (kAll) {
-        p_.partials.weighted_and_zbar[to] = make_float2(state.weighted, state.zbar);
-        p_.partials.argmax[to] = state.argmax;
+        p_.partials.weighted_and_zbar[to] = make_float2(state.weighted_sum, state.zbar);
+        p_.partials.weight_and_argmax[to] =
+            make_float2(state.weight_seen, __int_as_float(static_cast<int>(state.argmax)));
       }
     }
   }
 
  private:
-  struct Row {
-    float max = -kInfinity;
-    float sum = 0;
-    float weighted = 0, zbar = 0;  // these with kAll only
-    int argmax = -1;
+  using Row = RowState<float>;  // what kAll alone wants stays as it is without it
+
+  struct ExpApprox {
+    __device__ float operator()(float x) const { return exp_approx(x); }
   };
 
   __device__ __forceinline__ Row get(int i) const {
@@ -103,9 +105,10 @@ class StatisticsEpilogue {
     row.max = from[0];
     row.sum = from[32];
     if constexpr (kAll) {
-      row.weighted = from[64];
+      row.weighted_sum = from[64];
       row.zbar = from[96];
-      row.argmax = __float_as_int(from[128]);
+      row.weight_seen = from[128];
+      row.argmax = __float_as_int(from[160]);
     }
     return row;
   }
@@ -115,22 +118,29 @@ class StatisticsEpilogue {
     to[0] = row.max;
     to[32] = row.sum;
     if constexpr (kAll) {
-      to[64] = row.weighted;
+      to[64] = row.weighted_sum;
       to[96] = row.zbar;
-      to[128] = __int_as_float(row.argmax);
+      to[128] = row.weight_seen;
+      to[160] = __int_as_float(static_cast<int>(row.argmax));
     }
   }
 
+  // After `add`, whose maximum it is relative to. target: as in take_target; it is left out.
   template <class Z>
-  __device__ __forceinline__ void add_zbar(Z z, Row& row) {
+  __device__ __forceinline__ void add_zbar(Z z, Row& row, int target) {
     const Lane at;
+    const float shift = finite_or_zero(row.max);
+    float seen = 0.f, left_out = 0.f;
+    take_target(z, target, shift, [&](float) { left_out = facts_.weight[target]; });
     CUTE_UNROLL
     for (int i = 0; i < kRowSums; i += 2) {
       // A weight of 0 leaves an infinite logit out.
       const float2 weight = *reinterpret_cast<const float2*>(facts_.weight + at.column(i));
-      if (weight.x != 0.f) row.zbar = fmaf(weight.x, z[i], row.zbar);
-      if (weight.y != 0.f) row.zbar = fmaf(weight.y, z[i + 1], row.zbar);
+      if (weight.x != 0.f) row.zbar = fmaf(weight.x, z[i] - shift, row.zbar);
+      if (weight.y != 0.f) row.zbar = fmaf(weight.y, z[i + 1] - shift, row.zbar);
+      seen += weight.x + weight.y;
     }
+    row.weight_seen += seen - left_out;
   }
 
   template <class Z>
@@ -152,7 +162,8 @@ class StatisticsEpilogue {
     const float old_scale = exp_approx(row.max - shift);
     if constexpr (kAll) {
       const float moved = row.max == -kInfinity ? 0.f : row.max - shift;
-      row.weighted = old_scale * fmaf(moved, row.sum, row.weighted);
+      row.weighted_sum = old_scale * fmaf(moved, row.sum, row.weighted_sum);
+      row.zbar = fmaf(row.weight_seen, finite_or_zero(row.max) - shift, row.zbar);
     }
     float sum[2] = {row.sum * old_scale, 0.f};
     CUTE_UNROLL
@@ -160,33 +171,27 @@ class StatisticsEpilogue {
       const float t = z[i] - shift;
       const float e = exp_approx(t);
       sum[i % 2] += e;
-      if constexpr (kAll) row.weighted = fmaf(e, fmaxf(t, -1e4f), row.weighted);  // 0 * -inf is 0
+      if constexpr (kAll) {
+        row.weighted_sum = fmaf(e, fmaxf(t, -1e4f), row.weighted_sum);  // 0 * -inf is 0
+      }
     }
     row.sum = sum[0] + sum[1];
     row.max = top;
   }
 
-  __device__ __forceinline__ void join(Row& row, int lanes) {
-    const auto other = [lanes](float value) { return __shfl_xor_sync(~0u, value, lanes); };
-    const float other_max = other(row.max), other_sum = other(row.sum);
-    const float top = fmaxf(row.max, other_max);
-    const float shift = top == -kInfinity ? 0.f : top;
-    const float own_scale = exp_approx(row.max - shift);
-    const float other_scale = exp_approx(other_max - shift);
+  // The state of a row in another lane; its target's logit is in nobody's.
+  static __device__ __forceinline__ Row from_lane(const Row& row, int lanes) {
+    const auto other = [lanes](auto value) { return __shfl_xor_sync(~0u, value, lanes); };
+    Row from;
+    from.max = other(row.max);
+    from.sum = other(row.sum);
     if constexpr (kAll) {
-      const float other_weighted = other(row.weighted);
-      const float own_moved = row.max == -kInfinity ? 0.f : row.max - shift;
-      const float other_moved = other_max == -kInfinity ? 0.f : other_max - shift;
-      row.weighted = own_scale * fmaf(own_moved, row.sum, row.weighted) +
-                     other_scale * fmaf(other_moved, other_sum, other_weighted);
-      row.zbar += other(row.zbar);
-      const int other_argmax = __shfl_xor_sync(~0u, row.argmax, lanes);
-      const bool other_first = static_cast<unsigned>(other_argmax) <
-                               static_cast<unsigned>(row.argmax);  // -1 is the last of all
-      if (other_max > row.max || (other_max == row.max && other_first)) row.argmax = other_argmax;
+      from.weighted_sum = other(row.weighted_sum);
+      from.zbar = other(row.zbar);
+      from.weight_seen = other(row.weight_seen);
+      from.argmax = other(static_cast<int>(row.argmax));
     }
-    row.sum = row.sum * own_scale + other_sum * other_scale;
-    row.max = top;
+    return from;
   }
 
   const Params& p_;

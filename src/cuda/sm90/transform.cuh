@@ -11,11 +11,19 @@ inline constexpr float kInfinity = __builtin_huge_valf();
 
 __device__ __forceinline__ float exp_approx(float x) { return ptx::exp2_approx(x * kLog2e); }
 
-// tanh through e^(-2|x|); the absolute error is about 2^-22.
-__device__ __forceinline__ float tanh_approx(float x) {
-  const float e = ptx::exp2_approx(-2 * kLog2e * fabsf(x));
-  return copysignf((1.f - e) * ptx::reciprocal_approx(1.f + e), x);
+// How far tanh x stays from 1 or -1, whichever is nearer, with the sign of x: 1 - |tanh x| =
+// 2 u / (1 + u), u = e^(-2|x|). One number from which tanh and its slope both follow in two
+// instructions: tanh to an absolute 2^-22, and the slope to a relative one, also where tanh itself
+// would be 1 and have forgotten it (docs/math.md, section 1).
+__device__ __forceinline__ float gap_to_cap(float x) {
+  const float u = ptx::exp2_approx(-2 * kLog2e * fabsf(x));
+  return copysignf(2.f * u * ptx::reciprocal_approx(1.f + u), x);
 }
+// A gap of +inf, which none is, gives -inf: a column that is not there.
+inline constexpr float kNoGap = kInfinity;
+__device__ __forceinline__ float tanh_of_gap(float gap) { return copysignf(1.f, gap) - gap; }
+// 1 - tanh^2 = (1 - |tanh|) (1 + |tanh|)
+__device__ __forceinline__ float slope_of_gap(float gap) { return fabsf(gap) * (2.f - fabsf(gap)); }
 
 // What the epilogue of a tile needs of its columns and rows, in shared memory: read while the other
 // group multiplies, since in the epilogue nothing would hide the way to device memory.
@@ -62,14 +70,15 @@ __device__ __forceinline__ void scale_and_shift(Row z, const LogitTransform& f,
   }
 }
 
-// Columns beyond the tile's last become -inf.
+// Columns beyond the tile's last become `nothing`.
 template <class Row>
-__device__ __forceinline__ void cut_off(Row z, int first_column, int last_column) {
+__device__ __forceinline__ void cut_off(Row z, int first_column, int last_column,
+                                        float nothing = -kInfinity) {
   if (first_column + kTileColumns <= last_column) return;
   const Lane at;
   CUTE_UNROLL
   for (int i = 0; i < kRowSums; ++i) {
-    if (first_column + at.column(i) >= last_column) z[i] = -kInfinity;
+    if (first_column + at.column(i) >= last_column) z[i] = nothing;
   }
 }
 
@@ -84,19 +93,19 @@ __device__ __forceinline__ void to_logits(Row z, const LogitTransform& f, const 
     scale_and_shift(z, f, facts, f.inv_softcap);
     const float cap = f.softcap * inv_temperature;
     CUTE_UNROLL
-    for (int i = 0; i < kRowSums; ++i) z[i] = tanh_approx(z[i]) * cap;
+    for (int i = 0; i < kRowSums; ++i) z[i] = tanh_of_gap(gap_to_cap(z[i])) * cap;
   }
   cut_off(z, first_column, last_column);
 }
 
-// With a softcap: to logits / (softcap * inv_temperature), of which the slope is a simple function.
+// With a softcap: to gaps, of which the logit (tanh_of_gap times softcap * inv_temperature) and its
+// slope are simple functions.
 template <class Row>
-__device__ __forceinline__ void to_capped(Row z, const LogitTransform& f, const TileFacts& facts) {
+__device__ __forceinline__ void to_gaps(Row z, const LogitTransform& f, const TileFacts& facts) {
   scale_and_shift(z, f, facts, f.inv_softcap);
   CUTE_UNROLL
-  for (int i = 0; i < kRowSums; ++i) z[i] = tanh_approx(z[i]);
+  for (int i = 0; i < kRowSums; ++i) z[i] = gap_to_cap(z[i]);
 }
-__device__ __forceinline__ float capped_slope(float tanh) { return fmaf(-tanh, tanh, 1.f); }
 
 // Calls found(z) where the thread holds the target's logit, which then becomes `replacement`.
 // target: the column in the tile, or anything outside of it.
