@@ -49,11 +49,30 @@ const Booking& Ledger::booking(std::string_view name) const {
   return *found;
 }
 
+std::string_view name(Lifetime lifetime) {
+  switch (lifetime) {
+    case Lifetime::step:
+      return "step";
+    case Lifetime::seam:
+      return "seam";
+    case Lifetime::call:
+      return "call";
+    case Lifetime::kept:
+      return "kept";
+  }
+  return "?";
+}
+
 std::string in_words(const Ledger& ledger) {
   std::string out;
   for (const Booking& b : ledger.bookings()) {
     out += text(out.empty() ? "" : ", ", b.name, " ", b.bytes);
-    if (!b.lies_in.empty()) out += text(" (in ", b.lies_in, " until ", b.until, ")");
+    std::string facts;
+    if (b.lifetime != Lifetime::step) facts += name(b.lifetime);
+    if (!b.lies_in.empty()) {
+      facts += text(facts.empty() ? "" : ", ", "in ", b.lies_in, " until ", b.until);
+    }
+    if (!facts.empty()) out += text(" (", facts, ")");
   }
   return out.empty() ? "nothing" : out;
 }

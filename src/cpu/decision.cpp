@@ -36,7 +36,7 @@ Ledger workspace(const CpuDecision& d, Way way, Pass pass) {
       d.stat == DType::f64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
   const bool from_kept = way.schedule == Schedule::rows;
   Ledger ledger(64);
-  ledger.book(buffer::kRowList, (1 + row_count(p)) * 8);
+  ledger.book(buffer::kRowList, (1 + row_count(p)) * 8, Lifetime::call);
   if (makes_statistics(pass)) ledger.book(buffer::kStates, s.chunk_rows * state);
   ledger.book(buffer::kE, s.block_rows * head.D * operand);
   if (d.converts_c) ledger.book(buffer::kC, s.slab * head.D * operand);
@@ -56,9 +56,10 @@ Ledger workspace(const CpuDecision& d, Way way, Pass pass) {
     ledger.book(buffer::kDeSums, s.chunk_rows * head.D * stat);
   }
   if (p.wanted.dc.wanted && !d.dc_in_place) {
-    ledger.book(buffer::kDcSums, (d.one_chunk ? s.slab : V) * head.D * stat);
+    ledger.book(buffer::kDcSums, (d.one_chunk ? s.slab : V) * head.D * stat,
+                d.one_chunk ? Lifetime::step : Lifetime::call);
   }
-  if (p.wanted.dbias.wanted) ledger.book(buffer::kDbiasSums, V * 8);
+  if (p.wanted.dbias.wanted) ledger.book(buffer::kDbiasSums, V * 8, Lifetime::call);
   return ledger;
 }
 

@@ -79,11 +79,11 @@ const CudaDecision& on_current_device(const CudaDecision& d) {
 
 void book_rows(Ledger& ledger, const CudaDecision& d) {
   const std::int64_t N = row_count(d.problem);
-  ledger.book(buffer::kCounts, 2 * 4);
-  ledger.book(buffer::kRows, N * 8);
-  ledger.book(buffer::kPositions, N * 4);
-  ledger.book(buffer::kTargets, N * 4);
-  ledger.book(buffer::kInvTemperature, N * size_of(d.stat));
+  ledger.book(buffer::kCounts, 2 * 4, Lifetime::call);
+  ledger.book(buffer::kRows, N * 8, Lifetime::call);
+  ledger.book(buffer::kPositions, N * 4, Lifetime::call);
+  ledger.book(buffer::kTargets, N * 4, Lifetime::call);
+  ledger.book(buffer::kInvTemperature, N * size_of(d.stat), Lifetime::call);
 }
 
 std::int64_t padded(std::int64_t columns, DType type) {
@@ -120,9 +120,9 @@ void book_g(Ledger& ledger, const CudaDecision& d, const Reads& reads) {
   const LastBytes last = last_bytes(d, d.last.gradient_rows, d.last.gradient_slab);
   ledger.book(buffer::kG, std::max(g, last.all()));
   const char* until = "the call ends";
-  ledger.share(buffer::kLastE, last.e, buffer::kG, until, Lifetime::call, last.g);
+  ledger.share(buffer::kLastE, last.e, buffer::kG, until, Lifetime::step, last.g);
   if (last.sums > 0) {
-    ledger.share(buffer::kLastDcSums, last.sums, buffer::kG, until, Lifetime::call,
+    ledger.share(buffer::kLastDcSums, last.sums, buffer::kG, until, Lifetime::step,
                  last.g + last.e);
   }
 }

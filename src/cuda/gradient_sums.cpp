@@ -25,9 +25,10 @@ void book_sums(Ledger& ledger, const CudaDecision& d, bool always_de_sums) {
     ledger.book(buffer::kDeSums, d.sizes.chunk_rows * head.D * stat);
   }
   if (dc_has_sums_of(d, false)) {
-    ledger.book(buffer::kDcSums, (d.one_chunk ? d.sizes.gradient_slab : V) * head.D * stat);
+    ledger.book(buffer::kDcSums, (d.one_chunk ? d.sizes.gradient_slab : V) * head.D * stat,
+                d.one_chunk ? Lifetime::step : Lifetime::call);
   }
-  if (p.wanted.dbias.wanted) ledger.book(buffer::kDbiasSums, V * 8);
+  if (p.wanted.dbias.wanted) ledger.book(buffer::kDbiasSums, V * 8, Lifetime::call);
 }
 
 template <class T>

@@ -109,8 +109,7 @@ void book_by_rows(Ledger& ledger, const FusedDecision& d) {
   ledger.book(buffer::kTargetG, rows * 4);
   if (p.wanted.dc.wanted || p.wanted.dbias.wanted) {
     ledger.book(buffer::kTargetOrder, rows * 4 * 4);
-    ledger.book(buffer::kTargetSort,
-                sm90::target_sort_bytes(static_cast<int>(rows), static_cast<int>(V)));
+    ledger.book(buffer::kTargetSort, sm90::target_sort_bytes(static_cast<int>(rows)));
   }
   if (p.wanted.dc.wanted) {
     ledger.book(buffer::kScaledE, rows * e_stride(p, d.operand) * size_of(d.operand));
@@ -151,13 +150,20 @@ Ledger workspace(const FusedDecision& d, Way way, Pass pass, const Shape& shape)
   const Reads reads = reads_of(d, way, pass, shape);
   Ledger ledger(kAlign);
   book_rows(ledger, d);
-  if (d.converts_bias) ledger.book(buffer::kBias, V * 4);
-  if (d.converts_c) ledger.book(buffer::kC, shape.c_columns * e_bytes);
+  if (d.converts_bias) ledger.book(buffer::kBias, V * 4, Lifetime::call);
+  if (d.converts_c) {
+    ledger.book(buffer::kC, shape.c_columns * e_bytes,
+                shape.c_columns >= V ? Lifetime::call : Lifetime::step);
+  }
   const bool packs_e = makes_statistics_by_slabs(way, pass) ? shape.packs_e_in_forward
                                                             : !reads.e_in_place && !reads.e_in_de;
   if (packs_e) {
     ledger.book(buffer::kE, d.sizes.chunk_rows * e_bytes,
-                pass == Pass::both ? Lifetime::seam : Lifetime::call);
+                pass == Pass::both ? Lifetime::seam : Lifetime::step);
+  }
+  if (makes_gradients(pass) && reads.e_in_de) {
+    ledger.share(buffer::kE, d.sizes.chunk_rows * head_of(p).D * size_of(d.operand), "dE",
+                 "dE is written");
   }
   if (makes_statistics_by_slabs(way, pass)) book_statistics(ledger, d);
   if (makes_statistics(pass) && by_rows) book_exponentials(ledger, d, way, pass);
@@ -231,11 +237,11 @@ std::int64_t forward_slab(const FusedDecision& d, bool small) {
 // One size of the matrix library's memory, within a budget.
 class Search {
  public:
-  Search(const FusedDecision& facts, Way way, std::int64_t library_bytes, std::int64_t budget,
+  Search(const FusedDecision& facts, Way way, const LibraryMemory& library, std::int64_t budget,
          std::int64_t& least)
       : facts_(facts),
         way_(way),
-        library_bytes_(library_bytes),
+        library_(library),
         budget_(budget),
         least_(least),
         rows_(std::max<std::int64_t>(row_count(facts.problem), 1)),
@@ -315,7 +321,7 @@ class Search {
     FusedDecision trial = facts_;
     trial.sizes = sizes;
     trial.last.begin = last_begin;
-    book(trial, way_, library_bytes_, budget_);
+    book(trial, way_, library_.bytes, budget_);
     least_ = std::min(least_, peak_bytes(trial));
     return trial;
   }
@@ -323,7 +329,7 @@ class Search {
   double predicted_time(const FusedDecision& d) const {
     const Problem& p = facts_.problem;
     const Sizes& s = d.sizes;
-    double time = products_of(p, way_);
+    double time = products_of(p, way_) + (wants_gradient(p) ? library_.slower : 0);
     if (p.wanted.de.wanted && way_.schedule == Schedule::vocabulary) {
       time += passes_over_sums(kFlopsPerByte, divide_up(V_, s.gradient_slab), V_);
     }
@@ -335,7 +341,8 @@ class Search {
 
   const FusedDecision& facts_;
   const Way way_;
-  const std::int64_t library_bytes_, budget_;
+  const LibraryMemory& library_;
+  const std::int64_t budget_;
   std::int64_t& least_;
   const std::int64_t rows_, V_;
 };
@@ -364,10 +371,13 @@ std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem
   FusedDecision facts;
   set_facts(facts, algorithm, p, device);
   facts.finds_last_e = facts.operand == DType::bf16 && finds_e_by_position(facts);
-  for (const std::int64_t library_bytes : kLibraryBytes) {
-    if (auto found = Search(facts, way, library_bytes, budget, least).find()) return found;
+  std::shared_ptr<const FusedDecision> best;
+  for (const LibraryMemory& library : kLibraryMemory) {
+    auto found = Search(facts, way, library, budget, least).find();
+    if (found == nullptr) continue;
+    if (best == nullptr || found->predicted_time < best->predicted_time) best = std::move(found);
   }
-  return nullptr;
+  return best;
 }
 
 }  // namespace cutloss::cuda::fused

@@ -25,8 +25,13 @@ inline constexpr std::int64_t kForwardSlab = 128 * kTileColumns;
 inline constexpr std::int64_t kSmallForwardSlab = 8 * kTileColumns;
 // Columns of C that are converted at a time, as memory allows.
 inline constexpr std::int64_t kSomeColumns[] = {32768, 8192};
-// cuBLASLt's workspace, as memory allows.
-inline constexpr std::int64_t kLibraryBytes[] = {32 * kMiB, 4 * kMiB, 0};
+// cuBLASLt's workspace, as memory allows, and the time that less of it costs dE's product, in
+// products.
+struct LibraryMemory {
+  std::int64_t bytes;
+  double slower;
+};
+inline constexpr LibraryMemory kLibraryMemory[] = {{32 * kMiB, 0}, {4 * kMiB, 0.01}, {0, 0.02}};
 // tanh is good to an absolute 2^-22, so a logit to 2^-22 of the softcap.
 inline constexpr double kMostSoftcap = 256;
 

@@ -52,14 +52,19 @@ Ledger workspace(const CudaDecision& d, Way way, Pass pass, const Reads& reads) 
   Ledger ledger(kAlign);
   book_rows(ledger, d);
   if (makes_statistics(pass)) ledger.book(buffer::kStates, s.chunk_rows * state);
-  if (d.converts_bias) ledger.book(buffer::kBias, classes_of(p).count * stat);
+  if (d.converts_bias) ledger.book(buffer::kBias, classes_of(p).count * stat, Lifetime::call);
   if (!reads.e_in_place && !reads.e_in_de) {
     const std::int64_t block = std::max(s.block_rows, makes_gradients(pass) ? s.gradient_rows : 0);
     const std::int64_t rows = reads.whole_e ? s.chunk_rows : std::min(block, s.chunk_rows);
-    const bool stays = reads.whole_e && pass == Pass::both;
-    ledger.book(buffer::kE, rows * e_bytes, stays ? Lifetime::seam : Lifetime::call);
+    ledger.book(buffer::kE, rows * e_bytes);
   }
-  if (d.converts_c) ledger.book(buffer::kC, reads.c_columns * e_bytes);
+  if (d.converts_c) {
+    const bool once = reads.c_columns >= classes_of(p).count;
+    ledger.book(buffer::kC, reads.c_columns * e_bytes, once ? Lifetime::call : Lifetime::step);
+  }
+  if (makes_gradients(pass) && reads.e_in_de) {
+    ledger.share(buffer::kE, s.chunk_rows * head_of(p).D * operand, "dE", "dE is written");
+  }
   if (makes_statistics(pass) || !from_kept) {
     ledger.book(buffer::kZ, s.block_rows * padded(s.slab, d.stat) * stat);
   }

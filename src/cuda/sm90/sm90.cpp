@@ -34,19 +34,10 @@ Grid grid_for(int multiprocessors, int rows, int columns, bool may_share_rows) {
 
 std::int64_t partial_entries(const Grid& grid, int rows) {
   const int blocks = (rows + grid.block_rows() - 1) / grid.block_rows();
-  // Plans ask again and again.
-  struct Answer {
-    int blocks, clusters, largest_group, slots;
-    std::int64_t entries;
-  };
-  thread_local Answer last{};
-  if (last.blocks == blocks && last.clusters == grid.clusters() &&
-      last.largest_group == grid.largest_group && last.slots == grid.slots()) {
-    return last.entries;
-  }
   std::int64_t most = 0;
-  // The fewer rows count, the smaller the groups may be: every number of blocks is tried.
-  for (int b = 1; b <= blocks; ++b) {
+  // The fewer rows count, the smaller the groups may be. One more of the largest groups only adds
+  // entries, so the last numbers of blocks hold the most.
+  for (int b = std::max(1, blocks - grid.largest_group + 1); b <= blocks; ++b) {
     const TileWalk walk = TileWalk::make(b, 1, grid.clusters(), grid.largest_group);
     std::int64_t entries = 0;
     for (int r = 0; r < walk.runs; ++r) {
@@ -56,7 +47,6 @@ std::int64_t partial_entries(const Grid& grid, int rows) {
     }
     most = std::max(most, entries);
   }
-  last = {blocks, grid.clusters(), grid.largest_group, grid.slots(), most};
   return most;
 }
 

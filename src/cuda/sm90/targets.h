@@ -27,7 +27,9 @@ struct TargetSums {
 };
 void launch_target_sums(const TargetSums& targets, cudaStream_t stream);
 
-// Scratch bytes of the sort.
-std::int64_t target_sort_bytes(int capacity, int V);
+// Scratch bytes of the sort: what plans book, which takes no device, and what the sort asks for on
+// the current device. Never more, or the sort fails.
+std::int64_t target_sort_bytes(int capacity);
+std::int64_t needed_sort_bytes(int capacity, int V);
 
 }  // namespace cutloss::sm90
