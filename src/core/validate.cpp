@@ -125,7 +125,7 @@ void check_gradient(const GradientWanted& gradient, const GradientRule& rule, co
     refuse(text("wanted.", what, ".type is ", name(type), ", but this gradient can be written in ",
                 name(rule.own), ", the dtype of what it is the gradient of",
                 rule.sums == rule.own ? "" : text(", or in ", name(rule.sums), ", that of its sums"),
-                ": take one of these, and convert the gradient yourself"));
+                "; leave it unset, and convert the gradient yourself"));
   }
   if (!gradient.add) return;
   if (!rule.may_add) {

@@ -113,7 +113,7 @@ LastBytes last_bytes(const CudaDecision& d, std::int64_t rows, std::int64_t slab
 void book_g(Ledger& ledger, const CudaDecision& d, const Reads& reads) {
   const Sizes& s = d.sizes;
   const std::int64_t g = s.gradient_rows * padded(s.gradient_slab, d.operand) * size_of(d.operand);
-  if (!d.has_de_sums_in_dc() || !reads.e_in_de || d.finds_last_e) {
+  if (!d.packs_last_e || !reads.e_in_de) {
     ledger.book(buffer::kG, g);
     return;
   }
@@ -131,7 +131,9 @@ void set_last(CudaDecision& d, Way way) {
   const Sizes& s = d.sizes;
   d.last.gradient_rows = s.gradient_rows;
   d.last.gradient_slab = s.gradient_slab;
-  if (!d.has_de_sums_in_dc() || !packs_e_in_de(d, way, Pass::backward) || d.finds_last_e) return;
+  d.packs_last_e =
+      d.has_de_sums_in_dc() && packs_e_in_de(d, way, Pass::backward) && !d.finds_last_e;
+  if (!d.packs_last_e) return;
   const std::int64_t g = s.gradient_rows * padded(s.gradient_slab, d.operand) * size_of(d.operand);
   for (std::int64_t rows = kMostLastRows;; rows /= 2) {
     const auto bytes = [&](std::int64_t slab) { return last_bytes(d, rows, slab).all(); };

@@ -90,6 +90,7 @@ struct CudaDecision : Decision {
   // In the last columns kernels find rows of E by their positions, where these lie. Else E is packed
   // once more, a block of rows at a time, unless it is where it was.
   bool finds_last_e = false;
+  bool packs_last_e = false;
   // Of forward or joint sessions, and of backward.
   Reads forward_reads, backward_reads;
 
@@ -103,7 +104,7 @@ void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& probl
                const DeviceFacts& device);
 // What follows from the sizes too: where sums and g lie.
 void set_places(CudaDecision& d, Way way);
-// The sizes of dC's products in the last columns. After set_places, which is due again then.
+// How dC's products are made in the last columns. After set_places, which is due again then.
 void set_last(CudaDecision& d, Way way);
 
 std::int64_t e_stride(const Problem& problem, DType operand);  // of the packed E

@@ -161,7 +161,7 @@ template <class T>
 T* GradientSums<T>::dc_sums(Columns columns) const {
   const std::int64_t first = columns.begin * call_.head.D;
   if (!dc_has_sums()) return static_cast<T*>(call_.args.gradients.dc) + first;
-  if (in_last_columns_ && !call_.d.one_product_makes_last_dc) {
+  if (in_last_columns_ && call_.d.packs_last_e) {
     return call_.buffer<T>(buffer::kLastDcSums);
   }
   return call_.buffer<T>(buffer::kDcSums) + (call_.d.one_chunk ? 0 : first);

@@ -42,6 +42,11 @@ class GradientSums {
   }
   // dE is stored: its sums have left dC's last rows, which follow.
   void begin_last_columns() { in_last_columns_ = true; }
+  // Elements from row to row of a block's g that has a place of its own.
+  std::int64_t g_stride() const {
+    return padded(in_last_columns_ ? call_.d.last.gradient_slab : call_.d.sizes.gradient_slab,
+                  call_.d.operand);
+  }
 
  private:
   T* de_sums(RowRange chunk) const;

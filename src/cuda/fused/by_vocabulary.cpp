@@ -12,7 +12,7 @@ namespace {
 BlockGradient make_g(Components& parts, const Block& block) {
   const Call& call = parts.call;
   const BlockGradient g{call.buffer<void>(buffer::kG),
-                        padded(parts.d.sizes.gradient_slab, parts.d.operand),
+                        parts.sums.g_stride(),
                         parts.coefficients.scalars()};
   const std::int64_t most = parts.operands.most_columns();
   const std::int64_t end = block.columns.begin + block.columns.count;

@@ -12,6 +12,7 @@ template <class Config, class Epilogue>
 void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& out,
                     const typename Config::MapOfRow& row_of_b, const ProductParams& params,
                     const typename Epilogue::Params& epilogue, int blocks, cudaStream_t stream) {
+  static_assert(kSharedBytes<Config, Epilogue> <= kMostSharedBytes);
   const auto kernel = product_kernel<Config, Epilogue>;
   // A property of the kernel on the current device; setting it again costs a microsecond.
   cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -91,6 +91,7 @@ struct Shared {
 };
 template <class Config, class Epilogue>
 inline constexpr int kSharedBytes = sizeof(Shared<Config, Epilogue>);
+inline constexpr int kMostSharedBytes = 227 * 1024;  // of a block
 
 struct ProductParams {
   int rows;  // of the product, at most

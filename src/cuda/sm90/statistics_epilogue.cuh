@@ -12,7 +12,7 @@ namespace cutloss::sm90 {
 // kAll: entropy, zbar and argmax too.
 template <bool kAll>
 class StatisticsEpilogue {
-  static constexpr int kNumbers = kAll ? 6 : 2;  // of a row
+  static constexpr int kNumbers = kAll ? 5 : 2;  // of a row
 
  public:
   // The statistics wait in shared memory, each thread's in a column of its own: the registers are
@@ -107,8 +107,8 @@ class StatisticsEpilogue {
     if constexpr (kAll) {
       row.weighted_sum = from[64];
       row.zbar = from[96];
-      row.weight_seen = from[128];
-      row.argmax = __float_as_int(from[160]);
+      row.weight_seen = weight_seen_[i];
+      row.argmax = __float_as_int(from[128]);
     }
     return row;
   }
@@ -120,8 +120,8 @@ class StatisticsEpilogue {
     if constexpr (kAll) {
       to[64] = row.weighted_sum;
       to[96] = row.zbar;
-      to[128] = row.weight_seen;
-      to[160] = __int_as_float(static_cast<int>(row.argmax));
+      weight_seen_[i] = row.weight_seen;
+      to[128] = __int_as_float(static_cast<int>(row.argmax));
     }
   }
 
@@ -194,6 +194,8 @@ class StatisticsEpilogue {
     return from;
   }
 
+  // The one number that finds no room in shared memory beside the others.
+  float weight_seen_[kAll ? kRowsOfThread : 1];
   const Params& p_;
   Facts& facts_;
   const TileWalk& walk_;
