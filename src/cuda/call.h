@@ -8,6 +8,7 @@
 
 #include "core/dtype.h"
 #include "cuda/decision.h"
+#include "cuda/matrix.h"
 
 namespace cutloss::cuda {
 
@@ -18,12 +19,6 @@ inline const void* at(const void* base, DType type, std::int64_t elements) {
 inline void* at(void* base, DType type, std::int64_t elements) {
   return static_cast<std::byte*>(base) + elements * size_of(type);
 }
-
-// A matrix in device memory, ready for a product; its stride in elements.
-struct Matrix {
-  const void* data = nullptr;
-  std::int64_t stride = 0;
-};
 
 struct Call {
   // Throws Error(invalid_value) where the plan is for another device than the current one.

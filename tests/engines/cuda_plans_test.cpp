@@ -10,7 +10,7 @@
 #include "plan/plan.h"
 #include "problems.h"
 #ifdef CUTLOSS_CUDA_SM90
-#include "cuda/sm90/sm90.h"
+#include "cuda/fused/kernels.h"
 #endif
 
 namespace cutloss::test {
@@ -149,11 +149,11 @@ TEST(CudaPlans, TakeTheEngineThatCan) {
 TEST(CudaPlans, PartialStatisticsFitForEveryNumberOfRows) {
   for (const int multiprocessors : {2, 78, 114, 132, 144}) {
     for (int rows = 1; rows < 60000; rows = rows * 3 / 2 + 1) {
-      const sm90::Grid grid = sm90::grid_for(multiprocessors, rows, 1000, true);
+      const cuda::fused::Grid grid = cuda::fused::sm90::kernels.grid(multiprocessors, rows, 1000, true);
       std::int64_t most = 0;
       const int blocks = (rows + grid.block_rows() - 1) / grid.block_rows();
       for (int b = 1; b <= blocks; ++b) {
-        const auto walk = sm90::TileWalk::make(b, 1, grid.clusters(), grid.largest_group);
+        const auto walk = cuda::fused::TileWalk::make(b, 1, grid.clusters(), grid.largest_group);
         std::int64_t entries = 0;
         for (int r = 0; r < walk.runs; ++r) {
           const int end = r + 1 < walk.runs ? walk.run[r + 1].first_block : b;
@@ -162,7 +162,7 @@ TEST(CudaPlans, PartialStatisticsFitForEveryNumberOfRows) {
         }
         most = std::max(most, entries);
       }
-      EXPECT_EQ(sm90::partial_entries(grid, rows), most) << multiprocessors << ", " << rows;
+      EXPECT_EQ(cuda::fused::partial_entries(grid, rows), most) << multiprocessors << ", " << rows;
     }
   }
 }

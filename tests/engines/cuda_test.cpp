@@ -9,7 +9,7 @@
 #include "core/text.h"
 #ifdef CUTLOSS_CUDA_SM90
 #include "cuda/fused/engine.h"
-#include "cuda/sm90/targets.h"
+#include "cuda/fused/targets.h"
 #endif
 
 namespace cutloss::test {
@@ -35,8 +35,8 @@ TEST(GpuEngines, BookEnoughForTheSortOfTargets) {
   if (!cuda_fused_sm90_engine.device().absent.empty()) GTEST_SKIP() << describe_machine()[0];
   for (const int V : {3, 50000, 262144}) {
     for (int rows = 1; rows < 3000000; rows = rows * 5 / 4 + 1) {
-      const std::int64_t needed = sm90::needed_sort_bytes(rows, V);
-      EXPECT_LE(needed, sm90::target_sort_bytes(rows)) << rows << " rows";
+      const std::int64_t needed = cuda::fused::needed_sort_bytes(rows, V);
+      EXPECT_LE(needed, cuda::fused::target_sort_bytes(rows)) << rows << " rows";
     }
   }
 }

@@ -16,20 +16,20 @@ BlockGradient make_g(Components& parts, const Block& block) {
                         parts.coefficients.scalars()};
   const std::int64_t most = parts.operands.most_columns();
   const std::int64_t end = block.columns.begin + block.columns.count;
-  const sm90::Grid grid = logits_grid(parts.d, block.rows.count);
+  const Grid grid = logits_grid(parts.d, block.rows.count);
   for (std::int64_t v = block.columns.begin; v < end; v += most) {
     const Columns columns{v, std::min(most, end - v)};
-    sm90::GradientOfLogits out;
+    GradientOfLogits out;
     out.g = at(g.data, parts.d.operand, v - block.columns.begin);
     out.g_stride = g.stride;
     out.row = parts.coefficients.of(block.chunk, block.rows.begin);
     out.class_weight = parts.operands.class_weight(v);
     out.general = call.args.upstream.d_entropy != nullptr || call.args.upstream.d_zbar != nullptr;
     const Matrix e = parts.e(block);
-    sm90::launch_gradient(parts.logits(block.rows, columns, e, parts.finds_e), out, grid,
+    parts.d.kernels->gradient(parts.logits(block.rows, columns, e, parts.finds_e), out, grid,
                           call.stream);
   }
-  sm90::launch_clear_rest(parts.listed(block.rows), g.data, g.stride,
+  launch_clear_rest(parts.listed(block.rows), g.data, g.stride,
                           static_cast<int>(block.columns.count), grid.block_rows(), call.stream);
   return g;
 }
@@ -43,9 +43,9 @@ void add_dc(Components& parts, const Block& block, const BlockGradient& g) {
   const Head& head = call.head;
   const bool has_sums = parts.sums.dc_has_sums();
   const Columns columns = block.columns;
-  sm90::DcProduct product;
+  DcProduct product;
   product.g = {g.data, g.stride};
-  product.e = kernel_matrix(parts.e(block));
+  product.e = parts.e(block);
   if (parts.finds_e) {
     product.positions = parts.rows.table().position;
     product.e_rows = parts.positions();
@@ -60,9 +60,9 @@ void add_dc(Components& parts, const Block& block, const BlockGradient& g) {
   product.count = parts.rows.table().count;
   product.first = static_cast<int>(block.rows.begin);
   product.add = parts.sums.adds_to_dc(block);
-  sm90::launch_dc(product, logits_grid(parts.d, block.rows.count), call.stream);
+  parts.d.kernels->dc(product, logits_grid(parts.d, block.rows.count), call.stream);
   if (product.add) return;
-  sm90::launch_clear_if_none(product.count, product.dc,
+  launch_clear_if_none(product.count, product.dc,
                              columns.count * head.D * size_of(product.dc_type), call.stream);
 }
 

@@ -7,13 +7,11 @@
 #include "cuda/fused/decision.h"
 #include "cuda/gradient_sums.h"
 #include "cuda/row_coefficients.h"
-#include "cuda/sm90/rows.h"
+#include "cuda/fused/rows.h"
 #include "loops/sweep.h"
 #include "plan/sessions.h"
 
 namespace cutloss::cuda::fused {
-
-inline sm90::Matrix kernel_matrix(const Matrix& m) { return {m.data, m.stride}; }
 
 struct Components {
   Components(const Components&) = delete;
@@ -22,10 +20,10 @@ struct Components {
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass);
 
   void begin();
-  sm90::Listed listed(RowRange range) const;
+  Listed listed(RowRange range) const;
   // The product of some entries of the list and some columns. E is given: rows of this list, or, by
   // position, all of E.
-  sm90::Logits logits(RowRange range, Columns columns, const Matrix& e, bool by_position);
+  Logits logits(RowRange range, Columns columns, const Matrix& e, bool by_position);
   const float* inv_temperature(std::int64_t entry) const;
   // E of a block: packed, or, where kernels find its rows by their positions, all of it.
   Matrix e(const Block& block) {

@@ -9,13 +9,15 @@
 #include "cuda/cublaslt.h"
 #include "cuda/fused/tuning.h"
 #include "cuda/gradient_sums.h"
-#include "cuda/sm90/targets.h"
+#include "cuda/fused/targets.h"
 #include "plan/chunking.h"
 
 namespace cutloss::cuda::fused {
 namespace {
 
-using sm90::column_tiles;
+std::int64_t column_tiles(const FusedDecision& d) {
+  return divide_up(classes_of(d.problem).count, d.kernels->tile_columns);
+}
 
 // What a pass may do otherwise where memory is short.
 struct Shape {
@@ -73,7 +75,7 @@ void book_statistics(Ledger& ledger, const FusedDecision& d) {
   const Problem& p = d.problem;
   const Sizes& s = d.sizes;
   const std::int64_t entries =
-      sm90::partial_entries(d.statistics_grid, static_cast<int>(s.block_rows));
+      partial_entries(d.statistics_grid, static_cast<int>(s.block_rows));
   ledger.book(buffer::kPartials, entries * 8);
   if (p.wanted.entropy || p.wanted.zbar || p.wanted.argmax) {
     ledger.book(buffer::kPartialsMore, entries * 8);
@@ -89,7 +91,7 @@ void book_statistics(Ledger& ledger, const FusedDecision& d) {
 void book_exponentials(Ledger& ledger, const FusedDecision& d, Way way, Pass pass) {
   const Problem& p = d.problem;
   const std::int64_t rows = d.sizes.chunk_rows;
-  const std::int64_t sums = rows * column_tiles(classes_of(p).count) * 8;
+  const std::int64_t sums = rows * column_tiles(d) * 8;
   const std::int64_t de = rows * head_of(p).D * 4;
   ledger.book(buffer::kRedo, 4);
   if (!way.keeps_logits) {
@@ -109,7 +111,7 @@ void book_by_rows(Ledger& ledger, const FusedDecision& d) {
   ledger.book(buffer::kTargetG, rows * 4);
   if (p.wanted.dc.wanted || p.wanted.dbias.wanted) {
     ledger.book(buffer::kTargetOrder, rows * 4 * 4);
-    ledger.book(buffer::kTargetSort, sm90::target_sort_bytes(static_cast<int>(rows)));
+    ledger.book(buffer::kTargetSort, target_sort_bytes(static_cast<int>(rows)));
   }
   if (p.wanted.dc.wanted) {
     ledger.book(buffer::kScaledE, rows * e_stride(p, d.operand) * size_of(d.operand));
@@ -132,7 +134,7 @@ void book_shares(Ledger& ledger, const FusedDecision& d, Way way, Pass pass) {
   const Problem& p = d.problem;
   if (way.schedule != Schedule::rows || !p.wanted.de.wanted || !makes_gradients(pass)) return;
   const std::int64_t rows = d.sizes.chunk_rows, de = rows * head_of(p).D * 4;
-  const std::int64_t sums = rows * column_tiles(classes_of(p).count) * 8;
+  const std::int64_t sums = rows * column_tiles(d) * 8;
   if (makes_statistics(pass) && sums <= de) {
     ledger.share(buffer::kSums, sums, buffer::kDeSums, "the targets are summed");
   }
@@ -218,7 +220,7 @@ void book(FusedDecision& d, Way way, std::int64_t library_bytes, std::int64_t bu
   set_places(d, way);
   d.several_slabs = s.slab < classes_of(d.problem).count;
   d.statistics_grid =
-      sm90::grid_for(d.multiprocessors, static_cast<int>(s.block_rows),
+      d.kernels->grid(d.multiprocessors, static_cast<int>(s.block_rows),
                      static_cast<int>(s.slab), /*may_share_rows=*/true);
   d.kept = kept(d, way);
   const std::int64_t left = budget - d.kept.bytes();
@@ -245,7 +247,8 @@ class Search {
         budget_(budget),
         least_(least),
         rows_(std::max<std::int64_t>(row_count(facts.problem), 1)),
-        V_(classes_of(facts.problem).count) {}
+        V_(classes_of(facts.problem).count),
+        tile_(facts.kernels->tile_columns) {}
 
   // Null where nothing fits.
   std::shared_ptr<const FusedDecision> find() const {
@@ -291,11 +294,11 @@ class Search {
     if (way_.schedule == Schedule::none) return attempt({rows_, rows_, slab, rows_, slab}, V_);
     const auto of = [&](std::int64_t most_rows, std::int64_t wide, std::int64_t last_begin) {
       const std::int64_t chunk = even_piece(rows_, most_rows, kBlockRows);
-      return attempt({chunk, chunk, slab, chunk, even_piece(V_, wide, kTileColumns)}, last_begin);
+      return attempt({chunk, chunk, slab, chunk, even_piece(V_, wide, tile_)}, last_begin);
     };
     const auto widest = [&](std::int64_t most_rows, std::int64_t last_begin) {
       const std::int64_t wide = largest_that_fits(
-          kLeastSlab, std::max(kLeastSlab, std::min(V_, kMostSlab)), kTileColumns, budget_,
+          kLeastSlab, std::max(kLeastSlab, std::min(V_, kMostSlab)), tile_, budget_,
           [&](std::int64_t size) { return peak_bytes(of(most_rows, size, last_begin)); });
       return of(most_rows, std::max(wide, kLeastSlab), last_begin);
     };
@@ -307,7 +310,7 @@ class Search {
           [&](std::int64_t size) { return peak_bytes(of(size, kLeastSlab, V_)); });
       return chunk == 0 ? std::move(own) : widest(chunk, V_);
     }
-    const std::int64_t begin = begin_of_last_columns(facts_, facts_.de_in_place, kTileColumns);
+    const std::int64_t begin = begin_of_last_columns(facts_, facts_.de_in_place, tile_);
     if (begin == 0 || begin == V_) return own;
     FusedDecision in_dc = widest(rows_, begin);
     if (peak_bytes(in_dc) > budget_) return own;
@@ -344,13 +347,17 @@ class Search {
   const LibraryMemory& library_;
   const std::int64_t budget_;
   std::int64_t& least_;
-  const std::int64_t rows_, V_;
+  const std::int64_t rows_, V_, tile_;
 };
 
 }  // namespace
 
-sm90::Grid logits_grid(const CudaDecision& d, std::int64_t rows) {
-  return sm90::grid_for(d.multiprocessors, static_cast<int>(rows), 0, false);
+const LogitKernels* kernels_of(const DeviceFacts& device) {
+  return device.sm == 90 ? &sm90::kernels : nullptr;
+}
+
+Grid logits_grid(const FusedDecision& d, std::int64_t rows) {
+  return d.kernels->grid(d.multiprocessors, static_cast<int>(rows), 0, false);
 }
 
 std::string by_rows_refusal(const Problem& p, const DeviceFacts& device) {
@@ -369,6 +376,7 @@ std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem
                                        std::int64_t& least) {
   const Way way = algorithm.way;
   FusedDecision facts;
+  facts.kernels = kernels_of(device);
   set_facts(facts, algorithm, p, device);
   facts.finds_last_e = facts.operand == DType::bf16 && finds_e_by_position(facts);
   std::shared_ptr<const FusedDecision> best;

@@ -13,14 +13,18 @@ namespace {
 
 std::string description() {
   const DeviceFacts& device = cuda::current_device();
-  if (device.sm != 90) return text("not here: ", device.name, " is sm_", device.sm, ", not sm_90");
+  if (cuda::fused::kernels_of(device) == nullptr) {
+    return text("not here: ", device.name, " is sm_", device.sm, ", not sm_90");
+  }
   return text(device.name, ": TMA and WGMMA kernels; gradients' products as cuda/library");
 }
 
 std::string refusal(const Problem& p, const DeviceFacts& device) {
   const Head& head = head_of(p);
   if (std::string refusal = cuda::common_refusal(p, device); !refusal.empty()) return refusal;
-  if (device.sm != 90) return text(device.name, " is sm_", device.sm, ", not sm_90 (Hopper)");
+  if (cuda::fused::kernels_of(device) == nullptr) {
+    return text(device.name, " is sm_", device.sm, ", not sm_90 (Hopper)");
+  }
   const DType operand = cuda::product_type(p, device);
   if (operand != DType::bf16 && operand != DType::f16) {
     return text("products are in ", name(operand), ", not bf16 or f16");

@@ -6,7 +6,7 @@
 // stored: the same with every row in one chunk, and what is kept waits for backward.
 #include "cuda/fused/algorithms.h"
 #include "cuda/fused/components.h"
-#include "cuda/sm90/targets.h"
+#include "cuda/fused/targets.h"
 
 namespace cutloss::cuda::fused {
 namespace {
@@ -29,9 +29,9 @@ float* row_buffer(const Components& parts, std::string_view name) {
 // x of a chunk, and its statistics.
 void make_exponentials(Components& parts, RowRange chunk) {
   const Call& call = parts.call;
-  sm90::Logits l = parts.logits(chunk, all_columns(parts), parts.operands.e(chunk, chunk),
+  Logits l = parts.logits(chunk, all_columns(parts), parts.operands.e(chunk, chunk),
                                 /*by_position=*/false);
-  sm90::References r;
+  References r;
   r.list = parts.listed(chunk);
   r.e = l.e;
   r.c = l.c;
@@ -40,39 +40,39 @@ void make_exponentials(Components& parts, RowRange chunk) {
   r.target_logit = row_buffer(parts, buffer::kTargetLogit);
   r.reference = row_buffer(parts, buffer::kReference);
   r.redo = call.buffer<int>(buffer::kRedo);
-  sm90::launch_references(r, call.stream);
+  launch_references(r, call.stream);
 
-  const sm90::Grid grid = logits_grid(parts.d, chunk.count);
-  const sm90::Exponentials out{x_of(parts), x_stride(parts), r.reference, call.buffer<float2>(buffer::kSums)};
-  sm90::Close close;
+  const Grid grid = logits_grid(parts.d, chunk.count);
+  const Exponentials out{x_of(parts), x_stride(parts), r.reference, call.buffer<float2>(buffer::kSums)};
+  Close close;
   close.list = r.list;
   close.sum_and_max = out.sum_and_max;
-  close.column_tiles = sm90::column_tiles(call.head.classes.count);
+  close.column_tiles = static_cast<int>(divide_up(call.head.classes.count, parts.d.kernels->tile_columns));
   close.target_logit = r.target_logit;
   close.transform = r.transform;
   close.reference = r.reference;
   close.V = static_cast<int>(call.head.classes.count);
   close.out = parts.rows.wanted_outputs();
   close.redo = r.redo;
-  sm90::launch_exponentials(l, out, grid, call.stream);
-  sm90::launch_close(close, call.stream);
+  parts.d.kernels->exponentials(l, out, grid, call.stream);
+  launch_close(close, call.stream);
   // Once more, where a row's reference was too far off: decided on the device.
   l.only_if = r.redo;
   close.again = true;
-  sm90::launch_exponentials(l, out, grid, call.stream);
-  sm90::launch_close(close, call.stream);
+  parts.d.kernels->exponentials(l, out, grid, call.stream);
+  launch_close(close, call.stream);
 }
 
 void make_factors(Components& parts, RowRange chunk) {
   const Call& call = parts.call;
-  sm90::Coefficients k;
+  FactorInputs k;
   k.list = parts.listed(chunk);
   k.rows = call.args.rows;
   k.upstream = call.args.upstream;
   k.inv_temperature = parts.inv_temperature(chunk.begin);
   k.softcap = parts.operands.softcap();
   k.scale = static_cast<float>(call.p.transform.logit_scale);
-  sm90::launch_row_factors(
+  launch_row_factors(
       k,
       {row_buffer(parts, buffer::kReference), row_buffer(parts, buffer::kTargetLogit),
        call.buffer<float>(buffer::kFactor), call.buffer<float>(buffer::kTargetG)},
@@ -81,7 +81,7 @@ void make_factors(Components& parts, RowRange chunk) {
 
 void scale_e(Components& parts, RowRange chunk) {
   const Call& call = parts.call;
-  sm90::launch_scaled_rows(parts.listed(chunk), kernel_matrix(parts.operands.e(chunk, chunk)),
+  launch_scaled_rows(parts.listed(chunk), parts.operands.e(chunk, chunk),
                            call.buffer<float>(buffer::kFactor), static_cast<int>(call.head.D),
                            call.buffer<void>(buffer::kScaledE), e_stride(call.p, parts.d.operand),
                            call.stream);
@@ -91,7 +91,7 @@ void scale_e(Components& parts, RowRange chunk) {
 void sum_targets(Components& parts, RowRange chunk) {
   const Call& call = parts.call;
   const Wanted& wanted = call.p.wanted;
-  sm90::TargetSums t;
+  TargetSums t;
   t.list = parts.listed(chunk);
   t.target_g = call.buffer<float>(buffer::kTargetG);
   t.V = static_cast<int>(call.head.classes.count);
@@ -100,7 +100,7 @@ void sum_targets(Components& parts, RowRange chunk) {
   t.sort = call.buffer<void>(buffer::kTargetSort);
   t.sort_bytes = call.workspace.bytes_of(buffer::kTargetSort);
   if (wanted.dc.wanted) {
-    t.e = kernel_matrix(parts.operands.e(chunk, chunk));
+    t.e = parts.operands.e(chunk, chunk);
     t.depth = static_cast<int>(call.head.D);
     t.sums = target_sums(parts);
     t.sum_of_column = call.buffer<int>(buffer::kSumOfColumn);
@@ -109,12 +109,12 @@ void sum_targets(Components& parts, RowRange chunk) {
     t.dbias = call.buffer<double>(buffer::kDbiasSums);
     t.inverse_scale = 1.0 / call.p.transform.logit_scale;
   }
-  sm90::launch_target_sums(t, call.stream);
+  launch_target_sums(t, call.stream);
 }
 
 void add_dbias(Components& parts, RowRange chunk) {
   const Call& call = parts.call;
-  sm90::launch_add_dbias(parts.listed(chunk), x_of(parts), x_stride(parts), call.buffer<float>(buffer::kFactor),
+  launch_add_dbias(parts.listed(chunk), x_of(parts), x_stride(parts), call.buffer<float>(buffer::kFactor),
                          1.0 / call.p.transform.logit_scale,
                          static_cast<int>(call.head.classes.count),
                          call.buffer<double>(buffer::kDbiasSums), chunk.begin == 0, call.stream);
@@ -127,7 +127,7 @@ void add_dc(Components& parts, RowRange chunk) {
   const std::int64_t V = head.classes.count;
   const bool has_sums = parts.sums.dc_has_sums();
   sum_targets(parts, chunk);
-  sm90::DcProduct product;
+  DcProduct product;
   product.g = {x_of(parts), x_stride(parts)};
   product.e = {call.buffer<void>(buffer::kScaledE), e_stride(call.p, parts.d.operand)};
   product.sum_of_column = call.buffer<int>(buffer::kSumOfColumn);
@@ -140,9 +140,9 @@ void add_dc(Components& parts, RowRange chunk) {
   product.count = parts.rows.table().count;
   product.first = static_cast<int>(chunk.begin);
   product.add = chunk.begin > 0 || call.p.wanted.dc.add;
-  sm90::launch_dc(product, logits_grid(parts.d, chunk.count), call.stream);
+  parts.d.kernels->dc(product, logits_grid(parts.d, chunk.count), call.stream);
   if (product.add) return;
-  sm90::launch_clear_if_none(product.count, product.dc, V * head.D * size_of(product.dc_type),
+  launch_clear_if_none(product.count, product.dc, V * head.D * size_of(product.dc_type),
                              call.stream);
 }
 
@@ -160,16 +160,16 @@ void make_de(Components& parts, RowRange chunk) {
   product.c_stride = head.D;
   product.c_type = DType::f32;
   parts.products.multiply(product);
-  sm90::StoreDe store;
+  StoreDe store;
   store.list = parts.listed(chunk);
   store.sums = call.buffer<float>(buffer::kDeSums);
   store.factor = call.buffer<float>(buffer::kFactor);
   store.target_g = call.buffer<float>(buffer::kTargetG);
-  store.c = kernel_matrix(c);
+  store.c = c;
   store.depth = static_cast<int>(head.D);
   store.de = call.args.gradients.de;
   store.de_type = call.d.de_type;
-  sm90::launch_store_de(store, call.stream);
+  launch_store_de(store, call.stream);
 }
 
 struct Steps {
