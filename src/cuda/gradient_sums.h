@@ -36,6 +36,8 @@ class GradientSums {
   // Where dC of some columns accumulates; in the stat dtype unless it is written by one product.
   bool dc_has_sums() const;
   T* dc_sums(Columns columns) const;
+  // Where dE of a chunk does, (rows, D) packed.
+  T* de_sums(RowRange chunk) const;
   // dC of a slab begins with what is there, or with the first rows.
   bool adds_to_dc(const Block& block) const {
     return block.rows.begin > 0 || call_.p.wanted.dc.add;
@@ -49,8 +51,6 @@ class GradientSums {
   }
 
  private:
-  T* de_sums(RowRange chunk) const;
-
   const Call& call_;
   const ListedRows<T>& rows_;
   Operands<T>& operands_;

@@ -90,7 +90,8 @@ TEST(CudaPlans, NeedNoMoreThan16MiBWithDcWritten) {
                 device.sm == 90 ? "cuda/fused/by_vocabulary" : "cuda/library/by_vocabulary");
 #endif
       EXPECT_TRUE(plan.decision->has_de_sums_in_dc()) << describe(plan);
-      EXPECT_LE(plan.predicted_time, device.sm == 90 ? 5.2 : 8) << describe(plan);
+      EXPECT_LE(plan.predicted_time, device.sm == 90 ? 7 : 16) << describe(plan);
+      EXPECT_LE(plan_in(p, 32 * kMiB, device).predicted_time, device.sm == 90 ? 5.2 : 8);
     }
   }
 }
@@ -110,7 +111,7 @@ TEST(CudaPlans, FrozenClassifierGoesByChunksOfRows) {
   for (Problem p : models()) {
     p.wanted.dc.wanted = false;
     p.schedule = Schedule::vocabulary;
-    const Plan plan = plan_in(p, 48 * kMiB, hopper());
+    const Plan plan = plan_in(p, 32 * kMiB, hopper());
     EXPECT_GT(chunk_count(plan), 1) << describe(plan);
     EXPECT_EQ(plan.products, 3);
   }

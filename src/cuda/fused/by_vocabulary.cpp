@@ -1,6 +1,6 @@
 // Forward keeps nothing but the statistics. Backward makes the logits once more, a slab of columns
-// at a time, and g of them in the registers of the same kernel; dE's product is cuBLASLt's, dC's
-// our own where it can be. Four products.
+// at a time, and g of them in the registers of the same kernel; dE's product is cuBLASLt's where
+// slabs are wide, dC's our own where it can be. Four products.
 #include <algorithm>
 
 #include "cuda/fused/algorithms.h"
@@ -29,6 +29,8 @@ BlockGradient make_g(Components& parts, const Block& block) {
     parts.d.kernels->gradient(parts.logits(block.rows, columns, e, parts.finds_e), out, grid,
                           call.stream);
   }
+  // The matrix library and the sums of columns read all rows; our own products know which count.
+  if (parts.d.makes_de_itself && !call.p.wanted.dbias.wanted) return g;
   launch_clear_rest(parts.listed(block.rows), g.data, g.stride,
                           static_cast<int>(block.columns.count), grid.block_rows(), call.stream);
   return g;
@@ -61,9 +63,32 @@ void add_dc(Components& parts, const Block& block, const BlockGradient& g) {
   product.first = static_cast<int>(block.rows.begin);
   product.add = parts.sums.adds_to_dc(block);
   parts.d.kernels->dc(product, logits_grid(parts.d, block.rows.count), call.stream);
-  if (product.add) return;
-  launch_clear_if_none(product.count, product.dc,
-                             columns.count * head.D * size_of(product.dc_type), call.stream);
+}
+
+void add_de(Components& parts, const Block& block, const BlockGradient& g) {
+  if (!parts.d.makes_de_itself) {
+    parts.sums.add_de(block, g);
+    return;
+  }
+  const Call& call = parts.call;
+  const std::int64_t most = parts.operands.most_columns();
+  const std::int64_t end = block.columns.begin + block.columns.count;
+  for (std::int64_t v = block.columns.begin; v < end; v += most) {
+    const Columns columns{v, std::min(most, end - v)};
+    DeProduct product;
+    product.g = {at(g.data, DType::bf16, v - block.columns.begin), g.stride};
+    product.c = parts.operands.c(columns);
+    product.sums = parts.sums.de_sums(block.chunk) +
+                   (block.rows.begin - block.chunk.begin) * call.head.D;
+    product.rows = static_cast<int>(block.rows.count);
+    product.columns = static_cast<int>(columns.count);
+    product.D = static_cast<int>(call.head.D);
+    product.count = parts.rows.table().count;
+    product.first = static_cast<int>(block.rows.begin);
+    product.add = v > 0;
+    product.scale = static_cast<float>(call.p.transform.logit_scale);
+    parts.d.kernels->de(product, logits_grid(parts.d, block.rows.count), call.stream);
+  }
 }
 
 struct Steps {
@@ -78,7 +103,7 @@ struct Steps {
         [&](const Block& block, Which which) {
           const BlockGradient g = make_g(parts, block);
           if (wanted.dbias.wanted && which.dc) parts.sums.add_dbias(block, g);
-          if (wanted.de.wanted && which.de) parts.sums.add_de(block, g);
+          if (wanted.de.wanted && which.de) add_de(parts, block, g);
           if (wanted.dc.wanted && which.dc) add_dc(parts, block, g);
         },
         [&](Columns columns) {
@@ -90,6 +115,12 @@ struct Steps {
           parts.operands.leave_de();
           parts.sums.begin_last_columns();
         });
+    if (!last_chunk || !wanted.dc.wanted || wanted.dc.add) return;
+    // Our own product leaves dC as it is where no row counts at all.
+    const Call& call = parts.call;
+    launch_clear_if_none(parts.rows.table().count, call.args.gradients.dc,
+                         call.head.classes.count * call.head.D * size_of(call.d.dc_type),
+                         call.stream);
   }
 };
 

@@ -1,6 +1,7 @@
 #include "cuda/fused/decision.h"
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "core/dtype.h"
@@ -294,13 +295,14 @@ class Search {
     if (way_.schedule == Schedule::none) return attempt({rows_, rows_, slab, rows_, slab}, V_);
     const auto of = [&](std::int64_t most_rows, std::int64_t wide, std::int64_t last_begin) {
       const std::int64_t chunk = even_piece(rows_, most_rows, kBlockRows);
-      return attempt({chunk, chunk, slab, chunk, even_piece(V_, wide, tile_)}, last_begin);
+      return attempt({chunk, chunk, slab, chunk, std::min(wide, V_)}, last_begin);
     };
     const auto widest = [&](std::int64_t most_rows, std::int64_t last_begin) {
       const std::int64_t wide = largest_that_fits(
-          kLeastSlab, std::max(kLeastSlab, std::min(V_, kMostSlab)), tile_, budget_,
+          kLeastSlab, std::max(kLeastSlab, std::min(V_, kMostSlab)), kSlabUnit, budget_,
           [&](std::int64_t size) { return peak_bytes(of(most_rows, size, last_begin)); });
-      return of(most_rows, std::max(wide, kLeastSlab), last_begin);
+      FusedDecision d = of(most_rows, std::max(wide, kLeastSlab), last_begin);
+      return of(most_rows, quickest_slab(d), last_begin);
     };
     FusedDecision own = widest(rows_, V_);
     if (!facts_.problem.wanted.dc.wanted) {
@@ -324,22 +326,69 @@ class Search {
     FusedDecision trial = facts_;
     trial.sizes = sizes;
     trial.last.begin = last_begin;
+    trial.makes_de_itself = own_de(trial) < library_de(trial);
     book(trial, way_, library_.bytes, budget_);
     least_ = std::min(least_, peak_bytes(trial));
     return trial;
   }
 
+  // A slab at most as wide as the decision's whose tiles leave few multiprocessors idle.
+  std::int64_t quickest_slab(const FusedDecision& d) const {
+    const std::int64_t most = d.sizes.gradient_slab;
+    std::int64_t best = most;
+    FusedDecision trial = d;
+    double best_time = predicted_time(d);
+    for (std::int64_t slab = most / kSlabUnit * kSlabUnit; slab >= kLeastSlab && 3 * slab >= most;
+         slab -= kSlabUnit) {
+      trial.sizes.gradient_slab = slab;
+      const double time = predicted_time(trial);
+      if (time < best_time) {
+        best = slab;
+        best_time = time;
+      }
+    }
+    return best;
+  }
+
+  // The time of a product of (rows, columns) in tiles, in that of one whose tiles leave no
+  // multiprocessor idle: clusters of two take a tile each at a time.
+  double in_tiles(std::int64_t rows, std::int64_t columns) const {
+    const std::int64_t clusters = facts_.multiprocessors / 2;
+    const std::int64_t tiles = divide_up(rows, kBlockRows) * divide_up(columns, tile_);
+    return static_cast<double>(round_up(tiles, clusters) * kBlockRows * tile_) /
+           (static_cast<double>(rows) * static_cast<double>(columns));
+  }
+
+  // What dE's product takes beyond its own time: ours, where it can be, and the library's.
+  double own_de(const FusedDecision& d) const {
+    const bool can = d.operand == DType::bf16 && way_.schedule == Schedule::vocabulary &&
+                     facts_.problem.wanted.de.wanted;
+    if (!can) return std::numeric_limits<double>::infinity();
+    return in_tiles(d.sizes.chunk_rows, head_of(facts_.problem).D) - 1 +
+           passes_over_sums(kOwnFlopsPerByte, divide_up(V_, d.sizes.gradient_slab), V_);
+  }
+  double library_de(const FusedDecision& d) const {
+    return passes_over_sums(kLibraryFlopsPerByte, divide_up(V_, d.sizes.gradient_slab), V_);
+  }
+
   double predicted_time(const FusedDecision& d) const {
     const Problem& p = facts_.problem;
-    const Sizes& s = d.sizes;
-    double time = products_of(p, way_) + (wants_gradient(p) ? library_.slower : 0);
-    if (p.wanted.de.wanted && way_.schedule == Schedule::vocabulary) {
-      time += passes_over_sums(kFlopsPerByte, divide_up(V_, s.gradient_slab), V_);
-    }
-    if (p.wanted.dc.wanted) {
-      time += passes_over_sums(kFlopsPerByte, divide_up(rows_, s.chunk_rows), rows_);
-    }
-    return time + static_cast<double>(V_ - d.last.begin) / static_cast<double>(V_);
+    const std::int64_t D = head_of(p).D, chunk = d.sizes.chunk_rows, slab = d.sizes.gradient_slab;
+    const bool de = p.wanted.de.wanted, dc = p.wanted.dc.wanted;
+    double time = products_of(p, way_) + (de ? library_.slower : 0);
+    if (dc && !d.one_chunk) time += passes_over_sums(kFlopsPerByte, divide_up(rows_, chunk), rows_);
+    if (way_.schedule != Schedule::vocabulary) return time;
+    const std::int64_t last = V_ - d.last.begin;
+    const auto whole = [&](double in_tiles) { return in_tiles - 1; };
+    const double again = static_cast<double>(last) / static_cast<double>(V_);
+    time += again + (1 + again) * whole(in_tiles(chunk, slab));
+    if (dc) time += whole(in_tiles(slab, D));
+    const std::int64_t slabs = divide_up(d.last.begin, slab) + 2 * divide_up(last, slab);
+    const double all_slabs = static_cast<double>(slabs * divide_up(rows_, chunk));
+    if (de) time += std::min(own_de(d), library_de(d));
+    return time + all_slabs * kFlopsOfLaunches /
+                      (2.0 * static_cast<double>(rows_) * static_cast<double>(V_) *
+                       static_cast<double>(D));
   }
 
   const FusedDecision& facts_;

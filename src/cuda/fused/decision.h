@@ -36,6 +36,8 @@ const LogitKernels* kernels_of(const DeviceFacts& device);
 
 struct FusedDecision : CudaDecision {
   const LogitKernels* kernels = nullptr;
+  // dE's product is the engine's own, else the matrix library's.
+  bool makes_de_itself = false;
   // Forward's statistics read packed rows of E, else rows where they lie, found by their positions.
   bool packs_e_in_forward = false;
   // Forward passes over several slabs, since C is converted slab by slab: rows' states live on.

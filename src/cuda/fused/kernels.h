@@ -125,6 +125,21 @@ struct DcProduct {
   const float* sums = nullptr;  // (.., D)
 };
 
+// sums (+)= scale * g * C: g is (rows, columns), C is (columns, D), both bf16, and the sums (rows, D)
+// are fp32. Rows of tiles that hold none which counts are left as they are.
+struct DeProduct {
+  Matrix g;
+  Matrix c;
+  float* sums = nullptr;
+  int rows = 0;  // at most
+  int columns = 0;
+  int D = 0;
+  const int* count = nullptr;  // as in Logits
+  int first = 0;
+  bool add = false;
+  float scale = 1;
+};
+
 struct LogitKernels {
   // Of a tile; Exponentials have a sum for each row and tile.
   std::int64_t tile_columns;
@@ -137,6 +152,7 @@ struct LogitKernels {
   void (*exponentials)(const Logits& logits, const Exponentials& exponentials, const Grid& grid,
                        cudaStream_t stream);
   void (*dc)(const DcProduct& product, const Grid& grid, cudaStream_t stream);
+  void (*de)(const DeProduct& product, const Grid& grid, cudaStream_t stream);
 };
 
 namespace sm90 {

@@ -21,12 +21,14 @@ struct Step {
 inline constexpr Step kSteps[] = {
     {128 * kMiB, 32 * kMiB, 8192, 1024, 2048, 0, 1.0},
     {32 * kMiB, 32 * kMiB, 4096, 1024, 2048, 0, 1.0},
-    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 0, 1.05},
-    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 8192, 1.2},
-    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 0, 1.3},
-    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 4096, 1.6},
-    {kMiB, 0, 512, 128, 256, 0, 2.0},
-    {kMiB, 0, 512, 128, 256, 2048, 3.0},
+    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 0, 1.1},
+    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 8192, 1.15},
+    {8 * kMiB, 4 * kMiB, 2048, 256, 768, 0, 1.25},
+    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 0, 1.5},
+    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 4096, 1.7},
+    {2 * kMiB, 0, 1024, 128, 512, 0, 2.5},
+    {kMiB, 0, 512, 128, 256, 0, 4.5},
+    {kMiB, 0, 512, 128, 256, 2048, 5.0},
 };
 
 // A block of logits passes through L2 where it can. Only quick memory (HBM3), in bytes a second, is

@@ -28,5 +28,6 @@ void launch_gradient_instance(const Logits& logits, const GradientOfLogits& grad
 void launch_exponentials(const Logits& logits, const Exponentials& exponentials, const Grid& grid,
                          cudaStream_t stream);
 void launch_dc(const DcProduct& product, const Grid& grid, cudaStream_t stream);
+void launch_de(const DeProduct& product, const Grid& grid, cudaStream_t stream);
 
 }  // namespace cutloss::cuda::fused::sm90

@@ -62,7 +62,7 @@ void launch_gradient(const Logits& logits, const GradientOfLogits& gradient, con
 
 }  // namespace
 
-constinit const LogitKernels kernels{kTileColumns,    grid_for,            launch_statistics,
-                                     launch_gradient, launch_exponentials, launch_dc};
+constinit const LogitKernels kernels{kTileColumns,        grid_for,  launch_statistics, launch_gradient,
+                                     launch_exponentials, launch_dc, launch_de};
 
 }  // namespace cutloss::cuda::fused::sm90
