@@ -6,7 +6,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _ops, _sharded, _terms
+from . import _checks, _sharded, _terms
+from ._torch import autograd, library, private
 
 
 def options(
@@ -28,14 +29,14 @@ def options(
     return_entropy: bool = False,
     return_predictions: bool = False,
     **others: Tensor | None,
-) -> _ops.Options:
+) -> library.Options:
     """Checks what describes the loss, and puts it into the operators' words. `others`: tensors that
     must be where e is."""
     _checks.tensors(e=e, c=c, targets=targets, bias=bias, **others)
     _checks.shapes(e, c, targets, bias)
     compute_dtype = _checks.dtypes(e, c, bias, targets)
     if not plain:
-        _checks.device(e, _ops.HAS_CUDA)
+        _checks.device(e, library.HAS_CUDA)
     _checks.same_device(
         e,
         c=c,
@@ -54,7 +55,7 @@ def options(
     _checks.plain_options(plain, schedule, max_workspace)
     shift = _checks.shift(shift, targets)
     _checks.num_valid(num_valid, math.prod(row_shape(targets, shift)), ignore_index)
-    return _ops.options(
+    return library.options(
         compute_dtype,
         shift=shift,
         ignore_index=ignore_index,
@@ -63,10 +64,10 @@ def options(
         temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
         wants_entropy=return_entropy,
         wants_argmax=return_predictions,
-        schedule=_ops.SCHEDULES[schedule],
+        schedule=library.SCHEDULES[schedule],
         max_workspace=max_workspace,
         num_valid=num_valid,
-        allow_tf32=_ops.allow_tf32(e, compute_dtype),
+        allow_tf32=library.allow_tf32(e, compute_dtype),
     )
 
 
@@ -77,20 +78,20 @@ def operands(
     bias: Tensor | None,
     temperature: float | Tensor,
     class_weight: Tensor | None,
-    options: _ops.Options,
+    options: library.Options,
     plain: bool = False,
 ) -> tuple:
     """The operators' tensors: e (sequences, length, D), targets (sequences, length), the
     temperature of each row."""
     shift, ignore_index = options["shift"], options["ignore_index"]
     traced = torch.compiler.is_compiling()
-    if not (plain or traced) and _ops.is_ordinary(e) and _ops.is_ordinary(c):
+    if not (plain or traced) and private.is_ordinary(e) and private.is_ordinary(c):
         _sharded.check_memory(e, c)
     labels = by_sequence(targets)
     row_temperature = None
     if isinstance(temperature, Tensor):
         # Ignored rows may hold anything there, a padding of 0 for one.
-        stats = _ops.stat_dtype(options["compute_dtype"])
+        stats = library.stat_dtype(options["compute_dtype"])
         t = temperature.expand(targets.shape).reshape(labels.shape)
         counts = _terms.of_rows(labels, shift) != ignore_index
         row_temperature = torch.where(counts, _terms.of_rows(t, shift).to(stats), 1.0)
@@ -101,10 +102,10 @@ def operands(
     return e, c, bias, labels, row_temperature, class_weight
 
 
-def want_gradients(options: _ops.Options, e: Tensor, c: Tensor, bias: Tensor | None) -> None:
-    options["needs_de"] = _autograd.wants_gradient(e)
-    options["needs_dc"] = _autograd.wants_gradient(c)
-    options["needs_dbias"] = _autograd.wants_gradient(bias)
+def want_gradients(options: library.Options, e: Tensor, c: Tensor, bias: Tensor | None) -> None:
+    options["needs_de"] = autograd.wants_gradient(e)
+    options["needs_dc"] = autograd.wants_gradient(c)
+    options["needs_dbias"] = autograd.wants_gradient(bias)
 
 
 def warn_of_no_weight(
@@ -114,7 +115,7 @@ def warn_of_no_weight(
     tokens do count; where none does everybody knows. `labels`: (sequences, length)."""
     if undefined is None or how.token_weight is None or how.reduction != "mean":
         return
-    if not (_checks.may_look(undefined.device) and _ops.is_ordinary(undefined)):
+    if not (_checks.may_look(undefined.device) and private.is_ordinary(undefined)):
         return
     if undefined and (_terms.of_rows(labels, options["shift"]) != options["ignore_index"]).any():
         # The same words from the same line, so that Python says them once.

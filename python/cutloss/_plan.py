@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops
-from ._ops import SCHEDULES, Options
+from ._torch import library, private
+from ._torch.library import SCHEDULES, Options
 
 DEFAULT_WORKSPACE = 512 << 20  # kDefaultWorkspace of cutloss.h
 
@@ -89,10 +89,10 @@ def choose(sizes: Sizes, options: Options, known_at_forward: bool) -> Choice:
 @functools.lru_cache(maxsize=64)
 def _choose_by_plan(sizes: Sizes, options: tuple, immediate: bool, engine: str | None) -> Choice:
     if immediate:
-        schedule, *_ = _ops.plan(sizes.arguments(at_forward=True), dict(options))
+        schedule, *_ = library.plan(sizes.arguments(at_forward=True), dict(options))
         if schedule == SCHEDULES["rows"]:
             return Choice(True, schedule)
-    schedule, kept_bytes, *_ = _ops.plan(sizes.arguments(at_forward=False), dict(options))
+    schedule, kept_bytes, *_ = library.plan(sizes.arguments(at_forward=False), dict(options))
     return Choice(False, schedule, kept_bytes)
 
 
@@ -116,7 +116,7 @@ _BOUND_ROWS = 256  # rows of logits kept at a time, in the bound
 def rows_fit(sizes: Sizes, options: Options) -> bool:
     """Whether the workspace surely suffices for the schedule by rows: kept logits of 256 rows,
     sums of dC where C is not in the dtype of the sums, and a generous rest."""
-    stats = _ops.stat_dtype(options["compute_dtype"])
+    stats = library.stat_dtype(options["compute_dtype"])
     budget = options["max_workspace"]
     rows = sizes.sequences * (sizes.length - options["shift"])
     logits = _BOUND_ROWS * (sizes.V * stats.itemsize + sizes.V)
@@ -131,7 +131,7 @@ def rows_fit(sizes: Sizes, options: Options) -> bool:
 def _place(t: Tensor) -> Place:
     if torch.compiler.is_compiling():  # no plan is asked for, and there is no address
         return Place()
-    if _ops.is_ordinary(t):
+    if private.is_ordinary(t):
         return Place(t.stride(), t.data_ptr() % 16)
     # Fake tensors and those of torch.func have no address either; new storage is aligned.
     return Place(t.stride(), t.storage_offset() * t.itemsize % 16)

@@ -5,8 +5,10 @@ import enum
 import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _inputs, _ops, _plain, _plan, _terms
+from . import _checks, _inputs, _plan, _terms
 from ._implementations import LinearCrossEntropyImpl, is_plain
+from ._torch import autograd, library, operators, private
+from ._torch.plain import statistics as plain_statistics
 
 _VOCAB_PARALLEL = (
     "vocab_parallel_options is not supported: cutloss computes the loss of a classifier that one "
@@ -173,12 +175,12 @@ def _evaluate(
     bias: Tensor | None,
     temperature: float | Tensor,
     how: _terms.Weighting,
-    options: _ops.Options,
+    options: library.Options,
     plain: bool,
     wants_lse: bool,
 ) -> tuple[Tensor, _terms.Rows]:
     """The loss, per row where nothing is reduced, and the per-row outputs."""
-    stats = _ops.stat_dtype(options["compute_dtype"])
+    stats = library.stat_dtype(options["compute_dtype"])
     shift, ignore_index = options["shift"], options["ignore_index"]
     V = c.shape[0]
     class_weight = how.weight if options["wants_zbar"] else None
@@ -193,15 +195,15 @@ def _evaluate(
         terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
         _inputs.warn_of_no_weight(terms.undefined, how, by_sequence, options)
         needs_lse = wants_lse or terms.lse is not None or terms.lse_squared is not None
-        rows = _plain.statistics(*operands, options, needs_lse)
+        rows = plain_statistics(*operands, options, needs_lse)
         return _terms.loss(terms, rows, how.reduction), rows
 
     _inputs.want_gradients(options, *operands[:3])
-    weights_have_gradient = _autograd.wants_gradient(how.token_weight)
+    weights_have_gradient = autograd.wants_gradient(how.token_weight)
     weighs_in_torch = (
         weights_have_gradient
-        or _ops.is_transformed()
-        or _ops.have_tangent(how.token_weight, how.weight)
+        or private.is_transformed()
+        or private.have_tangent(how.token_weight, how.weight)
     )
     # A per-token result that may get a gradient of its own rules out gradients in forward.
     known_at_forward = (
@@ -213,19 +215,20 @@ def _evaluate(
     choice = _plan.choose(_plan.sizes_of(*operands), options, known_at_forward)
     options["schedule"] = choice.schedule
     options["kept_bytes"] = choice.kept_bytes
+    computation = operators.Linear(options)
 
     if weighs_in_torch:
-        rows = _ops.statistics(operands, options)
+        rows = operators.statistics(computation, operands)
         terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
         _inputs.warn_of_no_weight(terms.undefined, how, by_sequence, options)
         return _terms.loss(terms, rows, how.reduction), rows
     if how.changes_nothing():
-        rows = _ops.statistics(operands, options)
+        rows = operators.statistics(computation, operands)
         # A copy: backward reads nll again, and the loss is the caller's to change in place.
         return (rows.nll.clone() if _plan.wants_gradient(options) else rows.nll), rows
-    terms, undefined = _ops.loss_terms(by_sequence, V, how, options)
+    terms, undefined = library.loss_terms(by_sequence, V, how, options)
     _inputs.warn_of_no_weight(undefined, how, by_sequence, options)
     if how.reduction == "none":
-        rows = _ops.statistics(operands, options)
+        rows = operators.statistics(computation, operands)
         return _terms.loss(_terms.unpacked(terms), rows, "none"), rows
-    return _ops.loss(operands, terms, undefined, options, choice.immediate)
+    return operators.loss(computation, operands, terms, undefined, choice.immediate)

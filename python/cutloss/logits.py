@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _inputs, _logits_ops, _ops, _terms
+from . import _checks, _inputs, _terms
+from ._torch import autograd, library, operators, private
 from .module import _class_weights
 
 
@@ -138,7 +139,7 @@ def _cross_entropy(
     loss would multiply the gradient in another read and write."""
     _checks.tensors(logits=logits, targets=targets, weight=weight, token_weight=token_weight)
     _checks.logits(logits, targets)
-    _checks.device(logits, _ops.HAS_CUDA, "logits", "torch.nn.functional.cross_entropy")
+    _checks.device(logits, library.HAS_CUDA, "logits", "torch.nn.functional.cross_entropy")
     _checks.same_device(
         logits,
         of="logits",
@@ -184,15 +185,17 @@ def _cross_entropy(
         "wants_zbar": how.label_smoothing > 0,
         "wants_argmax": bool(return_predictions),
     }
-    if _ops.is_transformed():
+    if private.is_transformed():
         raise NotImplementedError(
             "cutloss.cross_entropy does not work under the transforms of torch.func (grad, vmap, "
             "...): use torch.nn.functional.cross_entropy there"
         )
-    consume = bool(consume_logits) and _autograd.wants_gradient(logits)
+    consume = bool(consume_logits) and autograd.wants_gradient(logits)
     if consume:
         _check_consumable(logits)
-    loss, rows = _evaluate(
+    # What comes after a graph break is traced frame by frame, and may not overwrite anything.
+    evaluate = _evaluate_untraced if consume else _evaluate
+    loss, rows = evaluate(
         logits, targets, temperature, how, options, wants_lse=return_lse, consume=consume, over=over
     )
     if consume:
@@ -212,13 +215,13 @@ def _evaluate(
     targets: Tensor,
     temperature: float | Tensor,
     how: _terms.Weighting,
-    options: _logits_ops.Options,
+    options: library.Options,
     wants_lse: bool,
     consume: bool,
     over: float | Tensor | None,
 ) -> tuple[Tensor, _terms.Rows]:
     """The loss, per row where nothing is reduced, and the per-row outputs."""
-    stats = _ops.stat_dtype(logits.dtype)
+    stats = library.stat_dtype(logits.dtype)
     shift, ignore_index = options["shift"], options["ignore_index"]
     V = logits.shape[-1]
     by_sequence = _inputs.by_sequence(targets)
@@ -236,36 +239,40 @@ def _evaluate(
     shape = (*by_sequence.shape, V)
     z = logits if logits.dim() == 3 else logits.view(shape) if consume else logits.reshape(shape)
     operands = (z, by_sequence, row_temperature, class_weight)
+    computation = (operators.OverwrittenLogits if consume else operators.Logits)(options)
 
-    weights_have_gradient = _autograd.wants_gradient(how.token_weight)
-    if weights_have_gradient or _ops.have_tangent(how.token_weight, how.weight):
-        rows = _logits_ops.statistics(operands, options, consume)
+    weights_have_gradient = autograd.wants_gradient(how.token_weight)
+    if weights_have_gradient or private.have_tangent(how.token_weight, how.weight):
+        rows = operators.statistics(computation, operands)
         terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
         _inputs.warn_of_no_weight(terms.undefined, how, by_sequence, options)
         loss = _terms.loss(terms, rows, how.reduction)
         return (loss if over is None else loss / over), rows
     if how.changes_nothing():
-        rows = _logits_ops.statistics(operands, options, consume)
+        rows = operators.statistics(computation, operands)
         # A copy: backward reads nll again, and the loss is the caller's to change in place.
-        return (rows.nll.clone() if _autograd.wants_gradient(logits) else rows.nll), rows
-    terms, undefined = _ops.loss_terms(
+        return (rows.nll.clone() if autograd.wants_gradient(logits) else rows.nll), rows
+    terms, undefined = library.loss_terms(
         by_sequence, V, how, {**options, "compute_dtype": logits.dtype}
     )
     _inputs.warn_of_no_weight(undefined, how, by_sequence, options)
     if over is not None:
         terms = terms / over
     if how.reduction == "none":
-        rows = _logits_ops.statistics(operands, options, consume)
+        rows = operators.statistics(computation, operands)
         return _terms.loss(_terms.unpacked(terms), rows, "none"), rows
     # A per-token result that may get a gradient of its own rules out the gradient in forward. In
     # fp16 that waits for the loss scale, without which 1/N underflows.
     immediate = (
-        _autograd.wants_gradient(logits)
+        autograd.wants_gradient(logits)
         and not wants_lse
         and not options["wants_entropy"]
         and logits.dtype != torch.float16
     )
-    return _logits_ops.loss(operands, terms, undefined, options, immediate, consume)
+    return operators.loss(computation, operands, terms, undefined, immediate)
+
+
+_evaluate_untraced = private.untraced(_evaluate)
 
 
 def _check_consumable(logits: Tensor) -> None:
@@ -275,17 +282,22 @@ def _check_consumable(logits: Tensor) -> None:
             "consume_logits cannot be part of a graph of torch.compile, which decides itself what "
             "takes whose memory: leave it out there"
         )
-    if not _ops.is_ordinary(logits):
+    _check_owned(logits)
+
+
+@private.untraced
+def _check_owned(logits: Tensor) -> None:
+    if not private.is_ordinary(logits):
         raise ValueError(
             f"consume_logits takes an ordinary tensor, got {type(logits).__name__}: leave it out"
         )
-    base = logits._base
+    base = private.base_of(logits)
     if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "consume_logits would overwrite a leaf that requires a gradient, which is yours to "
             "keep: leave it out, or pass what a model has computed"
         )
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if private.has_hooks_of_saved_tensors():
         raise ValueError(
             "consume_logits cannot work under torch.utils.checkpoint or other hooks of saved "
             "tensors, with which PyTorch does not notice that saved logits were overwritten: leave "
@@ -306,7 +318,7 @@ def _check_consumable(logits: Tensor) -> None:
 
 def _empty(logits: Tensor) -> None:
     """Whoever reads the tensor now finds no elements, not a gradient."""
-    for t in (logits, logits._base):
+    for t in (logits, private.base_of(logits)):
         if t is not None:
             t.data = t.detach().new_empty(0)
 

@@ -13,7 +13,8 @@ import reference
 import torch
 from problems import BF16, F32, F64
 
-from cutloss import _checks, _ops, _plan, linear_cross_entropy
+from cutloss import _checks, _plan, linear_cross_entropy
+from cutloss._torch import library
 
 N, V, D = 24, 101, 16
 
@@ -289,11 +290,11 @@ def test_unknown_device():
             linear_cross_entropy(e, c, targets)
 
 
-@pytest.mark.skipif(_ops.HAS_CUDA, reason="this build has CUDA engines")
+@pytest.mark.skipif(library.HAS_CUDA, reason="this build has CUDA engines")
 def test_no_engine_for_a_device():
     sizes = _plan.Sizes(1, N, V, D, F32, F32, None, torch.int64, on_cuda=True)
     with pytest.raises(NotImplementedError, match=r"no engine supports this.*:\n  engine cpu: "):
-        _ops.describe_plan(sizes.arguments(at_forward=True), _ops.options(F32))
+        library.describe_plan(sizes.arguments(at_forward=True), library.options(F32))
 
 
 @pytest.mark.usefixtures("device")
@@ -400,7 +401,7 @@ def test_memory_that_cannot_be_had():
 def test_what_pytorch_refuses_is_said_in_its_words():
     """Its headers put a place in the sources of this build into the message, and no reason."""
     scale = torch.ops.cutloss.scale_
-    for call in (scale, lambda *args: _ops.call(scale, *args)):
+    for call in (scale, lambda *args: library.call(scale, *args)):
         with pytest.raises(RuntimeError, match="PyTorch's aten::mul_ failed: ") as caught:
             call(torch.ones(3, dtype=torch.int64), torch.tensor(0.5))
         assert not re.search(r"\.h\b|\.cpp\b|line \d|/|API call", str(caught.value))

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 
-from cutloss import LinearCrossEntropy, _ops, _plan, linear_cross_entropy
+from cutloss import LinearCrossEntropy, _plan, linear_cross_entropy
+from cutloss._torch import library
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -273,7 +274,7 @@ def operands(p):
 
 def options(p, **changes):
     needs = dict(needs_de=True, needs_dc=True, needs_dbias=p.bias is not None)
-    return _ops.options(p.e.dtype, **{**needs, **changes})
+    return library.options(p.e.dtype, **{**needs, **changes})
 
 
 def random_terms(p, o):
@@ -296,7 +297,7 @@ changes = pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys(
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_opcheck_deferred(changes, dtype):
     p = problems.make((3, 8), dtype=dtype, bias=True, ignored=0.0)
-    o = options(p, schedule=_ops.SCHEDULES["vocabulary"], **changes)
+    o = options(p, schedule=library.SCHEDULES["vocabulary"], **changes)
     terms = random_terms(p, o)
     torch.library.opcheck(operators.statistics, operands(p), o)
     torch.library.opcheck(operators.statistics, (*operands(p), *terms), o)
@@ -326,7 +327,7 @@ def test_opcheck_kept_logits(changes):
 @changes
 def test_opcheck_immediate(changes):
     p = problems.make((3, 8), bias=True, ignored=0.0)
-    o = options(p, schedule=_ops.SCHEDULES["rows"], **changes)
+    o = options(p, schedule=library.SCHEDULES["rows"], **changes)
     terms, undefined = random_terms(p, o)
     torch.library.opcheck(operators.loss_and_gradients, (*operands(p), terms, undefined), o)
     torch.library.opcheck(operators.loss_and_gradients, (*operands(p), terms[-2:]), o)

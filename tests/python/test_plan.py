@@ -7,11 +7,12 @@ import pytest
 import torch
 from problems import BF16, F16, F32, F64
 
-from cutloss import _ops, _plan
+from cutloss import _plan
+from cutloss._torch import library
 
 pytestmark = pytest.mark.usefixtures("device")
 
-ROWS, VOCABULARY = _ops.SCHEDULES["rows"], _ops.SCHEDULES["vocabulary"]
+ROWS, VOCABULARY = library.SCHEDULES["rows"], library.SCHEDULES["vocabulary"]
 
 
 def sizes(N, V, D, c_dtype=F32, e_dtype=None):
@@ -20,7 +21,7 @@ def sizes(N, V, D, c_dtype=F32, e_dtype=None):
 
 
 def options(compute, **changes):
-    return _ops.options(compute, needs_de=True, needs_dc=True, **changes)
+    return library.options(compute, needs_de=True, needs_dc=True, **changes)
 
 
 BUDGETS = [1 << 16, 1 << 20, 3 << 20, 10 << 20, 100 << 20, None]
@@ -37,7 +38,7 @@ def test_the_bound_is_sufficient(N, V, D, dtype):
         if _plan.rows_fit(s, o):
             limit = _plan.DEFAULT_WORKSPACE if budget is None else budget
             forced = {**o, "schedule": ROWS, "max_workspace": limit}
-            schedule, kept, forward, backward, _ = _ops.plan(s.arguments(at_forward=True), forced)
+            schedule, kept, forward, backward, _ = library.plan(s.arguments(at_forward=True), forced)
             assert schedule == ROWS and kept + max(forward, backward) <= limit
 
 
@@ -55,8 +56,8 @@ def test_choices():
     assert not later.immediate and later.schedule == ROWS and later.kept_bytes > 0
     recompute = _plan.choose(s, options(F32, schedule=VOCABULARY), True)
     assert recompute == _plan.Choice(False, VOCABULARY)
-    nothing = _ops.options(F32)
-    assert _plan.choose(s, nothing, True) == _plan.Choice(False, _ops.SCHEDULES["none"])
+    nothing = library.options(F32)
+    assert _plan.choose(s, nothing, True) == _plan.Choice(False, library.SCHEDULES["none"])
 
 
 def test_a_small_workspace_recomputes():
@@ -75,31 +76,31 @@ def test_fp16_waits_for_the_loss_scale(compute, e_dtype):
 def test_the_default_workspace_is_that_of_the_library():
     """A plan just over it recomputes, one just under it does not."""
     s = sizes(100, 1000, 64)
-    text = _ops.describe_plan(s.arguments(at_forward=True), options(F32))
+    text = library.describe_plan(s.arguments(at_forward=True), options(F32))
     assert f"fit in {_plan.DEFAULT_WORKSPACE} bytes" in text
 
 
 def test_a_plan_of_strides():
     s = sizes(64, 300, 32)
-    packed = _ops.describe_plan(s.arguments(at_forward=True), options(F32))
+    packed = library.describe_plan(s.arguments(at_forward=True), options(F32))
     s = s._replace(e=_plan.Place((64 * 32, 32, 1)), c=_plan.Place((32, 1)))
-    assert _ops.describe_plan(s.arguments(at_forward=True), options(F32)) == packed
+    assert library.describe_plan(s.arguments(at_forward=True), options(F32)) == packed
     s = s._replace(c=_plan.Place((1, 300)))  # of a transposed matrix, which is copied
-    assert _ops.describe_plan(s.arguments(at_forward=True), options(F32)) == packed
+    assert library.describe_plan(s.arguments(at_forward=True), options(F32)) == packed
     s = s._replace(c=_plan.Place((32,)))
     with pytest.raises(ValueError, match="c_strides must be 2 numbers or none, got 1"):
-        _ops.describe_plan(s.arguments(at_forward=True), options(F32))
+        library.describe_plan(s.arguments(at_forward=True), options(F32))
 
 
 def test_a_plan_says_why():
-    text = _ops.describe_plan(
+    text = library.describe_plan(
         sizes(4096, 30000, 64).arguments(at_forward=True), options(F32, max_workspace=8 << 20)
     )
     assert "vocabulary" in text and "needs at least" in text and "8388608" in text
 
 
 def test_what_was_found_on_this_machine():
-    text = _ops.describe_machine()
+    text = library.describe_machine()
     assert "engine cpu" in text and "threads" in text
 
 
@@ -108,7 +109,7 @@ def test_one_engine_only(device, monkeypatch):
     engine = {"cpu": "cpu", "cuda": "cuda/library"}[device]
     arguments = sizes(64, 300, 32).arguments(at_forward=True)
     monkeypatch.setenv("CUTLOSS_ENGINE", engine)
-    assert f"engine {engine} " in _ops.describe_plan(arguments, options(F32))
+    assert f"engine {engine} " in library.describe_plan(arguments, options(F32))
     monkeypatch.setenv("CUTLOSS_ENGINE", "none")
     with pytest.raises(ValueError, match="there is no engine 'none' in this build; it has .*cpu"):
-        _ops.describe_plan(arguments, options(F32))
+        library.describe_plan(arguments, options(F32))

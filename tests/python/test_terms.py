@@ -9,7 +9,8 @@ import torch
 from problems import BF16, F32, F64
 from torch.autograd import forward_ad
 
-from cutloss import _ops, _terms, linear_cross_entropy
+from cutloss import _terms, linear_cross_entropy
+from cutloss._torch import library
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -33,8 +34,8 @@ def targets_of(kind, dtype):
 
 def both(targets, how, shift, stats):
     torch_made = _terms.terms(targets, V, how, shift, -100, stats)
-    options = _ops.options(stats, shift=shift)
-    packed, undefined = _ops.loss_terms(targets, V, how, options)
+    options = library.options(stats, shift=shift)
+    packed, undefined = library.loss_terms(targets, V, how, options)
     return torch_made, _terms.unpacked(packed), undefined
 
 

@@ -6,8 +6,9 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _autograd, _checks, _ops, _sharded
-from .._untraced import untraced
+from .. import _checks, _sharded
+from .._torch import autograd, private
+from .._torch.private import untraced
 from . import _arguments as args
 from ._arguments import Loss
 from ._chunk_plan import Sizes, bytes_of, converted, make_plan
@@ -356,13 +357,13 @@ def _loss(
     rule = make_rule(tokens)
     e = e.reshape(-1, e.shape[-1])
     weight = tokens.weight
-    needs = [_autograd.wants_gradient(t) for t in (e, c, bias)]
+    needs = [autograd.wants_gradient(t) for t in (e, c, bias)]
     grads = [t.dtype for t, needed in zip((e, c, bias), needs) if needed]
     # Gradients in fp16 wait for the loss scale, which comes with the upstream gradient.
     immediate = (
         counting.reduction != "none"
         and torch.float16 not in grads
-        and not _autograd.wants_gradient(weight)
+        and not autograd.wants_gradient(weight)
     )
     plan = make_plan(
         _sizes(e, c, logits, rule, width, of_teacher), schedule, max_workspace,
@@ -447,18 +448,18 @@ def _head(e: Tensor, c: Tensor, bias: Tensor | None, prefix: str) -> None:
             f"{prefix}bias must be (V): got {prefix}bias {args.shape(bias)} and {prefix}c "
             f"{args.shape(c)}"
         )
-    if _ops.is_differentiated_by_others(e, c, bias):
+    if autograd.is_differentiated_by_others(e, c, bias):
         raise NotImplementedError(
             "distillation has gradients of reverse mode by PyTorch's autograd alone: no transforms "
             "of torch.func and no forward mode; take stored logits and PyTorch's own functions there"
         )
-    if _ops.is_ordinary(e) and _ops.is_ordinary(c):
+    if private.is_ordinary(e) and private.is_ordinary(c):
         _sharded.check_memory(e, c)
 
 
 def _no_gradient(**named: Tensor) -> None:
     for name, t in named.items():
-        if _autograd.wants_gradient(t):
+        if autograd.wants_gradient(t):
             raise ValueError(
                 f"the teacher gets no gradient, and {name} requires one: make it under "
                 f"torch.no_grad(), or pass {name}.detach()"

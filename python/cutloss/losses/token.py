@@ -6,9 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import _autograd, _by_rows, _checks, _inputs, _ops, _plan, _terms
-from .._ops import Options
+from .. import _checks, _inputs, _plan, _terms
 from .._terms import Rows
+from .._torch import autograd, by_rows, operators, private
+from .._torch.library import Options
 from . import _arguments, _row_function
 from ._row_function import RowFunction
 from .log_probs import TokenLogProbs
@@ -81,7 +82,7 @@ def linear_token_loss(
         normalizer=normalizer if isinstance(normalizer, Tensor) else None,
     )  # fmt: skip
     _checks.flags(return_rows=return_rows)
-    if _autograd.is_in_vmap():
+    if private.is_in_vmap():
         raise NotImplementedError(
             "linear_token_loss does not work inside torch.vmap: loop over the batch, or pass it as "
             "more rows of e and targets; cutloss.losses.token_log_probs works there"
@@ -101,14 +102,14 @@ def linear_token_loss(
         _terms.of_rows(operands[3], options["shift"]) != ignore_index,
         _normalizer(normalizer),
     )
-    known = not _ops.is_differentiated_by_others(e, c, bias)
+    known = not autograd.is_differentiated_by_others(e, c, bias)
     choice = _plan.choose(_plan.sizes_of(*operands), options, known)
     options["schedule"], options["kept_bytes"] = choice.schedule, choice.kept_bytes
     if choice.immediate:
         reads = [t for t in (*slices.values(), normalizer) if isinstance(t, Tensor)]
-        loss, rows = _by_rows.loss(operands, options, of_fn.begin, of_fn.undefined(), reads)
+        loss, rows = by_rows.loss(operands, options, of_fn.begin, of_fn.undefined(), reads)
     else:
-        rows = _ops.statistics(operands, options)
+        rows = operators.statistics(operators.Linear(options), operands)
         loss = of_fn.of_all(rows, _plan.wants_gradient(options))
     if not return_rows:
         return loss
@@ -117,7 +118,7 @@ def linear_token_loss(
 
 
 class FunctionOfRows:
-    """A loss that is a sum of fn over rows; a _by_rows.RowLoss after begin()."""
+    """A loss that is a sum of fn over rows; a by_rows.RowLoss after begin()."""
 
     def __init__(
         self,
@@ -206,7 +207,7 @@ def _slices(
         if isinstance(t, TokenLogProbs):
             raise TypeError(f"{what} must be a tensor, got TokenLogProbs: pass its log_probs")
         _checks.tensors(**{what: t})
-        if _autograd.requires_grad(t):
+        if private.requires_grad(t):
             raise ValueError(
                 f"cutloss makes no gradient for {what}: pass it detached, or make the loss of "
                 f"cutloss.losses.token_log_probs"
@@ -228,7 +229,7 @@ def _normalizer(value: float | Tensor | None) -> float | Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
-        if _autograd.requires_grad(value):
+        if private.requires_grad(value):
             raise ValueError("cutloss makes no gradient for normalizer: pass it detached")
         if value.numel() != 1:
             raise ValueError(f"normalizer must be one number, got {_checks.shape(value)}")

@@ -4,15 +4,17 @@ The operators do a chunk of rows up to its statistics; what the loss makes of th
 asked of it there; then the operators make the chunk's gradients (docs/math.md, "Two schedules").
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from . import _flops, _ops
-from ._ops import Options, call
-from ._terms import Rows
+from .._terms import Rows
+from . import autograd, operators, private
+from .autograd import Made, Saved
+from .library import Options, call
 
 _torch_ops = torch.ops.cutloss
 
@@ -40,48 +42,33 @@ def loss(
     RowLoss; it is called again where a second backward makes the gradients again. `options`: of a
     plan that goes by rows, with gradients made in forward. Where `undefined` is true gradients are
     zero. `reads`: tensors that the RowLoss takes, which must not have changed by then."""
-    versions = [(t, t._version) for t in reads if not t.is_inference()]
-    value, *statistics = _Chunked.apply(*operands, undefined, options, start, versions)
+    *differentiable, targets, row_temperature, class_weight = operands
+    constants = targets, row_temperature, class_weight
+    given = Saved(tuple(differentiable), constants, undefined=undefined)
+    versions = [(t, private.version_of(t)) for t in reads if not t.is_inference()]
+    value, *statistics = autograd.immediate(given, _ByRows(options, start, versions))
     return value, Rows(*statistics)
 
 
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, undefined, options, start, ctx.versions = inputs
-        operands = tuple(tensors)
-        ctx.save_for_backward(*operands, undefined)
-        ctx.set_materialize_grads(False)
-        ctx.options, ctx.start = options, start
-        ctx.gradients, at, row_loss = _make(operands, options, start)
-        statistics = at.nll, at.lse, at.entropy
-        ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
-        return row_loss.value(at), *statistics
+@dataclasses.dataclass
+class _ByRows(operators.Linear):
+    start: Callable[[], RowLoss]
+    versions: list[tuple[Tensor, int]]  # of what the RowLoss takes
 
-    @staticmethod
-    def backward(ctx, d_loss, *_):
-        if d_loss is None:
-            return (None,) * 10
-        *operands, undefined = ctx.saved_tensors
-        _ops.check_backward(*operands[:2], reads=ctx.gradients is None)
+    def loss_and_gradients(self, given: Saved, needs: tuple[bool, ...]) -> Made:
+        operands = (*given.operands, *given.constants)
+        gradients, at, row_loss = _make(operands, self.options, self.start)
+        return Made(given, (row_loss.value(at),), (at.nll, at.lse, at.entropy), gradients)
 
-        def remake():
-            for t, version in ctx.versions:
-                if t._version != version:
-                    raise RuntimeError(
-                        f"a second backward makes the gradients again, and a tensor of shape "
-                        f"{tuple(t.shape)} that the loss takes has been changed in place since "
-                        f"forward: pass a copy (clone()), or leave retain_graph out"
-                    )
-            products = _flops.products_of_gradients(*operands[:2], ctx.options)
-            with _flops.counted_as(products):
-                return _make(tuple(operands), ctx.options, ctx.start)[0]
-
-        return *_ops.hand_over(ctx, d_loss, operands[:3], undefined, remake), *(None,) * 7
-
-    @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(_ops.NO_FORWARD_MODE)
+    def gradients_again(self, saved: Saved, needs: tuple[bool, ...]) -> autograd.Tensors:
+        for t, version in self.versions:
+            if private.version_of(t) != version:
+                raise RuntimeError(
+                    f"a second backward makes the gradients again, and a tensor of shape "
+                    f"{tuple(t.shape)} that the loss takes has been changed in place since "
+                    f"forward: pass a copy (clone()), or leave retain_graph out"
+                )
+        return super().gradients_again(saved, needs)
 
 
 @torch.no_grad()
@@ -105,4 +92,4 @@ def _make(operands: tuple, options: Options, start: Callable[[], RowLoss]):
         of_rows = (d.nll, d.lse, d.entropy)
         call(_torch_ops.chunk_gradients, *operands, *state, *of_rows, chunk, **options)
     call(_torch_ops.chunks_finish, *operands, *state, **options)
-    return _ops.wanted((de, dc, dbias), options), at, row_loss
+    return operators.Linear(options).wanted((de, dc, dbias)), at, row_loss

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _ops
-from ._ops import Options
-from ._terms import Rows
+from .. import _checks
+from .._terms import Rows
+from .library import Options, stat_dtype
 
 
 def statistics(
@@ -20,7 +20,7 @@ def statistics(
     wants_lse: bool,
 ) -> Rows:
     """Arguments as those of the operator `statistics`."""
-    stats = _ops.stat_dtype(options["compute_dtype"])
+    stats = stat_dtype(options["compute_dtype"])
     shift, ignore_index = options["shift"], options["ignore_index"]
     V, D = c.shape
     target = targets[:, shift:].reshape(-1).long()
