@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks, _sharded
+from ._torch import private
 from .module import LinearCrossEntropy
 
 
@@ -115,9 +116,9 @@ def _check_classifier(module: nn.Module) -> None:
             f"remove_hook_from_module), or call linear_cross_entropy with the weight instead"
         )
     # What comes out of a shared nn.Embedding are rows of its weight, which hooks may change.
-    hooks = list(module._forward_pre_hooks.values())
+    hooks = private.forward_pre_hooks(module)
     if isinstance(module, nn.Linear):
-        hooks += module._forward_hooks.values()
+        hooks += private.forward_hooks(module)
     if not all(map(_sharded.only_gathers, hooks)):
         raise TypeError(
             f"output_embeddings, of type {type(module).__name__}, has forward hooks or forward "

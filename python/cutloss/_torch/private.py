@@ -68,7 +68,7 @@ def is_in_vmap() -> bool:
 
 
 _is_wrapped = _functorch.is_functorch_wrapped_tensor  # 2.11, 2.13
-_is_legacy = _functorch.is_legacy_batchedtensor  # 2.11, 2.13
+_is_legacy = _functorch.is_legacy_batchedtensor  # 2.13
 
 
 def is_ordinary(t: Tensor) -> bool:
@@ -119,7 +119,8 @@ def base_of(t: Tensor) -> Tensor | None:
 
 # Batches of upstream gradients --------------------------------------------------------------------
 
-_is_batched = _functorch.is_batchedtensor  # 2.11, 2.13
+_is_batched = _functorch.is_batchedtensor  # 2.13
+_level_of = _functorch.maybe_get_level  # 2.13
 
 
 class Batch(NamedTuple):
@@ -138,7 +139,7 @@ class Batch(NamedTuple):
 
     def wrapped(self, t: Tensor) -> Tensor:
         """The tensor whose dimension 0 is the batch, as vmap has it."""
-        wrap = torch._add_batch_dim if self.is_legacy else _functorch._add_batch_dim  # 2.11, 2.13
+        wrap = torch._add_batch_dim if self.is_legacy else _functorch._add_batch_dim  # 2.13
         return wrap(t, 0, self.level)
 
 
@@ -152,7 +153,7 @@ def batch_of(upstream: tuple[Tensor | None, ...]) -> Batch | None:
             wholes = tuple(map(_whole_of_legacy, upstream))
             return Batch(_LEGACY_LEVEL, True, upstream, wholes)
         if t is not None and _is_batched(t):
-            levels.append(_functorch.maybe_get_level(t))  # 2.11, 2.13
+            levels.append(_level_of(t))
     level = max(levels)
     if level == 0:
         return None
@@ -160,19 +161,19 @@ def batch_of(upstream: tuple[Tensor | None, ...]) -> Batch | None:
 
 
 def _whole(t: Tensor | None, level: int) -> Tensor | None:
-    if t is None or not _is_batched(t) or _functorch.maybe_get_level(t) != level:
+    if t is None or not _is_batched(t) or _level_of(t) != level:
         return None
-    at = _functorch.maybe_get_bdim(t)  # 2.11, 2.13
-    return _functorch.get_unwrapped(t).movedim(at, 0)
+    at = _functorch.maybe_get_bdim(t)  # 2.13
+    return _functorch.get_unwrapped(t).movedim(at, 0)  # 2.13
 
 
-_LEGACY_LEVEL = 1  # 2.11, 2.13: what is not nested is at the first
+_LEGACY_LEVEL = 1  # 2.13: what is not nested is at the first
 
 
 def _whole_of_legacy(t: Tensor | None) -> Tensor | None:
     if t is None or not _is_legacy(t):
         return None
-    whole = torch._remove_batch_dim(t, _LEGACY_LEVEL, 1, 0)  # 2.11, 2.13
+    whole = torch._remove_batch_dim(t, _LEGACY_LEVEL, 1, 0)  # 2.13
     if _is_legacy(whole):
         raise NotImplementedError(
             "cutloss makes gradients for a batch of upstream gradients, not for batches inside "

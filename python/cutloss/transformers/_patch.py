@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import _checks
 from .._implementations import is_plain
+from .._torch import private
 from . import _guard, _switch, _verify
 from ._switch import Switch, place_of_forward
 from ._unmade import UnmadeLogits
@@ -182,7 +183,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model of Transformers itself, under PEFT's wrapper."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"cutloss.patch takes a model, got {type(model).__name__}")
-    if type(model).__name__ in _WRAPPERS or hasattr(model, "_orig_mod"):
+    if type(model).__name__ in _WRAPPERS or private.is_compiled(model):
         raise ValueError(
             f"this model is inside {type(model).__name__}: patch it before it is wrapped or "
             f"compiled"
