@@ -155,7 +155,8 @@ def for_each(
 ) -> Tensors:
     """fn(upstream, False), or where upstream gradients come in a batch (is_grads_batched, or
     torch.vmap around autograd.grad), fn(entry, True) for each entry, and their results as a batch:
-    the same bits as one by one. Where forward was in torch.vmap too, PyTorch does that."""
+    the same bits as one by one. Where forward was in torch.vmap too, PyTorch does that. A graph of
+    the gradients (create_graph) must be below the batch, or PyTorch loses it."""
     batch = private.batch_of(upstream)
     if batch is None or not all(map(private.is_ordinary, saved.tensors())):
         return fn(upstream, False)
@@ -183,10 +184,10 @@ def deferred_gradients(ctx: Any, *upstream: Tensor | None) -> Tensors:
 
     def make(upstream: Tensors, _: bool) -> Tensors:
         with torch.no_grad():
-            return computation.gradients(saved, needs, upstream)
+            gradients = computation.gradients(saved, needs, upstream)
+        return first_order(gradients, *saved.operands, *upstream)
 
-    gradients = for_each(make, upstream, saved, computation.no_batches)
-    return for_inputs(ctx, first_order(gradients, *saved.operands, *upstream))
+    return for_inputs(ctx, for_each(make, upstream, saved, computation.no_batches))
 
 
 def where_defined(d_loss: Tensor, undefined: Tensor | None) -> Tensor:
@@ -218,18 +219,18 @@ def immediate_gradients(ctx: Any, d_loss: Tensor | None, *_: Any) -> Tensors:
     computation = ctx.computation
     computation.check_backward(saved, reads=ctx.gradients is None)
     gradients, ctx.gradients = ctx.gradients, None
-    with torch.no_grad():
-        if gradients is None:
+    if gradients is None:
+        with torch.no_grad():
             needs = ctx.needs_input_grad[: len(saved.operands)]
             gradients = computation.gradients_again(saved, needs)
 
-        def scale(upstream: Tensors, is_shared: bool) -> Tensors:
-            (factor,) = upstream
-            return _scaled(gradients, factor, is_shared)
+    def scale(upstream: Tensors, is_shared: bool) -> Tensors:
+        (d_loss,) = upstream
+        with torch.no_grad():
+            scaled = _scaled(gradients, where_defined(d_loss, saved.undefined), is_shared)
+        return first_order(scaled, *saved.operands, d_loss)
 
-        factor = where_defined(d_loss, saved.undefined)
-        gradients = for_each(scale, (factor,), saved)
-    return for_inputs(ctx, first_order(gradients, *saved.operands, d_loss))
+    return for_inputs(ctx, for_each(scale, (d_loss,), saved))
 
 
 # Eager code takes Deferred and Immediate, torch.func takes Transformed of operators.py; traced code
