@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks, _sharded
+from . import _sharded
+from ._core import checks
 from ._torch import private
 from .module import LinearCrossEntropy
 
@@ -89,7 +90,7 @@ class _Head(nn.Module):
                 "num_items_in_batch divides a sum; reduction is 'none', which has none: leave one "
                 "of them out"
             )
-        items = _checks.num_items(num_items_in_batch)
+        items = checks.num_items(num_items_in_batch)
         result = self.loss(e, self.weight, targets, self.bias, reduction="sum", **more)
         total, *rest = result if isinstance(result, tuple) else (result,)
         if isinstance(items, Tensor):
@@ -266,7 +267,7 @@ class CausalLMHead(_Head):
         super().__init__(
             output_embeddings, out_features, in_features, bias, *of_classifier, options
         )
-        _checks.number("temperature", self.loss.temperature)  # the logits' too: one for all tokens
+        checks.number("temperature", self.loss.temperature)  # the logits' too: one for all tokens
         self.return_logits = return_logits
         self.projection = None
         D = self.weight.shape[1]
@@ -304,7 +305,7 @@ class CausalLMHead(_Head):
         if labels is None and not return_logits:
             raise ValueError("neither a loss, without labels, nor logits, by return_logits=False")
         if labels is not None:
-            _checks.tensors(hidden=hidden, labels=labels)
+            checks.tensors(hidden=hidden, labels=labels)
         logits = self.logits(self._projected(hidden)) if return_logits else None
         if labels is None:
             return CausalLMHeadOutput(logits=logits)
@@ -321,7 +322,7 @@ class CausalLMHead(_Head):
         if self.projection is None:
             return hidden
         if isinstance(labels, Tensor) and labels.shape == hidden.shape[:-1]:
-            shift = _checks.shift(self.loss.shift, labels)
+            shift = checks.shift(self.loss.shift, labels)
             counts = labels != self.loss.ignore_index
             if shift > 0:
                 counts = F.pad(counts[..., shift:], (0, shift), value=False)

@@ -12,7 +12,9 @@ import torch
 from problems import BF16, F16, F32, F64, OPTION_SETS
 from tolerance import assert_close, assert_near
 
-from cutloss import _plan, linear_cross_entropy
+from cutloss import linear_cross_entropy
+from cutloss._core import decide
+from cutloss._core.options import SCHEDULES, Options
 from cutloss._torch import library
 
 pytestmark = pytest.mark.skipif(
@@ -297,11 +299,9 @@ def test_peak_memory_is_what_the_plan_says(schedule, e_dtype, c_dtype):
             loss = linear_cross_entropy(e, c, targets, schedule=schedule)
         return torch.autograd.grad(loss, (e, c))
 
-    options = library.options(
-        e_dtype, needs_de=True, needs_dc=True, schedule=library.SCHEDULES[schedule]
-    )
-    sizes = _plan.Sizes(1, N, V, D, e_dtype, c_dtype, None, torch.int64, on_cuda=True)
-    choice = _plan.choose(sizes, options, known_at_forward=True)
+    options = Options(e_dtype, needs_de=True, needs_dc=True, schedule=SCHEDULES[schedule])
+    sizes = decide.Sizes(1, N, V, D, e_dtype, c_dtype, None, torch.int64, on_cuda=True)
+    choice = decide.choose(sizes, options, known_at_forward=True)
     _, kept, forward, backward, _ = library.plan(sizes.arguments(choice.immediate), options)
     step()  # what libraries hold on to from their first call
     torch.cuda.synchronize()
@@ -341,7 +341,7 @@ def test_memory_that_cannot_be_had():
 
 
 def test_fp32_has_an_engine():
-    sizes = _plan.Sizes(8, 512, 32768, 2048, F32, F32, None, torch.int64, on_cuda=True)
-    options = library.options(F32, needs_de=True, needs_dc=True)
+    sizes = decide.Sizes(8, 512, 32768, 2048, F32, F32, None, torch.int64, on_cuda=True)
+    options = Options(F32, needs_de=True, needs_dc=True)
     text = library.describe_plan(sizes.arguments(at_forward=True), options)
     assert re.search(r"^engine cuda/library ", text, re.MULTILINE)

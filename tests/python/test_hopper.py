@@ -11,7 +11,9 @@ import torch
 from problems import BF16, F16, F32, F64
 from tolerance import assert_close
 
-from cutloss import _plan, linear_cross_entropy
+from cutloss import linear_cross_entropy
+from cutloss._core import decide
+from cutloss._core.options import SCHEDULES, Options
 from cutloss._torch import library
 
 pytestmark = pytest.mark.skipif(
@@ -153,7 +155,7 @@ PLANS = {
     "smoothing": dict(wants_zbar=True),
     "entropy": dict(wants_entropy=True, at_forward=False),
     "per_token": dict(at_forward=False),
-    "vocabulary": dict(schedule=library.SCHEDULES["vocabulary"]),
+    "vocabulary": dict(schedule=SCHEDULES["vocabulary"]),
 }
 
 
@@ -161,10 +163,10 @@ PLANS = {
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_it_is_planned_for_models(dtype, changes):
     """Sizes at which memory counts."""
-    sizes = _plan.Sizes(8, 512, 32768, 2048, dtype, dtype, None, torch.int64, on_cuda=True)
+    sizes = decide.Sizes(8, 512, 32768, 2048, dtype, dtype, None, torch.int64, on_cuda=True)
     changes = {"needs_de": True, "needs_dc": True, "at_forward": True, **changes}
     arguments = sizes.arguments(changes.pop("at_forward"))
-    text = library.describe_plan(arguments, library.options(dtype, **changes))
+    text = library.describe_plan(arguments, Options(dtype, **changes))
     assert re.search(r"^engine (\S+)", text, re.MULTILINE)[1] == FUSED
 
 

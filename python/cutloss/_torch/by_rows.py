@@ -11,10 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .._terms import Rows
+from .._core.options import Options
+from .._core.weighting import Rows
 from . import autograd, operators, private
 from .autograd import Made, Saved
-from .library import Options, call
+from .library import call
 
 _torch_ops = torch.ops.cutloss
 
@@ -78,18 +79,18 @@ def _make(operands: tuple, options: Options, start: Callable[[], RowLoss]):
     e, c = (t if call(_torch_ops.is_read_in_place, t) else t.clone(
         memory_format=torch.contiguous_format) for t in (e, c))  # fmt: skip
     operands = (e, c, *rest)
-    *state, chunks = call(_torch_ops.chunks_begin, *operands, **options)
+    *state, chunks = call(_torch_ops.chunks_begin, *operands, **options.of_linear())
     nll, lse, _, _, entropy, de, dc, dbias, memory = state
-    at = Rows(nll=nll, lse=lse, entropy=entropy if options["wants_entropy"] else None)
+    at = Rows(nll=nll, lse=lse, entropy=entropy if options.wants_entropy else None)
     row_loss = start()
     for chunk in range(chunks):
         offset, count = call(
-            _torch_ops.chunk_statistics, *operands, *state, chunk, **options
+            _torch_ops.chunk_statistics, *operands, *state, chunk, **options.of_linear()
         )
         d = Rows()
         if count > 0:
             d = row_loss.coefficients(memory[offset : offset + 8 * count].view(torch.int64), at)
         of_rows = (d.nll, d.lse, d.entropy)
-        call(_torch_ops.chunk_gradients, *operands, *state, *of_rows, chunk, **options)
-    call(_torch_ops.chunks_finish, *operands, *state, **options)
+        call(_torch_ops.chunk_gradients, *operands, *state, *of_rows, chunk, **options.of_linear())
+    call(_torch_ops.chunks_finish, *operands, *state, **options.of_linear())
     return operators.Linear(options).wanted((de, dc, dbias)), at, row_loss

@@ -1,13 +1,15 @@
 """Shapes of what the operators return, for tracing."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .._core.options import stat_dtype
 from . import library  # noqa: F401  the operators must be there
-from .library import Options, stat_dtype
 
 
-def _per_row(of: Tensor, compute_dtype: torch.dtype, options: Options, terms: Tensor | None) -> tuple:
+def _per_row(of: Tensor, compute_dtype: torch.dtype, options: dict[str, Any], terms: Tensor | None) -> tuple:
     """loss, nll, lse, row_max, log_sum, entropy, zbar, argmax. `of`: (sequences, length, ...)"""
     stats = stat_dtype(compute_dtype)
     rows = of.shape[0] * (of.shape[1] - options["shift"])
@@ -27,13 +29,13 @@ def _per_row(of: Tensor, compute_dtype: torch.dtype, options: Options, terms: Te
     )
 
 
-def _loss_and_argmax(of: Tensor, compute_dtype: torch.dtype, options: Options) -> tuple:
+def _loss_and_argmax(of: Tensor, compute_dtype: torch.dtype, options: dict[str, Any]) -> tuple:
     rows = of.shape[0] * (of.shape[1] - options["shift"]) if options["wants_argmax"] else 0
     loss = of.new_empty((), dtype=stat_dtype(compute_dtype))
     return loss, of.new_empty((rows,), dtype=torch.int64)
 
 
-def _gradients(e: Tensor, c: Tensor, bias: Tensor | None, options: Options) -> tuple:
+def _gradients(e: Tensor, c: Tensor, bias: Tensor | None, options: dict[str, Any]) -> tuple:
     de = e.new_empty(e.shape if options["needs_de"] else (0,))
     dc = c.new_empty(c.shape if options["needs_dc"] else (0,))
     if options["needs_dbias"]:

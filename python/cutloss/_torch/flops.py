@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .._core.options import Options
 from .private import FLOP_COUNTER, flop_counters
 
 Product = tuple[int, int, int]  # of (m, k) and (k, n)
@@ -47,12 +48,12 @@ def _of_gradients(
     return (int(needs_de) + int(needs_dc)) * _product(e, c, shift)
 
 
-def products_of_gradients(e: torch.Tensor, c: torch.Tensor, options: dict[str, Any]) -> list[Product]:
+def products_of_gradients(e: torch.Tensor, c: torch.Tensor, options: Options) -> list[Product]:
     """The products that count where a second backward makes the gradients again. Forward has
     counted those of the logits, so there is one for each gradient of e and c that is wanted."""
     sequences, length, D = e.shape
-    made = (sequences * max(length - options["shift"], 0), D, c.shape[0])
-    return [made] * (int(options["needs_de"]) + int(options["needs_dc"]))
+    made = (sequences * max(length - options.shift, 0), D, c.shape[0])
+    return [made] * (options.needs_de + options.needs_dc)
 
 
 def _of_both(*args: Any, **options: Any) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._terms import Weighting
+from .._core.options import Options
+from .._core.weighting import Weighting
 from . import private
 
 _OLDEST_TORCH = (2, 10)
@@ -42,35 +43,6 @@ load()
 _ops = torch.ops.cutloss
 
 HAS_CUDA: bool = _ops.has_cuda()  # whether this build has CUDA engines; says nothing of a device
-
-SCHEDULES = {"auto": 0, "none": 1, "rows": 2, "vocabulary": 3}
-
-Options = dict[str, Any]  # the keyword arguments of the operators
-
-
-def options(compute_dtype: torch.dtype, **changes: Any) -> Options:
-    """Options of a loss without options, and what is different."""
-    return {
-        "compute_dtype": compute_dtype,
-        "shift": 0,
-        "ignore_index": -100,
-        "softcap": None,
-        "logit_scale": 1.0,
-        "temperature": 1.0,
-        "wants_entropy": False,
-        "wants_zbar": False,
-        "wants_argmax": False,
-        "needs_de": False,
-        "needs_dc": False,
-        "needs_dbias": False,
-        "schedule": SCHEDULES["auto"],
-        "max_workspace": None,
-        "kept_bytes": 0,
-        "num_valid": None,
-        "allow_tf32": False,
-        **changes,
-    }
-
 
 def version() -> str:
     return _ops.version()
@@ -141,20 +113,20 @@ def translated(error: RuntimeError) -> Exception:
 def plan(sizes: tuple, options: Options) -> list[int]:
     """[schedule, bytes kept from forward to backward, bytes of scratch in forward, in backward,
     products]."""
-    return call(_ops.plan, *sizes, **options)
+    return call(_ops.plan, *sizes, **options.of_linear())
 
 
 def describe_plan(sizes: tuple, options: Options) -> str:
     """The plan in words, with the reasons."""
-    return call(_ops.describe_plan, *sizes, **options)
+    return call(_ops.describe_plan, *sizes, **options.of_linear())
 
 
 def loss_terms(
     targets: Tensor, V: int, how: Weighting, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """What _terms.terms makes, without a gradient: the coefficients in one tensor, and whether
+    """What weighting.terms makes, without a gradient: the coefficients in one tensor, and whether
     they are those of a mean of nothing. `targets`: (sequences, length)."""
-    stats = stat_dtype(options["compute_dtype"])
+    stats = options.stats
     token_weight = None if how.token_weight is None else how.token_weight.to(stats)
     weight = None if how.weight is None else how.weight.to(stats)
     return call(
@@ -162,16 +134,11 @@ def loss_terms(
         targets,
         token_weight,
         weight,
-        options["compute_dtype"],
+        options.compute_dtype,
         V,
-        options["shift"],
-        options["ignore_index"],
+        options.shift,
+        options.ignore_index,
         how.reduction == "mean",
         how.label_smoothing,
         how.z_loss,
     )
-
-
-def stat_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of per-row numbers."""
-    return torch.float64 if compute_dtype == torch.float64 else torch.float32

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .._terms import Rows, unpacked
+from .._core.options import Options
+from .._core.weighting import Rows, unpacked
 from . import autograd, fakes, flops, library, private  # noqa: F401  fakes are registered
 from .autograd import Made, Saved, Tensors
-from .library import Options
 
 _ops = torch.ops.cutloss
 flops.register_when_imported()
@@ -72,8 +72,8 @@ def of_rows(options: Options, terms, undefined, d_loss, d_nll, d_lse, d_entropy,
     """The upstream gradients of the rows, in the operators' order: what comes back for the loss and
     for each output of `statistics`. Called under no_grad."""
     # What was not asked for has no elements, and its gradient says nothing.
-    d_entropy = d_entropy if options["wants_entropy"] else None
-    d_zbar = d_zbar if options["wants_zbar"] else None
+    d_entropy = d_entropy if options.wants_entropy else None
+    d_zbar = d_zbar if options.wants_zbar else None
     d_lse_squared = None
     if terms is not None and d_loss is not None:
         t = unpacked(terms * autograd.where_defined(d_loss, undefined))
@@ -94,18 +94,20 @@ class Linear(autograd.Computation):
 
     def is_differentiated(self, given: Saved) -> bool:
         """Whether a derivative may be asked for: one that is made, or one that is refused."""
-        o = self.options
-        is_needed = o["needs_de"] or o["needs_dc"] or o["needs_dbias"]
-        return is_needed or private.is_in_forward_mode()
+        return any(self.options.needs) or private.is_in_forward_mode()
 
     def wanted(self, made: Any) -> Tensors:
         """Of what the operators make those gradients that are asked for."""
-        (de, dc, dbias), o = made, self.options
-        return (
-            de if o["needs_de"] else None,
-            dc if o["needs_dc"] else None,
-            dbias if o["needs_dbias"] else None,
-        )
+        (de, dc, dbias), (e_needs, c_needs, bias_needs) = made, self.options.needs
+        return de if e_needs else None, dc if c_needs else None, dbias if bias_needs else None
+
+    @classmethod
+    def traced(cls, inputs: Tensors, keywords: dict[str, Any]) -> "Linear":
+        """Of the operators' own arguments."""
+        return cls(Options(**keywords))
+
+    def keywords(self) -> dict[str, Any]:
+        return self.options.of_linear()
 
     def given(self, inputs: Tensors) -> Saved:
         """What the operators take by position."""
@@ -113,7 +115,7 @@ class Linear(autograd.Computation):
 
     def outputs(self, given: Saved) -> Outputs:
         inputs = (*given.operands, *given.constants, given.undefined)
-        return Outputs(*library.call(self.statistics, *inputs, **self.options))
+        return Outputs(*library.call(self.statistics, *inputs, **self.keywords()))
 
     def forward(self, given: Saved) -> Made:
         made = self.outputs(given)
@@ -125,11 +127,11 @@ class Linear(autograd.Computation):
         constants = Constants(*saved.constants)
         d_rows = of_rows(self.options, constants.terms, saved.undefined, *upstream)
         inputs = (*saved.operands, *constants.without_terms(), *saved.made, *d_rows)
-        return self.wanted(library.call(self.of_statistics, *inputs, **self.options))
+        return self.wanted(library.call(self.of_statistics, *inputs, **self.keywords()))
 
     def loss_and_gradients(self, given: Saved, needs: tuple[bool, ...]) -> Made:
         inputs = (*given.operands, *given.constants, given.undefined)
-        loss, argmax, *made = library.call(self.both, *inputs, **self.options)
+        loss, argmax, *made = library.call(self.both, *inputs, **self.keywords())
         return Made(given, (loss,), (argmax,), self.wanted(made))
 
     def products_again(self, saved: Saved, needs: tuple[bool, ...]) -> list[flops.Product]:
@@ -152,6 +154,13 @@ class Logits(Linear):
     def is_differentiated(self, given: Saved) -> bool:
         (logits,) = given.operands
         return autograd.wants_gradient(logits) or private.have_tangent(logits)
+
+    @classmethod
+    def traced(cls, inputs: Tensors, keywords: dict[str, Any]) -> "Logits":
+        return cls(Options(inputs[0].dtype, **keywords))
+
+    def keywords(self) -> dict[str, Any]:
+        return self.options.of_logits()
 
     def wanted(self, made: Any) -> Tensors:
         if made is None:  # of operators that write over the logits
@@ -234,7 +243,7 @@ def loss(
     if not immediate:
         return _deferred(computation, computation.given(inputs))
     if torch.compiler.is_compiling():
-        loss, argmax, *_ = computation.both(*inputs, **computation.options)
+        loss, argmax, *_ = computation.both(*inputs, **computation.keywords())
     else:
         loss, argmax = autograd.immediate(computation.given(inputs), computation)
     return loss, Rows(argmax=argmax)
@@ -272,7 +281,7 @@ class _Transformed(autograd.Function):
     @staticmethod
     def forward(*inputs):
         *tensors, computation = inputs
-        return tuple(library.call(computation.statistics, *tensors, **computation.options))
+        return tuple(library.call(computation.statistics, *tensors, **computation.keywords()))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -288,10 +297,11 @@ def _register(kind: type[Linear], statistics: str, both: str) -> None:
     """The autograd of the operators themselves, which traced code takes."""
 
     def keep_of_statistics(ctx, inputs, keyword_only_inputs, output):
-        _keep_of_statistics(ctx, kind(keyword_only_inputs), inputs, output)
+        computation = kind.traced(inputs, keyword_only_inputs)
+        _keep_of_statistics(ctx, computation, inputs, output)
 
     def keep_of_both(ctx, inputs, keyword_only_inputs, output):
-        computation = kind(keyword_only_inputs)
+        computation = kind.traced(inputs, keyword_only_inputs)
         _, _, *made = output
         given = computation.given(inputs)
         autograd.keep(ctx, computation, Made(given, (), gradients=computation.wanted(made)))

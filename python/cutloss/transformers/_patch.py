@@ -8,7 +8,7 @@ from types import MethodType
 
 from torch import nn
 
-from .. import _checks
+from .._core import checks
 from .._implementations import is_plain
 from .._torch import private
 from . import _guard, _switch, _verify
@@ -103,13 +103,13 @@ def patch(
     :raises NotImplementedError: where the model's classifier or forward can not be done; the model
         is as it was.
     """
-    _checks.flags(verify=verify)
+    checks.flags(verify=verify)
     if return_logits is not None:
-        _checks.flags(return_logits=return_logits)
-    _checks.max_workspace(max_workspace)
-    _checks.plain_options(is_plain(impl), "auto", max_workspace)
+        checks.flags(return_logits=return_logits)
+    checks.max_workspace(max_workspace)
+    checks.plain_options(is_plain(impl), "auto", max_workspace)
     training = dict(
-        z_loss=_checks.z_loss(z_loss), label_smoothing=_checks.label_smoothing(label_smoothing)
+        z_loss=checks.z_loss(z_loss), label_smoothing=checks.label_smoothing(label_smoothing)
     )
     target = unwrapped(model)
     if _active(target) is not None:

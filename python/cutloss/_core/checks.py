@@ -12,8 +12,8 @@ import os
 import torch
 from torch import Tensor
 
-from . import _sharded
-from ._torch import private
+from .. import _sharded
+from .._torch import private
 
 REDUCTIONS = ("mean", "sum", "none")
 _MOST_BYTES = 2**63 - 1

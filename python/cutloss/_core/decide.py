@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._torch import library, private
-from ._torch.library import SCHEDULES, Options
+from .._torch import autograd, library, private
+from .options import SCHEDULES, Options
 
 DEFAULT_WORKSPACE = 512 << 20  # kDefaultWorkspace of cutloss.h
 
@@ -57,23 +57,30 @@ class Choice:
     kept_bytes: int = 0
 
 
-def wants_gradient(options: Options) -> bool:
-    return options["needs_de"] or options["needs_dc"] or options["needs_dbias"]
+def decided(operands: tuple, options: Options, known_at_forward: bool) -> tuple[Options, bool]:
+    """The options with the gradients that autograd asks for and what the plan settles, and whether
+    gradients are made in forward. `operands`: from make_operands."""
+    de, dc, dbias = map(autograd.wants_gradient, operands[:3])
+    if de or dc or dbias:
+        options = options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
+    choice = choose(sizes_of(*operands), options, known_at_forward)
+    options = options.but(schedule=choice.schedule, kept_bytes=choice.kept_bytes)
+    return options, choice.immediate
 
 
 def _waits_for_loss_scale(sizes: Sizes, options: Options) -> bool:
     """fp16 gradients are made in backward: the loss scale must come before anything underflows."""
     return torch.float16 in (
-        options["compute_dtype"],
-        sizes.e_dtype if options["needs_de"] else None,
-        sizes.c_dtype if options["needs_dc"] else None,
-        sizes.bias_dtype if options["needs_dbias"] else None,
+        options.compute_dtype,
+        sizes.e_dtype if options.needs_de else None,
+        sizes.c_dtype if options.needs_dc else None,
+        sizes.bias_dtype if options.needs_dbias else None,
     )
 
 
 def choose(sizes: Sizes, options: Options, known_at_forward: bool) -> Choice:
     """`known_at_forward`: the loss is a weighted sum of per-row outputs, weights known."""
-    if not wants_gradient(options):
+    if not any(options.needs):
         return Choice(False, SCHEDULES["none"])
     immediate = known_at_forward and not _waits_for_loss_scale(sizes, options)
     symbolic = any(
@@ -82,22 +89,23 @@ def choose(sizes: Sizes, options: Options, known_at_forward: bool) -> Choice:
     if symbolic or torch.compiler.is_compiling():
         return _choose_by_bound(sizes, options, immediate)
     engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too
-    return _choose_by_plan(sizes, tuple(options.items()), immediate, engine)
+    return _choose_by_plan(sizes, tuple(vars(options).values()), immediate, engine)
 
 
 # Training asks for the same few again and again, and asking the operator costs more than to know.
 @functools.lru_cache(maxsize=64)
-def _choose_by_plan(sizes: Sizes, options: tuple, immediate: bool, engine: str | None) -> Choice:
+def _choose_by_plan(sizes: Sizes, values: tuple, immediate: bool, engine: str | None) -> Choice:
+    options = Options(*values)  # a tuple is found in less time
     if immediate:
-        schedule, *_ = library.plan(sizes.arguments(at_forward=True), dict(options))
+        schedule, *_ = library.plan(sizes.arguments(at_forward=True), options)
         if schedule == SCHEDULES["rows"]:
             return Choice(True, schedule)
-    schedule, kept_bytes, *_ = library.plan(sizes.arguments(at_forward=False), dict(options))
+    schedule, kept_bytes, *_ = library.plan(sizes.arguments(at_forward=False), options)
     return Choice(False, schedule, kept_bytes)
 
 
 def _choose_by_bound(sizes: Sizes, options: Options, immediate: bool) -> Choice:
-    asked = options["schedule"]
+    asked = options.schedule
     if asked == SCHEDULES["rows"] and not immediate:
         raise NotImplementedError(
             "schedule='rows' keeps logits from forward to backward for this loss (a per-token "
@@ -116,14 +124,14 @@ _BOUND_ROWS = 256  # rows of logits kept at a time, in the bound
 def rows_fit(sizes: Sizes, options: Options) -> bool:
     """Whether the workspace surely suffices for the schedule by rows: kept logits of 256 rows,
     sums of dC where C is not in the dtype of the sums, and a generous rest."""
-    stats = library.stat_dtype(options["compute_dtype"])
-    budget = options["max_workspace"]
-    rows = sizes.sequences * (sizes.length - options["shift"])
+    stats = options.stats
+    budget = options.max_workspace
+    rows = sizes.sequences * (sizes.length - options.shift)
     logits = _BOUND_ROWS * (sizes.V * stats.itemsize + sizes.V)
     operands = 4 * _BOUND_ROWS * sizes.D * 8 + 3 * _BOUND_ROWS * _BOUND_ROWS * 8
     per_row_and_column = 32 * (rows + sizes.V) + 64 * 1024
     total = logits + operands + per_row_and_column
-    if options["needs_dc"] and sizes.c_dtype != stats:
+    if options.needs_dc and sizes.c_dtype != stats:
         total = total + sizes.V * sizes.D * stats.itemsize
     return total <= (DEFAULT_WORKSPACE if budget is None else budget)
 
