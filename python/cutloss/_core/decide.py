@@ -61,11 +61,41 @@ def decided(operands: tuple, options: Options, known_at_forward: bool) -> tuple[
     """The options with the gradients that autograd asks for and what the plan settles, and whether
     gradients are made in forward. `operands`: from make_operands."""
     de, dc, dbias = map(autograd.wants_gradient, operands[:3])
-    if de or dc or dbias:
-        options = options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
-    choice = choose(sizes_of(*operands), options, known_at_forward)
+    if not (de or dc or dbias):
+        return options.but(schedule=SCHEDULES["none"]), False
+    sizes, needs = sizes_of(*operands), (de, dc, dbias)
+    if _is_symbolic(sizes):
+        return _decided(sizes, options, needs, known_at_forward)
+    engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too
+    return _decided_before(sizes, tuple(vars(options).values()), needs, known_at_forward, engine)
+
+
+def _decided(
+    sizes: Sizes, options: Options, needs: tuple[bool, bool, bool], known_at_forward: bool
+) -> tuple[Options, bool]:
+    de, dc, dbias = needs
+    options = options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
+    choice = choose(sizes, options, known_at_forward)
     options = options.but(schedule=choice.schedule, kept_bytes=choice.kept_bytes)
     return options, choice.immediate
+
+
+# Training asks for the same few again and again, and asking the operator costs more than to know.
+@functools.lru_cache(maxsize=64)
+def _decided_before(
+    sizes: Sizes,
+    values: tuple,
+    needs: tuple[bool, bool, bool],
+    known_at_forward: bool,
+    engine: str | None,
+) -> tuple[Options, bool]:
+    return _decided(sizes, Options(*values), needs, known_at_forward)
+
+
+def _is_symbolic(sizes: Sizes) -> bool:
+    """Whether the compiler traces, or a size is a symbol."""
+    numbers = (sizes.sequences, sizes.length, sizes.V, sizes.D)
+    return torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in numbers)
 
 
 def _waits_for_loss_scale(sizes: Sizes, options: Options) -> bool:
@@ -83,19 +113,8 @@ def choose(sizes: Sizes, options: Options, known_at_forward: bool) -> Choice:
     if not any(options.needs):
         return Choice(False, SCHEDULES["none"])
     immediate = known_at_forward and not _waits_for_loss_scale(sizes, options)
-    symbolic = any(
-        isinstance(n, torch.SymInt) for n in (sizes.sequences, sizes.length, sizes.V, sizes.D)
-    )
-    if symbolic or torch.compiler.is_compiling():
+    if _is_symbolic(sizes):
         return _choose_by_bound(sizes, options, immediate)
-    engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too
-    return _choose_by_plan(sizes, tuple(vars(options).values()), immediate, engine)
-
-
-# Training asks for the same few again and again, and asking the operator costs more than to know.
-@functools.lru_cache(maxsize=64)
-def _choose_by_plan(sizes: Sizes, values: tuple, immediate: bool, engine: str | None) -> Choice:
-    options = Options(*values)  # a tuple is found in less time
     if immediate:
         schedule, *_ = library.plan(sizes.arguments(at_forward=True), options)
         if schedule == SCHEDULES["rows"]:
