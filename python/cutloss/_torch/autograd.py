@@ -47,8 +47,8 @@ class Computation:
     those come in a Saved, of which forward reads operands, constants and undefined."""
 
     no_forward_mode = (
-        "cutloss has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode (grad, vjp, "
-        "jacrev), or impl='torch'"
+        "cutloss has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode (grad, "
+        "vjp, jacrev), or impl='torch'"
     )
     no_batches: str | None = None  # why there may be no batch of upstream gradients
 
@@ -76,7 +76,7 @@ class Computation:
         """Before what was saved is taken, which fails where it was changed in place."""
 
     def check_backward(self, saved: Saved, reads: bool) -> None:
-        """That e and c are in backward what they were in forward; `reads`: whether they are read."""
+        """That e and c are in backward what they were in forward. `reads`: they will be read."""
         e, c, _ = saved.operands
         if private.is_ordinary(e) and private.is_ordinary(c):
             _sharded.check_shape(e, c)
@@ -241,7 +241,7 @@ def immediate_gradients(ctx: Any, d_loss: Tensor | None, *_: Any) -> Tensors:
 # Eager code takes Deferred and Immediate, torch.func takes Transformed of operators.py; traced code
 # takes the operators, to which the same functions are registered. Eager functions have no
 # setup_context: it costs more than the smallest loss, and only torch.func needs it. Of their inputs
-# autograd is to see the operands; what they work with is in the last two, a Saved and a Computation.
+# autograd is to see the operands; what they work with is the last two, a Saved and a Computation.
 
 
 class Function(torch.autograd.Function):

@@ -83,31 +83,10 @@ def of_rows(options: Options, terms, undefined, d_loss, d_nll, d_lse, d_entropy,
 
 
 @dataclasses.dataclass
-class Linear(autograd.Computation):
-    """Operands e (sequences, length, D), c (V,D), bias (V)."""
+class ByOperators(autograd.Computation):
+    """What Linear and Logits share; they name the operators and their operands."""
 
     options: Options
-    statistics = _ops.statistics
-    of_statistics = _ops.gradients
-    both = _ops.loss_and_gradients
-    operands = 3
-
-    def is_differentiated(self, given: Saved) -> bool:
-        """Whether a derivative may be asked for: one that is made, or one that is refused."""
-        return any(self.options.needs) or private.is_in_forward_mode()
-
-    def wanted(self, made: Any) -> Tensors:
-        """Of what the operators make those gradients that are asked for."""
-        (de, dc, dbias), (e_needs, c_needs, bias_needs) = made, self.options.needs
-        return de if e_needs else None, dc if c_needs else None, dbias if bias_needs else None
-
-    @classmethod
-    def traced(cls, inputs: Tensors, keywords: dict[str, Any]) -> "Linear":
-        """Of the operators' own arguments."""
-        return cls(Options(**keywords))
-
-    def keywords(self) -> dict[str, Any]:
-        return self.options.of_linear()
 
     def given(self, inputs: Tensors) -> Saved:
         """What the operators take by position."""
@@ -134,12 +113,38 @@ class Linear(autograd.Computation):
         loss, argmax, *made = library.call(self.both, *inputs, **self.keywords())
         return Made(given, (loss,), (argmax,), self.wanted(made))
 
+
+class Linear(ByOperators):
+    """Operands e (sequences, length, D), c (V,D), bias (V)."""
+
+    statistics = _ops.statistics
+    of_statistics = _ops.gradients
+    both = _ops.loss_and_gradients
+    operands = 3
+
+    @classmethod
+    def traced(cls, inputs: Tensors, keywords: dict[str, Any]) -> "Linear":
+        """Of the operators' own arguments."""
+        return cls(Options(**keywords))
+
+    def keywords(self) -> dict[str, Any]:
+        return self.options.of_linear()
+
+    def is_differentiated(self, given: Saved) -> bool:
+        """Whether a derivative may be asked for: one that is made, or one that is refused."""
+        return any(self.options.needs) or private.is_in_forward_mode()
+
+    def wanted(self, made: Any) -> Tensors:
+        """Of what the operators make those gradients that are asked for."""
+        (de, dc, dbias), (e_needs, c_needs, bias_needs) = made, self.options.needs
+        return de if e_needs else None, dc if c_needs else None, dbias if bias_needs else None
+
     def products_again(self, saved: Saved, needs: tuple[bool, ...]) -> list[flops.Product]:
         e, c, _ = saved.operands
         return flops.products_of_gradients(e, c, self.options)
 
 
-class Logits(Linear):
+class Logits(ByOperators):
     """Operands: logits (sequences, length, V)."""
 
     statistics = _ops.logits_statistics
@@ -228,14 +233,14 @@ def _own(operands: Tensors) -> Tensors:
 # Calls --------------------------------------------------------------------------------------------
 
 
-def statistics(computation: Linear, operands: tuple) -> Rows:
+def statistics(computation: ByOperators, operands: tuple) -> Rows:
     """Per-row outputs whose gradients are made in backward. `operands`: e, c, bias, or logits
     (sequences, length, V); targets, row_temperature, class_weight."""
     return _deferred(computation, computation.given((*operands, None, None)))[1]
 
 
 def loss(
-    computation: Linear, operands: tuple, terms: Tensor, undefined: Tensor, immediate: bool
+    computation: ByOperators, operands: tuple, terms: Tensor, undefined: Tensor, immediate: bool
 ) -> tuple[Tensor, Rows]:
     """The loss that loss_terms weighs, and per-row outputs. `immediate`: its gradients are made
     along with it, and of the outputs there are predictions only."""
@@ -249,7 +254,7 @@ def loss(
     return loss, Rows(argmax=argmax)
 
 
-def _deferred(computation: Linear, given: Saved) -> tuple[Tensor, Rows]:
+def _deferred(computation: ByOperators, given: Saved) -> tuple[Tensor, Rows]:
     if private.is_transformed():
         inputs = (*given.operands, *given.constants, given.undefined)
         made = Outputs(*_Transformed.apply(*inputs, computation))
@@ -264,7 +269,9 @@ def _deferred(computation: Linear, given: Saved) -> tuple[Tensor, Rows]:
 # Under torch.func, and traced --------------------------------------------------------------------
 
 
-def _keep_of_statistics(ctx: Any, computation: Linear, inputs: Tensors, output: Tensors) -> None:
+def _keep_of_statistics(
+    ctx: Any, computation: ByOperators, inputs: Tensors, output: Tensors
+) -> None:
     made = Outputs(*output)
     saved = computation.given(inputs)._replace(made=made.saved())
     autograd.keep(ctx, computation, Made(saved, made.differentiable()))
@@ -293,7 +300,7 @@ class _Transformed(autograd.Function):
         return _gradients_of_statistics(ctx, *d_outputs)
 
 
-def _register(kind: type[Linear], statistics: str, both: str) -> None:
+def _register(kind: type[ByOperators], statistics: str, both: str) -> None:
     """The autograd of the operators themselves, which traced code takes."""
 
     def keep_of_statistics(ctx, inputs, keyword_only_inputs, output):

@@ -135,7 +135,7 @@ class Batch(NamedTuple):
     def entries(self) -> list[tuple[Tensor | None, ...]]:
         size = next(t.shape[0] for t in self.wholes if t is not None)
         pairs = list(zip(self.upstream, self.wholes))
-        return [tuple(t if all_of is None else all_of[i] for t, all_of in pairs) for i in range(size)]
+        return [tuple(t if all_ is None else all_[i] for t, all_ in pairs) for i in range(size)]
 
     def wrapped(self, t: Tensor) -> Tensor:
         """The tensor whose dimension 0 is the batch, as vmap has it."""
