@@ -3,10 +3,10 @@
 import importlib
 
 from ._implementations import LinearCrossEntropyImpl
+from ._torch import library
 from .functional import VocabParallelOptions, linear_cross_entropy
 from .heads import CausalLMHead, CausalLMHeadOutput, LinearCrossEntropyLoss
 from .module import LinearCrossEntropy
-from ._torch import library
 from .registry import get_loss, losses_available
 
 __all__ = [

@@ -5,7 +5,6 @@ import enum
 import torch
 from torch import Tensor
 
-from ._implementations import LinearCrossEntropyImpl, is_plain
 from ._core import checks, decide, weighting
 from ._core.operands import (
     checked_options,
@@ -15,6 +14,7 @@ from ._core.operands import (
     warn_of_no_weight,
 )
 from ._core.options import Options
+from ._implementations import LinearCrossEntropyImpl, is_plain
 from ._torch import autograd, library, operators, private
 from ._torch.plain import statistics as plain_statistics
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from cli_helpers import assert_refused, run_cli
 
-from cutloss._torch import library
 from cutloss._bench import (
     cases,
     device_memory,
@@ -31,6 +30,7 @@ from cutloss._bench import (
 from cutloss._bench.cases import Case
 from cutloss._bench.methods import DEFAULT_METHODS, Method
 from cutloss._bench.products import _chunked, products
+from cutloss._torch import library
 from cutloss.bench import named_models
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
