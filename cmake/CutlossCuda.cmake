@@ -71,14 +71,40 @@ function(cutloss_code_flags result)
   set(${result} "${flags}" PARENT_SCOPE)
 endfunction()
 
-# Adds the sources of the CUDA engines to a target. The kernels in sm90/ are for Hopper alone, and
-# are there where their header files are and Hopper is in the list.
+# A file for each kernel of Hopper's that is compiled with other template arguments: they compile side
+# by side. Sets ${result} to their names.
+function(cutloss_hopper_instances result)
+  set(files "")
+  foreach(element bfloat16_t half_t)
+    foreach(instance "GRADIENT:GradientKind::plain" "GRADIENT:GradientKind::capped"
+            "GRADIENT:GradientKind::general" "GRADIENT:GradientKind::general_capped"
+            "STATISTICS:Share::columns, false" "STATISTICS:Share::columns, true"
+            "STATISTICS:Share::rows, false" "STATISTICS:Share::rows, true")
+      string(REGEX MATCH "^[A-Z]+" what ${instance})
+      string(REGEX REPLACE "^[A-Z]+:" "" arguments ${instance})
+      string(TOLOWER ${what} header)
+      string(MAKE_C_IDENTIFIER "${header}_${element}_${arguments}" name)
+      set(file ${PROJECT_BINARY_DIR}/hopper/${name}.cu)
+      file(CONFIGURE OUTPUT ${file} CONTENT
+"#include \"cuda/fused/sm90/${header}_launch.cuh\"
+namespace cutloss::cuda::fused::sm90 {
+CUTLOSS_${what}_INSTANCE(cute::${element}, ${arguments})
+}
+")
+      list(APPEND files ${file})
+    endforeach()
+  endforeach()
+  set(${result} ${files} PARENT_SCOPE)
+endfunction()
+
+# Adds the sources of the CUDA engines to a target. The fused engine is for Hopper alone, and is
+# there where its header files are and Hopper is in the list.
 function(cutloss_add_cuda target)
   set(folder ${PROJECT_SOURCE_DIR}/src/cuda)
   file(GLOB sources CONFIGURE_DEPENDS ${folder}/*.cpp ${folder}/library/*.cpp)
   file(GLOB kernels CONFIGURE_DEPENDS ${folder}/common/*.cu)
-  file(GLOB hopper_kernels CONFIGURE_DEPENDS ${folder}/sm90/*.cu)
-  file(GLOB hopper_sources CONFIGURE_DEPENDS ${folder}/sm90/*.cpp ${folder}/fused/*.cpp)
+  file(GLOB hopper_kernels CONFIGURE_DEPENDS ${folder}/fused/*.cu ${folder}/fused/sm90/*.cu)
+  file(GLOB hopper_sources CONFIGURE_DEPENDS ${folder}/fused/*.cpp ${folder}/fused/sm90/*.cpp)
 
   cutloss_code_flags(flags ${CUTLOSS_CUDA_ARCHITECTURES})
   set_source_files_properties(${kernels} PROPERTIES COMPILE_OPTIONS "${flags}")
@@ -88,6 +114,8 @@ function(cutloss_add_cuda target)
   list(FILTER for_hopper INCLUDE REGEX "^90")
   if(for_hopper AND hopper_kernels)
     if(CUTLASS_INCLUDE_DIR)
+      cutloss_hopper_instances(instances)
+      list(APPEND hopper_kernels ${instances})
       cutloss_code_flags(flags 90a-real)
       set_source_files_properties(${hopper_kernels} PROPERTIES COMPILE_OPTIONS "${flags}")
       list(APPEND sources ${hopper_sources})

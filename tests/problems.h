@@ -18,10 +18,11 @@
 namespace cutloss::test {
 
 enum class LogitKind {
-  random,  // standard deviation about 1.5
-  peaked,  // one logit about 30 above the others: the target's in every other row
-  flat,    // all logits of a row equal
-  offset,  // random, with 1e4 added to all
+  random,     // standard deviation about 1.5
+  peaked,     // one logit about 30 above the others: the target's in every other row
+  flat,       // all logits of a row equal
+  offset,     // random, with 1e4 added to all
+  saturated,  // each about `saturation` softcaps from 0, a quarter of them above it
 };
 
 struct Types {
@@ -44,6 +45,7 @@ struct Case {
   std::string name;
   Problem problem;
   LogitKind logits = LogitKind::random;
+  double saturation = 0;
   double ignored = 0.2;             // share of ignored targets
   bool lse_gradient = false;        // d_lse and d_lse_squared are given
   std::int64_t extra_e_stride = 0;  // elements between rows of E
@@ -74,7 +76,24 @@ inline void set_types(Problem& problem, const Types& types) {
   head.c_type = types.c;
   head.bias_type = types.bias;
   problem.compute_type = types.compute;
+  // Where a gradient is asked for in another dtype, it is that of the sums.
+  for (GradientWanted* gradient : {&problem.wanted.de, &problem.wanted.dc, &problem.wanted.dbias}) {
+    if (gradient->type) gradient->type = reference::stat_type(problem);
+  }
 }
+
+inline DType de_type(const Problem& p) {
+  return p.wanted.de.type.value_or(head_of(p).e_type);
+}
+inline DType dc_type(const Problem& p) {
+  return p.wanted.dc.type.value_or(head_of(p).c_type);
+}
+inline DType dbias_type(const Problem& p) {
+  return p.wanted.dbias.type.value_or(head_of(p).bias_type);
+}
+
+// What lies in a gradient that is added to.
+inline double added_to(std::int64_t index) { return 0.25 * static_cast<double>(index % 7) - 0.5; }
 
 struct Option {
   const char* name;
@@ -135,6 +154,66 @@ inline constexpr Option kOptions[] = {
      }},
     {"everything", add_everything},
 };
+
+// Gradients in the dtype of their sums, and added to what is there.
+inline constexpr Option kGradientOptions[] = {
+    {"gradients_of_the_sums_type",
+     [](Case& c) {
+       Wanted& wanted = c.problem.wanted;
+       head_of(c.problem).has_bias = wanted.dbias.wanted = true;
+       wanted.de.type = wanted.dc.type = wanted.dbias.type = DType::f32;
+     }},
+    {"dc_and_dbias_added",
+     [](Case& c) {
+       Wanted& wanted = c.problem.wanted;
+       head_of(c.problem).has_bias = wanted.dbias.wanted = true;
+       wanted.dc.type = wanted.dbias.type = DType::f32;
+       wanted.dc.add = wanted.dbias.add = true;
+     }},
+    {"added_by_no_row",
+     [](Case& c) {
+       Wanted& wanted = c.problem.wanted;
+       head_of(c.problem).has_bias = wanted.dbias.wanted = true;
+       wanted.dc.type = wanted.dbias.type = DType::f32;
+       wanted.dc.add = wanted.dbias.add = true;
+       c.ignored = 1;
+     }},
+};
+
+// Logits before the softcap that lie so many softcaps from 0, all of a row's: what their gradient
+// is then depends on slopes of 4 e^(-2 saturation) alone. With the options that take other ways to
+// it: kept as exponentials, kept as they are, made again.
+inline std::vector<Case> saturated_cases(const Case& size) {
+  const Option options[] = {
+      {"softcap", [](Case& c) { c.problem.transform.softcap = 2.0; }},
+      {"softcap_bias_temperature",
+       [](Case& c) {
+         c.problem.transform.softcap = 3.0;
+         head_of(c.problem).has_bias = c.problem.wanted.dbias.wanted =
+             c.problem.rows.has_temperature = true;
+         c.problem.transform.logit_scale = -0.6;
+         c.lse_gradient = true;
+       }},
+      {"softcap_zbar",
+       [](Case& c) {
+         c.problem.transform.softcap = 2.0;
+         c.problem.wanted.zbar = c.problem.upstream.zbar = true;
+       }},
+      {"everything", add_everything},
+  };
+  std::vector<Case> cases;
+  for (const double saturation : {3.0, 6.0, 10.0, 20.0}) {
+    for (const Option& option : options) {
+      Case c = size;
+      option.apply(c);
+      c.logits = LogitKind::saturated;
+      c.saturation = saturation;
+      c.name = std::string(option.name) + "_" + std::to_string(static_cast<int>(saturation));
+      cases.push_back(c);
+    }
+  }
+  return cases;
+}
 
 // Sizes that break tiles: 1, primes, and one below and above the multiples that engines use.
 inline std::vector<Case> size_cases() {
@@ -229,6 +308,12 @@ inline void fill_classifier(const Case& c, Data& data, std::mt19937_64& random) 
       double value = size * normal(random);
       if (c.logits == LogitKind::flat && v > 0) value = data.c.get(d);
       if (c.logits == LogitKind::offset && d == 0) value = 100;
+      if (c.logits == LogitKind::saturated) {
+        // The first element of every embedding is 1, the others are small.
+        const double unit = p.transform.softcap.value() / p.transform.logit_scale;
+        value *= 0.1 * unit;
+        if (d == 0) value = (v % 4 == 0 ? 1 : -1) * unit * c.saturation * (1 + 0.002 * (v % 17));
+      }
       data.c.set(v * head.c_row_stride + d, value);
     }
   }
@@ -262,6 +347,7 @@ inline void fill_embeddings(const Case& c, Data& data, std::mt19937_64& random) 
         value = 0.1 * value + 30 * data.c.get(top * head.c_row_stride + d) / norm;
       }
       if (c.logits == LogitKind::offset && d == 0) value = 100;
+      if (c.logits == LogitKind::saturated) value = d == 0 ? 1 : 0.3 * value;
       data.e.set(offset + d, value);
     }
   }

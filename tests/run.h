@@ -71,7 +71,7 @@ inline Plan plan_for(Problem problem, const std::string& engine, const Mode& mod
 }
 
 struct Outputs {
-  Array nll, lse, row_max, log_sum, entropy, zbar;
+  Array nll, lse, row_max, log_sum, entropy, zbar, zbar_centred;
   std::vector<std::int64_t> argmax;  // after fetch
   Buffer argmax_memory;
   Array de, dc, dbias;
@@ -84,6 +84,7 @@ struct Outputs {
     out.log_sum = log_sum.on(device);
     out.entropy = entropy.on(device);
     out.zbar = zbar.on(device);
+    out.zbar_centred = zbar_centred.on(device);
     out.argmax = reinterpret_cast<std::int64_t*>(argmax_memory.on(device));
     return out;
   }
@@ -92,7 +93,8 @@ struct Outputs {
 
   // What a call wrote, from wherever it was written to. Waits for a GPU.
   void fetch() {
-    for (Array* array : {&nll, &lse, &row_max, &log_sum, &entropy, &zbar, &de, &dc, &dbias}) {
+    for (Array* array :
+         {&nll, &lse, &row_max, &log_sum, &entropy, &zbar, &zbar_centred, &de, &dc, &dbias}) {
       array->buffer.fetch();
     }
     argmax_memory.fetch();
@@ -103,7 +105,8 @@ struct Outputs {
   }
 
   bool guards_intact() const {
-    for (const Array* array : {&nll, &lse, &row_max, &log_sum, &entropy, &zbar, &de, &dc, &dbias}) {
+    for (const Array* array :
+         {&nll, &lse, &row_max, &log_sum, &entropy, &zbar, &zbar_centred, &de, &dc, &dbias}) {
       if (!array->buffer.guards_intact()) return false;
     }
     return argmax_memory.guards_intact();
@@ -118,6 +121,7 @@ struct Outputs {
         {"log_sum", [](const Outputs& o) { return &o.log_sum; }},
         {"entropy", [](const Outputs& o) { return &o.entropy; }},
         {"zbar", [](const Outputs& o) { return &o.zbar; }},
+        {"zbar_centred", [](const Outputs& o) { return &o.zbar_centred; }},
         {"de", [](const Outputs& o) { return &o.de; }},
         {"dc", [](const Outputs& o) { return &o.dc; }},
         {"dbias", [](const Outputs& o) { return &o.dbias; }}};
@@ -137,14 +141,20 @@ inline Outputs outputs_for(const Problem& p) {
   for (Array* array : {&out.nll, &out.lse, &out.row_max, &out.log_sum}) *array = Array(stat, N);
   if (p.wanted.entropy) out.entropy = Array(stat, N);
   if (p.wanted.zbar) out.zbar = Array(stat, N);
+  if (p.wanted.zbar) out.zbar_centred = Array(stat, N);
   if (p.wanted.argmax) {
     out.argmax_memory = Buffer(N * 8);
     out.argmax.assign(N, -7);  // no value that an engine writes
     if (N > 0) std::memcpy(out.argmax_memory.data(), out.argmax.data(), N * 8);
   }
-  if (p.wanted.de.wanted) out.de = Array(head.e_type, p.rows.sequences * p.rows.length * head.D);
-  if (p.wanted.dc.wanted) out.dc = Array(head.c_type, head.classes.count * head.D);
-  if (p.wanted.dbias.wanted) out.dbias = Array(head.bias_type, head.classes.count);
+  if (p.wanted.de.wanted) out.de = Array(de_type(p), p.rows.sequences * p.rows.length * head.D);
+  if (p.wanted.dc.wanted) out.dc = Array(dc_type(p), head.classes.count * head.D);
+  if (p.wanted.dbias.wanted) out.dbias = Array(dbias_type(p), head.classes.count);
+  const auto fill = [](const GradientWanted& gradient, Array& array) {
+    for (std::int64_t i = 0; gradient.add && i < array.count; ++i) array.set(i, added_to(i));
+  };
+  fill(p.wanted.dc, out.dc);
+  fill(p.wanted.dbias, out.dbias);
   return out;
 }
 

@@ -34,9 +34,6 @@ inline double gamma(double u, std::int64_t terms) {
 
 // Where e^x underflows: fp32 without subnormals.
 inline constexpr double kUnderflow = 0x1p-126;
-// Largest derivative of 1 - tanh^2.
-inline constexpr double kMaxSlopeChange = 0.77;
-
 inline constexpr int kRoundingsOfG = 2;
 inline constexpr double kRmsSlack = 1.25;
 // A rounding's relative error is uniform within u / m, m in [1, 2) the significand: with m evenly
@@ -45,7 +42,7 @@ inline constexpr double kMeanSquareOfRounding = 0.18;
 
 struct Bounds {
   std::vector<double> logit;  // (N): of the row's finite logits, the largest error
-  std::vector<double> nll, lse, entropy, zbar;
+  std::vector<double> nll, lse, entropy, zbar, zbar_centred;
   std::vector<double> de, dc, dbias;
   // Expected root mean square of the errors (rule 2).
   double de_rms = 0, dc_rms = 0;
@@ -115,7 +112,7 @@ inline void row_bounds(const Data& data, const reference::Result& r,
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0 || !std::isfinite(r.lse[n])) continue;
     const double* z = r.z.data() + n * r.V;
-    double largest_z = 0, distance = 0, weighted = 0, weights = 0;
+    double largest_z = 0, distance = 0, weighted = 0, centred = 0, weights = 0;
     for (std::int64_t v = 0; v < r.V; ++v) {
       if (!std::isfinite(z[v])) continue;
       const double weight = stat_or(data.class_weight, v, 1.0);
@@ -123,6 +120,7 @@ inline void row_bounds(const Data& data, const reference::Result& r,
       distance += std::exp(z[v] - r.lse[n]) * std::fabs(z[v] - r.row_max[n]);
       weights += std::fabs(weight) / static_cast<double>(r.V);
       weighted += std::fabs(weight * z[v]) / static_cast<double>(r.V);
+      centred += std::fabs(weight * (z[v] - r.row_max[n])) / static_cast<double>(r.V);
     }
     const double cap_rounding = p.transform.softcap ? 4 * u * *p.transform.softcap : 0;
     const double logit = (product[n] + cap_rounding) / row_temperature(data, n) + 4 * u * largest_z;
@@ -137,6 +135,7 @@ inline void row_bounds(const Data& data, const reference::Result& r,
     b.entropy[n] = 2 * entropy * logit + 2 * logit * logit + (1 + entropy) * (sum + 8 * u) +
                    4 * u * distance * (1 + entropy);
     b.zbar[n] = weights * logit + weighted * sum + kUnderflow;
+    b.zbar_centred[n] = 2 * weights * logit + centred * sum + kUnderflow;
   }
 }
 
@@ -156,6 +155,20 @@ inline double largest_g(const Data& data, const reference::Result& r) {
     largest = std::max(largest, g / row_temperature(data, n));
   }
   return largest;
+}
+
+// The error of a slope dz/da, of which a is known to `product`. Relative to the slope itself: with
+// x = a / softcap it is 4 u / (1 + u)^2, u = e^(-2|x|), which an error of x changes by 2|tanh x| of
+// itself at most, and a rounding of the exponent by 2|x| of it. |x| is at most log(4 / slope) / 2.
+inline double slope_bound(const Data& data, const reference::Result& r, double product,
+                          std::int64_t n, std::int64_t v) {
+  const Problem& p = data.problem;
+  const double slope = r.slope[n * r.V + v];
+  if (!p.transform.softcap) return 0;
+  if (slope == 0) return kUnderflow;
+  const double u = rounding_units(p, r.compute_type).accumulator;
+  const double x = std::log(4 / (slope * row_temperature(data, n))) / 2;
+  return slope * (std::expm1(2 * product / *p.transform.softcap + 8 * u * x) + 16 * u) + kUnderflow;
 }
 
 // The error of g[n, v].
@@ -193,11 +206,11 @@ inline double g_bound(const Data& data, const reference::Result& r, const Bounds
 inline Bounds bounds(const Data& data, const reference::Result& r) {
   using namespace detail;
   const Problem& p = data.problem;
-  const Head& head = head_of(p);
   const auto [u, u_g, u_inputs] = rounding_units(p, r.compute_type);
   const double lost = r.compute_type == DType::f16 ? kF16Underflow * largest_g(data, r) : 0;
   Bounds b;
-  for (auto* row : {&b.logit, &b.nll, &b.lse, &b.entropy, &b.zbar}) row->assign(r.N, 0);
+  for (auto* row : {&b.logit, &b.nll, &b.lse, &b.entropy, &b.zbar, &b.zbar_centred})
+    row->assign(r.N, 0);
   b.de.assign(r.de.size(), 0);
   b.dc.assign(r.dc.size(), 0);
   b.dbias.assign(r.dbias.size(), 0);
@@ -209,14 +222,10 @@ inline Bounds bounds(const Data& data, const reference::Result& r) {
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0) continue;
     const std::int64_t de_row = reference::position_of_row(p, n) * r.D;
-    const double temperature = row_temperature(data, n);
-    const double cap_error =
-        p.transform.softcap
-            ? (kMaxSlopeChange * product[n] / *p.transform.softcap + 8 * u) / temperature
-            : 0;
     for (std::int64_t v = 0; v < r.V; ++v) {
       const std::int64_t i = n * r.V + v;
       const double da = std::fabs(r.g[i] * r.slope[i]);
+      const double cap_error = slope_bound(data, r, product[n], n, v);
       const double exact_g = g_bound(data, r, b, n, v) * r.slope[i] +
                              std::fabs(r.g[i]) * (cap_error + 4 * u * r.slope[i]) + lost +
                              u_inputs * da;
@@ -248,9 +257,9 @@ inline Bounds bounds(const Data& data, const reference::Result& r) {
     }
     return bound.empty() ? 0.0 : std::sqrt(total / static_cast<double>(bound.size()));
   };
-  b.de_rms = close(b.de, r.de, head.e_type, &de_squares);
-  b.dc_rms = close(b.dc, r.dc, head.c_type, &dc_squares);
-  close(b.dbias, r.dbias, head.bias_type, nullptr);
+  b.de_rms = close(b.de, r.de, de_type(p), &de_squares);
+  b.dc_rms = close(b.dc, r.dc, dc_type(p), &dc_squares);
+  close(b.dbias, r.dbias, dbias_type(p), nullptr);
   return b;
 }
 

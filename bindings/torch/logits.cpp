@@ -1,6 +1,6 @@
 // The operators over logits that exist, torch.ops.cutloss.logits_*. Fakes and autograd are in
-// python/cutloss/_logits_ops.py. Those whose name ends in an underscore write the gradient over the
-// logits.
+// fakes.py and operators.py of python/cutloss/_torch. Those whose name ends in an underscore write
+// the gradient over the logits.
 #include "cutloss/logits.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -166,7 +166,7 @@ class Call {
 
 // Per-row outputs of a call, on the device of its logits.
 struct RowTensors {
-  Tensor nll, lse, row_max, log_sum, entropy, zbar, argmax;
+  Tensor nll, lse, row_max, log_sum, entropy, zbar_centred, argmax;
 
   explicit RowTensors(Call& call) {
     const Problem& p = call.problem;
@@ -177,20 +177,21 @@ struct RowTensors {
     row_max = call.make({rows}, type);
     log_sum = call.make({rows}, type);
     entropy = call.make({rows}, type, p.wanted.entropy);
-    zbar = call.make({rows}, type, p.wanted.zbar);
+    zbar_centred = call.make({rows}, type, p.wanted.zbar);
     argmax = call.make({rows}, ScalarType::Long, p.wanted.argmax);
-    call.args.rows = {data(nll),
-                      data(lse),
-                      data(row_max),
-                      data(log_sum),
-                      data(entropy),
-                      data(zbar),
-                      static_cast<std::int64_t*>(data(argmax))};
+    RowOutputs& out = call.args.rows;
+    out.nll = data(nll);
+    out.lse = data(lse);
+    out.row_max = data(row_max);
+    out.log_sum = data(log_sum);
+    out.entropy = data(entropy);
+    out.zbar_centred = data(zbar_centred);
+    out.argmax = static_cast<std::int64_t*>(data(argmax));
   }
 };
 
 // logits_statistics(operands, terms, undefined, *, options)
-//   -> (loss, nll, lse, row_max, log_sum, entropy, zbar, argmax); no terms, no loss
+//   -> (loss, nll, lse, row_max, log_sum, entropy, zbar_centred, argmax); no terms, no loss
 void statistics(Stack& stack) {
   Operands operands = read_operands(stack);
   const auto terms = stack.next<std::optional<Tensor>>();
@@ -201,7 +202,7 @@ void statistics(Stack& stack) {
   call.args.upstream = call.inputs->terms(terms);
   const Tensor loss = terms ? call.sum_loss(undefined) : call.make({0}, call.stats());
   for (const Tensor* t : {&loss, &rows.nll, &rows.lse, &rows.row_max, &rows.log_sum, &rows.entropy,
-                          &rows.zbar, &rows.argmax}) {
+                          &rows.zbar_centred, &rows.argmax}) {
     stack.put(*t);
   }
 }
@@ -279,7 +280,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cutloss, m) {
   m.def("logits_statistics(Tensor logits, " CUTLOSS_LOGITS
         ", Tensor? terms=None, Tensor? undefined=None, *, " CUTLOSS_LOGITS_OPTIONS
         ") -> (Tensor loss, Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, "
-        "Tensor entropy, Tensor zbar, Tensor argmax)");
+        "Tensor entropy, Tensor zbar_centred, Tensor argmax)");
   m.def("logits_gradient(Tensor logits, " CUTLOSS_LOGITS ", " CUTLOSS_SAVED
         ", *, " CUTLOSS_LOGITS_OPTIONS ") -> Tensor");
   m.def("logits_gradient_(Tensor(a!) logits, " CUTLOSS_LOGITS ", " CUTLOSS_SAVED

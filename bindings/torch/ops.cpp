@@ -1,4 +1,5 @@
-// The operators of torch.ops.cutloss. Fakes and autograd are in python/cutloss/_ops.py.
+// The operators of torch.ops.cutloss. Fakes and autograd are in fakes.py and operators.py
+// of python/cutloss/_torch.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -18,7 +19,7 @@ namespace {
 void* data(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
 
 // statistics(operands, terms, undefined, *, options)
-//   -> (loss, nll, lse, row_max, log_sum, entropy, zbar, argmax, kept); no terms, no loss
+//   -> (loss, nll, lse, row_max, log_sum, entropy, zbar_centred, argmax, kept); no terms, no loss
 void statistics(Stack& stack) {
   Operands operands = read_operands(stack);
   const auto terms = stack.next<std::optional<Tensor>>();
@@ -34,7 +35,7 @@ void statistics(Stack& stack) {
   const Tensor row_max = call.make({rows}, type);
   const Tensor log_sum = call.make({rows}, type);
   const Tensor entropy = call.make({rows}, type, options.wants_entropy);
-  const Tensor zbar = call.make({rows}, type, options.wants_zbar);
+  const Tensor zbar_centred = call.make({rows}, type, options.wants_zbar);
   const Tensor argmax = call.make({rows}, ScalarType::Long, options.wants_argmax);
   const Tensor kept = call.make({call.kept_bytes()}, ScalarType::Byte);
   const Workspace workspace = call.scratch(plan.forward_workspace_bytes);
@@ -45,14 +46,15 @@ void statistics(Stack& stack) {
   out.row_max = data(row_max);
   out.log_sum = data(log_sum);
   out.entropy = data(entropy);
-  out.zbar = data(zbar);
+  out.zbar_centred = data(zbar_centred);
   out.argmax = static_cast<std::int64_t*>(data(argmax));
   call.args.kept = data(kept);
   call.args.workspace = workspace.data();
   forward(plan, call.args);
   call.args.upstream = call.inputs().terms(terms);
   const Tensor loss = terms ? call.sum_loss(undefined) : call.make({0}, type);
-  for (const Tensor* t : {&loss, &nll, &lse, &row_max, &log_sum, &entropy, &zbar, &argmax, &kept}) {
+  for (const Tensor* t :
+       {&loss, &nll, &lse, &row_max, &log_sum, &entropy, &zbar_centred, &argmax, &kept}) {
     stack.put(*t);
   }
 }
@@ -115,7 +117,7 @@ void loss_and_gradients(Stack& stack) {
   const Tensor row_max = call.make({rows}, type);
   const Tensor log_sum = call.make({rows}, type);
   const Tensor entropy = call.make({rows}, type, options.wants_entropy);
-  const Tensor zbar = call.make({rows}, type, options.wants_zbar);
+  const Tensor zbar_centred = call.make({rows}, type, options.wants_zbar);
   const Tensor argmax = call.make({rows}, ScalarType::Long, options.wants_argmax);
   const Tensor de = call.make_de();
   const Tensor dc = call.make_dc();
@@ -129,7 +131,7 @@ void loss_and_gradients(Stack& stack) {
   out.row_max = data(row_max);
   out.log_sum = data(log_sum);
   out.entropy = data(entropy);
-  out.zbar = data(zbar);
+  out.zbar_centred = data(zbar_centred);
   out.argmax = static_cast<std::int64_t*>(data(argmax));
   call.args.upstream = call.inputs().terms(terms);
   call.args.gradients = {data(de), data(dc), data(dbias)};
@@ -294,7 +296,7 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
       "statistics(" CUTLOSS_OPERANDS
       ", Tensor? terms=None, Tensor? undefined=None, *, " CUTLOSS_OPTIONS
       ") -> (Tensor loss, Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, "
-      "Tensor zbar, Tensor argmax, Tensor kept)");
+      "Tensor zbar_centred, Tensor argmax, Tensor kept)");
   m.def("gradients(" CUTLOSS_OPERANDS
         ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
         "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "

@@ -25,8 +25,9 @@ struct RowOutputs {
   void* row_max = nullptr;  // lse = row_max + log_sum, in two parts so that no digit is lost
   void* log_sum = nullptr;
   void* entropy = nullptr;         // wanted.entropy
-  void* zbar = nullptr;            // wanted.zbar
+  void* zbar = nullptr;            // wanted.zbar: this, zbar_centred, or both
   std::int64_t* argmax = nullptr;  // wanted.argmax; the first of equal logits
+  void* zbar_centred = nullptr;    // sum_v weight_v (z_v - row_max) / V: no digit goes to an offset
 };
 
 // dLoss/d(output), (rows) each, stat dtype; null is zero. Entries of ignored rows are not read.
@@ -38,9 +39,9 @@ struct RowGradients {
   const void* d_zbar = nullptr;
 };
 
-// Packed, in the dtype of what they are the gradient of. Written whole, rows that are ignored
-// included (zeros). Null where not wanted. Between statistics and gradients of a chunk dC's
-// memory may hold logits.
+// Packed, in the dtypes that GradientWanted says. Written whole, rows that are ignored included
+// (zeros), or added to. Null where not wanted. While a call or a session makes them, the memory of
+// those that are written may hold other things: logits or sums in dC, packed rows of E in dE.
 struct Gradients {
   void* de = nullptr;     // (sequences, length, D)
   void* dc = nullptr;     // (V, D)

@@ -26,6 +26,9 @@ struct Plan {
   bool keeps_logits = false;
   // N x V x D products of forward and backward together.
   int products = 1;
+  // What the plan was chosen by: the time of forward and backward in such products, as the engine's
+  // tuning table foretells it. Of one engine only; not of a clock.
+  double predicted_time = 1;
   // Rows whose statistics are made together.
   std::int64_t chunk_rows = 0;
 

@@ -108,10 +108,11 @@ struct Transform {
 // A gradient that a call may be asked for.
 struct GradientWanted {
   bool wanted = false;
-  // Unset: the dtype of what it is the gradient of. Another one is refused as unsupported.
+  // Unset: the dtype of what it is the gradient of. Of a Linear source it may be the stat dtype
+  // (call.h) instead, the dtype of the sums: they are then not rounded.
   std::optional<DType> type;
-  // The gradient is added to what lies in its memory, instead of written over it. Refused as
-  // unsupported.
+  // The gradient is added to what lies in its memory, instead of written over it: dC and dbias, in
+  // the stat dtype. Anything else is refused as unsupported.
   bool add = false;
 
   bool operator==(const GradientWanted&) const = default;

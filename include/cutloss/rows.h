@@ -51,6 +51,10 @@ void loss_terms(const LossRows& rows, const Weighting& weighting, const void* ta
 // d_lse_squared lse^2 + d_zbar zbar, added up in fp64 in a fixed order, to one number of the stat
 // dtype at `loss` (in the memory of the problem's device). Ignored rows are not read. Where
 // `undefined` is given (there too) and true, the loss is NaN.
+//
+// rows.zbar_centred says that d_lse and d_zbar are those of label smoothing (loss_terms), whose
+// d_lse lse + d_zbar zbar is taken as d_lse log_sum + d_zbar zbar_centred: the same number, without
+// the difference of two large ones where all logits of a row lie far from 0.
 void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* undefined = nullptr);
 
 // CUDA: values *= *factor, both in device memory, ordered on the stream. Nothing is read or written

@@ -34,13 +34,6 @@ enum class Pass : std::uint8_t {
 constexpr bool makes_statistics(Pass pass) { return pass != Pass::backward; }
 constexpr bool makes_gradients(Pass pass) { return pass != Pass::forward; }
 
-// How long a buffer of a call's memory must keep what it holds.
-enum class Lifetime : std::uint8_t {
-  call,  // within one call
-  seam,  // from statistics to gradients of a chunk
-  kept,  // from forward to backward
-};
-
 std::string_view name(DType type);
 std::string_view name(Schedule schedule);
 

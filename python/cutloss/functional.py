@@ -203,7 +203,7 @@ def _evaluate(
     if plain:
         terms = weighting.terms(by_sequence, V, how, shift, ignore_index, stats)
         warn_of_no_weight(terms.undefined, how, by_sequence, options)
-        needs_lse = wants_lse or terms.lse is not None or terms.lse_squared is not None
+        needs_lse = wants_lse or terms.lse_squared is not None
         rows = plain_statistics(*operands, options, needs_lse)
         return weighting.loss(terms, rows, how.reduction), rows
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import _sharded
 from ._core import checks
 from ._torch import private
+from ._torch.softcap import capped
 from .module import LinearCrossEntropy
 
 
@@ -337,8 +338,7 @@ class CausalLMHead(_Head):
             z = z * how.logit_scale
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
-        if how.softcap is not None:
-            z = how.softcap * torch.tanh(z / how.softcap)
+        z = capped(z, how.softcap)
         return z if how.temperature == 1.0 else z / how.temperature
 
     def extra_repr(self) -> str:

@@ -18,14 +18,14 @@
 namespace cutloss {
 
 std::span<const Engine* const> engines() {
-  static const std::array list = {
+  static constexpr std::array list = {
 #ifdef CUTLOSS_CUDA_SM90
-      &cuda_fused_sm90_engine(),
+      &cuda_fused_sm90_engine,
 #endif
 #ifdef CUTLOSS_CUDA
-      &cuda_library_engine(),
+      &cuda_library_engine,
 #endif
-      &cpu_engine(),
+      &cpu_engine,
   };
   return list;
 }
@@ -33,8 +33,8 @@ std::span<const Engine* const> engines() {
 const Engine& engine_named(std::string_view name) {
   std::string known;
   for (const Engine* engine : engines()) {
-    if (engine->name() == name) return *engine;
-    known += text(known.empty() ? "" : ", ", engine->name());
+    if (engine->name == name) return *engine;
+    known += text(known.empty() ? "" : ", ", engine->name);
   }
   throw Error(ErrorCode::invalid_value,
               text("there is no engine '", name, "' in this build; it has ", known));

@@ -104,7 +104,7 @@ Problem validated_logits(Problem p) {
   check_numbers(p);
   check_device(p);
   refuse_what_plans_take(p);
-  check_gradient(p.wanted.dlogits, logits.type, "dlogits");
+  check_gradient(p.wanted.dlogits, {logits.type, logits.type, /*may_add=*/false}, "dlogits");
   check_upstream(p);
   return p;
 }
@@ -149,7 +149,9 @@ void check_args(const Problem& p, const LogitsArgs& args, Pass pass) {
     need(args.rows.log_sum, "rows.log_sum");
     if (p.rows.has_temperature) need(args.temperature, "temperature");
     if (makes_statistics(pass) && p.wanted.entropy) need(args.rows.entropy, "rows.entropy");
-    if (makes_statistics(pass) && p.wanted.zbar) need(args.rows.zbar, "rows.zbar");
+    if (makes_statistics(pass) && p.wanted.zbar && args.rows.zbar_centred == nullptr) {
+      need(args.rows.zbar, "rows.zbar");
+    }
     if (makes_statistics(pass) && p.wanted.argmax) need(args.rows.argmax, "rows.argmax");
   }
   if (!makes_gradients(pass)) return;
@@ -198,8 +200,12 @@ void weighted_loss(const Problem& problem, const LogitsArgs& args, void* loss,
   if (row_count(p) > 0) {
     need(args.targets, "targets");
     if (up.d_nll != nullptr) need(args.rows.nll, "rows.nll");
-    if (up.d_lse != nullptr || up.d_lse_squared != nullptr) need(args.rows.lse, "rows.lse");
-    if (up.d_zbar != nullptr) need(args.rows.zbar, "rows.zbar");
+    const bool centred = args.rows.zbar_centred != nullptr;
+    if ((up.d_lse != nullptr && !centred) || up.d_lse_squared != nullptr) {
+      need(args.rows.lse, "rows.lse");
+    }
+    if (up.d_lse != nullptr && centred) need(args.rows.log_sum, "rows.log_sum");
+    if (up.d_zbar != nullptr && !centred) need(args.rows.zbar, "rows.zbar");
   }
   calls_of(p.device, "weighted_loss")
       .sum_loss({loss_rows(p), args.targets, args.rows, up, undefined}, loss, args.stream);

@@ -65,11 +65,19 @@ void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* u
     throw Error(ErrorCode::invalid_value, message);
   };
   if (loss == nullptr) refuse_sum("loss is null");
-  if ((up.d_lse != nullptr || up.d_lse_squared != nullptr) && args.rows.lse == nullptr) {
+  const bool centred = args.rows.zbar_centred != nullptr;
+  if (((up.d_lse != nullptr && !centred) || up.d_lse_squared != nullptr) &&
+      args.rows.lse == nullptr) {
     refuse_sum("upstream.d_lse or d_lse_squared is given, but rows.lse is null");
+  }
+  if (up.d_lse != nullptr && centred && args.rows.log_sum == nullptr) {
+    refuse_sum("upstream.d_lse and rows.zbar_centred are given, but rows.log_sum is null");
   }
   if (up.d_zbar != nullptr && !p.wanted.zbar) {
     refuse_sum("upstream.d_zbar is given, but the problem has wanted.zbar = false");
+  }
+  if (up.d_zbar != nullptr && !centred && args.rows.zbar == nullptr) {
+    refuse_sum("upstream.d_zbar is given, but rows.zbar and rows.zbar_centred are null");
   }
   calls_of(p.device, "weighted_loss")
       .sum_loss({loss_rows(p), args.in.targets, args.rows, up, undefined}, loss, args.stream);

@@ -22,15 +22,15 @@ void Ledger::book(std::string_view name, std::int64_t bytes, Lifetime lifetime) 
 }
 
 void Ledger::share(std::string_view name, std::int64_t bytes, std::string_view lies_in,
-                   std::string_view until, Lifetime lifetime) {
+                   std::string_view until, Lifetime lifetime, std::int64_t from) {
   const auto host = named(bookings_, lies_in);
   const bool inside = host != bookings_.end();
-  if (inside && host->bytes < bytes) {
+  if (inside && host->bytes < from + bytes) {
     throw Error(ErrorCode::internal,
                 text("the buffer '", name, "' of ", bytes, " bytes does not fit into '", lies_in,
                      "' of ", host->bytes));
   }
-  bookings_.push_back({name, bytes, lifetime, lies_in, until, inside ? host->offset : -1});
+  bookings_.push_back({name, bytes, lifetime, lies_in, until, inside ? host->offset + from : -1});
 }
 
 std::int64_t Ledger::offset(std::string_view name) const {
@@ -49,11 +49,30 @@ const Booking& Ledger::booking(std::string_view name) const {
   return *found;
 }
 
+std::string_view name(Lifetime lifetime) {
+  switch (lifetime) {
+    case Lifetime::step:
+      return "step";
+    case Lifetime::seam:
+      return "seam";
+    case Lifetime::call:
+      return "call";
+    case Lifetime::kept:
+      return "kept";
+  }
+  return "?";
+}
+
 std::string in_words(const Ledger& ledger) {
   std::string out;
   for (const Booking& b : ledger.bookings()) {
     out += text(out.empty() ? "" : ", ", b.name, " ", b.bytes);
-    if (!b.lies_in.empty()) out += text(" (in ", b.lies_in, " until ", b.until, ")");
+    std::string facts;
+    if (b.lifetime != Lifetime::step) facts += name(b.lifetime);
+    if (!b.lies_in.empty()) {
+      facts += text(facts.empty() ? "" : ", ", "in ", b.lies_in, " until ", b.until);
+    }
+    if (!facts.empty()) out += text(" (", facts, ")");
   }
   return out.empty() ? "nothing" : out;
 }

@@ -93,13 +93,14 @@ T weighted_sum(std::int64_t rows, Counts counts, const RowOutputs& out, const Ro
   const auto at = [](const void* array, std::int64_t n) {
     return static_cast<double>(static_cast<const T*>(array)[n]);
   };
+  const bool centred = out.zbar_centred != nullptr;
   double sum = undefined != nullptr && *undefined ? std::numeric_limits<double>::quiet_NaN() : 0;
   for (std::int64_t n = 0; n < rows; ++n) {
     if (!counts(n)) continue;
     if (up.d_nll) sum += at(up.d_nll, n) * at(out.nll, n);
-    if (up.d_lse) sum += at(up.d_lse, n) * at(out.lse, n);
+    if (up.d_lse) sum += at(up.d_lse, n) * at(centred ? out.log_sum : out.lse, n);
     if (up.d_lse_squared) sum += at(up.d_lse_squared, n) * at(out.lse, n) * at(out.lse, n);
-    if (up.d_zbar) sum += at(up.d_zbar, n) * at(out.zbar, n);
+    if (up.d_zbar) sum += at(up.d_zbar, n) * at(centred ? out.zbar_centred : out.zbar, n);
   }
   return static_cast<T>(sum);
 }

@@ -60,9 +60,10 @@ void check_linear_options(const Problem& p) {
   if (w.dbias.wanted && !head.has_bias) {
     refuse_value("wanted.dbias is set, but there is no bias");
   }
-  check_gradient(w.de, head.e_type, "de");
-  check_gradient(w.dc, head.c_type, "dc");
-  check_gradient(w.dbias, head.bias_type, "dbias");
+  const DType stat = stat_type(p);
+  check_gradient(w.de, {head.e_type, stat, /*may_add=*/false}, "de");
+  check_gradient(w.dc, {head.c_type, stat, /*may_add=*/true}, "dc");
+  check_gradient(w.dbias, {head.bias_type, stat, /*may_add=*/true}, "dbias");
   if (p.schedule == Schedule::none && wants_gradient(p)) {
     refuse_value("schedule none makes no gradient, but one is wanted (wanted.de, dc or dbias)");
   }
@@ -115,22 +116,26 @@ void settle_classes(Classes& classes) {
                    "all classes, with first = 0 and total = count, or 0"));
 }
 
-void check_gradient(const GradientWanted& gradient, DType own, const char* what) {
+void check_gradient(const GradientWanted& gradient, const GradientRule& rule, const char* what) {
   const auto refuse = [](const std::string& message) {
     throw Error(ErrorCode::unsupported, message);
   };
-  if (gradient.add) {
-    refuse(text("wanted.", what,
-                ".add is set, but gradients can only be written, not added to "
-                "what is there: leave it false, and add the gradient yourself"));
+  const DType type = gradient.type.value_or(rule.own);
+  if (type != rule.own && type != rule.sums) {
+    refuse(text("wanted.", what, ".type is ", name(type), ", but this gradient can be written in ",
+                name(rule.own), ", the dtype of what it is the gradient of",
+                rule.sums == rule.own ? "" : text(", or in ", name(rule.sums), ", that of its sums"),
+                "; leave it unset, and convert the gradient yourself"));
   }
-  if (gradient.type && *gradient.type != own) {
-    refuse(text("wanted.", what, ".type is ", name(*gradient.type),
-                ", but this gradient can only "
-                "be written in ",
-                name(own),
-                ", the dtype of what it is the gradient of: leave the "
-                "type unset, and convert the gradient yourself"));
+  if (!gradient.add) return;
+  if (!rule.may_add) {
+    refuse(text("wanted.", what, ".add is set, but this gradient can only be written: leave it "
+                "false, and add the gradient yourself"));
+  }
+  if (type != rule.sums) {
+    refuse(text("wanted.", what, ".add is set with dtype ", name(type), ", where each addition "
+                "would round what is there: set wanted.", what, ".type to ", name(rule.sums),
+                ", or leave add false"));
   }
 }
 
@@ -220,7 +225,9 @@ void check_args(const Plan& plan, const Args& args, Pass pass) {
     need(args.rows.log_sum, "rows.log_sum");
     if (p.rows.has_temperature) need(args.in.temperature, "in.temperature");
     if (forward && p.wanted.entropy) need(args.rows.entropy, "rows.entropy");
-    if (forward && p.wanted.zbar) need(args.rows.zbar, "rows.zbar");
+    if (forward && p.wanted.zbar && args.rows.zbar_centred == nullptr) {
+      need(args.rows.zbar, "rows.zbar");
+    }
     if (forward && p.wanted.argmax) need(args.rows.argmax, "rows.argmax");
     if (backward && args.upstream.d_entropy != nullptr) need(args.rows.entropy, "rows.entropy");
   }

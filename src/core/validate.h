@@ -18,7 +18,12 @@ void settle_stride(std::int64_t& stride, std::int64_t packed, std::int64_t count
 void settle_classes(Classes& classes);
 // Refuses as unsupported what no engine can write yet. `own`: the dtype of what it is the gradient
 // of; `what`: the member of Wanted.
-void check_gradient(const GradientWanted& gradient, DType own, const char* what);
+struct GradientRule {
+  DType own;   // of what it is the gradient of
+  DType sums;  // of its accumulators
+  bool may_add;
+};
+void check_gradient(const GradientWanted& gradient, const GradientRule& rule, const char* what);
 void check_transform(const Transform& transform, DType stat);
 void check_upstream(const Problem& problem);
 void check_device(const Problem& problem);

@@ -11,12 +11,13 @@
 namespace cutloss::cpu {
 
 struct Call {
-  Call(std::shared_ptr<const Decision> decision, const Args& call_args, Pass pass)
+  Call(std::shared_ptr<const Decision> decision, const Args& call_args, Pass call_pass)
       : held(std::move(decision)),
         d(static_cast<const CpuDecision&>(*held)),
         p(d.problem),
         head(head_of(d.problem)),
         args(call_args),
+        pass(call_pass),
         workspace(pass == Pass::backward ? d.backward : d.forward) {}
 
   // A buffer of the workspace. It must be booked.
@@ -34,6 +35,7 @@ struct Call {
   const Problem& p;
   const Head& head;
   const Args args;
+  const Pass pass;
   const Ledger& workspace;
 };
 

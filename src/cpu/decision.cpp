@@ -1,28 +1,26 @@
 #include "cpu/decision.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "core/dtype.h"
 #include "core/logit_math.h"
 #include "cpu/gemm.h"
 #include "cpu/tuning.h"
+#include "plan/chunking.h"
 
 namespace cutloss::cpu {
 namespace {
 
 // What follows from the problem and the way alone.
-CpuDecision facts_of(const Algorithm& algorithm, const Problem& p) {
+CpuDecision facts_of(const Algorithm& algorithm, const Problem& p, const DeviceFacts& device) {
   const Head& head = head_of(p);
   CpuDecision d;
-  d.algorithm = &algorithm;
-  d.problem = p;
-  d.operand = product_type(p);
-  d.stat = stat_type(p);
+  set_problem(d, algorithm, p);
+  d.operand = product_type(p, device);
   d.converts_c = head.c_type != d.operand;
   d.converts_bias = head.has_bias && head.bias_type != d.stat;
-  d.de_in_place = head.e_type == d.stat;
-  d.dc_in_place = head.c_type == d.stat;
+  d.de_in_place = d.de_type == d.stat;
+  d.dc_in_place = d.dc_type == d.stat;
   d.keeps_exponentials = !p.upstream.entropy && !(p.transform.softcap && p.upstream.zbar);
   d.kept_type = d.keeps_exponentials ? d.operand : d.stat;
   return d;
@@ -38,7 +36,7 @@ Ledger workspace(const CpuDecision& d, Way way, Pass pass) {
       d.stat == DType::f64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
   const bool from_kept = way.schedule == Schedule::rows;
   Ledger ledger(64);
-  ledger.book(buffer::kRowList, (1 + row_count(p)) * 8);
+  ledger.book(buffer::kRowList, (1 + row_count(p)) * 8, Lifetime::call);
   if (makes_statistics(pass)) ledger.book(buffer::kStates, s.chunk_rows * state);
   ledger.book(buffer::kE, s.block_rows * head.D * operand);
   if (d.converts_c) ledger.book(buffer::kC, s.slab * head.D * operand);
@@ -52,13 +50,16 @@ Ledger workspace(const CpuDecision& d, Way way, Pass pass) {
   } else {
     ledger.book(buffer::kG, s.block_rows * s.slab * operand);
   }
-  if (p.wanted.de.wanted && !d.de_in_place) {
+  if (d.has_de_sums_in_dc()) {
+    ledger.share(buffer::kDeSums, s.chunk_rows * head.D * stat, "dC", "its last rows are made");
+  } else if (p.wanted.de.wanted && !d.de_in_place) {
     ledger.book(buffer::kDeSums, s.chunk_rows * head.D * stat);
   }
   if (p.wanted.dc.wanted && !d.dc_in_place) {
-    ledger.book(buffer::kDcSums, (d.one_chunk ? s.slab : V) * head.D * stat);
+    ledger.book(buffer::kDcSums, (d.one_chunk ? s.slab : V) * head.D * stat,
+                d.one_chunk ? Lifetime::step : Lifetime::call);
   }
-  if (p.wanted.dbias.wanted) ledger.book(buffer::kDbiasSums, V * 8);
+  if (p.wanted.dbias.wanted) ledger.book(buffer::kDbiasSums, V * 8, Lifetime::call);
   return ledger;
 }
 
@@ -90,40 +91,42 @@ void set_sizes(CpuDecision& d, Way way, Tile tile, std::int64_t chunk_rows) {
   s.gradient_rows = s.block_rows;
   s.gradient_slab = s.slab;
   d.one_chunk = s.chunk_rows >= row_count(p);
+  d.last = {d.last.begin, s.gradient_rows, s.gradient_slab};
   d.g_in_logits = d.operand != DType::bf16 && way.schedule != Schedule::rows;
   // With several blocks of rows a slab of dC may be written before the last block has been read,
   // unless its sums are elsewhere.
   const bool written_last = s.block_rows >= s.chunk_rows || !d.dc_in_place;
-  const bool dc_is_there = p.wanted.dc.wanted && in_one_call(way) && d.one_chunk;
+  const bool dc_is_there =
+      p.wanted.dc.wanted && !p.wanted.dc.add && in_one_call(way) && d.one_chunk;
   d.rows_in_dc = dc_is_there && written_last
-                     ? std::min(s.chunk_rows, head.D * size_of(head.c_type) / size_of(d.kept_type))
+                     ? std::min(s.chunk_rows, head.D * size_of(d.dc_type) / size_of(d.kept_type))
                      : 0;
   d.kept = kept(d, way);
-  d.forward = workspace(d, way, in_one_call(way) ? Pass::both : Pass::forward);
-  d.backward = way.schedule == Schedule::none || in_one_call(way)
-                   ? Ledger()
-                   : workspace(d, way, Pass::backward);
+  d.forward = workspace(d, way, first_pass(way));
+  d.backward = has_backward(way) ? workspace(d, way, Pass::backward) : Ledger();
 }
 
-// All rows at once where nothing else is to be had; with the gradients, quickest first.
-std::vector<std::int64_t> chunk_sizes(Way way, std::int64_t rows) {
-  const std::int64_t all = std::max<std::int64_t>(rows, 1);
-  std::vector<std::int64_t> sizes = {all};
-  if (!in_one_call(way)) return sizes;
-  for (const std::int64_t chunk : kChunkRows) {
-    if (chunk < all) sizes.push_back(chunk);
+// Of forward and backward, in products: what moves to and from memory beside them.
+double predicted_time(const CpuDecision& d, Way way) {
+  const Wanted& wanted = d.problem.wanted;
+  const std::int64_t V = classes_of(d.problem).count;
+  double time = products_of(d.problem, way);
+  if (wanted.de.wanted) time += passes_over_sums(kFlopsPerByte, d.slab_count(), V);
+  if (wanted.dc.wanted) {
+    const std::int64_t blocks = divide_up(row_count(d.problem), d.sizes.block_rows);
+    time += passes_over_sums(kFlopsPerByte, blocks, std::max<std::int64_t>(row_count(d.problem), 1));
   }
-  return sizes;
+  return time + static_cast<double>(V - d.last.begin) / static_cast<double>(V);
 }
 
 }  // namespace
 
-DType product_type(const Problem& p) {
+DType product_type(const Problem& p, const DeviceFacts& device) {
   switch (p.compute_type) {
     case DType::f64:
       return DType::f64;
     case DType::bf16:
-      return has_native_bf16() ? DType::bf16 : DType::f32;
+      return device.native_bf16 ? DType::bf16 : DType::f32;
     case DType::f16:  // no processor multiplies f16 with f32 sums; f32 holds every f16
     case DType::f32:
       return DType::f32;
@@ -131,22 +134,47 @@ DType product_type(const Problem& p) {
   return DType::f32;
 }
 
-std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& p,
-                                       std::int64_t budget, std::int64_t& least) {
-  const CpuDecision facts = facts_of(algorithm, p);
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& p,
+                                       const DeviceFacts& device, std::int64_t budget,
+                                       std::int64_t& least) {
+  const Way way = algorithm.way;
+  const CpuDecision facts = facts_of(algorithm, p, device);
+  const std::int64_t rows = std::max<std::int64_t>(row_count(p), 1);
+  const std::int64_t V = classes_of(p).count;
+  // With a tile: chunks of these rows, dE's sums at home or in dC's last rows.
+  const auto attempt = [&](Tile tile, std::int64_t chunk, std::int64_t last_begin) {
+    auto trial = std::make_shared<CpuDecision>(facts);
+    trial->last.begin = last_begin;
+    set_sizes(*trial, way, tile, chunk);
+    trial->predicted_time = predicted_time(*trial, way);
+    least = std::min(least, peak_bytes(*trial));
+    return trial;
+  };
   for (const Tile tile : kTiles) {
-    std::shared_ptr<CpuDecision> best;
-    for (const std::int64_t chunk : chunk_sizes(way, row_count(p))) {
-      auto trial = std::make_shared<CpuDecision>(facts);
-      set_sizes(*trial, way, tile, chunk);
-      least = std::min(least, peak_bytes(*trial));
-      if (peak_bytes(*trial) > budget) continue;
-      // The whole in one chunk, or chunks of 2048: the smaller of the two.
-      if (!best || (chunk >= kChunkRows[0] && peak_bytes(*trial) < peak_bytes(*best))) {
-        best = trial;
-      }
+    const auto whole = attempt(tile, rows, V);
+    const bool fits = peak_bytes(*whole) <= budget;
+    const auto bytes = [&](std::int64_t chunk) { return peak_bytes(*attempt(tile, chunk, V)); };
+    if (in_one_call(way)) {
+      const std::int64_t chunk =
+          largest_that_fits(kLeastChunk, std::min(rows, kMostChunk), kUnit, budget, bytes);
+      if (chunk == 0 && !fits) continue;
+      const auto parts = attempt(tile, std::max(chunk, kLeastChunk), V);
+      // The whole in one chunk, or chunks of the most rows: the smaller of the two.
+      const bool in_parts = !fits || (chunk >= std::min(rows, kMostChunk) &&
+                                      peak_bytes(*parts) < peak_bytes(*whole));
+      return in_parts ? parts : whole;
     }
-    if (best) return best;
+    if (fits) return whole;
+    if (way.schedule != Schedule::vocabulary) continue;
+    if (!p.wanted.dc.wanted) {  // dE of some rows after the other
+      const std::int64_t chunk = largest_that_fits(kLeastChunk, rows, kUnit, budget, bytes);
+      if (chunk > 0) return attempt(tile, chunk, V);
+      continue;
+    }
+    const std::int64_t begin = begin_of_last_columns(facts, facts.de_in_place, kUnit);
+    if (begin == 0 || begin == V) continue;
+    const auto in_dc = attempt(tile, rows, begin);
+    if (peak_bytes(*in_dc) <= budget) return in_dc;
   }
   return nullptr;
 }

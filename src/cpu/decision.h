@@ -8,8 +8,8 @@
 
 namespace cutloss::cpu {
 
-// The dtype of the products' operands on this machine for a problem.
-DType product_type(const Problem& problem);
+// The dtype of the products' operands on a machine for a problem.
+DType product_type(const Problem& problem, const DeviceFacts& device);
 
 // The names of the buffers.
 namespace buffer {
@@ -42,9 +42,6 @@ inline constexpr std::string_view kMaxima = "slab maxima";
 }  // namespace buffer
 
 struct CpuDecision : Decision {
-  // Of the products' operands, and of statistics and accumulators.
-  DType operand = DType::f32;
-  DType stat = DType::f32;
   // C and the bias are read where they lie, or converted.
   bool converts_c = false;
   bool converts_bias = false;
@@ -67,8 +64,9 @@ struct CpuDecision : Decision {
   std::int64_t slab_count() const { return divide_up(classes_of(problem).count, sizes.slab); }
 };
 
-// The decision of the algorithm that goes `way`. What Algorithm::decide returns.
-std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& problem,
-                                       std::int64_t budget, std::int64_t& least);
+// Algorithm::decide of all of them.
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& problem,
+                                       const DeviceFacts& device, std::int64_t budget,
+                                       std::int64_t& least);
 
 }  // namespace cutloss::cpu

@@ -13,40 +13,34 @@
 namespace cutloss {
 namespace {
 
-using namespace cpu;
+DeviceFacts this_processor() {
+  DeviceFacts facts;
+  facts.absent = cpu::onednn_refusal();
+  if (!facts.absent.empty()) return facts;
+  if (!cpu::has_avx512()) cpu::forbid_avx512();  // one switch, oneDNN's, for both libraries
+  facts.native_bf16 = cpu::has_native_bf16();
+  return facts;
+}
 
-class CpuEngine final : public Engine {
- public:
-  CpuEngine() {
-    if (!onednn_refusal().empty()) return;
-    if (!has_avx512()) forbid_avx512();  // one switch, oneDNN's, for both libraries
-  }
+const DeviceFacts& device() {
+  static const DeviceFacts facts = this_processor();
+  return facts;
+}
 
-  std::string_view name() const override { return "cpu"; }
+std::string description() {
+  return text(cpu::describe_onednn(), "; ", cpu::describe_openblas(), "; vectors ",
+              cpu::vector_target(), "; ", omp_get_max_threads(), " threads");
+}
 
-  std::string description() const override {
-    if (const std::string refusal = onednn_refusal(); !refusal.empty()) {
-      return "not here: " + refusal;
-    }
-    return text(describe_onednn(), "; ", describe_openblas(), "; vectors ", vector_target(), "; ",
-                omp_get_max_threads(), " threads");
-  }
+std::string refusal(const Problem& p, const DeviceFacts& /*device*/) {
+  return p.device == Device::cpu ? "" : "the tensors are not in host memory";
+}
 
-  std::string refusal(const Problem& p) const override {
-    return p.device == Device::cpu ? onednn_refusal() : "the tensors are not in host memory";
-  }
-
-  std::span<const Algorithm* const> algorithms() const override {
-    static const std::array list = {&forward_algorithm(), &by_rows(), &stored(), &by_vocabulary()};
-    return list;
-  }
-};
+constexpr std::array kAlgorithms = {&cpu::forward_algorithm, &cpu::by_rows, &cpu::stored,
+                                    &cpu::by_vocabulary};
 
 }  // namespace
 
-const Engine& cpu_engine() {
-  static const CpuEngine engine;
-  return engine;
-}
+constinit const Engine cpu_engine{"cpu", device, description, refusal, kAlgorithms};
 
 }  // namespace cutloss

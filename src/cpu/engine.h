@@ -4,6 +4,6 @@
 
 namespace cutloss {
 
-const Engine& cpu_engine();
+extern const Engine cpu_engine;
 
 }  // namespace cutloss

@@ -9,16 +9,21 @@ namespace cutloss::cpu {
 template <class T>
 const void* GradientRows<T>::from_kept(const Block& block, const KeptLogits<T>& kept) {
   void* g = call_.buffer<void>(buffer::kG);
+  // What is kept beside a softcap are products: the transform follows here.
+  const bool transforms = call_.p.transform.softcap.has_value() && !call_.d.keeps_exponentials;
+  if (transforms) operands_.bias(block.columns);  // converted before threads ask for it
 #pragma omp parallel for schedule(static)
   for (std::int64_t r = 0; r < block.rows.count; ++r) {
-    const GradientRow<T> of_row = row(rows_.row(block.rows.begin + r), block.columns);
+    const std::int64_t n = rows_.row(block.rows.begin + r);
+    const GradientRow<T> of_row = row(n, block.columns);
     const std::int64_t in_chunk = block.rows.begin - block.chunk.begin + r;
     void* place = kept.row(in_chunk, block.columns);
     void* to = at(g, call_.d.operand, r * block.columns.count);
     if (call_.d.keeps_exponentials) {
       from_exponentials(of_row, place, kept.slab_max(in_chunk, block.columns), to);
     } else {
-      from_logits(of_row, static_cast<T*>(place), nullptr, to);
+      const RowTransform<T> transform = operands_.transform(n, block.columns);
+      from_logits(of_row, static_cast<T*>(place), transforms ? &transform : nullptr, to);
     }
   }
   return g;

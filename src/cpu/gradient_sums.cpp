@@ -11,11 +11,11 @@
 namespace cutloss::cpu {
 
 template <class T>
-void GradientSums<T>::add(const Block& block, const void* g) {
+void GradientSums<T>::add(const Block& block, const void* g, Which which) {
   const Wanted& wanted = call_.p.wanted;
-  if (wanted.dbias.wanted) add_dbias(block, g);
-  if (wanted.de.wanted) add_de(block, g);
-  if (wanted.dc.wanted) add_dc(block, g);
+  if (wanted.dbias.wanted && which.dc) add_dbias(block, g);
+  if (wanted.de.wanted && which.de) add_de(block, g);
+  if (wanted.dc.wanted && which.dc) add_dc(block, g);
 }
 
 // Threads take columns, so that every sum runs over the rows in order. A few rows at a time are
@@ -84,13 +84,13 @@ void GradientSums<T>::add_dc(const Block& block, const void* g) {
   product.K = block.rows.count;
   product.a = {g, block.columns.count, true};
   product.b = {e.data, e.stride, false};
-  product.c = whole ? at(call_.args.gradients.dc, head.c_type, block.columns.begin * head.D)
+  product.c = whole ? at(call_.args.gradients.dc, call_.d.dc_type, block.columns.begin * head.D)
                     : dc_sums(block.columns);
   product.c_stride = head.D;
   product.type = call_.d.operand;
-  product.c_type = whole ? head.c_type : call_.d.stat;
+  product.c_type = whole ? call_.d.dc_type : call_.d.stat;
   product.alpha = call_.p.transform.logit_scale;
-  product.accumulate = block.rows.begin > 0;
+  product.accumulate = block.rows.begin > 0 || call_.p.wanted.dc.add;
   multiply(product);
 }
 
@@ -101,8 +101,8 @@ void GradientSums<T>::store_columns(Columns columns) {
   const T* sums = dc_sums(columns);
 #pragma omp parallel for schedule(static)
   for (std::int64_t v = 0; v < columns.count; ++v) {
-    convert(call_.d.stat, sums + v * head.D, head.c_type,
-            at(call_.args.gradients.dc, head.c_type, (columns.begin + v) * head.D), head.D);
+    convert(call_.d.stat, sums + v * head.D, call_.d.dc_type,
+            at(call_.args.gradients.dc, call_.d.dc_type, (columns.begin + v) * head.D), head.D);
   }
 }
 
@@ -115,8 +115,8 @@ void GradientSums<T>::store_rows(RowRange chunk) {
 #pragma omp parallel for schedule(static)
   for (std::int64_t r = 0; r < chunk.count; ++r) {
     const std::int64_t place = rows_.position(rows_.row(chunk.begin + r));
-    convert(call_.d.stat, sums + r * head.D, head.e_type,
-            at(call_.args.gradients.de, head.e_type, place * head.D), head.D);
+    convert(call_.d.stat, sums + r * head.D, call_.d.de_type,
+            at(call_.args.gradients.de, call_.d.de_type, place * head.D), head.D);
   }
 }
 
@@ -129,9 +129,9 @@ void GradientSums<T>::finish() {
     if (call_.d.de_in_place) spread_de();
     clear_unpredicted_de();
   }
-  if (wanted.dc.wanted && none) {
+  if (wanted.dc.wanted && none && !wanted.dc.add) {
     std::memset(call_.args.gradients.dc, 0,
-                static_cast<std::size_t>(head.classes.count * head.D * size_of(head.c_type)));
+                static_cast<std::size_t>(head.classes.count * head.D * size_of(call_.d.dc_type)));
   }
   if (wanted.dbias.wanted) store_dbias(none);
 }
@@ -139,14 +139,19 @@ void GradientSums<T>::finish() {
 // Where one block holds every row, its product is dC, and rounds it itself.
 template <class T>
 bool GradientSums<T>::one_product_makes_dc() const {
-  return call_.head.c_type == call_.d.operand && rows_.count() <= call_.d.sizes.block_rows;
+  return call_.d.dc_type == call_.d.operand && rows_.count() <= call_.d.sizes.block_rows;
 }
 
 // Where a chunk's dE accumulates: in the output, row after row of the list, or in the workspace.
 template <class T>
 T* GradientSums<T>::de_sums(RowRange chunk) const {
-  return call_.d.de_in_place ? static_cast<T*>(call_.args.gradients.de) + chunk.begin * call_.head.D
-                             : call_.buffer<T>(buffer::kDeSums);
+  if (call_.d.de_in_place) {
+    return static_cast<T*>(call_.args.gradients.de) + chunk.begin * call_.head.D;
+  }
+  if (call_.d.has_de_sums_in_dc()) {
+    return static_cast<T*>(sums_in_dc(call_.d, call_.args.gradients.dc));
+  }
+  return call_.buffer<T>(buffer::kDeSums);
 }
 
 template <class T>
@@ -163,11 +168,12 @@ void GradientSums<T>::store_dbias(bool no_rows) const {
   std::array<T, kStrip> piece;
   for (std::int64_t v = 0; v < head.classes.count; v += kStrip) {
     const std::int64_t count = std::min(kStrip, head.classes.count - v);
+    void* to = at(call_.args.gradients.dbias, call_.d.dbias_type, v);
     for (std::int64_t j = 0; j < count; ++j) {
-      piece[j] = no_rows ? T(0) : static_cast<T>(sums[v + j]);
+      const double was = call_.p.wanted.dbias.add ? static_cast<const T*>(to)[j] : 0.0;
+      piece[j] = static_cast<T>(was + (no_rows ? 0.0 : sums[v + j]));
     }
-    convert(call_.d.stat, piece.data(), head.bias_type,
-            at(call_.args.gradients.dbias, head.bias_type, v), count);
+    convert(call_.d.stat, piece.data(), call_.d.dbias_type, to, count);
   }
 }
 
@@ -193,7 +199,7 @@ template <class T>
 void GradientSums<T>::clear_unpredicted_de() const {
   const std::int64_t positions = call_.p.rows.sequences * call_.p.rows.length;
   if (positions == 0) return;
-  const std::int64_t row_bytes = call_.head.D * size_of(call_.head.e_type);
+  const std::int64_t row_bytes = call_.head.D * size_of(call_.d.de_type);
   auto* de = static_cast<std::byte*>(call_.args.gradients.de);
   const std::int64_t count = rows_.count();
   std::int64_t next = 0;  // the first place not yet seen

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/operands.h"
+#include "loops/sweep.h"
 
 namespace cutloss::cpu {
 
@@ -14,7 +15,7 @@ class GradientSums {
 
   // Adds a block's g, (rows, columns) packed. dE begins with the first columns, dC and dbias with
   // the first rows of the list.
-  void add(const Block& block, const void* g);
+  void add(const Block& block, const void* g, Which which);
   // These columns have seen every row of the list.
   void store_columns(Columns columns);
   // These rows have seen every column.

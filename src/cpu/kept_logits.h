@@ -9,28 +9,32 @@ namespace cutloss::cpu {
 template <class T>
 class KeptLogits {
  public:
-  explicit KeptLogits(const Call& call) : call_(call) {}
+  explicit KeptLogits(const Call& call) : call_(call) {
+    if (call.d.kept.bytes() == 0) return;
+    logits_ = call.kept(buffer::kKept);
+    if (call.d.keeps_exponentials) maxima_ = reinterpret_cast<T*>(call.kept(buffer::kMaxima));
+  }
 
   // A row of the chunk in a slab's columns: exponentials or logits, in the decision's kept_type.
   void* row(std::int64_t in_chunk, Columns columns) const {
     const CpuDecision& d = call_.d;
     const bool in_dc = in_chunk < d.rows_in_dc;
-    void* base = in_dc
-                     ? at(call_.args.gradients.dc, call_.head.c_type, columns.begin * call_.head.D)
-                     : at(static_cast<void*>(call_.kept(buffer::kKept)), d.kept_type,
-                          columns.begin * (d.sizes.chunk_rows - d.rows_in_dc));
+    void* base = in_dc ? at(call_.args.gradients.dc, d.dc_type, columns.begin * call_.head.D)
+                       : at(static_cast<void*>(logits_), d.kept_type,
+                            columns.begin * (d.sizes.chunk_rows - d.rows_in_dc));
     const std::int64_t of_base = in_dc ? in_chunk : in_chunk - d.rows_in_dc;
     return at(base, d.kept_type, of_base * columns.count);
   }
 
   // What the exponentials of that row and slab are relative to.
   T& slab_max(std::int64_t in_chunk, Columns columns) const {
-    auto* maxima = reinterpret_cast<T*>(call_.kept(buffer::kMaxima));
-    return maxima[in_chunk * call_.d.slab_count() + columns.begin / call_.d.sizes.slab];
+    return maxima_[in_chunk * call_.d.slab_count() + columns.begin / call_.d.sizes.slab];
   }
 
  private:
   const Call& call_;
+  std::byte* logits_ = nullptr;
+  T* maxima_ = nullptr;
 };
 
 }  // namespace cutloss::cpu

@@ -40,7 +40,8 @@ void ListedRows<T>::clear_ignored() const {
   const RowOutputs out = wanted_outputs();
   for (std::int64_t n = 0; n < rows; ++n) {
     if (target(n) != call_.p.rows.ignore_index) continue;
-    for (void* array : {out.nll, out.lse, out.row_max, out.log_sum, out.entropy, out.zbar}) {
+    for (void* array :
+         {out.nll, out.lse, out.row_max, out.log_sum, out.entropy, out.zbar, out.zbar_centred}) {
       if (array != nullptr) static_cast<T*>(array)[n] = T(0);
     }
     if (out.argmax != nullptr) out.argmax[n] = -1;
@@ -63,15 +64,6 @@ T ListedRows<T>::inv_temperature(std::int64_t n) const {
   const double own =
       p.rows.has_temperature ? static_cast<const T*>(call_.args.in.temperature)[n] : 1.0;
   return static_cast<T>(1.0 / (own * p.transform.temperature));
-}
-
-template <class T>
-RowOutputs ListedRows<T>::wanted_outputs() const {
-  RowOutputs out = call_.args.rows;
-  if (!call_.p.wanted.entropy) out.entropy = nullptr;
-  if (!call_.p.wanted.zbar) out.zbar = nullptr;
-  if (!call_.p.wanted.argmax) out.argmax = nullptr;
-  return out;
 }
 
 template class ListedRows<float>;

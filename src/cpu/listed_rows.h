@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/row_map.h"
+#include "core/row_outputs.h"
 #include "cpu/call.h"
 
 namespace cutloss::cpu {
@@ -20,6 +21,8 @@ class ListedRows {
   void clear_ignored() const;
 
   std::int64_t count() const { return list_[0]; }
+  // How many entries the loops must cover.
+  std::int64_t to_cover() const { return count(); }
   // Index of entry i of the list into the per-row arrays.
   std::int64_t row(std::int64_t i) const { return list_[1 + i]; }
   RowList entries(RowRange range) const { return {list_ + 1 + range.begin, range.count}; }
@@ -31,8 +34,9 @@ class ListedRows {
   std::int64_t e_offset(std::int64_t n) const;
   T inv_temperature(std::int64_t n) const;
 
-  // What is not wanted is not written, even where there is room for it.
-  RowOutputs wanted_outputs() const;
+  RowOutputs wanted_outputs() const {
+    return cutloss::wanted_outputs(call_.p.wanted, call_.args.rows);
+  }
 
  private:
   void check(std::int64_t n, std::int64_t target) const;

@@ -52,7 +52,7 @@ class LogitRows {
     const std::int64_t sequence = position / p_.rows.length, at = position % p_.rows.length;
     const std::int64_t n = map_.row(sequence, at);
     if (at >= map_.predicted || !counts(n)) {
-      if (makes_statistics(pass) && at < map_.predicted) write(n, {0, 0, 0, 0, 0, 0, -1});
+      if (makes_statistics(pass) && at < map_.predicted) write(n, {0, 0, 0, 0, 0, 0, 0, -1});
       if (makes_gradients(pass)) clear(sequence, at);
       return;
     }
@@ -107,7 +107,8 @@ class LogitRows {
       convert(logits_.type, logits(sequence, at, v), stat_type(p_), z.data(), row.columns);
       row_statistics(row, state);
     }
-    write(n, finish(state, row.target, logits_.classes.count));
+    const T weight = args_.class_weight == nullptr ? T(1) : *class_weight(row.target);
+    write(n, close(state, row.target, weight, logits_.classes.count));
   }
 
   void make_gradient(std::int64_t sequence, std::int64_t at, std::int64_t n) const {
@@ -167,6 +168,7 @@ class LogitRows {
     put(out.log_sum, result.log_sum);
     if (p_.wanted.entropy) put(out.entropy, result.entropy);
     if (p_.wanted.zbar) put(out.zbar, result.zbar);
+    if (p_.wanted.zbar) put(out.zbar_centred, result.zbar_centred);
     if (p_.wanted.argmax) out.argmax[n] = result.argmax;
   }
 

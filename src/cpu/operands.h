@@ -26,12 +26,12 @@ class Operands {
   RowTransform<T> transform(std::int64_t n, Columns columns);
   // Of the columns, or null for 1.
   const T* class_weight(Columns columns) const;
+  // Of the columns in the stat dtype, or null. The first call converts it.
+  const T* bias(Columns columns);
   // z = logit_scale E C^T of a block, packed.
   void multiply_logits(const Block& block, T* z);
 
  private:
-  const T* bias(Columns columns);
-
   const Call& call_;
   const ListedRows<T>& rows_;
   RowRange e_rows_{-1, 0};

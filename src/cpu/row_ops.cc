@@ -98,8 +98,18 @@ HWY_INLINE hn::Vec<D> from_bf16(D d, hn::Vec<hn::Rebind<std::uint16_t, D>> v) {
   return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, v)));
 }
 
+// The derivative of tanh at x, as transform.h has it.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V tanh_slope_of(D d, V x) {
+  const V one = hn::Set(d, hn::TFromD<D>(1));
+  const V u = exp_nonpositive(d, hn::Mul(hn::Set(d, hn::TFromD<D>(-2)), hn::Abs(x)));
+  const V over = hn::Div(one, hn::Add(one, u));
+  return hn::Mul(hn::Mul(hn::Set(d, hn::TFromD<D>(4)), u), hn::Mul(over, over));
+}
+
+// slopes: null, or where those of the softcap go.
 template <class T>
-void apply_transform(T* z, std::int64_t columns, const RowTransform<T>& transform) {
+void apply_transform(T* z, std::int64_t columns, const RowTransform<T>& transform, T* slopes) {
   const Tag<T> d;
   const auto inv_temperature = hn::Set(d, transform.inv_temperature);
   const auto softcap = hn::Set(d, transform.softcap);
@@ -108,22 +118,34 @@ void apply_transform(T* z, std::int64_t columns, const RowTransform<T>& transfor
     auto v = load(d, z + i, valid, T(0));
     if (transform.bias != nullptr) v = hn::Add(v, load(d, transform.bias + i, valid, T(0)));
     if (transform.softcap != T(0)) {
-      v = hn::Mul(softcap, tanh_keeping_nan(d, hn::Mul(v, inv_softcap)));
+      const auto x = hn::Mul(v, inv_softcap);
+      if (slopes != nullptr) store(d, tanh_slope_of(d, x), slopes + i, valid);
+      v = hn::Mul(softcap, tanh_keeping_nan(d, x));
     }
     store(d, hn::Mul(v, inv_temperature), z + i, valid);
   });
 }
 
+// Adds columns to a state's zbar, relative to `shift`. weight: null for 1.
 template <class T>
-T weighted_total(const T* z, const T* weight, std::int64_t columns) {
+void add_zbar(RowState<T>& state, const T* z, const T* weight, std::int64_t columns, T shift) {
   const Tag<T> d;
+  const auto shift_v = hn::Set(d, shift);
   auto total = hn::Zero(d);
+  auto weights = hn::Zero(d);
   for_each_vector(d, columns, [&](std::int64_t i, std::int64_t valid) {
-    const auto v = load(d, z + i, valid, T(0));
-    total = weight == nullptr ? hn::Add(total, v)
-                              : hn::MulAdd(v, load(d, weight + i, valid, T(0)), total);
+    const auto v = hn::Sub(load(d, z + i, valid, shift), shift_v);
+    if (weight == nullptr) {
+      total = hn::Add(total, v);
+    } else {
+      const auto w = load(d, weight + i, valid, T(0));
+      total = hn::MulAdd(v, w, total);
+      weights = hn::Add(weights, w);
+    }
   });
-  return hn::GetLane(hn::SumOfLanes(d, total));
+  state.zbar += hn::GetLane(hn::SumOfLanes(d, total));
+  state.weight_seen +=
+      weight == nullptr ? static_cast<T>(columns) : hn::GetLane(hn::SumOfLanes(d, weights));
 }
 
 template <class T>
@@ -161,17 +183,17 @@ std::int64_t first_equal(const T* z, T value, std::int64_t columns) {
   return 0;  // the row holds a NaN
 }
 
+// slopes: room for those of the softcap, where it has one and exponentials are kept; else null.
 template <class T>
-void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
+void row_statistics_with(StatisticsRow<T>& row, RowState<T>& state, T* slopes) {
   constexpr T inf = std::numeric_limits<T>::infinity();
   const Tag<T> d;
-  if (!row.transform.identity()) apply_transform(row.z, row.columns, row.transform);
-  if (row.zbar) state.zbar_sum += weighted_total(row.z, row.class_weight, row.columns);
-
+  if (!row.transform.identity()) apply_transform(row.z, row.columns, row.transform, slopes);
   const std::int64_t at = row.target - row.first_column;
   const bool here = at >= 0 && at < row.columns;
+  RowState<T> part;
   if (here) {
-    state.target_logit = row.z[at];
+    part.target_logit = row.z[at];
     row.z[at] = -inf;
   }
   const T top = maximum(row.z, row.columns);
@@ -179,11 +201,16 @@ void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
   // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
   const T shift = top == -inf ? T(0) : top;
   const auto shift_v = hn::Set(d, shift);
+  if (row.zbar) {  // of the columns on both sides of the target
+    const std::int64_t before = here ? at : row.columns, after = here ? at + 1 : row.columns;
+    const T* weight = row.class_weight;
+    add_zbar(part, row.z, weight, before, shift);
+    add_zbar(part, row.z + after, weight == nullptr ? nullptr : weight + after, row.columns - after,
+             shift);
+  }
   auto sum = hn::Zero(d);
   auto weighted = hn::Zero(d);
 
-  const T softcap = row.transform.softcap;
-  const T slope_scale = softcap == T(0) ? T(0) : T(1) / (row.transform.inv_temperature * softcap);
   const auto plain = [&](std::int64_t i, std::int64_t valid) {
     const auto z = load(d, row.z + i, valid, -inf);
     sum = hn::Add(sum, exp_nonpositive(d, hn::Sub(z, shift_v)));
@@ -203,9 +230,7 @@ void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
     const auto none = hn::Eq(e, hn::Zero(d));
     sum = hn::Add(sum, e);
     if (row.entropy) weighted = hn::Add(weighted, hn::IfThenZeroElse(none, hn::Mul(e, t)));
-    if (softcap == T(0)) return e;
-    const auto u = hn::IfThenZeroElse(none, hn::Mul(z, hn::Set(d, slope_scale)));
-    return hn::NegMulAdd(hn::Mul(e, u), u, e);
+    return slopes == nullptr ? e : hn::Mul(e, load(d, slopes + i, valid, T(0)));
   };
   if (row.exponentials != nullptr) {
     for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
@@ -223,11 +248,13 @@ void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
   } else {
     for_each_vector(d, row.columns, plain);
   }
-  const std::int64_t argmax =
-      row.argmax && top > state.max ? row.first_column + first_equal(row.z, top, row.columns) : 0;
+  // Columns come in their order: only a larger logit can be the first of the largest.
+  if (row.argmax && top > state.max) {
+    part.argmax = row.first_column + first_equal(row.z, top, row.columns);
+  }
   if (here) {
-    row.z[at] = state.target_logit;
-    const T slope = transform_slope(state.target_logit, softcap, row.transform.inv_temperature);
+    row.z[at] = part.target_logit;
+    const T slope = (slopes == nullptr ? T(1) : slopes[at]) * row.transform.inv_temperature;
     if (row.exponentials != nullptr) row.exponentials[at] = slope;
     if constexpr (std::is_same_v<T, float>) {
       if (row.exponentials_bf16 != nullptr) {
@@ -235,8 +262,26 @@ void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
       }
     }
   }
-  merge(state, top, hn::GetLane(hn::SumOfLanes(d, sum)), hn::GetLane(hn::SumOfLanes(d, weighted)),
-        argmax);
+  part.max = top;
+  part.sum = hn::GetLane(hn::SumOfLanes(d, sum));
+  part.weighted_sum = hn::GetLane(hn::SumOfLanes(d, weighted));
+  merge(state, part);
+}
+
+template <class T>
+HWY_NOINLINE void row_statistics_with_slopes(StatisticsRow<T>& row, RowState<T>& state) {
+  HWY_ALIGN T slopes[kMostColumns];
+  row_statistics_with(row, state, slopes);
+}
+
+template <class T>
+void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
+  const bool keeps = row.exponentials != nullptr || row.exponentials_bf16 != nullptr;
+  if (keeps && row.transform.softcap != T(0)) {
+    row_statistics_with_slopes(row, state);
+  } else {
+    row_statistics_with<T>(row, state, nullptr);
+  }
 }
 
 // Calls write(i, valid, g) for each vector of the row's g. Returns g at the target, which the
@@ -246,16 +291,21 @@ HWY_INLINE T make_gradient(const GradientRow<T>& row, T* z, const RowTransform<T
                            Write write) {
   const Tag<T> d;
   const RowCoefficients<T>& k = row.coefficients;
-  if (transform != nullptr && !transform->identity()) {
-    apply_transform(z, row.columns, *transform);
+  const bool capped = k.softcap != T(0);
+  // With a softcap g is made of x = a / softcap, since the slope is: z follows from it on the way.
+  const T* bias = capped ? transform->bias : nullptr;
+  T at_target = 0;
+  if (row.target >= 0) {
+    const T a = z[row.target] + (bias == nullptr ? T(0) : bias[row.target]);
+    at_target = row.target_g * transform_slope(a, k.softcap, k.inv_temperature);
   }
-  const T at_target =
-      row.target < 0 ? T(0)
-                     : row.target_g * transform_slope(z[row.target], k.softcap, k.inv_temperature);
+  if (!capped && transform != nullptr && !transform->identity()) {
+    apply_transform<T>(z, row.columns, *transform, nullptr);
+  }
   const auto row_max = hn::Set(d, k.row_max);
   const auto log_sum = hn::Set(d, k.log_sum);
   const auto scale = hn::Set(d, k.a * k.inv_temperature);
-  if (k.d_entropy == T(0) && k.zbar == T(0) && k.softcap == T(0)) {
+  if (k.d_entropy == T(0) && k.zbar == T(0) && !capped) {
     for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
       const auto t = hn::Sub(hn::Sub(load(d, z + i, valid, T(0)), row_max), log_sum);
       write(i, valid, hn::Mul(exp_nonpositive(d, t), scale));
@@ -267,10 +317,17 @@ HWY_INLINE T make_gradient(const GradientRow<T>& row, T* z, const RowTransform<T
   const auto entropy = hn::Set(d, k.entropy);
   const auto zbar = hn::Set(d, k.zbar);
   const auto inv_temperature = hn::Set(d, k.inv_temperature);
-  const auto slope_scale =
-      hn::Set(d, k.softcap == T(0) ? T(0) : T(1) / (k.inv_temperature * k.softcap));
+  const auto softcap = hn::Set(d, k.softcap);
+  const auto inv_softcap = hn::Set(d, capped ? T(1) / k.softcap : T(0));
   for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
-    const auto v = load(d, z + i, valid, T(0));
+    auto v = load(d, z + i, valid, T(0));
+    auto slope = inv_temperature;
+    if (capped) {
+      if (bias != nullptr) v = hn::Add(v, load(d, bias + i, valid, T(0)));
+      const auto x = hn::Mul(v, inv_softcap);
+      slope = hn::Mul(tanh_slope_of(d, x), inv_temperature);
+      v = hn::Mul(hn::Mul(softcap, tanh_keeping_nan(d, x)), inv_temperature);
+    }
     const auto t = hn::Sub(hn::Sub(v, row_max), log_sum);
     const auto p = exp_nonpositive(d, t);
     auto g = hn::Mul(p, a);
@@ -283,11 +340,7 @@ HWY_INLINE T make_gradient(const GradientRow<T>& row, T* z, const RowTransform<T
               ? hn::Add(g, zbar)
               : hn::MulAdd(zbar, load(d, row.class_weight + i, valid, T(0)), g);
     }
-    if (k.softcap != T(0)) {
-      const auto u = hn::Mul(v, slope_scale);
-      g = hn::Mul(g, hn::NegMulAdd(u, u, hn::Set(d, T(1))));
-    }
-    write(i, valid, hn::Mul(g, inv_temperature));
+    write(i, valid, hn::Mul(g, slope));
   });
   return at_target;
 }

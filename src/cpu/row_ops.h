@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/logit_math.h"
+#include "core/transform.h"
 
 namespace cutloss::cpu {
 
@@ -17,6 +18,10 @@ struct RowTransform {
   T inv_temperature = 1;
   bool identity() const { return bias == nullptr && softcap == T(0) && inv_temperature == T(1); }
 };
+
+// Columns of a slab, at most: the slopes of a row wait on the stack while its maximum is looked
+// for.
+inline constexpr std::int64_t kMostColumns = 8192;
 
 template <class T>
 struct StatisticsRow {
@@ -30,7 +35,7 @@ struct StatisticsRow {
   bool zbar;
   const T* class_weight;  // of the slab's columns, or null for 1
   // Where not null: e^(z - slab_max) times the softcap's slope, and at the target the slope of
-  // the whole transform; as T or bf16.
+  // the whole transform; as T or bf16. At most kMostColumns then.
   T* exponentials;
   std::uint16_t* exponentials_bf16;
   T slab_max;  // out
@@ -48,8 +53,8 @@ struct GradientRow {
   const T* class_weight;  // of the slab's columns, or null for 1
 };
 
-// g from logits; `transform` still to be applied where the logits are recomputed, null where z is
-// final. Writes T to `g` (which may be z), or bf16.
+// g from products of E and C, or from z where `transform` is null: without a softcap that will do.
+// Writes T to `g` (which may be z), or bf16.
 template <class T>
 void row_gradient(const GradientRow<T>& row, T* z, const RowTransform<T>* transform, T* g);
 void row_gradient_bf16(const GradientRow<float>& row, float* z,

@@ -9,11 +9,10 @@ namespace cutloss::cpu {
 
 template <class T>
 void Statistics<T>::make(RowRange chunk, const KeptLogits<T>* kept) {
-  if (chunk.count == 0) return;
   const Sizes& sizes = call_.d.sizes;
   std::fill_n(states(), chunk.count, RowState<T>{});
   sweep(
-      call_.head.classes.count, sizes.slab, chunk, sizes.block_rows,
+      Columns{0, call_.head.classes.count}, sizes.slab, chunk, sizes.block_rows,
       [&](const Block& block) { add(block, kept); }, [](Columns) {});
   close(chunk);
 }
@@ -23,6 +22,7 @@ void Statistics<T>::add(const Block& block, const KeptLogits<T>* kept) {
   const CpuDecision& d = call_.d;
   const Columns columns = block.columns;
   T* z = call_.buffer<T>(buffer::kZ);
+  RowState<T>* const of_chunk = states();
   operands_.multiply_logits(block, z);
 
   StatisticsRow<T> shared{};
@@ -47,11 +47,15 @@ void Statistics<T>::add(const Block& block, const KeptLogits<T>* kept) {
     } else if (exponentials) {
       row.exponentials = static_cast<T*>(place);
     }
-    row_statistics(row, states()[in_chunk]);
-    if (exponentials) kept->slab_max(in_chunk, columns) = row.slab_max;
-    if (kept != nullptr && !exponentials) {
+    // With a softcap the products are kept as they are: its slope cannot be told from z.
+    const auto keep_z = [&] {
       std::memcpy(place, row.z, static_cast<std::size_t>(columns.count) * sizeof(T));
-    }
+    };
+    const bool keeps_z = kept != nullptr && !exponentials;
+    if (keeps_z && call_.p.transform.softcap) keep_z();
+    row_statistics(row, of_chunk[in_chunk]);
+    if (exponentials) kept->slab_max(in_chunk, columns) = row.slab_max;
+    if (keeps_z && !call_.p.transform.softcap) keep_z();
   }
 }
 
@@ -63,13 +67,17 @@ void Statistics<T>::close(RowRange chunk) {
   };
   for (std::int64_t r = 0; r < chunk.count; ++r) {
     const std::int64_t n = rows_.row(chunk.begin + r);
-    const RowResult<T> result = finish(states()[r], rows_.target(n), call_.head.classes.count);
+    const std::int64_t target = rows_.target(n);
+    const T* weight = operands_.class_weight({target, 1});
+    const RowResult<T> result = cutloss::close(
+        states()[r], target, weight == nullptr ? T(1) : *weight, call_.head.classes.count);
     write(out.nll, n, result.nll);
     write(out.lse, n, result.lse);
     write(out.row_max, n, result.row_max);
     write(out.log_sum, n, result.log_sum);
     write(out.entropy, n, result.entropy);
     write(out.zbar, n, result.zbar);
+    write(out.zbar_centred, n, result.zbar_centred);
     if (out.argmax != nullptr) out.argmax[n] = result.argmax;
   }
 }

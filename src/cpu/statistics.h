@@ -12,7 +12,7 @@ class Statistics {
   Statistics(const Call& call, const ListedRows<T>& rows, Operands<T>& operands)
       : call_(call), rows_(rows), operands_(operands) {}
 
-  // Of a chunk whose logits are forgotten, or go where `kept` says.
+  // Of a chunk, not an empty one, whose logits are forgotten, or go where `kept` says.
   void make(RowRange chunk, const KeptLogits<T>* kept);
 
  private:

@@ -24,8 +24,13 @@ inline std::int64_t columns_beside(std::int64_t rows) {
   return std::min({in_4mb, in_2mb, kMostColumns});
 }
 
-// Rows whose logits are kept at a time, the most first: each chunk reads and writes dC's sums once.
-inline constexpr std::array<std::int64_t, 5> kChunkRows = {2048, 1024, 512, 256, 128};
+// Rows whose logits are kept at a time: each chunk reads and writes dC's sums once.
+inline constexpr std::int64_t kMostChunk = 2048;
+inline constexpr std::int64_t kLeastChunk = 128;
+
+// Products of f32 pass by for a byte of sums that is read or written beside them: what a plan's
+// time is foretold by.
+inline constexpr double kFlopsPerByte = 8;
 
 // Blocks, chunks and slabs are multiples of it: a row of tiles of the matrix library.
 inline constexpr std::int64_t kUnit = 16;

@@ -8,6 +8,7 @@
 
 #include "core/dtype.h"
 #include "cuda/decision.h"
+#include "cuda/matrix.h"
 
 namespace cutloss::cuda {
 
@@ -19,16 +20,11 @@ inline void* at(void* base, DType type, std::int64_t elements) {
   return static_cast<std::byte*>(base) + elements * size_of(type);
 }
 
-// A matrix in device memory, ready for a product; its stride in elements.
-struct Matrix {
-  const void* data = nullptr;
-  std::int64_t stride = 0;
-};
-
 struct Call {
+  // Throws Error(invalid_value) where the plan is for another device than the current one.
   Call(std::shared_ptr<const Decision> decision, const Args& call_args, Pass call_pass)
       : held(std::move(decision)),
-        d(static_cast<const CudaDecision&>(*held)),
+        d(on_current_device(static_cast<const CudaDecision&>(*held))),
         p(d.problem),
         head(head_of(d.problem)),
         args(call_args),

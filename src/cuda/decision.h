@@ -9,9 +9,8 @@
 
 namespace cutloss::cuda {
 
-// The dtype of the products' operands on the current device for a problem. Throws Error where there
-// is no device.
-DType product_type(const Problem& problem);
+// The dtype of the products' operands on a device for a problem.
+DType product_type(const Problem& problem, const DeviceFacts& device);
 
 // The names of the buffers. Matrices are row-major.
 namespace buffer {
@@ -40,8 +39,11 @@ inline constexpr std::string_view kG = "g";
 inline constexpr std::string_view kDeSums = "dE's sums";
 inline constexpr std::string_view kDcSums = "dC's sums";
 inline constexpr std::string_view kDbiasSums = "dbias's sums";
-// cuBLASLt's own.
+// cuBLASLt's own memory.
 inline constexpr std::string_view kLibrary = "cuBLASLt";
+// Of dC's last rows, once dE's sums have left: E of a block of rows, dC's sums of a slab.
+inline constexpr std::string_view kLastE = "E of the last columns";
+inline constexpr std::string_view kLastDcSums = "dC's sums of the last columns";
 // Kept: (chunk rows, padded vocabulary), and the maxima of exponentials, (chunk rows, pieces).
 inline constexpr std::string_view kKept = "kept logits";
 inline constexpr std::string_view kMaxima = "maxima";
@@ -63,10 +65,9 @@ struct Reads {
 };
 
 struct CudaDecision : Decision {
+  // What it was made for: the index of the device, and how many multiprocessors it has.
   int device = 0;
-  // Of the products' operands, and of statistics and accumulators.
-  DType operand = DType::f32;
-  DType stat = DType::f32;
+  int multiprocessors = 0;
   // Entry i of the list is row i of E and of dE.
   bool identity = false;
   // E may be read where it lies, for rows that follow each other.
@@ -78,13 +79,18 @@ struct CudaDecision : Decision {
   // Where sums have no place of their own they lie in their output.
   bool de_in_place = false;
   bool dc_in_place = false;
-  // A single product makes a slab of dC and rounds it itself.
+  // A single product makes a slab of dC and rounds it itself; and in the last columns.
   bool one_product_makes_dc = false;
+  bool one_product_makes_last_dc = false;
   // g takes the place of what was kept.
   bool g_in_kept = false;
   // What is kept: exponentials in the products' dtype, or z in the stat dtype.
   bool keeps_exponentials = false;
   DType kept_type = DType::f32;
+  // In the last columns kernels find rows of E by their positions, where these lie. Else E is packed
+  // once more, a block of rows at a time, unless it is where it was.
+  bool finds_last_e = false;
+  bool packs_last_e = false;
   // Of forward or joint sessions, and of backward.
   Reads forward_reads, backward_reads;
 
@@ -93,10 +99,13 @@ struct CudaDecision : Decision {
   }
 };
 
-// What follows from a problem on the current device alone.
-void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& problem);
+// What follows from a problem on a device alone.
+void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& problem,
+               const DeviceFacts& device);
 // What follows from the sizes too: where sums and g lie.
 void set_places(CudaDecision& d, Way way);
+// How dC's products are made in the last columns. After set_places, which is due again then.
+void set_last(CudaDecision& d, Way way);
 
 std::int64_t e_stride(const Problem& problem, DType operand);  // of the packed E
 std::int64_t padded(std::int64_t columns, DType type);         // to 16 bytes
@@ -107,11 +116,14 @@ std::int64_t padded(std::int64_t columns, DType type);         // to 16 bytes
 bool reads_e_in_place(const CudaDecision& d, Way way, Pass pass);
 bool packs_e_in_de(const CudaDecision& d, Way way, Pass pass);
 
-// A session of a plan of another device cannot be opened. Throws Error(invalid_value).
-void check_device(const CudaDecision& d);
+// The decision. Throws Error(invalid_value) where it was made for another device than the current
+// one.
+const CudaDecision& on_current_device(const CudaDecision& d);
 
 // Books the list of rows, the same for all algorithms.
 void book_rows(Ledger& ledger, const CudaDecision& d);
+// Books g of a block, and in its memory what dC of the last columns needs.
+void book_g(Ledger& ledger, const CudaDecision& d, const Reads& reads);
 
 inline constexpr std::int64_t kAlign = 256;  // a cache line and more; what cuBLASLt likes best
 inline constexpr std::int64_t kMiB = std::int64_t{1} << 20;

@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "core/text.h"
+#include "cuda/cublaslt.h"
 #include "cutloss/cutloss.h"
 
 namespace cutloss::cuda {
@@ -69,10 +70,12 @@ const DeviceFacts& current_device() {
   return found != known.end() ? found->second : known.emplace(device, ask(device)).first->second;
 }
 
-std::string index_refusal(int device_index) {
-  if (device_index < 0 || device_index == current_device().index) return "";
-  return text("device_index is ", device_index, ", but the current CUDA device is ",
-              current_device().index, ": make that one current, or leave device_index -1");
+const DeviceFacts& device_or_none() {
+  // A thread's own: why there is none may change while the process lives.
+  thread_local DeviceFacts none;
+  none.absent = cuda_refusal();
+  if (none.absent.empty()) none.absent = cublaslt_refusal();
+  return none.absent.empty() ? current_device() : none;
 }
 
 void check(cudaError_t error, const char* what) {

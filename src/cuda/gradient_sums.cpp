@@ -7,8 +7,9 @@
 namespace cutloss::cuda {
 namespace {
 
-bool dc_has_sums_of(const CudaDecision& d) {
-  return d.problem.wanted.dc.wanted && !d.dc_in_place && !d.one_product_makes_dc;
+bool dc_has_sums_of(const CudaDecision& d, bool in_last_columns) {
+  const bool one = in_last_columns ? d.one_product_makes_last_dc : d.one_product_makes_dc;
+  return d.problem.wanted.dc.wanted && !d.dc_in_place && !one;
 }
 
 }  // namespace
@@ -17,13 +18,17 @@ void book_sums(Ledger& ledger, const CudaDecision& d, bool always_de_sums) {
   const Problem& p = d.problem;
   const Head& head = head_of(p);
   const std::int64_t stat = size_of(d.stat), V = head.classes.count;
-  if (p.wanted.de.wanted && (always_de_sums || !d.de_in_place)) {
+  if (d.has_de_sums_in_dc()) {
+    ledger.share(buffer::kDeSums, d.sizes.chunk_rows * head.D * stat, "dC",
+                 "its last rows are made");
+  } else if (p.wanted.de.wanted && (always_de_sums || !d.de_in_place)) {
     ledger.book(buffer::kDeSums, d.sizes.chunk_rows * head.D * stat);
   }
-  if (dc_has_sums_of(d)) {
-    ledger.book(buffer::kDcSums, (d.one_chunk ? d.sizes.gradient_slab : V) * head.D * stat);
+  if (dc_has_sums_of(d, false)) {
+    ledger.book(buffer::kDcSums, (d.one_chunk ? d.sizes.gradient_slab : V) * head.D * stat,
+                d.one_chunk ? Lifetime::step : Lifetime::call);
   }
-  if (p.wanted.dbias.wanted) ledger.book(buffer::kDbiasSums, V * 8);
+  if (p.wanted.dbias.wanted) ledger.book(buffer::kDbiasSums, V * 8, Lifetime::call);
 }
 
 template <class T>
@@ -67,18 +72,19 @@ template <class T>
 void GradientSums<T>::add_dc(const Block& block, const BlockGradient& g) {
   const Head& head = call_.head;
   const Matrix e = operands_.e(block.rows, block.chunk);
-  const bool whole = call_.d.one_product_makes_dc;
+  const bool whole = in_last_columns_ ? call_.d.one_product_makes_last_dc
+                                      : call_.d.one_product_makes_dc;
   Product product{};
   product.M = block.columns.count;
   product.N = head.D;
   product.K = block.rows.count;
   product.a = {g.data, g.stride, true};
   product.b = {e.data, e.stride, false};
-  product.c = whole ? at(call_.args.gradients.dc, head.c_type, block.columns.begin * head.D)
+  product.c = whole ? at(call_.args.gradients.dc, call_.d.dc_type, block.columns.begin * head.D)
                     : dc_sums(block.columns);
   product.c_stride = head.D;
-  product.c_type = whole ? head.c_type : call_.d.stat;
-  product.accumulate = block.rows.begin > 0;
+  product.c_type = whole ? call_.d.dc_type : call_.d.stat;
+  product.accumulate = adds_to_dc(block);
   product.alpha = call_.p.transform.logit_scale;
   product.device_alpha = g.scalars;
   products_.multiply(product);
@@ -89,7 +95,7 @@ void GradientSums<T>::store_columns(Columns columns) const {
   const Head& head = call_.head;
   if (!dc_has_sums()) return;
   copy_flat(dc_sums(columns), call_.d.stat,
-            at(call_.args.gradients.dc, head.c_type, columns.begin * head.D), head.c_type,
+            at(call_.args.gradients.dc, call_.d.dc_type, columns.begin * head.D), call_.d.dc_type,
             columns.count * head.D, call_.stream);
 }
 
@@ -97,8 +103,8 @@ template <class T>
 void GradientSums<T>::store_rows(RowRange chunk) const {
   const Head& head = call_.head;
   if (!call_.p.wanted.de.wanted || call_.d.de_in_place) return;
-  const RowCopy copy{de_sums(chunk), call_.d.stat, head.D,      call_.args.gradients.de,
-                     head.e_type,    head.D,       chunk.count, head.D};
+  const RowCopy copy{de_sums(chunk),  call_.d.stat, head.D,      call_.args.gradients.de,
+                     call_.d.de_type, head.D,       chunk.count, head.D};
   scatter_rows(copy, rows_.places(chunk.begin), call_.stream);
 }
 
@@ -114,39 +120,50 @@ void GradientSums<T>::finish() const {
     check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(bytes), call_.stream), what);
   };
   if (wanted.de.wanted && positions > 0) {
-    clear_unpredicted(rows_.facts(), positions, out.de, head.e_type, head.D, call_.stream);
+    clear_unpredicted(rows_.facts(), positions, out.de, call_.d.de_type, head.D, call_.stream);
   }
-  if (wanted.dc.wanted && none) zeros(out.dc, V * head.D * size_of(head.c_type), "zeros for dC");
+  if (wanted.dc.wanted && none && !wanted.dc.add) {
+    zeros(out.dc, V * head.D * size_of(call_.d.dc_type), "zeros for dC");
+  }
   if (wanted.dbias.wanted) {
     double* sums = call_.buffer<double>(buffer::kDbiasSums);
     if (none) zeros(sums, V * 8, "zeros for dbias");
-    copy_flat(sums, DType::f64, out.dbias, head.bias_type, V, call_.stream);
+    if (wanted.dbias.add) add_flat(out.dbias, call_.d.dbias_type, sums, V, call_.stream);
+    copy_flat(sums, DType::f64, out.dbias, call_.d.dbias_type, V, call_.stream);
   }
   if (!call_.p.rows.num_valid || row_count(call_.p) == 0) return;
   const auto poison = [&](const GradientWanted& gradient, void* values, DType type,
                           std::int64_t count) {
     if (gradient.wanted) poison_where_wrong(rows_.table(), values, type, count, call_.stream);
   };
-  poison(wanted.de, out.de, head.e_type, positions * head.D);
-  poison(wanted.dc, out.dc, head.c_type, V * head.D);
-  poison(wanted.dbias, out.dbias, head.bias_type, V);
+  poison(wanted.de, out.de, call_.d.de_type, positions * head.D);
+  poison(wanted.dc, out.dc, call_.d.dc_type, V * head.D);
+  poison(wanted.dbias, out.dbias, call_.d.dbias_type, V);
 }
 
 template <class T>
 T* GradientSums<T>::de_sums(RowRange chunk) const {
-  return call_.d.de_in_place ? static_cast<T*>(call_.args.gradients.de) + chunk.begin * call_.head.D
-                             : call_.buffer<T>(buffer::kDeSums);
+  if (call_.d.de_in_place) {
+    return static_cast<T*>(call_.args.gradients.de) + chunk.begin * call_.head.D;
+  }
+  if (call_.d.has_de_sums_in_dc()) {
+    return static_cast<T*>(sums_in_dc(call_.d, call_.args.gradients.dc));
+  }
+  return call_.buffer<T>(buffer::kDeSums);
 }
 
 template <class T>
 bool GradientSums<T>::dc_has_sums() const {
-  return dc_has_sums_of(call_.d);
+  return dc_has_sums_of(call_.d, in_last_columns_);
 }
 
 template <class T>
 T* GradientSums<T>::dc_sums(Columns columns) const {
   const std::int64_t first = columns.begin * call_.head.D;
   if (!dc_has_sums()) return static_cast<T*>(call_.args.gradients.dc) + first;
+  if (in_last_columns_ && call_.d.packs_last_e) {
+    return call_.buffer<T>(buffer::kLastDcSums);
+  }
   return call_.buffer<T>(buffer::kDcSums) + (call_.d.one_chunk ? 0 : first);
 }
 

@@ -36,6 +36,17 @@ class GradientSums {
   // Where dC of some columns accumulates; in the stat dtype unless it is written by one product.
   bool dc_has_sums() const;
   T* dc_sums(Columns columns) const;
+  // dC of a slab begins with what is there, or with the first rows.
+  bool adds_to_dc(const Block& block) const {
+    return block.rows.begin > 0 || call_.p.wanted.dc.add;
+  }
+  // dE is stored: its sums have left dC's last rows, which follow.
+  void begin_last_columns() { in_last_columns_ = true; }
+  // Elements from row to row of a block's g that has a place of its own.
+  std::int64_t g_stride() const {
+    return padded(in_last_columns_ ? call_.d.last.gradient_slab : call_.d.sizes.gradient_slab,
+                  call_.d.operand);
+  }
 
  private:
   T* de_sums(RowRange chunk) const;
@@ -44,6 +55,7 @@ class GradientSums {
   const ListedRows<T>& rows_;
   Operands<T>& operands_;
   const Products& products_;
+  bool in_last_columns_ = false;
 };
 
 // What the sums take in a workspace: dE of `chunk_rows` rows, dC, dbias.

@@ -51,15 +51,6 @@ Places ListedRows<T>::places(std::int64_t first) const {
           call_.head.e_row_stride};
 }
 
-template <class T>
-RowOutputs ListedRows<T>::wanted_outputs() const {
-  RowOutputs out = call_.args.rows;
-  if (!call_.p.wanted.entropy) out.entropy = nullptr;
-  if (!call_.p.wanted.zbar) out.zbar = nullptr;
-  if (!call_.p.wanted.argmax) out.argmax = nullptr;
-  return out;
-}
-
 template class ListedRows<float>;
 template class ListedRows<double>;
 

@@ -1,6 +1,7 @@
 // The rows that count, as a list in device memory.
 #pragma once
 
+#include "core/row_outputs.h"
 #include "cuda/call.h"
 #include "cuda/row_facts.h"
 
@@ -23,8 +24,9 @@ class ListedRows {
   const RowTable& table() const { return table_; }
   RowFacts facts() const;
   Places places(std::int64_t first) const;
-  // What is not wanted is not written, even where there is room for it.
-  RowOutputs wanted_outputs() const;
+  RowOutputs wanted_outputs() const {
+    return cutloss::wanted_outputs(call_.p.wanted, call_.args.rows);
+  }
 
  private:
   const Call& call_;

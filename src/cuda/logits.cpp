@@ -6,6 +6,7 @@
 #include "cuda/common/logits_rows.h"
 #include "cuda/device.h"
 #include "cuda/device_calls.h"
+#include "cuda/refusal.h"
 #include "cuda/row_facts.h"
 
 namespace cutloss {
@@ -14,7 +15,7 @@ namespace {
 cuda::RowFacts facts_of(const Problem& p, const LogitsArgs& args) {
   // What a vector of 16 bytes holds beyond the last column must be a number, too.
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() - 64;
-  std::string refusal = cuda::index_refusal(p.device_index);
+  std::string refusal = cuda::index_refusal(p, cuda::current_device());
   if (refusal.empty()) refusal = cuda::size_refusal(p.rows, classes_of(p).count, kMost);
   if (!refusal.empty()) throw Error(ErrorCode::unsupported, refusal);
   return cuda::row_facts(p, args.targets, args.temperature);
@@ -36,7 +37,7 @@ cuda::LogitRows<T> rows_of(const Problem& p, const LogitsArgs& args, Pass pass) 
   // What is not wanted is not written, even where there is room for it. Backward reads the entropy.
   const bool reads_entropy = !makes_statistics(pass) && args.upstream.d_entropy != nullptr;
   if (!p.wanted.entropy && !reads_entropy) rows.rows.entropy = nullptr;
-  if (!p.wanted.zbar || !makes_statistics(pass)) rows.rows.zbar = nullptr;
+  if (!p.wanted.zbar || !makes_statistics(pass)) rows.rows.zbar = rows.rows.zbar_centred = nullptr;
   if (!p.wanted.argmax || !makes_statistics(pass)) rows.rows.argmax = nullptr;
   if (makes_gradients(pass)) rows.upstream = args.upstream;
   rows.class_weight = static_cast<const T*>(args.class_weight);

@@ -41,15 +41,24 @@ Matrix Operands<T>::e(RowRange rows, RowRange chunk) {
     // Rows of E follow each other, those that predict nothing only at the end.
     return {at(call_.args.in.e, head.e_type, rows.begin * head.e_row_stride), head.e_row_stride};
   }
-  const bool in_de = call_.reads.e_in_de;
+  const bool in_de = call_.reads.e_in_de && !left_de_;
   const std::int64_t stride = in_de ? head.D : e_stride(call_.p, call_.d.operand);
-  void* packed = in_de ? call_.args.gradients.de : call_.buffer<void>(buffer::kE);
-  const RowRange wanted = in_de || call_.reads.whole_e ? chunk : rows;
+  void* packed = in_de      ? call_.args.gradients.de
+                 : left_de_ ? call_.buffer<void>(buffer::kLastE)
+                            : call_.buffer<void>(buffer::kE);
+  const RowRange wanted = in_de || (call_.reads.whole_e && !left_de_) ? chunk : rows;
   if (packed_rows_ != wanted) {
     pack(wanted, packed, stride);
     packed_rows_ = wanted;
   }
   return {at(packed, call_.d.operand, (rows.begin - wanted.begin) * stride), stride};
+}
+
+template <class T>
+void Operands<T>::leave_de() {
+  if (!call_.reads.e_in_de) return;
+  left_de_ = true;
+  packed_rows_ = {-1, 0};
 }
 
 template <class T>

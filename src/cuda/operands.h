@@ -23,6 +23,8 @@ class Operands {
   // E of a chunk lies packed where its statistics left it (it is booked from statistics to
   // gradients).
   void e_is_packed(RowRange chunk) { packed_rows_ = chunk; }
+  // dE is written: E does not lie in its memory any more.
+  void leave_de();
   // Every entry of a chunk, packed in the list's order.
   Matrix packed_e(RowRange chunk);
 
@@ -42,6 +44,7 @@ class Operands {
   const Call& call_;
   const ListedRows<T>& rows_;
   RowRange packed_rows_{-1, 0};
+  bool left_de_ = false;
   Columns converted_columns_{-1, 0};
 };
 

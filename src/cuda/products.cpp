@@ -2,14 +2,9 @@
 
 #include <algorithm>
 
+#include "cuda/tuning.h"
+
 namespace cutloss::cuda {
-namespace {
-
-// More does not make a product quicker.
-constexpr std::int64_t kMostLibraryBytes = 32 * kMiB;
-
-}  // namespace
-
 void Products::multiply(Product product) const {
   product.type = call_.d.operand;
   product.tf32 = call_.p.allow_tf32;

@@ -8,8 +8,8 @@
 #include <string>
 #include <string_view>
 
-#include "cutloss/call.h"
 #include "plan/decision.h"
+#include "plan/device_facts.h"
 #include "plan/sessions.h"
 
 namespace cutloss {
@@ -27,35 +27,58 @@ struct Way {
 // Gradients are made together with the statistics, chunk by chunk.
 constexpr bool in_one_call(Way way) { return way.schedule == Schedule::rows && !way.keeps_logits; }
 
-class Algorithm {
- public:
-  virtual ~Algorithm() = default;
+// The passes that a plan's first call and its second make.
+constexpr Pass first_pass(Way way) { return in_one_call(way) ? Pass::both : Pass::forward; }
+constexpr bool has_backward(Way way) {
+  return way.schedule != Schedule::none && !in_one_call(way);
+}
+
+// Products of N x V x D that an algorithm of this way makes, but for columns that come twice.
+inline int products_of(const Problem& p, Way way) {
+  const int gradients = (p.wanted.de.wanted ? 1 : 0) + (p.wanted.dc.wanted ? 1 : 0);
+  if (way.schedule == Schedule::none) return 1;
+  return (way.schedule == Schedule::rows ? 1 : 2) + gradients;
+}
+
+struct Algorithm {
   // "cpu/by_rows".
-  virtual std::string_view name() const = 0;
-  virtual Way way() const = 0;
-  // Why it cannot do a problem that its engine can; empty where it can.
-  virtual std::string refusal(const Problem&) const { return ""; }
+  std::string_view name;
+  Way way;
+  // Why it cannot do a problem that its engine can; empty where it can. Null: it always can.
+  std::string (*refusal)(const Problem& problem, const DeviceFacts& device) = nullptr;
   // What it would do within `budget` bytes, kept and workspace of the larger pass together; null
   // where that is too little. Lowers `least` to the fewest bytes that it has found to do. The
   // problem is validated.
-  virtual std::shared_ptr<const Decision> decide(const Problem& problem, std::int64_t budget,
-                                                 std::int64_t& least) const = 0;
+  std::shared_ptr<const Decision> (*decide)(const Algorithm& algorithm, const Problem& problem,
+                                            const DeviceFacts& device, std::int64_t budget,
+                                            std::int64_t& least) = nullptr;
   // A session over checked pointers, of a decision of its own.
-  virtual std::unique_ptr<CheckedSession> open(std::shared_ptr<const Decision> decision,
-                                               const Args& args, Pass pass) const = 0;
+  std::unique_ptr<CheckedSession> (*open)(std::shared_ptr<const Decision> decision,
+                                          const Args& args, Pass pass) = nullptr;
 };
 
 // The algorithms of one kind of device, which share its libraries.
-class Engine {
- public:
-  virtual ~Engine() = default;
+struct Engine {
   // "cpu": what CUTLOSS_ENGINE and Problem::engine filter by.
-  virtual std::string_view name() const = 0;
-  // The libraries behind it with their versions, and the hardware that it has found.
-  virtual std::string description() const = 0;
-  // Why none of its algorithms can do a problem; empty where one may.
-  virtual std::string refusal(const Problem& problem) const = 0;
-  virtual std::span<const Algorithm* const> algorithms() const = 0;
+  std::string_view name;
+  // The device that it would work on now.
+  const DeviceFacts& (*device)() = nullptr;
+  // The libraries behind it with their versions, and the hardware that it has found, where it is
+  // there.
+  std::string (*description)() = nullptr;
+  // Why none of its algorithms can do a problem on a device that is there; empty where one may.
+  std::string (*refusal)(const Problem& problem, const DeviceFacts& device) = nullptr;
+  std::span<const Algorithm* const> algorithms;
 };
+
+// Why the engine can do nothing with a problem, an absent device included.
+inline std::string refusal_of(const Engine& engine, const Problem& problem,
+                              const DeviceFacts& device) {
+  return device.absent.empty() ? engine.refusal(problem, device) : device.absent;
+}
+inline std::string refusal_of(const Algorithm& algorithm, const Problem& problem,
+                              const DeviceFacts& device) {
+  return algorithm.refusal == nullptr ? "" : algorithm.refusal(problem, device);
+}
 
 }  // namespace cutloss

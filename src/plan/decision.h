@@ -11,7 +11,7 @@
 
 namespace cutloss {
 
-class Algorithm;
+struct Algorithm;
 
 // How many rows and columns are taken at a time.
 struct Sizes {
@@ -25,6 +25,15 @@ struct Sizes {
   std::int64_t gradient_slab = 1;
 };
 
+// By vocabulary dE's sums may wait in the last rows of dC, which are written last. The gradients of
+// those columns are then made twice: for dE before its sums leave, for dC after that. None: V.
+struct LastColumns {
+  std::int64_t begin = 0;
+  // Rows and columns of dC's products there.
+  std::int64_t gradient_rows = 0;
+  std::int64_t gradient_slab = 0;
+};
+
 // An algorithm adds what else it has decided. Nothing is decided again when a session is opened.
 struct Decision {
   virtual ~Decision() = default;
@@ -32,10 +41,30 @@ struct Decision {
   const Algorithm* algorithm = nullptr;
   // With every stride filled in.
   Problem problem;
+  // Of the products' operands, and of statistics and accumulators.
+  DType operand = DType::f32;
+  DType stat = DType::f32;
+  // Of the gradients.
+  DType de_type = DType::f32, dc_type = DType::f32, dbias_type = DType::f32;
   Sizes sizes;
+  LastColumns last;
   // Args::kept, and Args::workspace of a forward or joint pass and of a backward pass.
   Ledger kept, forward, backward;
+  // Forward and backward together, in products of N x V x D.
+  double predicted_time = 0;
+
+  bool has_de_sums_in_dc() const { return last.begin < classes_of(problem).count; }
 };
+
+// What follows from the problem alone.
+void set_problem(Decision& d, const Algorithm& algorithm, const Problem& problem);
+
+// Where the columns begin in whose rows of dC dE's sums may wait; V where they may not.
+// `in_place`: dE's sums have a place already. `unit`: what the column is a multiple of.
+std::int64_t begin_of_last_columns(const Decision& d, bool in_place, std::int64_t unit);
+// What lies from a column of dC on, for sums: the next multiple of kSumsAlign bytes.
+inline constexpr std::int64_t kSumsAlign = 256;
+void* sums_in_dc(const Decision& d, void* dc);
 
 inline std::int64_t peak_bytes(const Decision& d) {
   return d.kept.bytes() + std::max(d.forward.bytes(), d.backward.bytes());

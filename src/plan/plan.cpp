@@ -8,44 +8,38 @@
 #include "core/dtype.h"
 #include "core/text.h"
 #include "core/validate.h"
-#include "plan/decision.h"
+#include "plan/plan.h"
 
 namespace cutloss {
 namespace {
 
-struct Candidate {
-  Way way;
-  int products = 1;
-};
+constexpr std::int64_t kUnknown = std::numeric_limits<std::int64_t>::max();
 
 // fp16 gradients are made in backward, so that the loss scale comes before the rounding.
 bool has_f16_gradient(const Problem& p) {
   const Head& head = head_of(p);
-  return (p.wanted.de.wanted && head.e_type == DType::f16) ||
-         (p.wanted.dc.wanted && head.c_type == DType::f16) ||
-         (p.wanted.dbias.wanted && head.bias_type == DType::f16);
+  const auto is_f16 = [](const GradientWanted& gradient, DType own) {
+    return gradient.wanted && gradient.type.value_or(own) == DType::f16;
+  };
+  return is_f16(p.wanted.de, head.e_type) || is_f16(p.wanted.dc, head.c_type) ||
+         is_f16(p.wanted.dbias, head.bias_type);
 }
 
-std::vector<Candidate> candidates(const Problem& p, std::vector<std::string>& reasons) {
-  if (!wants_gradient(p)) return {{{Schedule::none, false}, 1}};
-  const int gradient_products = (p.wanted.de.wanted ? 1 : 0) + (p.wanted.dc.wanted ? 1 : 0);
-  std::vector<Candidate> list;
-  if (p.schedule != Schedule::vocabulary) {
-    if (p.upstream.when == Upstream::at_forward && !has_f16_gradient(p)) {
-      list.push_back({{Schedule::rows, false}, 1 + gradient_products});
-    } else {
-      reasons.push_back(p.upstream.when == Upstream::at_forward
-                            ? "rows: gradients in f16 are made in backward, after the loss "
-                              "scale; the logits of all rows are kept instead"
-                            : "rows: the upstream gradients are known in backward only; the "
-                              "logits of all rows are kept instead");
-      list.push_back({{Schedule::rows, true}, 1 + gradient_products});
-    }
-  }
-  if (p.schedule != Schedule::rows) {
-    list.push_back({{Schedule::vocabulary, false}, 2 + gradient_products});
-  }
-  return list;
+// Why an algorithm does not make what is wanted, when it is wanted; empty where it does. "-" where
+// that goes without saying.
+std::string way_refusal(const Problem& p, Way way) {
+  if (wants_gradient(p) != (way.schedule != Schedule::none)) return "-";
+  if (way.schedule == Schedule::none) return "";
+  if (p.schedule != Schedule::automatic && p.schedule != way.schedule) return "-";
+  if (way.schedule != Schedule::rows) return "";
+  const bool at_forward = p.upstream.when == Upstream::at_forward;
+  const bool with_statistics = at_forward && !has_f16_gradient(p);
+  if (way.keeps_logits) return with_statistics ? "-" : "";
+  if (with_statistics) return "";
+  return at_forward ? "rows: gradients in f16 are made in backward, after the loss scale; the "
+                      "logits of all rows are kept instead"
+                    : "rows: the upstream gradients are known in backward only; the logits of all "
+                      "rows are kept instead";
 }
 
 // The limit where nobody named one. On CUDA gradients by vocabulary need fp32 sums of dE, and where
@@ -60,27 +54,23 @@ std::int64_t default_workspace(const Problem& p) {
   return std::max(kDefaultWorkspace, sums) + copy;
 }
 
-std::string label(const Candidate& c) {
-  return text(name(c.way.schedule), c.way.keeps_logits ? " (logits kept)" : "", ", ", c.products,
-              c.products == 1 ? " product" : " products");
+std::string label(const Problem& p, Way way) {
+  const int products = products_of(p, way);
+  return text(name(way.schedule), way.keeps_logits ? " (logits kept)" : "", ", ", products,
+              products == 1 ? " product" : " products");
 }
 
-const Algorithm* algorithm_of(const Engine& engine, Way way) {
-  for (const Algorithm* algorithm : engine.algorithms()) {
-    if (algorithm->way() == way) return algorithm;
-  }
-  return nullptr;
-}
-
-Plan plan_of(std::shared_ptr<const Decision> decision, const Engine& engine, const Candidate& c) {
+Plan plan_of(std::shared_ptr<const Decision> decision, const Engine& engine) {
   const Decision& d = *decision;
+  const Way way = d.algorithm->way;
   Plan plan;
   plan.problem = d.problem;
-  plan.algorithm = d.algorithm->name();
-  plan.engine = engine.name();
-  plan.schedule = c.way.schedule;
-  plan.keeps_logits = c.way.keeps_logits;
-  plan.products = c.products;
+  plan.algorithm = d.algorithm->name;
+  plan.engine = engine.name;
+  plan.schedule = way.schedule;
+  plan.keeps_logits = way.keeps_logits;
+  plan.products = products_of(d.problem, way);
+  plan.predicted_time = d.predicted_time;
   plan.chunk_rows = d.sizes.chunk_rows;
   plan.kept_bytes = d.kept.bytes();
   plan.forward_workspace_bytes = d.forward.bytes();
@@ -89,50 +79,76 @@ Plan plan_of(std::shared_ptr<const Decision> decision, const Engine& engine, con
   return plan;
 }
 
+// What the plans of an engine are made of, and what is said of them.
+class Choice {
+ public:
+  Choice(const Engine& engine, const DeviceFacts& device, const Problem& p,
+         std::vector<std::string>& reasons)
+      : device_(device), p_(p), reasons_(reasons) {
+    for (const Algorithm* algorithm : engine.algorithms) {
+      std::string refusal = way_refusal(p, algorithm->way);
+      if (refusal == "-") continue;
+      if (refusal.empty()) {
+        refusal = refusal_of(*algorithm, p, device);
+        if (!refusal.empty()) {
+          refusal = text(label(p, algorithm->way), ": not by ", engine.name, ": ", refusal);
+        }
+      }
+      if (refusal.empty()) {
+        can_.push_back(algorithm);
+      } else {
+        reasons.push_back(std::move(refusal));
+      }
+    }
+  }
+
+  // The decision of the least predicted time within so many bytes; null where there is none.
+  std::shared_ptr<const Decision> within(std::int64_t bytes, const char* why) {
+    std::shared_ptr<const Decision> best;
+    for (const Algorithm* algorithm : can_) {
+      std::int64_t needed = kUnknown;
+      auto decision = algorithm->decide(*algorithm, p_, device_, bytes, needed);
+      if (decision != nullptr) {
+        if (best == nullptr || decision->predicted_time < best->predicted_time) {
+          best = std::move(decision);
+        }
+        continue;
+      }
+      smallest = std::min(smallest, needed);
+      reasons_.push_back(text(label(p_, algorithm->way), ": needs at least ", memory_text(needed),
+                              ", but ", p_.max_workspace ? "max_workspace is " : "the default is ",
+                              memory_text(bytes)));
+    }
+    if (best != nullptr) {
+      reasons_.push_back(text(label(p_, best->algorithm->way), ": chosen, ", why, " ",
+                              memory_text(bytes)));
+    }
+    return best;
+  }
+
+  // The fewest bytes of what did not fit.
+  std::int64_t smallest = kUnknown;
+
+ private:
+  const DeviceFacts& device_;
+  const Problem& p_;
+  std::vector<std::string>& reasons_;
+  std::vector<const Algorithm*> can_;
+};
+
 // The plan of one engine, or nothing where the memory is too small for all its algorithms.
-std::optional<Plan> plan_with(const Engine& engine, const Problem& p,
+std::optional<Plan> plan_with(const Engine& engine, const DeviceFacts& device, const Problem& p,
                               std::vector<std::string>& reasons, std::int64_t& smallest) {
-  const std::int64_t budget = p.max_workspace.value_or(default_workspace(p));
-  std::vector<std::pair<Candidate, const Algorithm*>> list;
-  for (const Candidate& c : candidates(p, reasons)) {
-    const Algorithm* algorithm = algorithm_of(engine, c.way);
-    const std::string refusal =
-        algorithm == nullptr ? "it has no such algorithm" : algorithm->refusal(p);
-    if (refusal.empty()) {
-      list.emplace_back(c, algorithm);
-    } else {
-      reasons.push_back(text(label(c), ": not by ", engine.name(), ": ", refusal));
-    }
-  }
-  const auto attempt = [&](const Candidate& c, const Algorithm& algorithm,
-                           std::int64_t bytes) -> std::optional<Plan> {
-    std::int64_t needed = std::numeric_limits<std::int64_t>::max();
-    if (auto decision = algorithm.decide(p, bytes, needed)) {
-      return plan_of(std::move(decision), engine, c);
-    }
-    smallest = std::min(smallest, needed);
-    reasons.push_back(text(label(c), ": needs at least ", memory_text(needed), ", but ",
-                           p.max_workspace ? "max_workspace is " : "the default is ",
-                           memory_text(bytes)));
-    return std::nullopt;
-  };
-  for (const auto& [c, algorithm] : list) {
-    if (auto plan = attempt(c, *algorithm, budget)) {
-      reasons.push_back(
-          text(label(c), ": chosen, the fewest products that fit in ", memory_text(budget)));
-      return plan;
-    }
-  }
-  if (p.max_workspace) return std::nullopt;
+  Choice choice(engine, device, p, reasons);
+  auto decision = choice.within(p.max_workspace.value_or(default_workspace(p)),
+                                "the shortest that fits in");
+  smallest = std::min(smallest, choice.smallest);
   // Nobody named a limit, so the loss must work: the smallest plan, whatever it takes.
-  for (const auto& [c, algorithm] : list) {
-    if (auto plan = attempt(c, *algorithm, smallest)) {
-      reasons.push_back(
-          text(label(c), ": chosen, the least memory of all, ", memory_text(smallest)));
-      return plan;
-    }
+  if (decision == nullptr && !p.max_workspace && choice.smallest < kUnknown) {
+    decision = choice.within(choice.smallest, "the least memory of all,");
   }
-  return std::nullopt;
+  if (decision == nullptr) return std::nullopt;
+  return plan_of(std::move(decision), engine);
 }
 
 // Where rows do not lie one after the other.
@@ -155,24 +171,28 @@ std::string gaps(const Problem& p) {
 
 }  // namespace
 
-Plan make_plan(const Problem& problem) {
+Plan make_plan(const Problem& problem) { return make_plan(problem, engines(), nullptr); }
+
+Plan make_plan(const Problem& problem, std::span<const Engine* const> engines,
+               const DeviceFacts* given) {
   const Problem p = validated(problem);
   std::vector<std::string> reasons;
-  std::int64_t smallest = std::numeric_limits<std::int64_t>::max();
+  std::int64_t smallest = kUnknown;
   bool supported = false;
   if (!p.engine.empty()) engine_named(p.engine);  // throws where there is none
-  for (const Engine* engine : engines()) {
-    if (!p.engine.empty() && engine->name() != p.engine) {
+  for (const Engine* engine : engines) {
+    if (!p.engine.empty() && engine->name != p.engine) {
       reasons.push_back(
-          text("engine ", engine->name(), ": not the one asked for (", p.engine, ")"));
+          text("engine ", engine->name, ": not the one asked for (", p.engine, ")"));
       continue;
     }
-    if (const std::string refusal = engine->refusal(p); !refusal.empty()) {
-      reasons.push_back(text("engine ", engine->name(), ": ", refusal));
+    const DeviceFacts& device = given != nullptr ? *given : engine->device();
+    if (const std::string refusal = refusal_of(*engine, p, device); !refusal.empty()) {
+      reasons.push_back(text("engine ", engine->name, ": ", refusal));
       continue;
     }
     supported = true;
-    if (auto plan = plan_with(*engine, p, reasons, smallest)) {
+    if (auto plan = plan_with(*engine, device, p, reasons, smallest)) {
       plan->reasons = std::move(reasons);
       return *plan;
     }
@@ -182,7 +202,7 @@ Plan make_plan(const Problem& problem) {
   if (!supported) {
     throw Error(ErrorCode::unsupported, "no engine supports this problem:" + all);
   }
-  if (smallest == std::numeric_limits<std::int64_t>::max()) {
+  if (smallest == kUnknown) {
     throw Error(ErrorCode::unsupported, text("no engine goes by schedule ", name(p.schedule),
                                              " here; leave the schedule to the plan:", all));
   }
@@ -203,11 +223,15 @@ std::string describe(const Plan& plan) {
            name(head.e_type), "  C ", name(head.c_type), "  compute ", name(p.compute_type), "\n",
            gaps(p), "engine ", plan.engine, "  schedule ", name(plan.schedule),
            plan.keeps_logits ? " (logits kept for backward)" : "", "  products ", plan.products,
-           "\n", "algorithm ", plan.algorithm, ": ");
+           "  predicted ", rounded(plan.predicted_time), "\n", "algorithm ", plan.algorithm, ": ");
   if (plan.schedule == Schedule::rows) out += text("chunk of ", plan.chunk_rows, " rows, ");
   out += text("blocks of ", sizes.block_rows, " rows x ", sizes.slab, " columns");
   if (sizes.gradient_rows != sizes.block_rows || sizes.gradient_slab != sizes.slab) {
     out += text(", in gradients ", sizes.gradient_rows, " x ", sizes.gradient_slab);
+  }
+  if (d.has_de_sums_in_dc()) {
+    out += text("; columns from ", d.last.begin, " on twice, for dC in blocks of ",
+                d.last.gradient_rows, " x ", d.last.gradient_slab);
   }
   out += text("\nkept ", memory_text(plan.kept_bytes), ", workspace ",
               memory_text(plan.forward_workspace_bytes), " forward, ",
@@ -225,7 +249,9 @@ std::string describe(const Plan& plan) {
 std::vector<std::string> describe_machine() {
   std::vector<std::string> lines;
   for (const Engine* engine : engines()) {
-    lines.push_back(text("engine ", engine->name(), ": ", engine->description()));
+    const std::string& absent = engine->device().absent;
+    lines.push_back(text("engine ", engine->name, ": ",
+                         absent.empty() ? engine->description() : "not here: " + absent));
   }
   return lines;
 }

@@ -1,13 +1,18 @@
-// What sessions of every kind check: the pass, the chunk, and the order of the steps.
+// Sessions: what all of them check, and how one is put together from an algorithm's steps and its
+// engine's components.
 #pragma once
 
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "core/text.h"
 #include "cutloss/call.h"
+#include "plan/decision.h"
 
 namespace cutloss {
 
+// Checks the pass, the chunk, and the order of the steps.
 class CheckedSession : public Session {
  public:
   CheckedSession(std::int64_t chunk_count, Pass pass) : chunks_(chunk_count), pass_(pass) {}
@@ -48,10 +53,7 @@ class CheckedSession : public Session {
   virtual void list_rows() = 0;
   virtual RowList rows_of(std::int64_t chunk) = 0;
   virtual void make_statistics(std::int64_t chunk) = 0;
-  // Algorithms that make none never open such a pass.
-  virtual void make_gradients(std::int64_t) {
-    throw Error(ErrorCode::internal, "a session without gradients was asked for some");
-  }
+  virtual void make_gradients(std::int64_t chunk) = 0;
   virtual void finish_gradients() = 0;
   Pass pass() const { return pass_; }
 
@@ -78,5 +80,48 @@ class CheckedSession : public Session {
   // The chunk whose statistics were made last.
   std::int64_t last_ = -1;
 };
+
+// Steps of an algorithm, over the components (Parts) of its engine:
+//   static void statistics(Parts&, RowRange chunk, Pass);
+//   static void gradients(Parts&, RowRange chunk, Pass);
+// Neither is called for an empty chunk. Parts begin and finish a call, and know its rows.
+template <class Steps, class Parts>
+class StepsSession final : public CheckedSession {
+ public:
+  StepsSession(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)
+      : CheckedSession(chunk_count(*decision), pass),
+        decision_(decision),
+        parts_(std::move(decision), args, pass) {}
+
+ private:
+  void list_rows() override { parts_.begin(); }
+  RowList rows_of(std::int64_t chunk) override { return parts_.rows.entries(range(chunk)); }
+  void make_statistics(std::int64_t chunk) override {
+    if (const RowRange rows = range(chunk); rows.count > 0) {
+      Steps::statistics(parts_, rows, pass());
+    }
+  }
+  void make_gradients(std::int64_t chunk) override {
+    if (const RowRange rows = range(chunk); rows.count > 0) Steps::gradients(parts_, rows, pass());
+  }
+  void finish_gradients() override { parts_.sums.finish(); }
+
+  RowRange range(std::int64_t chunk) const {
+    return chunk_range(decision_->sizes, parts_.rows.to_cover(), chunk);
+  }
+
+  const std::shared_ptr<const Decision> decision_;
+  Parts parts_;
+};
+
+// Algorithm::open of parts in the decision's stat dtype.
+template <class Steps, template <class> class PartsOf>
+std::unique_ptr<CheckedSession> open_steps(std::shared_ptr<const Decision> decision,
+                                           const Args& args, Pass pass) {
+  if (decision->stat == DType::f64) {
+    return std::make_unique<StepsSession<Steps, PartsOf<double>>>(std::move(decision), args, pass);
+  }
+  return std::make_unique<StepsSession<Steps, PartsOf<float>>>(std::move(decision), args, pass);
+}
 
 }  // namespace cutloss

@@ -102,9 +102,11 @@ void transform(const Problem& problem, const Inputs& in, Logit logit, Result& r)
       double s = a;
       double slope = 1;
       if (problem.transform.softcap) {
-        const double ratio = std::tanh(a / *problem.transform.softcap);
-        s = *problem.transform.softcap * ratio;
-        slope = 1 - ratio * ratio;
+        const double x = a / *problem.transform.softcap;
+        s = *problem.transform.softcap * std::tanh(x);
+        // Not 1 - tanh^2, which is 0 from |x| = 19 on.
+        const double u = std::exp(-2 * std::fabs(x));
+        slope = 4 * u / ((1 + u) * (1 + u));
       }
       r.z[n * r.V + v] = s / temperature;
       r.slope[n * r.V + v] = slope / temperature;
@@ -144,7 +146,7 @@ void statistics(const Problem& problem, const Inputs& in, Result& r) {
       // No distribution: a NaN, a +inf, or nothing but -inf among the logits.
       r.row_max[n] = maximum;
       r.lse[n] = has_nan ? kNaN : maximum;
-      r.nll[n] = r.log_sum[n] = r.entropy[n] = r.zbar[n] = kNaN;
+      r.nll[n] = r.log_sum[n] = r.entropy[n] = r.zbar[n] = r.zbar_centred[n] = kNaN;
       continue;
     }
     Sum sum = 0;
@@ -154,16 +156,18 @@ void statistics(const Problem& problem, const Inputs& in, Result& r) {
     r.lse[n] = maximum + r.log_sum[n];
     r.nll[n] = nll_of(z, r.V, r.target[n]);
     Sum entropy = 0;
-    Sum zbar = 0;
+    Sum zbar = 0, centred = 0;
     for (std::int64_t v = 0; v < r.V; ++v) {
       const double log_p = (z[v] - maximum) - r.log_sum[n];
       entropy -= times(std::exp(log_p), log_p);
       const double weight =
           problem.has_class_weight ? load(in.class_weight, stat_type(problem), v) : 1.0;
       zbar += Sum{weight} * z[v];
+      centred += Sum{weight} * (z[v] - maximum);
     }
     r.entropy[n] = static_cast<double>(entropy);
     r.zbar[n] = static_cast<double>(zbar / static_cast<Sum>(r.V));
+    r.zbar_centred[n] = static_cast<double>(centred / static_cast<Sum>(r.V));
   }
 }
 
@@ -248,7 +252,7 @@ Result empty_result(const Problem& problem, std::int64_t D) {
   r.c.assign(r.V * r.D, 0);
   r.target.assign(r.N, -1);
   for (auto* matrix : {&r.z, &r.slope, &r.g}) matrix->assign(r.N * r.V, 0);
-  for (auto* row : {&r.nll, &r.lse, &r.row_max, &r.log_sum, &r.entropy, &r.zbar}) {
+  for (auto* row : {&r.nll, &r.lse, &r.row_max, &r.log_sum, &r.entropy, &r.zbar, &r.zbar_centred}) {
     row->assign(r.N, 0);
   }
   r.argmax.assign(r.N, -1);
@@ -312,6 +316,7 @@ void forward(const Problem& problem, const Args& args) {
   store_all(args.rows.log_sum, type, r.log_sum);
   if (problem.wanted.entropy) store_all(args.rows.entropy, type, r.entropy);
   if (problem.wanted.zbar) store_all(args.rows.zbar, type, r.zbar);
+  if (problem.wanted.zbar) store_all(args.rows.zbar_centred, type, r.zbar_centred);
   if (problem.wanted.argmax) {
     for (std::int64_t n = 0; n < r.N; ++n) args.rows.argmax[n] = r.argmax[n];
   }

@@ -35,8 +35,8 @@ struct Result {
   std::vector<double> slope;  // (N, V): dz/da
   std::vector<double> g;      // (N, V): dLoss/dz
 
-  std::vector<double> nll, lse, row_max, log_sum, entropy, zbar;  // (N)
-  std::vector<std::int64_t> argmax;                               // (N)
+  std::vector<double> nll, lse, row_max, log_sum, entropy, zbar, zbar_centred;  // (N)
+  std::vector<std::int64_t> argmax;                                             // (N)
 
   std::vector<double> de;     // (sequences, length, D)
   std::vector<double> dc;     // (V, D)

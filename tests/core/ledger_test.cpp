@@ -31,10 +31,12 @@ TEST(Ledger, SharedMemoryTakesNone) {
   ledger.share("kept logits", 5000, "dC", "the slab is written");
   EXPECT_EQ(ledger.offset("sums"), ledger.offset("dE's sums"));
   EXPECT_THROW(ledger.offset("kept logits"), Error);  // it is dC's memory
+  ledger.share("behind", 100, "dE's sums", "dE begins", Lifetime::step, 768);
+  EXPECT_EQ(ledger.offset("behind"), ledger.offset("dE's sums") + 768);
   EXPECT_EQ(ledger.bytes(), 256 + 1024);
   EXPECT_EQ(in_words(ledger),
-            "rows 8, dE's sums 1000, sums 900 (in dE's sums until dE begins), kept logits 5000 (in "
-            "dC until the slab is written)");
+            "rows 8, dE's sums 1000, sums 900 (seam, in dE's sums until dE begins), kept logits 5000 "
+            "(in dC until the slab is written), behind 100 (in dE's sums until dE begins)");
 }
 
 TEST(Ledger, RefusesWhatIsNotThere) {
@@ -45,6 +47,7 @@ TEST(Ledger, RefusesWhatIsNotThere) {
   ledger.book("rows", 8);
   EXPECT_THROW(ledger.bytes_of("row"), Error);
   EXPECT_THROW(ledger.share("too large", 9, "rows", "never"), Error);
+  EXPECT_THROW(ledger.share("too far", 4, "rows", "never", Lifetime::step, 5), Error);
 }
 
 }  // namespace

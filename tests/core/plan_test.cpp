@@ -154,9 +154,41 @@ TEST(Plan, WithoutALimitEveryProblemGetsOne) {
   Problem p = with_size(1, 60000, 300000, 8192).problem;
   set_types(p, kTypes[1]);
   p.upstream.when = Upstream::at_backward;
+  p.wanted.dc.type = DType::f32;
+  p.wanted.dc.add = true;
   const Plan plan = make_plan(p);
   EXPECT_GT(total_bytes(plan), kDefaultWorkspace) << "dE's sums alone are more";
   EXPECT_EQ(plan.schedule, Schedule::vocabulary);
+
+  // In a dC that is written the sums have a place.
+  p.wanted.dc.add = false;
+  EXPECT_LE(total_bytes(make_plan(p)), kDefaultWorkspace);
+}
+
+// dE's sums wait in the last rows of dC where there is no room for them, if dC is written at all.
+TEST(Plan, SumsOfDeWaitInDc) {
+  Problem p = training();
+  set_types(p, kTypes[1]);
+  p.schedule = Schedule::vocabulary;
+  const Decision& roomy = *make_plan(p).decision;
+  EXPECT_FALSE(roomy.has_de_sums_in_dc());
+  const std::int64_t least = smallest_workspace(p);
+  p.max_workspace = least;
+  const Plan tight = make_plan(p);
+  EXPECT_TRUE(tight.decision->has_de_sums_in_dc());
+  EXPECT_LE(tight.decision->last.begin, 20000 - 2 * 1000) << "two rows of bf16 for one of fp32";
+  EXPECT_GT(tight.predicted_time, roomy.predicted_time);
+  EXPECT_TRUE(contains(describe(tight), "in dC until"));
+  EXPECT_TRUE(contains(describe(tight), "on twice"));
+
+  p.wanted.dc.type = DType::f32;
+  p.wanted.dc.add = true;
+  EXPECT_THROW(make_plan(p), Error) << "what is added to holds nothing else";
+
+  // Without dC, dE is made of some rows after the others.
+  p.wanted.dc = {};
+  p.max_workspace = smallest_workspace(p);
+  EXPECT_GT(chunk_count(make_plan(p)), 1);
 }
 
 TEST(Plan, TheScheduleAskedForIsTheScheduleGiven) {

@@ -203,16 +203,23 @@ const Refusal kRefusals[] = {
      ErrorCode::unsupported,
      {"first 0", "count 100", "total 101"}},
     {"gradient_that_adds",
-     [](Problem& p) { p.wanted.dc.add = true; },
+     [](Problem& p) { p.wanted.de.add = true; },
      ErrorCode::unsupported,
-     {"wanted.dc.add", "leave it false"}},
+     {"wanted.de.add", "leave it false"}},
+    {"gradient_that_adds_in_16_bits",
+     [](Problem& p) {
+       head_of(p).c_type = DType::bf16;
+       p.wanted.dc.add = true;
+     },
+     ErrorCode::unsupported,
+     {"wanted.dc.add", "bf16", "wanted.dc.type to f32"}},
     {"gradient_of_another_type",
      [](Problem& p) {
        head_of(p).e_type = DType::bf16;
-       p.wanted.de.type = DType::f32;
+       p.wanted.de.type = DType::f16;
      },
      ErrorCode::unsupported,
-     {"wanted.de.type is f32", "bf16", "unset"}},
+     {"wanted.de.type is f16", "bf16", "f32"}},
     {"gradient_of_logits",
      [](Problem& p) { p.wanted.dlogits.wanted = true; },
      ErrorCode::invalid_value,

@@ -15,7 +15,7 @@ namespace {
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 struct Piece {
-  double max = -kInf, sum = 0, weighted_sum = 0;
+  double max = -kInf, sum = 0, weighted_sum = 0, zbar = 0, weight_seen = 0;
   std::int64_t argmax = 0;
 };
 
@@ -29,6 +29,11 @@ Piece piece_of(const std::vector<double>& z, std::int64_t target, std::int64_t b
       piece.argmax = v;
     }
   }
+  for (std::int64_t v = begin; v < end; ++v) {
+    if (v == target) continue;
+    piece.zbar += z[v] - (piece.max == -kInf ? 0 : piece.max);
+    piece.weight_seen += 1;
+  }
   if (piece.max == -kInf) return piece;
   for (std::int64_t v = begin; v < end; ++v) {
     if (v == target || z[v] == -kInf) continue;
@@ -39,7 +44,14 @@ Piece piece_of(const std::vector<double>& z, std::int64_t target, std::int64_t b
 }
 
 void merge_piece(RowState<double>& state, const Piece& piece) {
-  merge(state, piece.max, piece.sum, piece.weighted_sum, piece.argmax);
+  RowState<double> other;
+  other.max = piece.max;
+  other.sum = piece.sum;
+  other.weighted_sum = piece.weighted_sum;
+  other.zbar = piece.zbar;
+  other.weight_seen = piece.weight_seen;
+  other.argmax = piece.argmax;
+  merge(state, other);
 }
 
 RowResult<double> result_of(const std::vector<double>& z, std::int64_t target,
@@ -51,8 +63,7 @@ RowResult<double> result_of(const std::vector<double>& z, std::int64_t target,
     begin = end;
   }
   state.target_logit = z[target];
-  for (const double logit : z) state.zbar_sum += logit;
-  return finish(state, target, static_cast<std::int64_t>(z.size()));
+  return close(state, target, 1.0, static_cast<std::int64_t>(z.size()));
 }
 
 std::vector<double> random_row(std::int64_t V, double size, unsigned seed) {
@@ -94,14 +105,123 @@ TEST(RowState, MergeIsAssociativeButForRounding) {
   merge_piece(tail, b);
   merge_piece(tail, c);
   merge_piece(right, a);
-  merge(right, tail.max, tail.sum, tail.weighted_sum, tail.argmax);
+  merge(right, tail);
   EXPECT_EQ(left.max, right.max);
   EXPECT_EQ(left.argmax, right.argmax);
   EXPECT_NEAR(left.sum, right.sum, 1e-14 * left.sum);
   EXPECT_NEAR(left.weighted_sum, right.weighted_sum, 1e-13 * std::fabs(left.weighted_sum));
 }
 
-TEST(RowState, FinishAgreesWithTheSumsOverTheRow) {
+// The state of columns [begin, end), with weights; NaNs go where the engines let them go.
+RowState<double> state_of(const std::vector<double>& z, const std::vector<double>& weight,
+                          std::int64_t target, std::int64_t begin, std::int64_t end) {
+  RowState<double> state;
+  for (std::int64_t v = begin; v < end; ++v) {
+    RowState<double> one;
+    if (v == target) {
+      one.target_logit = z[v];
+    } else {
+      const bool nothing = z[v] == -kInf;
+      one.max = z[v];
+      one.sum = nothing ? 0 : std::exp(z[v] - z[v]);
+      one.zbar = weight[v] == 0 ? 0 : weight[v] * (nothing ? z[v] : z[v] - z[v]);
+      one.weight_seen = weight[v];
+      one.argmax = v;
+    }
+    merge(state, one);
+  }
+  return state;
+}
+
+// Every way to cut the row in 2 to 5 parts, empty ones among them, joined forwards and backwards.
+template <class Expect>
+void for_all_splits(const std::vector<double>& z, const std::vector<double>& weight,
+                    std::int64_t target, Expect expect) {
+  const auto V = static_cast<std::int64_t>(z.size());
+  std::vector<std::int64_t> cuts = {0, 0, 0, 0};
+  const auto seen = [&] {
+    std::vector<RowState<double>> parts;
+    std::int64_t begin = 0;
+    for (const std::int64_t end : {cuts[0], cuts[1], cuts[2], cuts[3], V}) {
+      parts.push_back(state_of(z, weight, target, begin, end));
+      begin = end;
+    }
+    RowState<double> forwards, backwards;
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      merge(forwards, parts[i]);
+      merge(backwards, parts[parts.size() - 1 - i]);
+    }
+    expect(forwards);
+    expect(backwards);
+  };
+  for (cuts[0] = 0; cuts[0] <= V; ++cuts[0]) {
+    for (cuts[1] = cuts[0]; cuts[1] <= V; ++cuts[1]) {
+      for (cuts[2] = cuts[1]; cuts[2] <= V; ++cuts[2]) {
+        for (cuts[3] = cuts[2]; cuts[3] <= V; ++cuts[3]) seen();
+      }
+    }
+  }
+}
+
+TEST(RowState, MergesWholeInEveryOrder) {
+  for (const double offset : {0.0, 1e4}) {
+    std::vector<double> z = {3, -1, -kInf, 5, 2, 5, 0.5, 5, -2};  // of the largest, 3 is the first
+    for (double& logit : z) logit += offset;
+    for (const std::vector<double>& weight :
+         {std::vector<double>(9, 1.0), std::vector<double>{2, 0, 0, 1, 0.5, 3, 0, 1, 4}}) {
+      if (weight[2] == 1) z[2] = offset - 20;  // a weight beside -inf makes zbar -inf
+      for (const std::int64_t target : {std::int64_t{4}, std::int64_t{7}, std::int64_t{3}}) {
+        double sum = 0, weighted = 0, zbar = 0, weights = 0;
+        for (std::int64_t v = 0; v < 9; ++v) {
+          if (v == target) continue;
+          weights += weight[v];
+          if (z[v] == -kInf) continue;
+          const double t = z[v] - (5 + offset);
+          sum += std::exp(t);
+          weighted += std::exp(t) * t;
+          zbar += weight[v] * t;
+        }
+        for_all_splits(z, weight, target, [&](const RowState<double>& state) {
+          ASSERT_EQ(state.max, 5 + offset);
+          ASSERT_EQ(state.argmax, target == 3 ? 5 : 3);
+          ASSERT_EQ(state.target_logit, z[target]);
+          ASSERT_NEAR(state.sum, sum, 1e-14 * sum);
+          ASSERT_NEAR(state.weighted_sum, weighted, 1e-13 * std::fabs(weighted));
+          ASSERT_NEAR(state.zbar, zbar, 1e-13 * std::fabs(zbar));
+          ASSERT_NEAR(state.weight_seen, weights, 1e-14 * weights);
+        });
+      }
+    }
+  }
+}
+
+TEST(RowState, MergesInfinitiesAndNaNsInEveryOrder) {
+  const std::vector<double> ones(5, 1.0), none(5, 0.0);
+  const std::vector<double> empty(5, -kInf);
+  for_all_splits(empty, none, 2, [](const RowState<double>& state) {
+    ASSERT_EQ(state.max, -kInf);
+    ASSERT_EQ(state.sum, 0);
+    ASSERT_EQ(state.zbar, 0);
+    ASSERT_EQ(state.target_logit, -kInf);
+  });
+  std::vector<double> z = {1, 2, -kInf, 0, 1};
+  for_all_splits(z, ones, 0, [](const RowState<double>& state) {
+    ASSERT_EQ(state.zbar, -kInf);
+    ASSERT_EQ(state.argmax, 1);
+    ASSERT_NEAR(state.sum, 1 + std::exp(-2) + std::exp(-1), 1e-15);
+  });
+  z[3] = std::nan("");
+  for_all_splits(z, ones, 0, [](const RowState<double>& state) {
+    ASSERT_TRUE(std::isnan(state.sum));
+    ASSERT_EQ(state.target_logit, 1);
+  });
+  for_all_splits(z, ones, 3, [](const RowState<double>& state) {  // there, and NaN
+    ASSERT_TRUE(std::isnan(state.target_logit));
+    ASSERT_TRUE(std::isfinite(state.sum));
+  });
+}
+
+TEST(RowState, CloseAgreesWithTheSumsOverTheRow) {
   for (const double size : {0.1, 1.0, 10.0}) {
     const std::vector<double> z = random_row(64, size, 11);
     for (std::int64_t target = 0; target < 64; target += 9) {
@@ -205,16 +325,6 @@ TEST(TargetGradient, IsTheDerivativeOfTheOutputs) {
   k.zbar = d_zbar / 12;
   k.inv_temperature = 1;
   EXPECT_NEAR(target_gradient(k, row.nll, d_nll, d_lse, weight), want, 1e-9);
-}
-
-TEST(TransformSlope, IsTheDerivativeOfTheTransform) {
-  const double softcap = 3, inv_temperature = 0.8, step = 1e-6;
-  const auto z = [&](double a) { return softcap * std::tanh(a / softcap) * inv_temperature; };
-  for (const double a : {-9.0, -2.0, 0.0, 0.5, 4.0}) {
-    EXPECT_NEAR(transform_slope(z(a), softcap, inv_temperature),
-                (z(a + step) - z(a - step)) / (2 * step), 1e-9);
-  }
-  EXPECT_EQ(transform_slope(123.0, 0.0, inv_temperature), inv_temperature);
 }
 
 }  // namespace

@@ -116,7 +116,7 @@ TEST_P(BadArgs, AMissingPointer) {
       {"rows.row_max", [](Args& a) { a.rows.row_max = nullptr; }},
       {"rows.log_sum", [](Args& a) { a.rows.log_sum = nullptr; }},
       {"rows.entropy", [](Args& a) { a.rows.entropy = nullptr; }},
-      {"rows.zbar", [](Args& a) { a.rows.zbar = nullptr; }},
+      {"rows.zbar", [](Args& a) { a.rows.zbar = a.rows.zbar_centred = nullptr; }},
       {"rows.argmax", [](Args& a) { a.rows.argmax = nullptr; }},
       {"workspace", [](Args& a) { a.workspace = nullptr; }}};
   for (const auto& [name, spoil] : cases) {
@@ -197,17 +197,22 @@ TEST_P(BadArgs, OutputsThatAreNotWantedAreNotWritten) {
     SCOPED_TRACE(mode->name);
     Call call(subject, *mode);
     const DType stat = reference::stat_type(call.plan.problem);
-    Array entropy(stat, row_count(call.plan.problem)), zbar(stat, row_count(call.plan.problem));
+    const std::int64_t rows = row_count(call.plan.problem);
+    Array entropy(stat, rows), zbar(stat, rows), zbar_centred(stat, rows);
     Buffer argmax(row_count(call.plan.problem) * 8);
     const Device device = call.plan.problem.device;
     Args args = call.args();
     args.rows.entropy = entropy.on(device);
     args.rows.zbar = zbar.on(device);
+    args.rows.zbar_centred = zbar_centred.on(device);
     args.rows.argmax = reinterpret_cast<std::int64_t*>(argmax.on(device));
     call.make(args);
-    for (Buffer* buffer : {&entropy.buffer, &zbar.buffer, &argmax}) buffer->fetch();
+    for (Buffer* buffer : {&entropy.buffer, &zbar.buffer, &zbar_centred.buffer, &argmax}) {
+      buffer->fetch();
+    }
     EXPECT_TRUE(entropy.buffer.same_bytes(Array(stat, entropy.count).buffer));
-    EXPECT_TRUE(zbar.buffer.same_bytes(Array(stat, zbar.count).buffer));
+    EXPECT_TRUE(zbar.buffer.same_bytes(Array(stat, rows).buffer));
+    EXPECT_TRUE(zbar_centred.buffer.same_bytes(Array(stat, rows).buffer));
     EXPECT_TRUE(argmax.same_bytes(Buffer(argmax.bytes())));
   }
 }

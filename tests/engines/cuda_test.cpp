@@ -7,6 +7,10 @@
 
 #include "check.h"
 #include "core/text.h"
+#ifdef CUTLOSS_CUDA_SM90
+#include "cuda/fused/engine.h"
+#include "cuda/fused/targets.h"
+#endif
 
 namespace cutloss::test {
 namespace {
@@ -25,6 +29,18 @@ TEST(GpuEngines, AreTestedWhereThereIsAGpu) {
   }
   GTEST_SKIP() << describe_machine()[0];
 }
+
+#ifdef CUTLOSS_CUDA_SM90
+TEST(GpuEngines, BookEnoughForTheSortOfTargets) {
+  if (!cuda_fused_sm90_engine.device().absent.empty()) GTEST_SKIP() << describe_machine()[0];
+  for (const int V : {3, 50000, 262144}) {
+    for (int rows = 1; rows < 3000000; rows = rows * 5 / 4 + 1) {
+      const std::int64_t needed = cuda::fused::needed_sort_bytes(rows, V);
+      EXPECT_LE(needed, cuda::fused::target_sort_bytes(rows)) << rows << " rows";
+    }
+  }
+}
+#endif
 
 std::vector<Case> cases() {
   Case plain = with_size(1, 391, 1043, 40);
@@ -195,7 +211,7 @@ TEST_P(Gpu, AWrongNumberOfValidRowsMakesEverythingNaN) {
         const Outputs out = run(plan_for(data.problem, GetParam().engine, mode), data, &intact);
         EXPECT_TRUE(intact);
         for (const Array* array : {&out.nll, &out.lse, &out.row_max, &out.log_sum, &out.entropy,
-                                   &out.zbar, &out.de, &out.dc, &out.dbias}) {
+                                   &out.zbar, &out.zbar_centred, &out.de, &out.dc, &out.dbias}) {
           EXPECT_TRUE(all_nan(*array));
         }
       }

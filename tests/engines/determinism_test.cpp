@@ -58,7 +58,7 @@ bool product_depends_on_threads(const Problem& problem) {
   logits.M = kRows, logits.N = kColumns, logits.K = D, logits.b.transposed = true;
   de.M = kRows, de.N = D, de.K = kColumns;
   dc.M = kColumns, dc.N = D, dc.K = kRows, dc.a.transposed = true;
-  const DType type = cpu::product_type(problem);
+  const DType type = cpu::product_type(problem, cpu_engine.device());
   for (const cpu::Product& shape : {logits, de, dc}) {
     const Array alone = product(shape, type, 1);
     for (const int count : {2, 3, 5}) {
@@ -85,7 +85,7 @@ using DeterminismOnHost = EverySubject;
 TEST_P(DeterminismOnHost, SameBitsWithAnyNumberOfThreads) {
   if (product_depends_on_threads(GetParam().problem.problem)) {
     GTEST_SKIP() << "the library's own product of "
-                 << name(cpu::product_type(GetParam().problem.problem))
+                 << name(cpu::product_type(GetParam().problem.problem, cpu_engine.device()))
                  << " matrices differs between 1 and more threads";
   }
   const Data data = make_data(GetParam().problem);

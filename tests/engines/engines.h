@@ -10,8 +10,10 @@
 
 #include "api/algorithms.h"
 #include "cpu/decision.h"
+#include "cpu/engine.h"
 #ifdef CUTLOSS_CUDA
 #include "cuda/decision.h"
+#include "cuda/library/engine.h"
 #endif
 #include "problems.h"
 #include "run.h"
@@ -25,8 +27,8 @@ inline std::vector<std::string> engine_names() {
     Problem problem;
     problem.rows.length = classes_of(problem).count = head_of(problem).D = 128;
     problem.compute_type = head_of(problem).e_type = head_of(problem).c_type = DType::bf16;
-    set_engine(problem, std::string(engine->name()));
-    if (engine->refusal(problem).empty()) names.emplace_back(engine->name());
+    set_engine(problem, std::string(engine->name));
+    if (refusal_of(*engine, problem, engine->device()).empty()) names.emplace_back(engine->name);
   }
   return names;
 }
@@ -35,9 +37,11 @@ inline std::vector<std::string> engine_names() {
 // which round less: the reference, and the bounds with it, follow the operands' true dtype.
 inline reference::Result truth_for(const std::string& engine, const Data& data) {
   Problem problem = data.problem;
-  if (engine == "cpu") problem.compute_type = cpu::product_type(problem);
+  if (engine == "cpu") problem.compute_type = cpu::product_type(problem, cpu_engine.device());
 #ifdef CUTLOSS_CUDA
-  if (runs_on_gpu(engine)) problem.compute_type = cuda::product_type(problem);
+  if (runs_on_gpu(engine)) {
+    problem.compute_type = cuda::product_type(problem, cuda_library_engine.device());
+  }
 #endif
   return reference::evaluate(problem, data.inputs(), data.upstream64());
 }
@@ -45,12 +49,14 @@ inline reference::Result truth_for(const std::string& engine, const Data& data) 
 // An engine may leave some problems, and some schedules of those it takes, to others.
 inline bool takes(const std::string& engine, Problem problem) {
   set_engine(problem, engine);
-  return engine_named(engine).refusal(problem).empty();
+  const Engine& by = engine_named(engine);
+  return refusal_of(by, problem, by.device()).empty();
 }
 inline bool takes(const std::string& engine, const Problem& problem, const Mode& mode) {
-  const auto algorithms = engine_named(engine).algorithms();
-  return std::any_of(algorithms.begin(), algorithms.end(), [&](const Algorithm* algorithm) {
-    return algorithm->way().schedule == mode.schedule && algorithm->refusal(problem).empty();
+  const Engine& by = engine_named(engine);
+  return std::ranges::any_of(by.algorithms, [&](const Algorithm* algorithm) {
+    return algorithm->way.schedule == mode.schedule &&
+           refusal_of(*algorithm, problem, by.device()).empty();
   });
 }
 

@@ -123,11 +123,10 @@ std::vector<double> gradient_of(const LogitsData& made, std::vector<double>& all
   allowed.assign(r.N * r.V, 0);
   for (std::int64_t n = 0; n < r.N; ++n) {
     if (r.target[n] < 0) continue;
-    const double cap_error =
-        p.transform.softcap ? 8 * u / detail::row_temperature(made.data, n) : 0;
     for (std::int64_t v = 0; v < r.V; ++v) {
       const std::int64_t i = n * r.V + v;
       want[i] = r.g[i] * r.slope[i] * p.transform.logit_scale;
+      const double cap_error = detail::slope_bound(made.data, r, 0, n, v);  // the logits are given
       const double exact = detail::g_bound(made.data, r, made.bound, n, v) * r.slope[i] +
                            std::fabs(r.g[i]) * (cap_error + 4 * u * r.slope[i]);
       allowed[i] = scale * exact +
@@ -225,7 +224,10 @@ void expect_accurate(const LogitsData& made, const Result& got) {
   check("lse", rows.lse, want.lse, bound.lse);
   for (std::int64_t n = 0; n < want.N; ++n) EXPECT_GE(rows.nll.get(n), 0) << "row " << n;
   if (p.wanted.entropy) check("entropy", rows.entropy, want.entropy, bound.entropy);
-  if (p.wanted.zbar) check("zbar", rows.zbar, want.zbar, bound.zbar);
+  if (p.wanted.zbar) {
+    check("zbar", rows.zbar, want.zbar, bound.zbar);
+    check("zbar_centred", rows.zbar_centred, want.zbar_centred, bound.zbar_centred);
+  }
   if (p.wanted.argmax) {
     EXPECT_EQ(wrong_argmax(rows.argmax, want, bound), "");
   }
@@ -309,6 +311,17 @@ TEST(GivenLogits, KindsOfLogits) {
   }
 }
 
+// Where the softcap has flattened every logit, g is of the size of its slopes, and so are the
+// bounds.
+TEST(GivenLogits, SaturatedSoftcap) {
+  for (const Case& c : saturated_cases(with_size(2, 19, 211, 16, 1))) {
+    for (const DType type : kDTypes) {
+      SCOPED_TRACE(text(c.name, " ", name(type)));
+      expect_accurate_everywhere(c, type, kLayouts[1]);
+    }
+  }
+}
+
 // On a GPU with clusters a row is shared by blocks, any number of them; without, and beyond what
 // blocks can hold, it is read twice. Rows that begin and end anywhere.
 TEST(GivenLogits, LongRows) {
@@ -345,12 +358,9 @@ TEST(GivenLogits, LongRows) {
   }
 }
 
-// As cutloss.h has them, but for these rows.
-TEST(GivenLogits, LossFromTerms) {
-  Case c = with_size(2, 9, 33, 4, 1);
-  c.problem.wanted.zbar = true;
-  LogitsData made = make_logits(c, DType::f32, kLayouts[1]);
-  evaluate(made);
+// As rows.h has them, but for these rows. `centred`: by rows.zbar_centred, which keeps the
+// digits of logits with a common offset.
+void expect_loss_from_terms(const LogitsData& made, bool centred, double allowed) {
   const std::int64_t N = row_count(made.problem);
   for (const Device device : devices()) {
     Problem p = made.problem;
@@ -369,6 +379,7 @@ TEST(GivenLogits, LossFromTerms) {
     args.logits = made.logits.on(device);
     args.targets = in.targets;
     args.rows = out.rows(device);
+    (centred ? args.rows.zbar : args.rows.zbar_centred) = nullptr;
     forward(p, args);
     args.upstream.d_nll = terms.nll;
     args.upstream.d_lse = terms.lse;
@@ -378,10 +389,22 @@ TEST(GivenLogits, LossFromTerms) {
     double want = 0, count = 0;
     for (std::int64_t n = 0; n < N; ++n) {
       if (made.want.target[n] < 0) continue;
-      want += 0.75 * made.want.nll[n] + 0.25 * (made.want.lse[n] - made.want.zbar[n]);
+      want += 0.75 * made.want.nll[n] + 0.25 * (made.want.log_sum[n] - made.want.zbar_centred[n]);
       ++count;
     }
-    EXPECT_NEAR(loss.get(0), want / count, 1e-5);
+    EXPECT_NEAR(loss.get(0), want / count, allowed);
+  }
+}
+
+TEST(GivenLogits, LossFromTerms) {
+  Case c = with_size(2, 9, 33, 4, 1);
+  c.problem.wanted.zbar = true;
+  for (const LogitKind kind : {LogitKind::random, LogitKind::offset}) {
+    c.logits = kind;
+    LogitsData made = make_logits(c, DType::f32, kLayouts[1]);
+    evaluate(made);
+    expect_loss_from_terms(made, /*centred=*/true, 2e-6);
+    if (kind == LogitKind::random) expect_loss_from_terms(made, /*centred=*/false, 1e-5);
   }
 }
 

@@ -248,7 +248,9 @@ Loss run_loss(const Subject& subject, const Data& data, const Buffer* undefined)
   Scratch scratch(plan);
   Array number(reference::stat_type(data.problem), 1);
   const Device device = plan.problem.device;
-  const Args args = args_for(data, loss.out, scratch, /*forward=*/true);
+  Args args = args_for(data, loss.out, scratch, /*forward=*/true);
+  // With it d_lse and d_zbar would be label smoothing's, not any numbers.
+  args.rows.zbar_centred = nullptr;
   forward(plan, args);
   weighted_loss(
       plan, args, number.on(device),
@@ -297,6 +299,33 @@ TEST_P(WeightedLoss, IsNaNWhereItIsUndefined) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Engines, WeightedLoss, testing::ValuesIn(subjects(cases())), subject_name);
+
+// What the rows are to hold for the coefficients that are given.
+TEST_P(WeightedLoss, NamesTheRowsThatAreMissing) {
+  Case c = GetParam().problem;
+  c.lse_gradient = c.problem.wanted.zbar = c.problem.upstream.zbar = true;
+  const Data data = make_data(c);
+  const Plan plan = plan_for(data.problem, GetParam().engine, kModes[4]);
+  Outputs out = outputs_for(plan.problem);
+  Scratch scratch(plan);
+  Array number(reference::stat_type(data.problem), 1);
+  const Args args = args_for(data, out, scratch, /*forward=*/true);
+  const std::pair<const char*, void (*)(Args&)> cases[] = {
+      {"rows.lse is null", [](Args& a) { a.rows.lse = a.rows.zbar_centred = nullptr; }},
+      {"rows.log_sum is null", [](Args& a) { a.rows.log_sum = nullptr; }},
+      {"rows.zbar and rows.zbar_centred are null",
+       [](Args& a) { a.rows.zbar = a.rows.zbar_centred = nullptr; }}};
+  for (const auto& [message, spoil] : cases) {
+    Args spoilt = args;
+    spoil(spoilt);
+    try {
+      weighted_loss(plan, spoilt, number.on(plan.problem.device));
+      ADD_FAILURE() << "not refused: " << message;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(message), std::string::npos) << error.what();
+    }
+  }
+}
 
 // The CPU counts for itself.
 using WeightedLossOnGpu = EverySubject;

@@ -3,6 +3,7 @@
 // step.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "engines.h"
 
@@ -173,7 +174,23 @@ TEST_P(Seam, RefusesPlansAndChunksThatHaveNone) {
   EXPECT_THROW(forward_backward(by_vocabulary, args), Error);
 }
 
-// Every algorithm: what a session leaves behind for the next is in memory, and nowhere else.
+// Every algorithm: what a session leaves behind for the next is in memory that is booked for that
+// long, and nowhere else. What is booked for less is written over between two steps.
+void poison(const Ledger& ledger, std::byte* memory, Lifetime longest, Device device) {
+  for (const Booking& booking : ledger.bookings()) {
+    if (booking.lifetime > longest || booking.offset < 0) continue;
+    const bool shares = !booking.lies_in.empty();
+    if (shares && ledger.booking(booking.lies_in).lifetime > longest) continue;
+    const auto bytes = static_cast<std::size_t>(booking.bytes);
+    if (device == Device::cpu) {
+      std::memset(memory + booking.offset, 0xff, bytes);
+    } else {
+      const std::vector<std::byte> nothing(bytes, std::byte{0xff});
+      gpu::copy(memory + booking.offset, nothing.data(), bytes);
+    }
+  }
+}
+
 using Sessions = EverySubject;
 
 TEST_P(Sessions, ASessionForEachStepMakesTheSameBits) {
@@ -186,10 +203,19 @@ TEST_P(Sessions, ASessionForEachStepMakesTheSameBits) {
     const bool joint = plan.schedule == Schedule::rows && !plan.keeps_logits;
     const Pass first = joint ? Pass::both : Pass::forward;
     const Args args = args_for(data, pieces, scratch, /*forward=*/true);
+    const Decision& decision = *plan.decision;
+    const auto spoil = [&](const Ledger& ledger, const Args& of, Lifetime longest) {
+      poison(ledger, static_cast<std::byte*>(of.workspace), longest, plan.problem.device);
+      poison(decision.kept, static_cast<std::byte*>(of.kept), longest, plan.problem.device);
+    };
     open(plan, args, first)->begin();
+    spoil(decision.forward, args, Lifetime::seam);
     for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
       resume(plan, args, first)->statistics(chunk);
-      if (joint) resume(plan, args, first)->gradients(chunk);
+      spoil(decision.forward, args, joint ? Lifetime::step : Lifetime::seam);
+      if (!joint) continue;
+      resume(plan, args, first)->gradients(chunk);
+      spoil(decision.forward, args, Lifetime::seam);
     }
     if (joint) {
       resume(plan, args, first)->finish();
@@ -197,8 +223,10 @@ TEST_P(Sessions, ASessionForEachStepMakesTheSameBits) {
       const Args then = args_for(data, pieces, scratch, /*forward=*/false);
       open(plan, then, Pass::backward)->begin();
       for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
+        spoil(decision.backward, then, Lifetime::seam);
         resume(plan, then, Pass::backward)->gradients(chunk);
       }
+      spoil(decision.backward, then, Lifetime::seam);
       resume(plan, then, Pass::backward)->finish();
     }
     pieces.fetch();

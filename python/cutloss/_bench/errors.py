@@ -7,6 +7,7 @@ import torch
 
 from cutloss._bench.cases import IGNORED_TARGET, bias_of, inputs, leaves
 from cutloss._bench.methods import row_losses, run_pass
+from cutloss._torch.softcap import slope as slope_of_tanh
 
 _LOGITS = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes of logits at a time
 # Compute capabilities whose fp64 products are not many times slower than those in fp32.
@@ -73,9 +74,8 @@ def reference(case, tensors, dtype=torch.float64):
             z += bias.detach().to(dtype)
         slope = 1.0 / (temperature or 1.0)
         if softcap is not None:
-            z = torch.tanh(z / softcap)
-            slope = slope * (1 - z.square())
-            z *= softcap
+            slope = slope * slope_of_tanh(z / softcap)
+            z = torch.tanh(z / softcap) * softcap
         if temperature is not None:
             z /= temperature
         z -= z.amax(1, keepdim=True)

@@ -4,6 +4,11 @@
 
 Label smoothing is that of F.cross_entropy: with eps, class weights w and W = sum(w),
 (1 - eps) * w[target] * nll + eps * (W * lse / V - zbar), where zbar = sum_v w[v] z[v] / V.
+The difference is taken as W * log_sum / V - zbar_centred, both relative to the row's largest logit
+(lse = row_max + log_sum, zbar_centred = zbar - W * row_max / V): logits that all lie far from 0
+have an lse and a zbar of that size, whose difference has lost its digits. As to derivatives row_max
+is a constant, for the difference does not depend on it; so log_sum has that of lse, zbar_centred
+that of zbar.
 
 The operator loss_terms makes the coefficients in one step (src/core/loss_terms.h). `terms` makes
 the same ones of PyTorch's own operators, where token weights carry a gradient, under torch.func,
@@ -54,8 +59,9 @@ class Rows:
 
     nll: Tensor | None = None
     lse: Tensor | None = None
+    log_sum: Tensor | None = None  # lse less the row's largest logit
     entropy: Tensor | None = None
-    zbar: Tensor | None = None
+    zbar_centred: Tensor | None = None
     argmax: Tensor | None = None
 
 
@@ -127,11 +133,11 @@ def loss(t: Terms, rows: Rows, reduction: str) -> Tensor:
     """The loss, per row where nothing is reduced."""
     loss = t.nll * rows.nll
     if t.lse is not None:
-        loss = loss + t.lse * rows.lse
+        loss = loss + t.lse * rows.log_sum
     if t.lse_squared is not None:
         loss = loss + t.lse_squared * rows.lse.square()
     if t.zbar is not None:
-        loss = loss + t.zbar * rows.zbar
+        loss = loss + t.zbar * rows.zbar_centred
     if reduction == "none":
         return loss
     # In a precision that does not matter. The mean of nothing is NaN, as in PyTorch.

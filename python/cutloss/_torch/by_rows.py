@@ -47,8 +47,8 @@ def loss(
     constants = targets, row_temperature, class_weight
     given = Saved(tuple(differentiable), constants, undefined=undefined)
     versions = [(t, private.version_of(t)) for t in reads if not t.is_inference()]
-    value, *statistics = autograd.immediate(given, _ByRows(options, start, versions))
-    return value, Rows(*statistics)
+    value, nll, lse, entropy = autograd.immediate(given, _ByRows(options, start, versions))
+    return value, Rows(nll=nll, lse=lse, entropy=entropy)
 
 
 @dataclasses.dataclass

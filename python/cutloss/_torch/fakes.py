@@ -12,7 +12,8 @@ from . import library  # noqa: F401  the operators must be there
 def _per_row(
     of: Tensor, compute_dtype: torch.dtype, options: dict[str, Any], terms: Tensor | None
 ) -> tuple:
-    """loss, nll, lse, row_max, log_sum, entropy, zbar, argmax. `of`: (sequences, length, ...)"""
+    """loss, nll, lse, row_max, log_sum, entropy, zbar_centred, argmax.
+    `of`: (sequences, length, ...)"""
     stats = stat_dtype(compute_dtype)
     rows = of.shape[0] * (of.shape[1] - options["shift"])
 

@@ -35,12 +35,12 @@ class Outputs(NamedTuple):
     row_max: Tensor | None
     log_sum: Tensor | None
     entropy: Tensor | None
-    zbar: Tensor | None
+    zbar_centred: Tensor | None
     argmax: Tensor | None
     kept: Tensor | None = None  # of `linear` alone
 
     def differentiable(self) -> Tensors:
-        return self.loss, self.nll, self.lse, self.entropy, self.zbar
+        return self.loss, self.nll, self.lse, self.log_sum, self.entropy, self.zbar_centred
 
     def saved(self) -> Tensors:
         """What `gradients` takes."""
@@ -48,7 +48,7 @@ class Outputs(NamedTuple):
         return rows if self.kept is None else (*rows, self.kept)
 
     def constant(self) -> Tensors:
-        constant = (self.row_max, self.log_sum, self.argmax)
+        constant = (self.row_max, self.argmax)
         return constant if self.kept is None else (*constant, self.kept)
 
 
@@ -68,9 +68,12 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def of_rows(options: Options, terms, undefined, d_loss, d_nll, d_lse, d_entropy, d_zbar) -> tuple:
+def of_rows(
+    options: Options, terms, undefined, d_loss, d_nll, d_lse, d_log_sum, d_entropy, d_zbar
+) -> tuple:
     """The upstream gradients of the rows, in the operators' order: what comes back for the loss and
     for each output of `statistics`. Called under no_grad."""
+    d_lse = _sum(d_lse, d_log_sum)  # row_max is a constant (weighting)
     # What was not asked for has no elements, and its gradient says nothing.
     d_entropy = d_entropy if options.wants_entropy else None
     d_zbar = d_zbar if options.wants_zbar else None
@@ -258,12 +261,17 @@ def _deferred(computation: ByOperators, given: Saved) -> tuple[Tensor, Rows]:
     if private.is_transformed():
         inputs = (*given.operands, *given.constants, given.undefined)
         made = Outputs(*_Transformed.apply(*inputs, computation))
+        shown = (*made.differentiable(), made.argmax)
     elif not torch.compiler.is_compiling() and computation.is_differentiated(given):
-        loss, nll, lse, entropy, zbar, argmax = autograd.deferred(given, computation)
-        return loss, Rows(nll, lse, entropy, zbar, argmax)
+        shown = autograd.deferred(given, computation)
     else:
         made = computation.outputs(given)
-    return made.loss, Rows(made.nll, made.lse, made.entropy, made.zbar, made.argmax)
+        shown = (*made.differentiable(), made.argmax)
+    loss, nll, lse, log_sum, entropy, zbar_centred, argmax = shown
+    rows = Rows(
+        nll=nll, lse=lse, log_sum=log_sum, entropy=entropy, zbar_centred=zbar_centred, argmax=argmax
+    )
+    return loss, rows
 
 
 # Under torch.func, and traced --------------------------------------------------------------------

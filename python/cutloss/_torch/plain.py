@@ -7,6 +7,7 @@ from torch import Tensor
 from .._core import checks
 from .._core.options import Options
 from .._core.weighting import Rows
+from .softcap import capped
 
 
 def statistics(
@@ -36,8 +37,7 @@ def statistics(
         z = z * options.logit_scale
     if bias is not None:
         z = z + bias.to(stats)
-    if options.softcap is not None:
-        z = options.softcap * torch.tanh(z / options.softcap)
+    z = capped(z, options.softcap)
     if row_temperature is not None:
         z = z / row_temperature[:, None]
     if options.temperature != 1.0:
@@ -50,8 +50,9 @@ def statistics(
     result = Rows(
         nll=F.cross_entropy(z, target, reduction="none", ignore_index=ignore_index),
         lse=counted(torch.logsumexp(z, dim=-1)) if wants_lse else nothing,
+        log_sum=nothing,
         entropy=nothing,
-        zbar=nothing,
+        zbar_centred=nothing,
         argmax=torch.where(valid, z.argmax(-1), -1) if options.wants_argmax else nothing,
     )
     if options.wants_entropy:
@@ -59,6 +60,8 @@ def statistics(
         finite = log_p.masked_fill(log_p == -torch.inf, 0.0)
         result.entropy = counted(-(log_p.exp() * finite).sum(-1))
     if options.wants_zbar:
-        weighted = z if class_weight is None else z * class_weight
-        result.zbar = counted(weighted.sum(-1) / V)
+        centred = z - z.detach().amax(-1, keepdim=True)
+        result.log_sum = counted(torch.logsumexp(centred, dim=-1))
+        weighted = centred if class_weight is None else centred * class_weight
+        result.zbar_centred = counted(weighted.sum(-1) / V)
     return result

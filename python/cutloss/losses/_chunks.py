@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .._torch import autograd, flops
 from .._torch.autograd import Made, Saved
+from .._torch.softcap import mul_slope_
 from ._chunk_plan import CONVERTED, Plan, bytes_of
 
 # The logit of a class that cannot be, whose bias is -inf. Finite, so that 0 * log 0 is 0.
@@ -204,7 +205,7 @@ def _by_rows(
         for rows in task.rows(task.plan.rows):
             at = rows.at
             chosen = how.rows(e, rows)
-            z, tanh = _capped(how, how.before_cap(chosen, c, bias, slice(None)))
+            z, x = _capped(how, how.before_cap(chosen, c, bias, slice(None)))
             logits = [z]
             del z
             made = rule.of_rows(logits, rows, sums is not None, keep)
@@ -212,8 +213,8 @@ def _by_rows(
             if keep:
                 kept[at] = made.kept
             if sums is not None:
-                sums.add(_uncapped(made.g, tanh), chosen, at, c, slice(None))
-            del made, tanh
+                sums.add(_uncapped(made.g, x), chosen, at, c, slice(None))
+            del made, x
     return losses, parts, kept
 
 
@@ -225,23 +226,24 @@ def _by_vocabulary(student: Student, task: Task, sums: "_Sums", kept: Tensor) ->
         for columns in _slices(c.shape[0], task.plan.columns):
             for rows in task.rows(task.plan.block):
                 chosen = how.rows(e, rows)
-                z, tanh = _capped(how, how.before_cap(chosen, c, bias, columns))
+                z, x = _capped(how, how.before_cap(chosen, c, bias, columns))
                 g = rule.of_slab(z, rows, columns, kept[rows.at])
                 del z
-                sums.add(_uncapped(g, tanh), chosen, rows.at, c, columns)
-                del g, tanh
+                sums.add(_uncapped(g, x), chosen, rows.at, c, columns)
+                del g, x
             sums.end_of_slab(columns)
 
 
-def _capped(how: Logits, z: Tensor) -> tuple[Tensor, Tensor | None]:
+def _capped(how: Logits, a: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The logits, and with a softcap what their slope is made of, in the memory of `a`."""
     if how.softcap is None:
-        return z, None
-    tanh = z.div_(how.softcap).tanh_()
-    return tanh * how.softcap, tanh
+        return a, None
+    x = a.div_(how.softcap)
+    return torch.tanh(x).mul_(how.softcap), x
 
 
-def _uncapped(g: Tensor, tanh: Tensor | None) -> Tensor:
-    return g if tanh is None else g.addcmul_(g, tanh.square_(), value=-1)
+def _uncapped(g: Tensor, x: Tensor | None) -> Tensor:
+    return g if x is None else mul_slope_(g, x)
 
 
 class _Sums:

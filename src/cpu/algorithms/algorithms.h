@@ -4,10 +4,10 @@
 
 namespace cutloss::cpu {
 
-// A file each. The names are "cpu/forward" and so on.
-const Algorithm& forward_algorithm();
-const Algorithm& by_rows();
-const Algorithm& stored();
-const Algorithm& by_vocabulary();
+extern const Algorithm forward_algorithm;
+// These two are one file: the same steps, with backward in another call.
+extern const Algorithm by_rows;
+extern const Algorithm stored;
+extern const Algorithm by_vocabulary;
 
 }  // namespace cutloss::cpu

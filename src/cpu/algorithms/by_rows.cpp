@@ -1,35 +1,32 @@
-// A chunk of rows at a time: its statistics, its logits kept as exponentials, then its gradients of
-// them, which may depend on the statistics. Three products.
+// The logits of a chunk of rows are kept, as exponentials where that will do, and its gradients are
+// made of them: right after the statistics, which they may depend on, or, with every row in one
+// chunk, in backward. Three products.
 #include "cpu/algorithms/algorithms.h"
-#include "cpu/algorithms/session.h"
+#include "cpu/components.h"
 
 namespace cutloss::cpu {
 namespace {
 
-template <class T>
-class ByRowsSession final : public CpuSession<T> {
- public:
-  using CpuSession<T>::CpuSession;
-
- private:
-  // Forward alone, an evaluation between training steps, keeps nothing.
-  void make_statistics(std::int64_t chunk) override {
-    auto& parts = this->parts;
-    parts.statistics.make(parts.chunk(chunk), this->pass() == Pass::both ? &parts.kept : nullptr);
+struct Steps {
+  // Forward alone of a plan that makes gradients with the statistics keeps nothing: an evaluation
+  // between training steps.
+  template <class Parts>
+  static void statistics(Parts& parts, RowRange chunk, Pass pass) {
+    const bool keeps = pass == Pass::both || parts.call.d.algorithm->way.keeps_logits;
+    parts.statistics.make(chunk, keeps ? &parts.kept : nullptr);
   }
-  void make_gradients(std::int64_t chunk) override {
-    auto& parts = this->parts;
-    parts.add_gradients(parts.chunk(chunk), [&](const Block& block) {
-      return parts.gradient.from_kept(block, parts.kept);
-    });
+  template <class Parts>
+  static void gradients(Parts& parts, RowRange chunk, Pass) {
+    parts.add_gradients(
+        chunk, [&](const Block& block) { return parts.gradient.from_kept(block, parts.kept); });
   }
 };
 
 }  // namespace
 
-const Algorithm& by_rows() {
-  static const CpuAlgorithm<ByRowsSession> algorithm("cpu/by_rows", {Schedule::rows, false});
-  return algorithm;
-}
+constinit const Algorithm by_rows{
+    "cpu/by_rows", {Schedule::rows, false}, nullptr, decide, open_steps<Steps, Components>};
+constinit const Algorithm stored{
+    "cpu/stored", {Schedule::rows, true}, nullptr, decide, open_steps<Steps, Components>};
 
 }  // namespace cutloss::cpu

@@ -1,33 +1,27 @@
 // Forward keeps nothing but the statistics, backward makes the logits once more, a slab of columns
 // at a time. Four products, the least memory.
 #include "cpu/algorithms/algorithms.h"
-#include "cpu/algorithms/session.h"
+#include "cpu/components.h"
 
 namespace cutloss::cpu {
 namespace {
 
-template <class T>
-class ByVocabularySession final : public CpuSession<T> {
- public:
-  using CpuSession<T>::CpuSession;
-
- private:
-  void make_statistics(std::int64_t chunk) override {
-    this->parts.statistics.make(this->parts.chunk(chunk), nullptr);
+struct Steps {
+  template <class Parts>
+  static void statistics(Parts& parts, RowRange chunk, Pass) {
+    parts.statistics.make(chunk, nullptr);
   }
-  void make_gradients(std::int64_t chunk) override {
-    auto& parts = this->parts;
-    parts.add_gradients(parts.chunk(chunk),
+  template <class Parts>
+  static void gradients(Parts& parts, RowRange chunk, Pass) {
+    parts.add_gradients(chunk,
                         [&](const Block& block) { return parts.gradient.from_product(block); });
   }
 };
 
 }  // namespace
 
-const Algorithm& by_vocabulary() {
-  static const CpuAlgorithm<ByVocabularySession> algorithm("cpu/by_vocabulary",
-                                                           {Schedule::vocabulary, false});
-  return algorithm;
-}
+constinit const Algorithm by_vocabulary{
+    "cpu/by_vocabulary", {Schedule::vocabulary, false}, nullptr, decide,
+    open_steps<Steps, Components>};
 
 }  // namespace cutloss::cpu

@@ -1,26 +1,22 @@
 // The statistics alone: logits are made slab by slab and forgotten. One product.
 #include "cpu/algorithms/algorithms.h"
-#include "cpu/algorithms/session.h"
+#include "cpu/components.h"
 
 namespace cutloss::cpu {
 namespace {
 
-template <class T>
-class ForwardSession final : public CpuSession<T> {
- public:
-  using CpuSession<T>::CpuSession;
-
- private:
-  void make_statistics(std::int64_t chunk) override {
-    this->parts.statistics.make(this->parts.chunk(chunk), nullptr);
+struct Steps {
+  template <class Parts>
+  static void statistics(Parts& parts, RowRange chunk, Pass) {
+    parts.statistics.make(chunk, nullptr);
   }
+  template <class Parts>
+  static void gradients(Parts&, RowRange, Pass) {}
 };
 
 }  // namespace
 
-const Algorithm& forward_algorithm() {
-  static const CpuAlgorithm<ForwardSession> algorithm("cpu/forward", {Schedule::none, false});
-  return algorithm;
-}
+constinit const Algorithm forward_algorithm{
+    "cpu/forward", {Schedule::none, false}, nullptr, decide, open_steps<Steps, Components>};
 
 }  // namespace cutloss::cpu

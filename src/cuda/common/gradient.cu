@@ -35,14 +35,16 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int
   }
   const RowGradient<T> k = s.gradients[row];
   load_piece(s.block.z + row * s.block.stride + first, columns, z);
-  if (!s.transformed) {
-    transform_piece(z, s.block.bias == nullptr ? nullptr : s.block.bias + first, s.block.softcap,
-                    k.inv_temperature, columns);
+  const T cap = s.block.softcap;
+  const T* bias = s.block.bias == nullptr ? nullptr : s.block.bias + first;
+  if (cap != T(0)) {
+    add_bias(z, bias, columns);  // and no more: the slope is made of a, z on the way
+  } else if (!s.transformed) {
+    transform_piece(z, bias, T(0), k.inv_temperature, columns);
   }
   int target = s.block.table.target[entry] - s.block.first_column - first;
   if (target >= kPieceColumns<T> || target >= columns) target = -1;
 
-  const T cap = s.block.softcap;
   // Instructions bound this pass: what few losses want is behind branches that a piece takes whole.
   T g_target = 0;
   if (target >= 0) {
@@ -60,10 +62,10 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int
       z[i] = std::exp((z[i] - k.row_max) - k.log_sum) * factor;
     }
   } else {
-    const T slope_scale = cap == T(0) ? T(0) : T(1) / (k.inv_temperature * cap);
 #pragma unroll
     for (int i = 0; i < P::kValues; ++i) {
-      const T t = (z[i] - k.row_max) - k.log_sum;
+      const T logit = cap == T(0) ? z[i] : transformed(z[i], cap, k.inv_temperature);
+      const T t = (logit - k.row_max) - k.log_sum;
       const T p = std::exp(t);
       T g = p * k.a;
       if (k.d_entropy != T(0) && p != T(0)) g -= p * k.d_entropy * (t + k.entropy);
@@ -73,9 +75,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int
              : column < columns        ? k.zbar * s.class_weight[first + column]
                                        : T(0);
       }
-      const T u = z[i] * slope_scale;
-      if (cap != T(0)) g *= T(1) - u * u;
-      z[i] = g * k.inv_temperature;
+      z[i] = g * transform_slope(z[i], cap, k.inv_temperature);
     }
   }
   if (target >= 0) {
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(kThreads)
   RowGradient<T> k{};
   T factor = 0;
   int target = -1;
+  constexpr T kScale = std::is_same_v<K, __half> ? T(kept_scale(DType::f16)) : T(1);
   if (!empty) {
-    constexpr T kScale = std::is_same_v<K, __half> ? T(kept_scale(DType::f16)) : T(1);
     k = s.gradients[row];
     const T top = kept.maxima[row * kept.maxima_stride + piece];
     const T p_scale = top == -infinity<T>() ? T(0) : std::exp((top - k.row_max) - k.log_sum);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         // Without a softcap the slope is known exactly, whatever it was rounded to.
         if (column + i == target) {
-          g = k.target_g * k.inv_temperature * (s.block.softcap == T(0) ? T(1) : x);
+          g = k.target_g * k.inv_temperature * (s.block.softcap == T(0) ? T(1) : x / kScale);
         }
         vector.value[i] = narrow<K>(g);
       }

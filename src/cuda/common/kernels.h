@@ -39,11 +39,12 @@ template <class T>
 void clear_ignored(const RowFacts& facts, const RowTable& table, const RowOutputs& out,
                    cudaStream_t stream);
 
-// Entries [first, first + count), the states of which begin at `states`.
+// Entries [first, first + count), the states of which begin at `states`. class_weight: (V), or
+// null.
 template <class T>
 void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
-                 const RowState<T>* states, const RowOutputs& out, std::int64_t V,
-                 cudaStream_t stream);
+                 const RowState<T>* states, const T* class_weight, const RowOutputs& out,
+                 std::int64_t V, cudaStream_t stream);
 
 struct Coefficients {
   RowTable table;
@@ -125,7 +126,7 @@ struct GradientOf {
   LogitBlock<T> block;                        // z: logits, or what is kept (as T)
   const RowGradient<T>* gradients = nullptr;  // of the block's first row
   const T* class_weight = nullptr;
-  bool transformed = false;  // z is final: kept
+  bool transformed = false;  // z is final: kept, without a softcap
   void* g = nullptr;
   std::int64_t g_stride = 0;
   DType g_type = DType::f32;
@@ -178,6 +179,10 @@ void scatter_rows(const RowCopy& copy, const Places& places, cudaStream_t stream
 // Zeros in the rows of dE that predict nothing, or an ignored target.
 void clear_unpredicted(const RowFacts& facts, std::int64_t positions, void* de, DType type,
                        std::int64_t D, cudaStream_t stream);
+
+// to[i] += from[i]: sums in fp64 of what is there in another dtype.
+void add_flat(const void* from, DType from_type, double* to, std::int64_t count,
+              cudaStream_t stream);
 
 // NaN throughout, where the table says that num_valid is wrong.
 void poison_where_wrong(const RowTable& table, void* values, DType type, std::int64_t count,

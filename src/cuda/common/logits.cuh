@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "core/transform.h"
 #include "cuda/common/device_math.cuh"
 #include "cuda/common/kernels.h"
 
@@ -51,17 +52,24 @@ __device__ __forceinline__ void store_piece(const T (&value)[Piece<T>::kValues],
   }
 }
 
-// z = softcap(a + bias) * inv_temperature. bias: the piece's first.
+// bias: the piece's first, or null.
+template <class T>
+__device__ __forceinline__ void add_bias(T (&value)[Piece<T>::kValues], const T* bias,
+                                         int columns) {
+  using P = Piece<T>;
+  if (bias == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < P::kValues; ++i) {
+    if (P::column(i) < columns) value[i] += bias[P::column(i)];
+  }
+}
+
+// z = softcap(a + bias) * inv_temperature.
 template <class T>
 __device__ __forceinline__ void transform_piece(T (&value)[Piece<T>::kValues], const T* bias,
                                                 T softcap, T inv_temperature, int columns) {
   using P = Piece<T>;
-  if (bias != nullptr) {
-#pragma unroll
-    for (int i = 0; i < P::kValues; ++i) {
-      if (P::column(i) < columns) value[i] += bias[P::column(i)];
-    }
-  }
+  add_bias(value, bias, columns);
   if (softcap != T(0)) {
     const T inverse = T(1) / softcap;
 #pragma unroll

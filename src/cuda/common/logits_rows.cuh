@@ -15,6 +15,7 @@
 #include <limits>
 
 #include "core/loss_terms.h"
+#include "core/transform.h"
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/device_math.cuh"
 #include "cuda/common/logits_rows.h"
@@ -177,13 +178,6 @@ __device__ __forceinline__ void add_vector(const LogitRows<T>& s, const RowView<
       if (column + i < 0 || column + i >= row.V) z[i] = -infinity<T>();
     }
   }
-  if (!kPlain && s.rows.zbar != nullptr) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (column + i < 0 || column + i >= row.V) continue;
-      state.zbar_sum += s.class_weight == nullptr ? z[i] : z[i] * s.class_weight[column + i];
-    }
-  }
   if (holds_target<kVector>(row, column)) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -201,6 +195,7 @@ __device__ __forceinline__ void add_vector(const LogitRows<T>& s, const RowView<
     if (!kPlain) {
       const T shift = state.sum == T(0) ? T(0) : state.max - top;
       state.weighted_sum = scale * (state.weighted_sum + shift * state.sum);
+      state.zbar += state.weight_seen * (finite_or_zero(state.max) - top);
       if (s.rows.argmax != nullptr) {
 #pragma unroll
         for (int i = kVector - 1; i >= 0; --i) {
@@ -212,7 +207,16 @@ __device__ __forceinline__ void add_vector(const LogitRows<T>& s, const RowView<
     state.max = top;
   }
   // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
-  const T shift = state.max == -infinity<T>() ? T(0) : state.max;
+  const T shift = finite_or_zero(state.max);
+  if (!kPlain && (s.rows.zbar != nullptr || s.rows.zbar_centred != nullptr)) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (column + i < 0 || column + i >= row.V || column + i == row.target) continue;
+      const T weight = s.class_weight == nullptr ? T(1) : s.class_weight[column + i];
+      state.zbar += weight * (z[i] - shift);
+      state.weight_seen += weight;
+    }
+  }
   T sum = 0;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
@@ -233,22 +237,24 @@ __device__ __forceinline__ int warp_min(int value) {
   return value;
 }
 
-// The states of a warp's lanes, of different columns, become one, in every lane. Of equal logits
-// the first is the argmax, whichever lane has it.
+// The states of a warp's lanes, of different columns, become one, in every lane: row_state.h's
+// merge of all at once. Of equal logits the first is the argmax, whichever lane has it.
 template <bool kPlain, class T>
 __device__ void merge_lanes(RowState<T>& state) {
   const T top = warp_max(state.max);
-  const T scale = rescale(state.max, top);
-  if (!kPlain) {
-    const T shift = state.max == -infinity<T>() ? T(0) : state.max - top;
-    state.weighted_sum = warp_sum(scale * (state.weighted_sum + shift * state.sum));
-    state.zbar_sum = warp_sum(state.zbar_sum);
+  if (kPlain) {
+    state.sum = warp_sum(rescale(state.max, top) * state.sum);
+    state.max = top;
+  } else {
     const bool has_it = state.max == top && state.argmax >= 0;
     const int argmax = warp_min(has_it ? static_cast<int>(state.argmax) : INT_MAX);
     state.argmax = argmax == INT_MAX ? -1 : argmax;
+    move_to(state, top);
+    state.sum = warp_sum(state.sum);
+    state.weighted_sum = warp_sum(state.weighted_sum);
+    state.zbar = warp_sum(state.zbar);
+    state.weight_seen = warp_sum(state.weight_seen);
   }
-  state.sum = warp_sum(scale * state.sum);
-  state.max = top;
   // At most one lane has found the target; where its logit is NaN, so is the row.
   const unsigned found = __ballot_sync(kAllLanes, state.target_logit == state.target_logit);
   if (found != 0) state.target_logit = __shfl_sync(kAllLanes, state.target_logit, __ffs(found) - 1);
@@ -271,24 +277,21 @@ __device__ __forceinline__ Vector<E> gradient_of(const RowCoefficients<T>& k, co
         if (column + i == row.target) z[i] = target_g;
       }
     }
-    return narrow_all<E>(z);
-  }
-  transform(row, z);
-  const T slope_scale = row.softcap == T(0) ? T(0) : T(1) / (row.inv_temperature * row.softcap);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    const T t = (z[i] - k.row_max) - k.log_sum;
-    const T p = exp_nonpositive(t);
-    T g = p * k.a;
-    if (k.d_entropy != T(0) && p != T(0)) g -= p * k.d_entropy * (t + k.entropy);
-    if (k.zbar != T(0)) {
-      const bool inside = column + i >= 0 && column + i < row.V;
-      g += class_weight == nullptr ? k.zbar : inside ? k.zbar * class_weight[column + i] : T(0);
+    for (int i = 0; i < kVector; ++i) {
+      const T logit = transformed(z[i], row.softcap, row.inv_temperature);
+      const T t = (logit - k.row_max) - k.log_sum;
+      const T p = exp_nonpositive(t);
+      T g = p * k.a;
+      if (k.d_entropy != T(0) && p != T(0)) g -= p * k.d_entropy * (t + k.entropy);
+      if (k.zbar != T(0)) {
+        const bool inside = column + i >= 0 && column + i < row.V;
+        g += class_weight == nullptr ? k.zbar : inside ? k.zbar * class_weight[column + i] : T(0);
+      }
+      if (column + i == row.target) g = target_g;
+      z[i] = g * transform_slope(z[i], row.softcap, row.inv_temperature);
     }
-    if (column + i == row.target) g = target_g;
-    const T u = z[i] * slope_scale;
-    if (row.softcap != T(0)) g *= T(1) - u * u;
-    z[i] = g * row.inv_temperature;
   }
   return narrow_all<E>(z);
 }
@@ -323,6 +326,7 @@ __device__ void write_row(const RowOutputs& out, int n, const RowResult<T>& row)
   put(out.log_sum, row.log_sum);
   put(out.entropy, row.entropy);
   put(out.zbar, row.zbar);
+  put(out.zbar_centred, row.zbar_centred);
   if (out.argmax != nullptr) out.argmax[n] = row.argmax;
 }
 
@@ -367,7 +371,7 @@ __global__ void __launch_bounds__(kMostRowThreads, (kBlocksAtOnce<T, kPlain>))
       }
     }
     if (predicts && s.statistics && part == 0 && threadIdx.x == 0) {
-      write_row(s.rows, n, RowResult<T>{0, 0, 0, 0, 0, 0, -1});
+      write_row(s.rows, n, RowResult<T>{0, 0, 0, 0, 0, 0, 0, -1});
     }
     return;
   }
@@ -427,7 +431,8 @@ __global__ void __launch_bounds__(kMostRowThreads, (kBlocksAtOnce<T, kPlain>))
     if (s.statistics) {
       // A target outside of the vocabulary: what does not depend on it stays right.
       if (!inside) state.target_logit = -infinity<T>();
-      result = finish(state, inside ? target : -1, f.V);
+      const T weight = !inside ? T(0) : s.class_weight == nullptr ? T(1) : s.class_weight[target];
+      result = close(state, inside ? target : -1, weight, f.V);
       if (!inside) result.nll = not_a_number<T>();
       if (part == 0) write_row(s.rows, n, result);
     } else {
@@ -540,8 +545,9 @@ void run_logit_rows(const LogitRows<T>& s, int asked, cudaStream_t stream) {
   const RowFacts& f = s.facts;
   const bool plain = s.softcap == T(0) && s.logit_scale == T(1) && f.temperature == nullptr &&
                      f.temperature_scale == 1 && s.rows.zbar == nullptr &&
-                     s.rows.argmax == nullptr && s.rows.entropy == nullptr &&
-                     s.upstream.d_entropy == nullptr && s.upstream.d_zbar == nullptr;
+                     s.rows.zbar_centred == nullptr && s.rows.argmax == nullptr &&
+                     s.rows.entropy == nullptr && s.upstream.d_entropy == nullptr &&
+                     s.upstream.d_zbar == nullptr;
   const auto kernel = plain ? logit_rows_kernel<E, T, true> : logit_rows_kernel<E, T, false>;
   const bool clusters = has_clusters(kernel);
   if (asked > 1 && !clusters) {

@@ -69,16 +69,23 @@ __global__ void __launch_bounds__(kSumThreads)
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     sum_loss_kernel(RowFacts f, RowOutputs out, RowGradients up, const bool* undefined, T* loss) {
+  const bool centred = out.zbar_centred != nullptr;
   double sum = 0;
   int valid = 0;
   for (int n = static_cast<int>(threadIdx.x); n < f.rows; n += kSumThreads) {
     if (!counts(f, n)) continue;
     ++valid;
-    const double lse = read<T>(out.lse, n);
     if (up.d_nll) sum += double(read<T>(up.d_nll, n)) * read<T>(out.nll, n);
-    if (up.d_lse) sum += double(read<T>(up.d_lse, n)) * lse;
-    if (up.d_lse_squared) sum += double(read<T>(up.d_lse_squared, n)) * lse * lse;
-    if (up.d_zbar) sum += double(read<T>(up.d_zbar, n)) * read<T>(out.zbar, n);
+    if (up.d_lse) {
+      sum += double(read<T>(up.d_lse, n)) * read<T>(centred ? out.log_sum : out.lse, n);
+    }
+    if (up.d_lse_squared) {
+      const double lse = read<T>(out.lse, n);
+      sum += double(read<T>(up.d_lse_squared, n)) * lse * lse;
+    }
+    if (up.d_zbar) {
+      sum += double(read<T>(up.d_zbar, n)) * read<T>(centred ? out.zbar_centred : out.zbar, n);
+    }
   }
   sum = block_sum(sum);
   valid = block_sum(valid);

@@ -106,6 +106,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <class E>
+__global__ void __launch_bounds__(kThreads)
+    add_flat_kernel(const E* from, double* to, std::int64_t count) {
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
+       i += std::int64_t{gridDim.x} * kThreads) {
+    to[i] += widen<double>(from[i]);
+  }
+}
+
 template <class E, class F>
 __global__ void __launch_bounds__(kThreads)
     scale_kernel(E* values, std::int64_t count, const F* factor) {
@@ -160,6 +169,14 @@ void clear_unpredicted(const RowFacts& facts, std::int64_t positions, void* de, 
   for_type(type, [&]<class E>(E*) {
     launch(clear_unpredicted_kernel<E>, "clear_unpredicted", positions, kCopyThreads, stream, facts,
            static_cast<E*>(de), D);
+  });
+}
+
+void add_flat(const void* from, DType from_type, double* to, std::int64_t count,
+              cudaStream_t stream) {
+  for_type(from_type, [&]<class E>(E*) {
+    launch(add_flat_kernel<E>, "add_flat", blocks_for(count), kThreads, stream,
+           static_cast<const E*>(from), to, count);
   });
 }
 

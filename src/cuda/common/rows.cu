@@ -113,13 +113,14 @@ __global__ void __launch_bounds__(kThreads)
   write(out.log_sum, n, value);
   write(out.entropy, n, value);
   write(out.zbar, n, value);
+  write(out.zbar_centred, n, value);
   if (out.argmax != nullptr) out.argmax[n] = -1;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     finish_rows_kernel(RowTable table, std::int64_t first, int count, const RowState<T>* states,
-                       RowOutputs out, std::int64_t V) {
+                       const T* class_weight, RowOutputs out, std::int64_t V) {
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (i >= count) return;
   const std::int64_t n = table.row[first + i];
@@ -128,11 +129,12 @@ __global__ void __launch_bounds__(kThreads)
   RowState<T> state = states[i];
   // A target outside of the vocabulary: what does not depend on it stays right.
   if (target < 0) state.target_logit = -infinity<T>();
-  RowResult<T> result = finish(state, target, V);
+  const T weight = target < 0 ? T(0) : class_weight == nullptr ? T(1) : class_weight[target];
+  RowResult<T> result = close(state, target, weight, V);
   if (target < 0) result.nll = not_a_number<T>();
   if (*table.mismatch != 0) {
     const T nan = not_a_number<T>();
-    result = {nan, nan, nan, nan, nan, nan, -1};
+    result = {nan, nan, nan, nan, nan, nan, nan, -1};
   }
   write(out.nll, n, result.nll);
   write(out.lse, n, result.lse);
@@ -140,6 +142,7 @@ __global__ void __launch_bounds__(kThreads)
   write(out.log_sum, n, result.log_sum);
   write(out.entropy, n, result.entropy);
   write(out.zbar, n, result.zbar);
+  write(out.zbar_centred, n, result.zbar_centred);
   if (out.argmax != nullptr) out.argmax[n] = result.argmax;
 }
 
@@ -228,10 +231,10 @@ void clear_ignored(const RowFacts& facts, const RowTable& table, const RowOutput
 
 template <class T>
 void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
-                 const RowState<T>* states, const RowOutputs& out, std::int64_t V,
-                 cudaStream_t stream) {
+                 const RowState<T>* states, const T* class_weight, const RowOutputs& out,
+                 std::int64_t V, cudaStream_t stream) {
   launch(finish_rows_kernel<T>, "finish_rows", divide_up(count, kThreads), kThreads, stream, table,
-         first, static_cast<int>(count), states, out, V);
+         first, static_cast<int>(count), states, class_weight, out, V);
 }
 
 void make_scalars(const Coefficients& coefficients, double logit_scale, DeviceScalars* scalars,
@@ -252,7 +255,7 @@ void make_coefficients(const Coefficients& coefficients, const DeviceScalars* sc
   template void clear_ignored<T>(const RowFacts&, const RowTable&, const RowOutputs&,            \
                                  cudaStream_t);                                                  \
   template void finish_rows<T>(const RowTable&, std::int64_t, std::int64_t, const RowState<T>*,  \
-                               const RowOutputs&, std::int64_t, cudaStream_t);                   \
+                               const T*, const RowOutputs&, std::int64_t, cudaStream_t);         \
   template void make_coefficients<T>(const Coefficients&, const DeviceScalars*, RowGradient<T>*, \
                                      cudaStream_t);
 CUTLOSS_INSTANCES(float)

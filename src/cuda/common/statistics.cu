@@ -15,32 +15,34 @@ struct Nothing {};
 
 // A piece's e^(z - shift) to memory, times the softcap's slope; the target's place then holds its
 // own slope. Instructions bound this pass, so what most losses do not want is behind branches that
-// a whole piece takes.
+// a whole piece takes. `from`, `bias`: the piece's, which the slopes are made of. They are read
+// once more, from a cache: there are no registers in which they could have waited.
 template <class T, class K>
-__device__ __forceinline__ void keep_piece(const T (&z)[Piece<T>::kValues],
-                                           const T (&e)[Piece<T>::kValues], T slope_scale,
-                                           int target, T target_logit, K* kept, int columns) {
+__device__ __forceinline__ void keep_piece(T (&e)[Piece<T>::kValues], T softcap, const T* from,
+                                           const T* bias, int target, K* kept, int columns) {
   using P = Piece<T>;
   constexpr T kScale = std::is_same_v<K, __half> ? T(kept_scale(DType::f16)) : T(1);
-  T x[P::kValues];
-  if (slope_scale == T(0)) {
+  if (softcap == T(0)) {
+    if (target >= 0) {
 #pragma unroll
-    for (int i = 0; i < P::kValues; ++i) x[i] = e[i] * kScale;
+      for (int i = 0; i < P::kValues; ++i) {
+        if (P::column(i) == target) e[i] = T(1);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) e[i] *= kScale;
   } else {
+    T a[P::kValues];
+    load_piece(from, columns, a);
+    add_bias(a, bias, columns);
+    const T inverse = T(1) / softcap;
 #pragma unroll
     for (int i = 0; i < P::kValues; ++i) {
-      const T u = e[i] == T(0) ? T(0) : z[i] * slope_scale;
-      x[i] = (e[i] - e[i] * u * u) * kScale;
+      const T slope = tanh_slope(a[i] * inverse) * kScale;
+      e[i] = P::column(i) == target ? slope : e[i] * slope;
     }
   }
-  if (target >= 0) {
-    const T u = target_logit * slope_scale;
-#pragma unroll
-    for (int i = 0; i < P::kValues; ++i) {
-      if (P::column(i) == target) x[i] = T(1) - u * u;
-    }
-  }
-  store_piece(x, kept, columns);
+  store_piece(e, kept, columns);
 }
 
 template <class T, class K, bool kAll>
@@ -51,22 +53,17 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
   const int first = piece * kPieceColumns<T>;
   const int columns = s.block.columns - first;  // or more than a piece
   T z[P::kValues];
-  load_piece(s.block.z + row * s.block.stride + first, columns, z);
-  transform_piece(z, s.block.bias == nullptr ? nullptr : s.block.bias + first, s.block.softcap,
-                  inv_temperature, columns);
-  if (kAll && s.zbar) {
-    T total = 0;
-#pragma unroll
-    for (int i = 0; i < P::kValues; ++i) {
-      const int column = P::column(i);
-      if (column >= columns) continue;
-      total += s.class_weight == nullptr ? z[i] : z[i] * s.class_weight[first + column];
-    }
-    state.zbar_sum += warp_sum(total);
-  }
+  const T* from = s.block.z + row * s.block.stride + first;
+  const T* bias = s.block.bias == nullptr ? nullptr : s.block.bias + first;
+  load_piece(from, columns, z);
   [[maybe_unused]] K* kept = static_cast<K*>(s.kept.data) + row * s.kept.stride + first;
   if constexpr (std::is_same_v<K, T>) {
-    if (!s.kept.exponentials) store_piece(z, kept, columns);
+    // With a softcap the products are kept as they are: its slope cannot be told from z.
+    if (!s.kept.exponentials && s.block.softcap != T(0)) store_piece(z, kept, columns);
+  }
+  transform_piece(z, bias, s.block.softcap, inv_temperature, columns);
+  if constexpr (std::is_same_v<K, T>) {
+    if (!s.kept.exponentials && s.block.softcap == T(0)) store_piece(z, kept, columns);
   }
 
   if (columns < kPieceColumns<T>) {
@@ -77,6 +74,7 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
   }
   int target = vocabulary_target - s.block.first_column - first;
   if (target >= kPieceColumns<T> || target >= columns) target = -1;
+  RowState<T> part;
   if (target >= 0) {
     T found = 0;
 #pragma unroll
@@ -93,7 +91,7 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
 #pragma unroll
   for (int i = 0; i < P::kValues; ++i) top = larger(top, z[i]);
   top = warp_max(top);
-  int argmax = 0;
+  // Columns come in their order: only a larger logit can be the first of the largest.
   if (kAll && s.argmax && top > state.max) {
     int column = kPieceColumns<T>;
 #pragma unroll
@@ -104,11 +102,24 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
     for (int distance = 16; distance > 0; distance /= 2) {
       column = min(column, __shfl_xor_sync(kAllLanes, column, distance));
     }
-    argmax = s.block.first_column + first + column;
+    part.argmax = s.block.first_column + first + column;
   }
 
   // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
   const T shift = top == -infinity<T>() ? T(0) : top;
+  if (kAll && s.zbar) {
+    T total = 0, weights = 0;
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      const int column = P::column(i);
+      if (column >= columns || column == target) continue;
+      const T weight = s.class_weight == nullptr ? T(1) : s.class_weight[first + column];
+      total += weight * (z[i] - shift);
+      weights += weight;
+    }
+    part.zbar = warp_sum(total);
+    part.weight_seen = warp_sum(weights);
+  }
   T e[P::kValues];
   T sum = 0, weighted = 0;
 #pragma unroll
@@ -121,13 +132,14 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
   if (kAll && s.entropy) weighted = warp_sum(weighted);
   if constexpr (!std::is_same_v<K, Nothing>) {
     if (s.kept.exponentials) {
-      const T cap = s.block.softcap;
-      keep_piece(z, e, cap == T(0) ? T(0) : T(1) / (inv_temperature * cap), target,
-                 state.target_logit, kept, columns);
+      keep_piece(e, s.block.softcap, from, bias, target, kept, columns);
       if (threadIdx.x % 32 == 0) s.kept.maxima[row * s.kept.maxima_stride + piece] = top;
     }
   }
-  merge(state, top, sum, weighted, static_cast<std::int64_t>(argmax));
+  part.max = top;
+  part.sum = sum;
+  part.weighted_sum = weighted;
+  merge(state, part);
 }
 
 // Blocks on a multiprocessor, as registers allow.
@@ -152,6 +164,10 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
   RowState<T> state;
   if (live) {
     if (part == 0 && s.block.first_column > 0) state = s.states[row];
+    if (!kAll) {  // registers are short: what is not wanted shall not take one
+      state.zbar = state.weight_seen = 0;
+      state.argmax = -1;
+    }
     const int target = s.block.table.target[entry];
     const T inv_temperature = static_cast<const T*>(s.block.table.inv_temperature)[entry];
     const int pieces = (s.block.columns + kPieceColumns<T> - 1) / kPieceColumns<T>;
@@ -164,12 +180,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
     if (threadIdx.x % 32 == 0) shared[warp] = state;
     __syncthreads();
     if (part == 0) {
-      for (int i = 1; i < warps_per_row; ++i) {
-        const RowState<T> later = shared[warp + i];
-        state.zbar_sum += later.zbar_sum;
-        if (later.target_logit == later.target_logit) state.target_logit = later.target_logit;
-        merge(state, later.max, later.sum, later.weighted_sum, later.argmax);
-      }
+      for (int i = 1; i < warps_per_row; ++i) merge(state, shared[warp + i]);
     }
   }
   if (live && part == 0 && threadIdx.x % 32 == 0) s.states[row] = state;

@@ -3,101 +3,99 @@
 // our own where it can be. Four products.
 #include <algorithm>
 
-#include "cuda/fused/components.h"
+#include "cuda/fused/algorithms.h"
 #include "cuda/fused/statistics.h"
 
 namespace cutloss::cuda::fused {
 namespace {
 
-class ByVocabularySession final : public FusedSession {
- public:
-  using FusedSession::FusedSession;
-
- private:
-  void make_statistics(std::int64_t chunk) override {
-    fused::make_statistics(parts, parts.chunk(chunk));
+BlockGradient make_g(Components& parts, const Block& block) {
+  const Call& call = parts.call;
+  const BlockGradient g{call.buffer<void>(buffer::kG),
+                        parts.sums.g_stride(),
+                        parts.coefficients.scalars()};
+  const std::int64_t most = parts.operands.most_columns();
+  const std::int64_t end = block.columns.begin + block.columns.count;
+  const Grid grid = logits_grid(parts.d, block.rows.count);
+  for (std::int64_t v = block.columns.begin; v < end; v += most) {
+    const Columns columns{v, std::min(most, end - v)};
+    GradientOfLogits out;
+    out.g = at(g.data, parts.d.operand, v - block.columns.begin);
+    out.g_stride = g.stride;
+    out.row = parts.coefficients.of(block.chunk, block.rows.begin);
+    out.class_weight = parts.operands.class_weight(v);
+    out.general = call.args.upstream.d_entropy != nullptr || call.args.upstream.d_zbar != nullptr;
+    const Matrix e = parts.e(block);
+    parts.d.kernels->gradient(parts.logits(block.rows, columns, e, parts.finds_e), out, grid,
+                          call.stream);
   }
+  launch_clear_rest(parts.listed(block.rows), g.data, g.stride,
+                          static_cast<int>(block.columns.count), grid.block_rows(), call.stream);
+  return g;
+}
 
-  void make_gradients(std::int64_t chunk) override {
-    const RowRange range = parts.chunk(chunk);
-    if (range.count == 0) return;
-    const Sizes& s = parts.d.sizes;
+void add_dc(Components& parts, const Block& block, const BlockGradient& g) {
+  if (parts.d.operand != DType::bf16) {
+    parts.sums.add_dc(block, g);
+    return;
+  }
+  const Call& call = parts.call;
+  const Head& head = call.head;
+  const bool has_sums = parts.sums.dc_has_sums();
+  const Columns columns = block.columns;
+  DcProduct product;
+  product.g = {g.data, g.stride};
+  product.e = parts.e(block);
+  if (parts.finds_e) {
+    product.positions = parts.rows.table().position;
+    product.e_rows = parts.positions();
+  }
+  product.scale = static_cast<float>(call.p.transform.logit_scale);
+  product.dc_type = has_sums ? DType::f32 : call.d.dc_type;
+  product.dc = has_sums ? parts.sums.dc_sums(columns)
+                        : at(call.args.gradients.dc, call.d.dc_type, columns.begin * head.D);
+  product.rows = static_cast<int>(block.rows.count);
+  product.V = static_cast<int>(columns.count);
+  product.D = static_cast<int>(head.D);
+  product.count = parts.rows.table().count;
+  product.first = static_cast<int>(block.rows.begin);
+  product.add = parts.sums.adds_to_dc(block);
+  parts.d.kernels->dc(product, logits_grid(parts.d, block.rows.count), call.stream);
+  if (product.add) return;
+  launch_clear_if_none(product.count, product.dc,
+                             columns.count * head.D * size_of(product.dc_type), call.stream);
+}
+
+struct Steps {
+  static void statistics(Components& parts, RowRange chunk, Pass) {
+    make_statistics(parts, chunk);
+  }
+  static void gradients(Components& parts, RowRange chunk, Pass) {
     const Wanted& wanted = parts.call.p.wanted;
-    const bool last_chunk = range.begin + range.count == parts.rows.to_cover();
-    sweep(
-        parts.call.head.classes.count, s.gradient_slab, range, s.gradient_rows,
-        [&](const Block& block) {
-          const BlockGradient g = make_g(block);
-          if (wanted.dbias.wanted) parts.sums.add_dbias(block, g);
-          if (wanted.de.wanted) parts.sums.add_de(block, g);
-          if (wanted.dc.wanted) add_dc(block, g);
+    const bool last_chunk = chunk.begin + chunk.count == parts.rows.to_cover();
+    sweep_gradients(
+        parts.d, chunk,
+        [&](const Block& block, Which which) {
+          const BlockGradient g = make_g(parts, block);
+          if (wanted.dbias.wanted && which.dc) parts.sums.add_dbias(block, g);
+          if (wanted.de.wanted && which.de) parts.sums.add_de(block, g);
+          if (wanted.dc.wanted && which.dc) add_dc(parts, block, g);
         },
         [&](Columns columns) {
           if (last_chunk) parts.sums.store_columns(columns);
+        },
+        [&] { parts.sums.store_rows(chunk); },
+        [&] {
+          parts.finds_e = parts.d.finds_last_e && parts.call.reads.e_in_de;
+          parts.operands.leave_de();
+          parts.sums.begin_last_columns();
         });
-    parts.sums.store_rows(range);
-  }
-
-  BlockGradient make_g(const Block& block) {
-    const Call& call = parts.call;
-    const BlockGradient g{call.buffer<void>(buffer::kG),
-                          padded(parts.d.sizes.gradient_slab, parts.d.operand),
-                          parts.coefficients.scalars()};
-    const std::int64_t most = parts.operands.most_columns();
-    const std::int64_t end = block.columns.begin + block.columns.count;
-    const sm90::Grid grid = logits_grid(block.rows.count);
-    for (std::int64_t v = block.columns.begin; v < end; v += most) {
-      const Columns columns{v, std::min(most, end - v)};
-      sm90::GradientOfLogits out;
-      out.g = at(g.data, parts.d.operand, v - block.columns.begin);
-      out.g_stride = g.stride;
-      out.row = parts.coefficients.of(block.chunk, block.rows.begin);
-      out.class_weight = parts.operands.class_weight(v);
-      out.general = call.args.upstream.d_entropy != nullptr || call.args.upstream.d_zbar != nullptr;
-      const Matrix e = parts.operands.e(block.rows, block.chunk);
-      sm90::launch_gradient(parts.logits(block.rows, columns, e, /*by_position=*/false), out, grid,
-                            call.stream);
-    }
-    sm90::launch_clear_rest(parts.listed(block.rows), g.data, g.stride,
-                            static_cast<int>(block.columns.count), grid.block_rows(), call.stream);
-    return g;
-  }
-
-  void add_dc(const Block& block, const BlockGradient& g) {
-    if (parts.d.operand != DType::bf16) {
-      parts.sums.add_dc(block, g);
-      return;
-    }
-    const Call& call = parts.call;
-    const Head& head = call.head;
-    const bool has_sums = parts.sums.dc_has_sums();
-    const Columns columns = block.columns;
-    sm90::DcProduct product;
-    product.g = {g.data, g.stride};
-    product.e = kernel_matrix(parts.operands.e(block.rows, block.chunk));
-    product.scale = static_cast<float>(call.p.transform.logit_scale);
-    product.dc_type = has_sums ? DType::f32 : head.c_type;
-    product.dc = has_sums ? parts.sums.dc_sums(columns)
-                          : at(call.args.gradients.dc, head.c_type, columns.begin * head.D);
-    product.rows = static_cast<int>(block.rows.count);
-    product.V = static_cast<int>(columns.count);
-    product.D = static_cast<int>(head.D);
-    product.count = parts.rows.table().count;
-    product.first = static_cast<int>(block.rows.begin);
-    product.add = block.rows.begin > 0;
-    sm90::launch_dc(product, logits_grid(block.rows.count), call.stream);
-    if (product.add) return;
-    sm90::launch_clear_if_none(product.count, product.dc,
-                               columns.count * head.D * size_of(product.dc_type), call.stream);
   }
 };
 
 }  // namespace
 
-const Algorithm& by_vocabulary() {
-  static const FusedAlgorithm<ByVocabularySession> algorithm("cuda/fused/by_vocabulary",
-                                                             {Schedule::vocabulary, false});
-  return algorithm;
-}
+constinit const Algorithm by_vocabulary{
+    "cuda/fused/by_vocabulary", {Schedule::vocabulary, false}, nullptr, decide, open_steps<Steps>};
 
 }  // namespace cutloss::cuda::fused

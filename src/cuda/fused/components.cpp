@@ -33,7 +33,13 @@ Components::Components(std::shared_ptr<const Decision> decision, const Args& arg
   }
 }
 
-sm90::Listed Components::listed(RowRange range) const {
+void Components::begin() {
+  rows.list();
+  operands.begin();
+  if (makes_statistics(call.pass)) rows.clear_ignored();
+}
+
+Listed Components::listed(RowRange range) const {
   const RowTable& table = rows.table();
   return {table.count,
           table.mismatch,
@@ -48,17 +54,17 @@ const float* Components::inv_temperature(std::int64_t entry) const {
   return static_cast<const float*>(rows.table().inv_temperature) + entry;
 }
 
-sm90::Logits Components::logits(RowRange range, Columns columns, const Matrix& e,
+Logits Components::logits(RowRange range, Columns columns, const Matrix& e,
                                 bool by_position) {
   const Transform& transform = call.p.transform;
-  sm90::Logits l;
+  Logits l;
   l.type = d.operand;
-  l.e = kernel_matrix(e);
+  l.e = e;
   if (by_position) {
     l.positions = rows.table().position;
-    l.e_rows = call.p.rows.sequences * call.p.rows.length;
+    l.e_rows = positions();
   }
-  l.c = kernel_matrix(operands.c(columns));
+  l.c = operands.c(columns);
   l.rows = static_cast<int>(range.count);
   l.columns = static_cast<int>(columns.count);
   l.depth = static_cast<int>(call.head.D);

@@ -7,15 +7,17 @@
 #include "core/logit_math.h"
 #include "core/text.h"
 #include "cuda/cublaslt.h"
-#include "cuda/device.h"
 #include "cuda/fused/tuning.h"
 #include "cuda/gradient_sums.h"
-#include "cuda/sm90/targets.h"
+#include "cuda/fused/targets.h"
+#include "plan/chunking.h"
 
 namespace cutloss::cuda::fused {
 namespace {
 
-using sm90::column_tiles;
+std::int64_t column_tiles(const FusedDecision& d) {
+  return divide_up(classes_of(d.problem).count, d.kernels->tile_columns);
+}
 
 // What a pass may do otherwise where memory is short.
 struct Shape {
@@ -23,8 +25,6 @@ struct Shape {
   bool packs_e_in_forward = false;
 };
 
-Pass first_pass(Way way) { return in_one_call(way) ? Pass::both : Pass::forward; }
-bool has_backward(Way way) { return way.schedule != Schedule::none && !in_one_call(way); }
 bool makes_statistics_by_slabs(Way way, Pass pass) {
   return makes_statistics(pass) && way.schedule != Schedule::rows;
 }
@@ -75,11 +75,11 @@ void book_statistics(Ledger& ledger, const FusedDecision& d) {
   const Problem& p = d.problem;
   const Sizes& s = d.sizes;
   const std::int64_t entries =
-      sm90::partial_entries(d.statistics_grid, static_cast<int>(s.block_rows));
+      partial_entries(d.statistics_grid, static_cast<int>(s.block_rows));
   ledger.book(buffer::kPartials, entries * 8);
   if (p.wanted.entropy || p.wanted.zbar || p.wanted.argmax) {
     ledger.book(buffer::kPartialsMore, entries * 8);
-    ledger.book(buffer::kPartialsArgmax, entries * 4);
+    ledger.book(buffer::kPartialsArgmax, entries * 8);
   }
   ledger.book(buffer::kTargetLogit, s.chunk_rows * 4);
   if (d.several_slabs) {
@@ -91,7 +91,7 @@ void book_statistics(Ledger& ledger, const FusedDecision& d) {
 void book_exponentials(Ledger& ledger, const FusedDecision& d, Way way, Pass pass) {
   const Problem& p = d.problem;
   const std::int64_t rows = d.sizes.chunk_rows;
-  const std::int64_t sums = rows * column_tiles(classes_of(p).count) * 8;
+  const std::int64_t sums = rows * column_tiles(d) * 8;
   const std::int64_t de = rows * head_of(p).D * 4;
   ledger.book(buffer::kRedo, 4);
   if (!way.keeps_logits) {
@@ -111,8 +111,7 @@ void book_by_rows(Ledger& ledger, const FusedDecision& d) {
   ledger.book(buffer::kTargetG, rows * 4);
   if (p.wanted.dc.wanted || p.wanted.dbias.wanted) {
     ledger.book(buffer::kTargetOrder, rows * 4 * 4);
-    ledger.book(buffer::kTargetSort,
-                sm90::target_sort_bytes(static_cast<int>(rows), static_cast<int>(V)));
+    ledger.book(buffer::kTargetSort, target_sort_bytes(static_cast<int>(rows)));
   }
   if (p.wanted.dc.wanted) {
     ledger.book(buffer::kScaledE, rows * e_stride(p, d.operand) * size_of(d.operand));
@@ -123,12 +122,11 @@ void book_by_rows(Ledger& ledger, const FusedDecision& d) {
 }
 
 // Gradients from logits that are made once more.
-void book_by_vocabulary(Ledger& ledger, const FusedDecision& d) {
+void book_by_vocabulary(Ledger& ledger, const FusedDecision& d, const Reads& reads) {
   const Sizes& s = d.sizes;
   if (d.operand == DType::f16) ledger.book(buffer::kScalars, sizeof(DeviceScalars));
   ledger.book(buffer::kCoefficients, s.chunk_rows * std::int64_t{sizeof(RowGradient<float>)});
-  ledger.book(buffer::kG,
-              s.gradient_rows * padded(s.gradient_slab, d.operand) * size_of(d.operand));
+  book_g(ledger, d, reads);
 }
 
 // What lies in memory that another buffer will need later.
@@ -136,7 +134,7 @@ void book_shares(Ledger& ledger, const FusedDecision& d, Way way, Pass pass) {
   const Problem& p = d.problem;
   if (way.schedule != Schedule::rows || !p.wanted.de.wanted || !makes_gradients(pass)) return;
   const std::int64_t rows = d.sizes.chunk_rows, de = rows * head_of(p).D * 4;
-  const std::int64_t sums = rows * column_tiles(classes_of(p).count) * 8;
+  const std::int64_t sums = rows * column_tiles(d) * 8;
   if (makes_statistics(pass) && sums <= de) {
     ledger.share(buffer::kSums, sums, buffer::kDeSums, "the targets are summed");
   }
@@ -154,18 +152,25 @@ Ledger workspace(const FusedDecision& d, Way way, Pass pass, const Shape& shape)
   const Reads reads = reads_of(d, way, pass, shape);
   Ledger ledger(kAlign);
   book_rows(ledger, d);
-  if (d.converts_bias) ledger.book(buffer::kBias, V * 4);
-  if (d.converts_c) ledger.book(buffer::kC, shape.c_columns * e_bytes);
+  if (d.converts_bias) ledger.book(buffer::kBias, V * 4, Lifetime::call);
+  if (d.converts_c) {
+    ledger.book(buffer::kC, shape.c_columns * e_bytes,
+                shape.c_columns >= V ? Lifetime::call : Lifetime::step);
+  }
   const bool packs_e = makes_statistics_by_slabs(way, pass) ? shape.packs_e_in_forward
                                                             : !reads.e_in_place && !reads.e_in_de;
   if (packs_e) {
     ledger.book(buffer::kE, d.sizes.chunk_rows * e_bytes,
-                pass == Pass::both ? Lifetime::seam : Lifetime::call);
+                pass == Pass::both ? Lifetime::seam : Lifetime::step);
+  }
+  if (makes_gradients(pass) && reads.e_in_de) {
+    ledger.share(buffer::kE, d.sizes.chunk_rows * head_of(p).D * size_of(d.operand), "dE",
+                 "dE is written");
   }
   if (makes_statistics_by_slabs(way, pass)) book_statistics(ledger, d);
   if (makes_statistics(pass) && by_rows) book_exponentials(ledger, d, way, pass);
   if (!makes_gradients(pass)) return ledger;
-  by_rows ? book_by_rows(ledger, d) : book_by_vocabulary(ledger, d);
+  by_rows ? book_by_rows(ledger, d) : book_by_vocabulary(ledger, d, reads);
   book_sums(ledger, d, /*always_de_sums=*/by_rows);
   book_shares(ledger, d, way, pass);
   return ledger;
@@ -211,9 +216,11 @@ Ledger settle(FusedDecision& d, Way way, Pass pass, std::int64_t library_bytes,
 void book(FusedDecision& d, Way way, std::int64_t library_bytes, std::int64_t budget) {
   const Sizes& s = d.sizes;
   set_places(d, way);
+  set_last(d, way);
+  set_places(d, way);
   d.several_slabs = s.slab < classes_of(d.problem).count;
   d.statistics_grid =
-      sm90::grid_for(current_device().multiprocessors, static_cast<int>(s.block_rows),
+      d.kernels->grid(d.multiprocessors, static_cast<int>(s.block_rows),
                      static_cast<int>(s.slab), /*may_share_rows=*/true);
   d.kept = kept(d, way);
   const std::int64_t left = budget - d.kept.bytes();
@@ -229,83 +236,132 @@ std::int64_t forward_slab(const FusedDecision& d, bool small) {
   return std::min(V, small ? kSmallForwardSlab : kForwardSlab);
 }
 
-std::vector<std::int64_t> chunks(const Problem& p, Way way, std::int64_t rows) {
-  std::vector<std::int64_t> sizes = {rows};
-  if (way.keeps_logits) return sizes;
-  const bool asked_for = p.schedule == Schedule::rows || !p.wanted.dc.wanted;
-  const std::int64_t least = asked_for ? kBlockRows : kLeastChunk;
-  for (std::int64_t most = kMostChunk; most >= least; most -= kBlockRows) {
-    const std::int64_t even = even_piece(rows, most, kBlockRows);
-    if (even < sizes.back()) sizes.push_back(even);
-  }
-  return sizes;
-}
-
-using Found = std::shared_ptr<const FusedDecision>;
-
-// One size of the matrix library's memory, within a budget. Notes the least that was tried.
+// One size of the matrix library's memory, within a budget.
 class Search {
  public:
-  Search(const FusedDecision& facts, Way way, std::int64_t library_bytes, std::int64_t budget,
+  Search(const FusedDecision& facts, Way way, const LibraryMemory& library, std::int64_t budget,
          std::int64_t& least)
       : facts_(facts),
         way_(way),
-        library_bytes_(library_bytes),
+        library_(library),
         budget_(budget),
         least_(least),
         rows_(std::max<std::int64_t>(row_count(facts.problem), 1)),
-        V_(classes_of(facts.problem).count) {}
+        V_(classes_of(facts.problem).count),
+        tile_(facts.kernels->tile_columns) {}
 
-  Found by_rows() const {
-    Found best;
-    for (const std::int64_t chunk : chunks(facts_.problem, way_, rows_)) {
-      const Found trial = attempt({chunk, chunk, V_, chunk, V_});
-      if (!trial) continue;
-      // The whole in one chunk, or chunks of enough rows: the smaller of the two.
-      if (!best || (chunk >= kGoodChunk && peak_bytes(*trial) < peak_bytes(*best))) best = trial;
-      if (chunk < rows_) break;
-    }
-    return best;
-  }
-
-  Found by_slabs() const {
-    const bool none = way_.schedule == Schedule::none;
-    for (const bool small : {false, true}) {
-      const std::int64_t slab = forward_slab(facts_, small);
-      for (std::int64_t most = std::min(V_, kMostSlab);; most = most * 7 / 8) {
-        const std::int64_t wide =
-            none ? slab : even_piece(V_, std::max(most, kLeastSlab), kTileColumns);
-        if (const Found found = attempt({rows_, rows_, slab, rows_, wide})) return found;
-        if (most <= kLeastSlab || none) break;
-      }
-    }
-    return nullptr;
+  // Null where nothing fits.
+  std::shared_ptr<const FusedDecision> find() const {
+    FusedDecision found = way_.schedule == Schedule::rows ? by_rows() : by_slabs();
+    if (peak_bytes(found) > budget_) return nullptr;
+    found.predicted_time = predicted_time(found);
+    return std::make_shared<FusedDecision>(std::move(found));
   }
 
  private:
-  Found attempt(const Sizes& sizes) const {
-    auto trial = std::make_shared<FusedDecision>(facts_);
-    trial->sizes = sizes;
-    book(*trial, way_, library_bytes_, budget_);
-    least_ = std::min(least_, peak_bytes(*trial));
-    return peak_bytes(*trial) <= budget_ ? trial : nullptr;
+  FusedDecision by_rows() const {
+    const auto of = [&](std::int64_t most) {
+      const std::int64_t chunk = even_piece(rows_, most, kBlockRows);
+      return attempt({chunk, chunk, V_, chunk, V_}, V_);
+    };
+    FusedDecision whole = of(rows_);
+    const Problem& p = facts_.problem;
+    const bool asked_for = p.schedule == Schedule::rows || !p.wanted.dc.wanted;
+    const std::int64_t least = asked_for ? kBlockRows : kLeastChunk;
+    if (way_.keeps_logits || rows_ <= least) return whole;
+    const std::int64_t chunk =
+        largest_that_fits(least, kMostChunk, kBlockRows, budget_,
+                          [&](std::int64_t most) { return peak_bytes(of(most)); });
+    if (chunk == 0) return whole;
+    FusedDecision parts = of(chunk);
+    // The whole in one chunk, or chunks of enough rows: the smaller of the two.
+    const bool smaller = chunk >= kGoodChunk && peak_bytes(parts) < peak_bytes(whole);
+    return peak_bytes(whole) > budget_ || smaller ? std::move(parts) : std::move(whole);
+  }
+
+  FusedDecision by_slabs() const {
+    FusedDecision found;
+    for (const bool small : {false, true}) {
+      found = by_slabs(forward_slab(facts_, small));
+      if (peak_bytes(found) <= budget_) break;
+    }
+    return found;
+  }
+
+  // Gradients a slab of columns at a time, of all rows; or, where dC is not wanted, of some after
+  // the others. dE's sums at home where there is room for them and a wide slab, else in dC.
+  FusedDecision by_slabs(std::int64_t slab) const {
+    if (way_.schedule == Schedule::none) return attempt({rows_, rows_, slab, rows_, slab}, V_);
+    const auto of = [&](std::int64_t most_rows, std::int64_t wide, std::int64_t last_begin) {
+      const std::int64_t chunk = even_piece(rows_, most_rows, kBlockRows);
+      return attempt({chunk, chunk, slab, chunk, even_piece(V_, wide, tile_)}, last_begin);
+    };
+    const auto widest = [&](std::int64_t most_rows, std::int64_t last_begin) {
+      const std::int64_t wide = largest_that_fits(
+          kLeastSlab, std::max(kLeastSlab, std::min(V_, kMostSlab)), tile_, budget_,
+          [&](std::int64_t size) { return peak_bytes(of(most_rows, size, last_begin)); });
+      return of(most_rows, std::max(wide, kLeastSlab), last_begin);
+    };
+    FusedDecision own = widest(rows_, V_);
+    if (!facts_.problem.wanted.dc.wanted) {
+      if (peak_bytes(own) <= budget_) return own;
+      const std::int64_t chunk = largest_that_fits(
+          kLeastChunk, std::max(rows_, kLeastChunk), kBlockRows, budget_,
+          [&](std::int64_t size) { return peak_bytes(of(size, kLeastSlab, V_)); });
+      return chunk == 0 ? std::move(own) : widest(chunk, V_);
+    }
+    const std::int64_t begin = begin_of_last_columns(facts_, facts_.de_in_place, tile_);
+    if (begin == 0 || begin == V_) return own;
+    FusedDecision in_dc = widest(rows_, begin);
+    if (peak_bytes(in_dc) > budget_) return own;
+    const bool better =
+        peak_bytes(own) > budget_ || predicted_time(in_dc) < predicted_time(own);
+    return better ? std::move(in_dc) : std::move(own);
+  }
+
+  // Notes the least that was tried.
+  FusedDecision attempt(const Sizes& sizes, std::int64_t last_begin) const {
+    FusedDecision trial = facts_;
+    trial.sizes = sizes;
+    trial.last.begin = last_begin;
+    book(trial, way_, library_.bytes, budget_);
+    least_ = std::min(least_, peak_bytes(trial));
+    return trial;
+  }
+
+  double predicted_time(const FusedDecision& d) const {
+    const Problem& p = facts_.problem;
+    const Sizes& s = d.sizes;
+    double time = products_of(p, way_) + (wants_gradient(p) ? library_.slower : 0);
+    if (p.wanted.de.wanted && way_.schedule == Schedule::vocabulary) {
+      time += passes_over_sums(kFlopsPerByte, divide_up(V_, s.gradient_slab), V_);
+    }
+    if (p.wanted.dc.wanted) {
+      time += passes_over_sums(kFlopsPerByte, divide_up(rows_, s.chunk_rows), rows_);
+    }
+    return time + static_cast<double>(V_ - d.last.begin) / static_cast<double>(V_);
   }
 
   const FusedDecision& facts_;
   const Way way_;
-  const std::int64_t library_bytes_, budget_;
+  const LibraryMemory& library_;
+  const std::int64_t budget_;
   std::int64_t& least_;
-  const std::int64_t rows_, V_;
+  const std::int64_t rows_, V_, tile_;
 };
 
 }  // namespace
 
-sm90::Grid logits_grid(std::int64_t rows) {
-  return sm90::grid_for(current_device().multiprocessors, static_cast<int>(rows), 0, false);
+const LogitKernels* kernels_of(const DeviceFacts& device) {
+  return device.sm == 90 ? &sm90::kernels : nullptr;
 }
 
-std::string by_rows_refusal(const Problem& p) {
-  if (product_type(p) != DType::bf16) {
+Grid logits_grid(const FusedDecision& d, std::int64_t rows) {
+  return d.kernels->grid(d.multiprocessors, static_cast<int>(rows), 0, false);
+}
+
+std::string by_rows_refusal(const Problem& p, const DeviceFacts& device) {
+  if (product_type(p, device) != DType::bf16) {
     return "kept exponentials need the range of bf16; the products' dtype is f16";
   }
   if (p.wanted.entropy || p.wanted.zbar || p.wanted.argmax || p.upstream.entropy ||
@@ -315,16 +371,21 @@ std::string by_rows_refusal(const Problem& p) {
   return "";
 }
 
-std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& p,
-                                       std::int64_t budget, std::int64_t& least) {
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& p,
+                                       const DeviceFacts& device, std::int64_t budget,
+                                       std::int64_t& least) {
+  const Way way = algorithm.way;
   FusedDecision facts;
-  set_facts(facts, algorithm, p);
-  for (const std::int64_t library_bytes : kLibraryBytes) {
-    const Search search(facts, way, library_bytes, budget, least);
-    const Found found = way.schedule == Schedule::rows ? search.by_rows() : search.by_slabs();
-    if (found) return found;
+  facts.kernels = kernels_of(device);
+  set_facts(facts, algorithm, p, device);
+  facts.finds_last_e = facts.operand == DType::bf16 && finds_e_by_position(facts);
+  std::shared_ptr<const FusedDecision> best;
+  for (const LibraryMemory& library : kLibraryMemory) {
+    auto found = Search(facts, way, library, budget, least).find();
+    if (found == nullptr) continue;
+    if (best == nullptr || found->predicted_time < best->predicted_time) best = std::move(found);
   }
-  return nullptr;
+  return best;
 }
 
 }  // namespace cutloss::cuda::fused

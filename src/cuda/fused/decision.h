@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "cuda/decision.h"
-#include "cuda/sm90/sm90.h"
+#include "cuda/fused/kernels.h"
 
 namespace cutloss::cuda::fused {
 
@@ -31,22 +31,27 @@ inline constexpr std::string_view kScaledE = "scaled E";
 inline constexpr std::string_view kX = "exponentials";
 }  // namespace buffer
 
+// The kernels of a device's generation; null where there are none.
+const LogitKernels* kernels_of(const DeviceFacts& device);
+
 struct FusedDecision : CudaDecision {
+  const LogitKernels* kernels = nullptr;
   // Forward's statistics read packed rows of E, else rows where they lie, found by their positions.
   bool packs_e_in_forward = false;
   // Forward passes over several slabs, since C is converted slab by slab: rows' states live on.
   bool several_slabs = false;
-  sm90::Grid statistics_grid;
+  Grid statistics_grid;
 };
 
-// The decision of the algorithm that goes `way`. What Algorithm::decide returns.
-std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& problem,
-                                       std::int64_t budget, std::int64_t& least);
+// Algorithm::decide of all of them.
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& problem,
+                                       const DeviceFacts& device, std::int64_t budget,
+                                       std::int64_t& least);
 
 // Of kernels that store what they make of a block of rows.
-sm90::Grid logits_grid(std::int64_t rows);
+Grid logits_grid(const FusedDecision& d, std::int64_t rows);
 
 // Why a problem cannot go by rows here; empty where it can.
-std::string by_rows_refusal(const Problem& problem);
+std::string by_rows_refusal(const Problem& problem, const DeviceFacts& device);
 
 }  // namespace cutloss::cuda::fused

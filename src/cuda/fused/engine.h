@@ -6,6 +6,6 @@
 
 namespace cutloss {
 
-const Engine& cuda_fused_sm90_engine();
+extern const Engine cuda_fused_sm90_engine;
 
 }  // namespace cutloss

@@ -1,26 +1,20 @@
 // The statistics alone. One product.
-#include "cuda/fused/components.h"
+#include "cuda/fused/algorithms.h"
 #include "cuda/fused/statistics.h"
 
 namespace cutloss::cuda::fused {
 namespace {
 
-class ForwardSession final : public FusedSession {
- public:
-  using FusedSession::FusedSession;
-
- private:
-  void make_statistics(std::int64_t chunk) override {
-    fused::make_statistics(parts, parts.chunk(chunk));
+struct Steps {
+  static void statistics(Components& parts, RowRange chunk, Pass) {
+    make_statistics(parts, chunk);
   }
+  static void gradients(Components&, RowRange, Pass) {}
 };
 
 }  // namespace
 
-const Algorithm& forward_algorithm() {
-  static const FusedAlgorithm<ForwardSession> algorithm("cuda/fused/forward",
-                                                        {Schedule::none, false});
-  return algorithm;
-}
+constinit const Algorithm forward_algorithm{
+    "cuda/fused/forward", {Schedule::none, false}, nullptr, decide, open_steps<Steps>};
 
 }  // namespace cutloss::cuda::fused

@@ -3,30 +3,34 @@
 
 #include <cstdint>
 
-#include "cuda/decision.h"
+#include "cuda/tuning.h"
 
 namespace cutloss::cuda::fused {
 
-// A tile of the products' kernels.
-inline constexpr std::int64_t kTileColumns = 192;
+// Rows come in blocks of so many.
 inline constexpr std::int64_t kBlockRows = 256;
 
 // Beyond this a slab of gradients gains nothing: dE's sums are read and written once for each.
 inline constexpr std::int64_t kMostSlab = 65536;
 // Under this most of the device would wait.
-inline constexpr std::int64_t kLeastSlab = 4 * kTileColumns;
+inline constexpr std::int64_t kLeastSlab = 768;
 // By rows: chunks of more rows gain little, dC's sums pass by once for each.
 inline constexpr std::int64_t kGoodChunk = 2048;
 inline constexpr std::int64_t kMostChunk = 4096;
 // Under so many rows dC's sums take longer than a fourth product.
 inline constexpr std::int64_t kLeastChunk = 1024;
 // Columns of C that are converted at a time in forward where not all of it is.
-inline constexpr std::int64_t kForwardSlab = 128 * kTileColumns;
-inline constexpr std::int64_t kSmallForwardSlab = 8 * kTileColumns;
+inline constexpr std::int64_t kForwardSlab = 24576;
+inline constexpr std::int64_t kSmallForwardSlab = 1536;
 // Columns of C that are converted at a time, as memory allows.
 inline constexpr std::int64_t kSomeColumns[] = {32768, 8192};
-// cuBLASLt's workspace, as memory allows.
-inline constexpr std::int64_t kLibraryBytes[] = {32 * kMiB, 4 * kMiB, 0};
+// cuBLASLt's workspace, as memory allows, and the time that less of it costs dE's product, in
+// products.
+struct LibraryMemory {
+  std::int64_t bytes;
+  double slower;
+};
+inline constexpr LibraryMemory kLibraryMemory[] = {{32 * kMiB, 0}, {4 * kMiB, 0.01}, {0, 0.02}};
 // tanh is good to an absolute 2^-22, so a logit to 2^-22 of the softcap.
 inline constexpr double kMostSoftcap = 256;
 

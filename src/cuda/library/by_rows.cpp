@@ -1,35 +1,34 @@
-// A chunk of rows at a time: its statistics, its logits kept as exponentials, then its gradients of
-// them, which may depend on the statistics. Three products. Forward alone, an evaluation between
-// training steps, keeps nothing.
-#include "cuda/library/session.h"
+// The logits of a chunk of rows are kept, as exponentials where that will do, and its gradients are
+// made of them: right after the statistics, which they may depend on, or, with every row in one
+// chunk, in backward. Three products.
+#include "cuda/library/algorithms.h"
+#include "cuda/library/components.h"
+#include "plan/sessions.h"
 
 namespace cutloss::cuda::library {
 namespace {
 
-template <class T>
-class ByRowsSession final : public LibrarySession<T> {
- public:
-  using LibrarySession<T>::LibrarySession;
-
- private:
-  void make_statistics(std::int64_t chunk) override {
-    auto& parts = this->parts;
-    parts.make_statistics(parts.chunk(chunk), /*keep=*/this->pass() == Pass::both);
+struct Steps {
+  // Forward alone of a plan that makes gradients with the statistics keeps nothing: an evaluation
+  // between training steps.
+  template <class Parts>
+  static void statistics(Parts& parts, RowRange chunk, Pass pass) {
+    const bool keeps = pass == Pass::both || parts.call.d.algorithm->way.keeps_logits;
+    parts.make_statistics(chunk, keeps);
   }
-  void make_gradients(std::int64_t chunk) override {
-    auto& parts = this->parts;
-    const RowRange range = parts.chunk(chunk);
-    if (parts.call.reads.whole_e) parts.operands.e_is_packed(range);
-    parts.make_gradients(range, /*from_kept=*/true);
+  template <class Parts>
+  static void gradients(Parts& parts, RowRange chunk, Pass) {
+    parts.make_gradients(chunk, /*from_kept=*/true);
   }
 };
 
 }  // namespace
 
-const Algorithm& by_rows() {
-  static const LibraryAlgorithm<ByRowsSession> algorithm("cuda/library/by_rows",
-                                                         {Schedule::rows, false});
-  return algorithm;
-}
+constinit const Algorithm by_rows{
+    "cuda/library/by_rows", {Schedule::rows, false}, nullptr, decide,
+    open_steps<Steps, Components>};
+constinit const Algorithm stored{
+    "cuda/library/stored", {Schedule::rows, true}, nullptr, decide,
+    open_steps<Steps, Components>};
 
 }  // namespace cutloss::cuda::library

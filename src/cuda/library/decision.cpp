@@ -8,9 +8,9 @@
 #include "core/logit_math.h"
 #include "core/text.h"
 #include "cuda/common/kernels.h"
-#include "cuda/device.h"
 #include "cuda/gradient_sums.h"
 #include "cuda/library/tuning.h"
+#include "plan/chunking.h"
 
 namespace cutloss::cuda::library {
 namespace {
@@ -52,23 +52,26 @@ Ledger workspace(const CudaDecision& d, Way way, Pass pass, const Reads& reads) 
   Ledger ledger(kAlign);
   book_rows(ledger, d);
   if (makes_statistics(pass)) ledger.book(buffer::kStates, s.chunk_rows * state);
-  if (d.converts_bias) ledger.book(buffer::kBias, classes_of(p).count * stat);
+  if (d.converts_bias) ledger.book(buffer::kBias, classes_of(p).count * stat, Lifetime::call);
   if (!reads.e_in_place && !reads.e_in_de) {
     const std::int64_t block = std::max(s.block_rows, makes_gradients(pass) ? s.gradient_rows : 0);
     const std::int64_t rows = reads.whole_e ? s.chunk_rows : std::min(block, s.chunk_rows);
-    const bool stays = reads.whole_e && pass == Pass::both;
-    ledger.book(buffer::kE, rows * e_bytes, stays ? Lifetime::seam : Lifetime::call);
+    ledger.book(buffer::kE, rows * e_bytes);
   }
-  if (d.converts_c) ledger.book(buffer::kC, reads.c_columns * e_bytes);
+  if (d.converts_c) {
+    const bool once = reads.c_columns >= classes_of(p).count;
+    ledger.book(buffer::kC, reads.c_columns * e_bytes, once ? Lifetime::call : Lifetime::step);
+  }
+  if (makes_gradients(pass) && reads.e_in_de) {
+    ledger.share(buffer::kE, s.chunk_rows * head_of(p).D * operand, "dE", "dE is written");
+  }
   if (makes_statistics(pass) || !from_kept) {
     ledger.book(buffer::kZ, s.block_rows * padded(s.slab, d.stat) * stat);
   }
   if (!makes_gradients(pass)) return ledger;
   if (d.operand == DType::f16) ledger.book(buffer::kScalars, sizeof(DeviceScalars));
   ledger.book(buffer::kCoefficients, s.chunk_rows * 8 * stat);
-  if (!d.g_in_kept) {
-    ledger.book(buffer::kG, s.gradient_rows * padded(s.gradient_slab, d.operand) * operand);
-  }
+  if (!d.g_in_kept) book_g(ledger, d, reads);
   book_sums(ledger, d, /*always_de_sums=*/false);
   return ledger;
 }
@@ -85,9 +88,6 @@ Ledger kept(const CudaDecision& d, Way way) {
   }
   return ledger;
 }
-
-Pass first_pass(Way way) { return in_one_call(way) ? Pass::both : Pass::forward; }
-bool has_backward(Way way) { return way.schedule != Schedule::none && !in_one_call(way); }
 
 // Bytes of a trial whose sizes are set.
 struct Bytes {
@@ -133,80 +133,80 @@ void set_block(CudaDecision& d, const Step& step) {
                       std::max<std::int64_t>(beside / unit * unit, 128), unit);
 }
 
-// Chunks of rows, the most first.
-std::vector<std::int64_t> chunks(std::int64_t rows, const Step& step) {
-  std::vector<std::int64_t> sizes = {std::max<std::int64_t>(rows, 1)};
-  const std::int64_t most = std::min(kMostChunk, round_up(rows, 128) - 128);
-  std::int64_t last = rows;
-  for (std::int64_t size = most; size >= step.least_chunk; size -= 128) {
-    const std::int64_t even = even_piece(rows, size, 128);
-    if (even < last) sizes.push_back(even);
-    last = even;
-  }
-  return sizes;
-}
-
-// Slabs of gradients, the widest first. Each is made of whole slabs of logits.
-std::vector<std::int64_t> slabs(const CudaDecision& d, const Step& step) {
-  const std::int64_t V = classes_of(d.problem).count, slab = d.sizes.slab;
-  std::vector<std::int64_t> sizes;
-  for (std::int64_t count = std::max<std::int64_t>(1, std::min(V, kMostSlab) / slab);;
-       count = std::max<std::int64_t>(1, count * 7 / 8)) {
-    const std::int64_t even = even_piece(V, count * slab, slab);
-    if (even >= std::min(step.least_slab, V) && (sizes.empty() || even < sizes.back())) {
-      sizes.push_back(even);
-    }
-    if (count == 1) return sizes;
-  }
-}
-
-// One step's search for sizes within a budget. Notes the least that was tried.
+// One step of the table, in one of its rooms.
 class Search {
  public:
-  Search(Way way, const Step& step, std::int64_t budget, std::int64_t& least)
-      : way_(way), step_(step), budget_(budget), least_(least) {}
+  Search(const CudaDecision& facts, Way way, const Step& step, std::int64_t budget,
+         std::int64_t& least)
+      : facts_(facts),
+        way_(way),
+        step_(step),
+        budget_(budget),
+        least_(least),
+        rows_(std::max<std::int64_t>(row_count(facts.problem), 1)),
+        V_(classes_of(facts.problem).count) {}
 
-  // Settles the decision; false where nothing fits.
-  bool find(CudaDecision& d) const {
-    d.sizes.chunk_rows = std::max<std::int64_t>(row_count(d.problem), 1);
-    set_block(d, step_);
-    const bool in_chunks = in_one_call(way_);
-    if (in_chunks && step_.gradient_rows != 0) return false;  // as the step before
-    const std::size_t choices = rooms(d).size();
+  // Null where nothing fits.
+  std::shared_ptr<const Decision> find() const {
+    if (in_one_call(way_) && step_.gradient_rows != 0) return nullptr;  // as the step before
+    const std::size_t choices = rooms(attempt(rows_, 0, V_, 0).d).size();
     for (std::size_t room = 0; room < choices; ++room) {
-      if (in_chunks ? find_chunk(d, room) : find_slab(d, room)) return true;
+      const Trial found = in_one_call(way_)                     ? find_chunk(room)
+                          : way_.schedule == Schedule::none ? attempt(rows_, 0, V_, room)
+                                                            : find_slab(room);
+      if (found.bytes.peak() > budget_) continue;
+      auto d = std::make_shared<CudaDecision>(found.d);
+      settle(*d, way_, found.bytes);
+      d->predicted_time = predicted_time(*d);
+      return d;
     }
-    return false;
+    return nullptr;
   }
 
  private:
+  struct Trial {
+    CudaDecision d;
+    Bytes bytes;
+  };
+
+  // Chunks of so many rows, gradients of so many columns at a time (0: as the way has it), and dE's
+  // sums in dC from a column on.
+  Trial attempt(std::int64_t chunk, std::int64_t slab, std::int64_t last_begin,
+                std::size_t room) const {
+    Trial t{facts_, {}};
+    Sizes& s = t.d.sizes;
+    s.chunk_rows = even_piece(rows_, chunk, 128);
+    set_block(t.d, step_);
+    const bool whole_rows = in_one_call(way_) || step_.gradient_rows == 0;
+    s.gradient_rows = way_.schedule == Schedule::none ? s.block_rows
+                      : whole_rows                    ? s.chunk_rows
+                                   : even_piece(s.chunk_rows, step_.gradient_rows, 128);
+    s.gradient_slab = way_.schedule == Schedule::none ? s.slab
+                      : slab == 0                     ? V_
+                                                      : even_piece(V_, slab, s.slab);
+    t.d.last.begin = last_begin;
+    set_places(t.d, way_);
+    if (in_one_call(way_) && !t.d.g_in_kept) set_chunk_slab(t.d);
+    set_last(t.d, way_);
+    set_places(t.d, way_);
+    t.bytes = bytes_of(t.d, way_, rooms(t.d)[room], step_.library_bytes);
+    least_ = std::min(least_, t.bytes.peak());
+    return t;
+  }
+
   // Gradients are made with the forward, a chunk at a time.
-  bool find_chunk(CudaDecision& d, std::size_t room) const {
-    const std::int64_t rows = row_count(d.problem), V = classes_of(d.problem).count;
-    CudaDecision best = d;
-    Bytes best_bytes;
-    bool found = false;
-    for (const std::int64_t chunk : chunks(rows, step_)) {
-      CudaDecision trial = d;
-      trial.sizes.chunk_rows = trial.sizes.gradient_rows = chunk;
-      set_block(trial, step_);
-      trial.sizes.gradient_slab = V;
-      set_places(trial, way_);
-      if (!trial.g_in_kept) set_chunk_slab(trial);
-      const Bytes bytes = try_bytes(trial, room);
-      if (bytes.peak() > budget_) continue;
-      // The whole in one chunk, or chunks of enough rows: the smaller of the two.
-      if (!found || (chunk >= kGoodChunk && bytes.peak() < best_bytes.peak())) {
-        best = trial;
-        best_bytes = bytes;
-      }
-      found = true;
-      if (chunk < rows) break;
-    }
-    if (!found) return false;
-    d = best;
-    settle(d, way_, best_bytes);
-    return true;
+  Trial find_chunk(std::size_t room) const {
+    const auto of = [&](std::int64_t chunk) { return attempt(chunk, 0, V_, room); };
+    const std::int64_t chunk = largest_that_fits(
+        step_.least_chunk, kMostChunk, 128, budget_,
+        [&](std::int64_t size) { return of(size).bytes.peak(); });
+    Trial whole = of(rows_);
+    const bool fits = whole.bytes.peak() <= budget_;
+    if (chunk == 0 || rows_ <= step_.least_chunk) return whole;
+    Trial parts = of(chunk);
+    // The whole in one chunk, or chunks of enough rows: the smaller of the two.
+    const bool smaller = chunk >= kGoodChunk && parts.bytes.peak() < whole.bytes.peak();
+    return !fits || smaller ? std::move(parts) : std::move(whole);
   }
 
   // g of a chunk has a place of its own: a few slabs of logits.
@@ -214,44 +214,59 @@ class Search {
     Sizes& s = d.sizes;
     const std::int64_t numbers = step_.logit_bytes / size_of(d.stat) / s.chunk_rows;
     const std::int64_t count = std::min(kChunkSlab, numbers) / s.slab;
-    s.gradient_slab =
-        even_piece(classes_of(d.problem).count, std::max<std::int64_t>(count, 1) * s.slab, s.slab);
+    s.gradient_slab = even_piece(V_, std::max<std::int64_t>(count, 1) * s.slab, s.slab);
   }
 
-  // Gradients of all rows, a slab of columns at a time, or none.
-  bool find_slab(CudaDecision& d, std::size_t room) const {
-    CudaDecision trial = d;
-    Sizes& s = trial.sizes;
-    const bool none = way_.schedule == Schedule::none;
-    s.gradient_rows = none ? s.block_rows
-                      : step_.gradient_rows == 0
-                          ? s.chunk_rows
-                          : even_piece(s.chunk_rows, step_.gradient_rows, 128);
-    const std::vector<std::int64_t> widths =
-        none ? std::vector<std::int64_t>{s.slab} : slabs(trial, step_);
-    for (const std::int64_t slab : widths) {
-      s.gradient_slab = slab;
-      set_places(trial, way_);
-      const Bytes bytes = try_bytes(trial, room);
-      if (bytes.peak() > budget_) continue;
-      d = trial;
-      settle(d, way_, bytes);
-      return true;
+  // Gradients a slab of columns at a time, of all rows; or, where dC is not wanted, of some after
+  // the others. dE's sums at home where there is room for them and a wide slab, else in dC.
+  Trial find_slab(std::size_t room) const {
+    const std::int64_t unit = attempt(rows_, 0, V_, room).d.sizes.slab;
+    const std::int64_t least = std::min(round_up(step_.least_slab, unit), round_up(V_, unit));
+    const std::int64_t most = std::max(least, std::min(V_, kMostSlab) / unit * unit);
+    const auto widest = [&](std::int64_t chunk, std::int64_t last_begin) {
+      const std::int64_t slab =
+          largest_that_fits(least, most, unit, budget_, [&](std::int64_t size) {
+            return attempt(chunk, size, last_begin, room).bytes.peak();
+          });
+      return attempt(chunk, std::max(slab, least), last_begin, room);
+    };
+    Trial own = widest(rows_, V_);
+    if (way_.keeps_logits) return own;
+    const Problem& p = facts_.problem;
+    if (!p.wanted.dc.wanted) {
+      if (own.bytes.peak() <= budget_) return own;
+      const std::int64_t chunk = largest_that_fits(
+          step_.least_chunk, std::max(rows_, step_.least_chunk), 128, budget_,
+          [&](std::int64_t size) { return attempt(size, least, V_, room).bytes.peak(); });
+      return chunk == 0 ? std::move(own) : widest(chunk, V_);
     }
-    return false;
+    const std::int64_t begin = begin_of_last_columns(facts_, facts_.de_in_place, 128);
+    if (begin == 0 || begin == V_) return own;
+    Trial in_dc = widest(rows_, begin);
+    if (in_dc.bytes.peak() > budget_) return own;
+    const bool better = own.bytes.peak() > budget_ || predicted_time(in_dc.d) < predicted_time(own.d);
+    return better ? std::move(in_dc) : std::move(own);
   }
 
-  // room: which of the decision's rooms.
-  Bytes try_bytes(const CudaDecision& trial, std::size_t room) const {
-    const Bytes bytes = bytes_of(trial, way_, rooms(trial)[room], step_.library_bytes);
-    least_ = std::min(least_, bytes.peak());
-    return bytes;
+  double predicted_time(const CudaDecision& d) const {
+    const Problem& p = facts_.problem;
+    double time = products_of(p, way_) * step_.slower;
+    const Sizes& s = d.sizes;
+    if (p.wanted.de.wanted && way_.schedule == Schedule::vocabulary) {
+      time += passes_over_sums(kFlopsPerByte, divide_up(V_, s.gradient_slab), V_);
+    }
+    if (p.wanted.dc.wanted) {
+      time += passes_over_sums(kFlopsPerByte, divide_up(rows_, s.gradient_rows), rows_);
+    }
+    return time + static_cast<double>(V_ - d.last.begin) / static_cast<double>(V_);
   }
 
+  const CudaDecision& facts_;
   const Way way_;
   const Step& step_;
   const std::int64_t budget_;
   std::int64_t& least_;
+  const std::int64_t rows_, V_;
 };
 
 }  // namespace
@@ -265,15 +280,16 @@ std::int64_t pieces(const CudaDecision& d) {
   return divide_up(classes_of(d.problem).count, d.sizes.slab) * pieces_per_slab(d);
 }
 
-std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& p,
-                                       std::int64_t budget, std::int64_t& least) {
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& p,
+                                       const DeviceFacts& device, std::int64_t budget,
+                                       std::int64_t& least) {
+  const Way way = algorithm.way;
   CudaDecision facts;
-  set_facts(facts, algorithm, p);
-  const bool quick = current_device().memory_rate >= kQuickMemory;
+  set_facts(facts, algorithm, p, device);
+  const bool quick = device.memory_rate >= kQuickMemory;
   for (const Step& step : kSteps) {
     if (step.logit_bytes > kL2Block && !quick) continue;
-    auto d = std::make_shared<CudaDecision>(facts);
-    if (Search(way, step, budget, least).find(*d)) return d;
+    if (auto found = Search(facts, way, step, budget, least).find()) return found;
   }
   return nullptr;
 }

@@ -6,9 +6,10 @@
 
 namespace cutloss::cuda::library {
 
-// The decision of the algorithm that goes `way`. What Algorithm::decide returns.
-std::shared_ptr<const Decision> decide(const Algorithm& algorithm, Way way, const Problem& problem,
-                                       std::int64_t budget, std::int64_t& least);
+// Algorithm::decide of all of them.
+std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& problem,
+                                       const DeviceFacts& device, std::int64_t budget,
+                                       std::int64_t& least);
 
 // Pieces of a slab, and of the vocabulary, of whose exponentials a maximum each is kept.
 std::int64_t pieces_per_slab(const CudaDecision& d);

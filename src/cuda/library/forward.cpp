@@ -1,27 +1,24 @@
 // The statistics alone: logits are made slab by slab and forgotten. One product.
-#include "cuda/library/session.h"
+#include "cuda/library/algorithms.h"
+#include "cuda/library/components.h"
+#include "plan/sessions.h"
 
 namespace cutloss::cuda::library {
 namespace {
 
-template <class T>
-class ForwardSession final : public LibrarySession<T> {
- public:
-  using LibrarySession<T>::LibrarySession;
-
- private:
-  void make_statistics(std::int64_t chunk) override {
-    auto& parts = this->parts;
-    parts.make_statistics(parts.chunk(chunk), /*keep=*/false);
+struct Steps {
+  template <class Parts>
+  static void statistics(Parts& parts, RowRange chunk, Pass) {
+    parts.make_statistics(chunk, /*keep=*/false);
   }
+  template <class Parts>
+  static void gradients(Parts&, RowRange, Pass) {}
 };
 
 }  // namespace
 
-const Algorithm& forward_algorithm() {
-  static const LibraryAlgorithm<ForwardSession> algorithm("cuda/library/forward",
-                                                          {Schedule::none, false});
-  return algorithm;
-}
+constinit const Algorithm forward_algorithm{
+    "cuda/library/forward", {Schedule::none, false}, nullptr, decide,
+    open_steps<Steps, Components>};
 
 }  // namespace cutloss::cuda::library

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/decision.h"
+#include "cuda/tuning.h"
 
 namespace cutloss::cuda::library {
 
@@ -16,16 +16,17 @@ struct Step {
   std::int64_t least_chunk;    // rows that a chunk must have, unless it has all
   std::int64_t least_slab;     // columns that a slab of gradients must have, unless it has all
   std::int64_t gradient_rows;  // of gradients by vocabulary, at most; 0: all
+  double slower;               // the time of a product, in those of the first step
 };
 inline constexpr Step kSteps[] = {
-    {128 * kMiB, 32 * kMiB, 8192, 1024, 2048, 0},
-    {32 * kMiB, 32 * kMiB, 4096, 1024, 2048, 0},
-    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 0},
-    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 8192},
-    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 0},
-    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 4096},
-    {kMiB, 0, 512, 128, 256, 0},
-    {kMiB, 0, 512, 128, 256, 2048},
+    {128 * kMiB, 32 * kMiB, 8192, 1024, 2048, 0, 1.0},
+    {32 * kMiB, 32 * kMiB, 4096, 1024, 2048, 0, 1.0},
+    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 0, 1.05},
+    {16 * kMiB, 4 * kMiB, 4096, 512, 1024, 8192, 1.2},
+    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 0, 1.3},
+    {4 * kMiB, 4 * kMiB, 1024, 256, 512, 4096, 1.6},
+    {kMiB, 0, 512, 128, 256, 0, 2.0},
+    {kMiB, 0, 512, 128, 256, 2048, 3.0},
 };
 
 // A block of logits passes through L2 where it can. Only quick memory (HBM3), in bytes a second, is

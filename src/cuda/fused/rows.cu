@@ -1,0 +1,384 @@
+#include "cuda/fused/rows.h"
+
+#include "core/transform.h"
+#include "cuda/common/device_math.cuh"
+
+namespace cutloss::cuda::fused {
+namespace {
+
+using cuda::warp_max;
+using cuda::warp_sum;
+
+constexpr int kWarp = 32;
+constexpr int kBlock = 256;
+constexpr int kWarps = kBlock / kWarp;
+constexpr float kReferenceAbove = 15.f;
+// Beyond these a product of x with scaled rows of E could leave the range of bf16.
+constexpr float kLeastSum = 1e-30f, kMostSum = 1e20f;
+
+void check_launch() { cuda::check(cudaGetLastError(), "launch of a row kernel"); }
+
+int blocks_for(std::int64_t items, int per_block) {
+  return static_cast<int>(divide_up(items, per_block));
+}
+
+__device__ int listed_rows(const Listed& list) {
+  const int left = *list.count - list.first;
+  return left < 0 ? 0 : (left < list.rows ? left : list.rows);
+}
+
+__device__ float read(const void* array, std::int64_t n) {
+  return array == nullptr ? 0.f : static_cast<const float*>(array)[n];
+}
+__device__ void write(void* array, std::int64_t n, float value) {
+  if (array != nullptr) static_cast<float*>(array)[n] = value;
+}
+
+__global__ void clear_statistics(Partials partials, std::int64_t entries, float* target_logit,
+                                 int rows) {
+  const std::int64_t i = std::int64_t{blockIdx.x} * kBlock + threadIdx.x;
+  if (i < rows) target_logit[i] = nanf("");
+  if (i >= entries) return;
+  partials.max_and_sum[i] = make_float2(-INFINITY, 0.f);
+  if (partials.weight_and_argmax != nullptr) {
+    partials.weighted_and_zbar[i] = make_float2(0.f, 0.f);
+    partials.weight_and_argmax[i] = make_float2(0.f, __int_as_float(-1));
+  }
+}
+
+// class_weight: (V), or null.
+__device__ void write_outputs(const RowOutputs& out, const Listed& list, int i,
+                              const RowState<float>& state, const float* class_weight, int V) {
+  const int entry = list.first + i;
+  const std::int64_t n = list.row[entry];
+  const int target = list.target[entry];
+  RowState<float> closed = state;
+  if (target < 0) closed.target_logit = -INFINITY;  // the row has a softmax, but no target
+  const float weight = target < 0 ? 0.f : class_weight == nullptr ? 1.f : class_weight[target];
+  RowResult<float> row = close(closed, target, weight, V);
+  if (target < 0) row.nll = nanf("");
+  if (*list.mismatch != 0) {
+    const float nan = nanf("");
+    row = {nan, nan, nan, nan, nan, nan, nan, -1};
+  }
+  write(out.nll, n, row.nll);
+  write(out.lse, n, row.lse);
+  write(out.row_max, n, row.row_max);
+  write(out.log_sum, n, row.log_sum);
+  write(out.entropy, n, row.entropy);
+  write(out.zbar, n, row.zbar);
+  write(out.zbar_centred, n, row.zbar_centred);
+  if (out.argmax != nullptr) out.argmax[n] = row.argmax;
+}
+
+// The state of a row from another lane. Nobody has its target yet.
+__device__ RowState<float> shuffled(const RowState<float>& state, int lanes) {
+  RowState<float> other;
+  other.max = __shfl_down_sync(~0u, state.max, lanes);
+  other.sum = __shfl_down_sync(~0u, state.sum, lanes);
+  other.weighted_sum = __shfl_down_sync(~0u, state.weighted_sum, lanes);
+  other.zbar = __shfl_down_sync(~0u, state.zbar, lanes);
+  other.weight_seen = __shfl_down_sync(~0u, state.weight_seen, lanes);
+  other.argmax = __shfl_down_sync(~0u, state.argmax, lanes);
+  return other;
+}
+
+// A warp merges a row: each lane a few slots in order, then the lanes in order.
+__global__ void merge_rows(Merge m) {
+  const int rows = listed_rows(m.list);
+  __shared__ TileWalk walk;
+  if (threadIdx.x == 0) {
+    const int block_rows = m.partials.block_rows;
+    walk = TileWalk::make((rows + block_rows - 1) / block_rows, 1, m.clusters, m.largest_group);
+  }
+  __syncthreads();
+  const int i = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  if (i >= rows) return;
+  const int run = walk.run_of_block(i / m.partials.block_rows);
+  const int slots = m.partials.slots * walk.sharers(run);
+  RowState<float> state;
+  for (int slot = lane; slot < slots; slot += kWarp) {
+    const std::int64_t at = m.partials.index(walk, run, slot, i);
+    const float2 ms = m.partials.max_and_sum[at];
+    RowState<float> other;
+    other.max = ms.x;
+    other.sum = ms.y;
+    if (m.all) {
+      const float2 wz = m.partials.weighted_and_zbar[at];
+      const float2 more = m.partials.weight_and_argmax[at];
+      other.weighted_sum = wz.x;
+      other.zbar = wz.y;
+      other.weight_seen = more.x;
+      other.argmax = __float_as_int(more.y);
+    }
+    cutloss::merge(state, other);
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) cutloss::merge(state, shuffled(state, lanes));
+  if (lane != 0) return;
+  if (!m.first_slab) {
+    RowState<float> earlier = m.states[i];
+    cutloss::merge(earlier, state);
+    state = earlier;
+  }
+  if (!m.last_slab) {
+    m.states[i] = state;
+    return;
+  }
+  state.target_logit = m.target_logit[i];
+  write_outputs(m.out, m.list, i, state, m.class_weight, m.V);
+}
+
+__global__ void references_of_rows(References r) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *r.redo = 0;
+  const int i = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  if (i >= listed_rows(r.list)) return;
+  const int target = r.list.target[r.list.first + i];
+  float z = -INFINITY, a = 0.f;  // of a target out of range; write_outputs says the rest
+  if (target >= 0) {
+    const auto* e = static_cast<const __nv_bfloat16*>(r.e.data) + i * r.e.stride;
+    const auto* c = static_cast<const __nv_bfloat16*>(r.c.data) + target * r.c.stride;
+    float sum = 0.f;
+    for (int d = lane * 8; d < r.depth; d += kWarp * 8) {  // rows are whole pieces of 16 bytes
+      const uint4 e8 = *reinterpret_cast<const uint4*>(e + d);
+      const uint4 c8 = *reinterpret_cast<const uint4*>(c + d);
+      const auto* ep = reinterpret_cast<const __nv_bfloat16*>(&e8);
+      const auto* cp = reinterpret_cast<const __nv_bfloat16*>(&c8);
+      for (int k = 0; k < 8; ++k) {
+        sum = fmaf(__bfloat162float(ep[k]), __bfloat162float(cp[k]), sum);
+      }
+    }
+    sum = warp_sum(sum);
+    const float t = r.transform.inv_temperature[i];
+    z = sum * (r.transform.scale * t);
+    if (r.transform.bias != nullptr) z = fmaf(r.transform.bias[target], t, z);
+    if (r.transform.softcap != 0.f) {
+      // The product as it is, which both the logit and its slope are made of.
+      a = r.transform.scale * sum;
+      if (r.transform.bias != nullptr) a += r.transform.bias[target];
+      z = transformed(a, r.transform.softcap, t);
+    }
+  }
+  if (lane != 0) return;
+  r.target_logit[i] = r.transform.softcap == 0.f ? z : a;
+  r.reference[i] = z == -INFINITY ? 0.f : z + kReferenceAbove;
+}
+
+__global__ void close_rows(Close k) {
+  if (k.again && *k.redo == 0) return;
+  const int i = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  if (i >= listed_rows(k.list)) return;
+  const float2* partial = k.sum_and_max + std::int64_t{i} * k.column_tiles;
+  float sum = 0.f, top = -INFINITY;
+  for (int tile = lane; tile < k.column_tiles; tile += kWarp) {
+    sum += partial[tile].x;
+    top = fmaxf(top, partial[tile].y);
+  }
+  sum = warp_sum(sum);
+  top = warp_max(top);
+  if (lane != 0) return;
+  const float reference = k.reference[i];
+  const bool finite_top = top > -INFINITY && top < INFINITY;
+  if (!k.again && finite_top && !(sum >= kLeastSum && sum <= kMostSum) && reference == reference) {
+    k.reference[i] = top;
+    *k.redo = 1;
+    return;
+  }
+  RowState<float> state;
+  state.max = top;
+  // e^(z - reference) to e^(z - maximum). An infinite logit makes NaN, as in every engine.
+  state.sum = top == -INFINITY ? sum : sum * expf(reference - top);
+  state.target_logit = k.target_logit[i];
+  if (k.transform.softcap != 0.f) {
+    state.target_logit =
+        transformed(state.target_logit, k.transform.softcap, k.transform.inv_temperature[i]);
+  }
+  write_outputs(k.out, k.list, i, state, nullptr, k.V);  // by rows there is no zbar
+}
+
+struct Known {
+  float nll, row_max, log_sum, d_nll, d_lse;
+};
+
+__device__ Known known_of(const FactorInputs& k, std::int64_t n) {
+  Known row;
+  row.nll = read(k.rows.nll, n);
+  row.row_max = read(k.rows.row_max, n);
+  row.log_sum = read(k.rows.log_sum, n);
+  row.d_nll = read(k.upstream.d_nll, n);
+  row.d_lse = read(k.upstream.d_lse, n);
+  if (k.upstream.d_lse_squared != nullptr) {
+    row.d_lse += 2.f * read(k.upstream.d_lse_squared, n) * (row.row_max + row.log_sum);
+  }
+  return row;
+}
+
+__global__ void row_factors(FactorInputs k, RowFactors out) {
+  const int i = blockIdx.x * kBlock + threadIdx.x;
+  if (i >= listed_rows(k.list)) return;
+  const std::int64_t n = k.list.row[k.list.first + i];
+  const Known row = known_of(k, n);
+  const float inv_temperature = k.inv_temperature[i];
+  // A row without a softmax has no gradient: NaN throughout.
+  const float a = row.nll == row.nll ? row.d_nll + row.d_lse : row.nll;
+  const float alone = a == 0.f ? 0.f : expf((out.reference[i] - row.row_max) - row.log_sum);
+  out.factor[i] = a * alone * (inv_temperature * k.scale);
+  const float g = target_gradient(RowCoefficients<float>{}, row.nll, row.d_nll, row.d_lse, 1.f);
+  const float slope = transform_slope(out.target_logit[i], k.softcap, inv_temperature);
+  out.target_g[i] = g * slope * k.scale;
+}
+
+// A block copies a row, 8 elements a thread at a time.
+__global__ void scaled_rows(Listed list, Matrix e, const float* factor, int depth, void* scaled,
+                            std::int64_t stride) {
+  const int i = blockIdx.x;
+  const bool counts = i < listed_rows(list);
+  const float k = counts ? factor[i] : 0.f;
+  const auto* from = static_cast<const __nv_bfloat16*>(e.data) + i * e.stride;
+  auto* to = static_cast<__nv_bfloat16*>(scaled) + i * stride;
+  for (int d = threadIdx.x * 8; d < depth; d += blockDim.x * 8) {
+    uint4 out = {};
+    if (counts) {
+      const uint4 in = *reinterpret_cast<const uint4*>(from + d);
+      const auto* a = reinterpret_cast<const __nv_bfloat16*>(&in);
+      auto* b = reinterpret_cast<__nv_bfloat16*>(&out);
+      for (int j = 0; j < 8; ++j) b[j] = __float2bfloat16(__bfloat162float(a[j]) * k);
+    }
+    *reinterpret_cast<uint4*>(to + d) = out;
+  }
+}
+
+template <class Out>
+__global__ void store_de(StoreDe s) {
+  const int i = blockIdx.x;
+  if (i >= listed_rows(s.list)) return;
+  const int entry = s.list.first + i;
+  const int target = s.list.target[entry];
+  const float factor = s.factor[i], g = s.target_g[i];
+  const float* sums = s.sums + std::int64_t{i} * s.depth;
+  const auto* c =
+      static_cast<const __nv_bfloat16*>(s.c.data) + (target < 0 ? 0 : target) * s.c.stride;
+  Out* to = static_cast<Out*>(s.de) + std::int64_t{s.list.position[entry]} * s.depth;
+  for (int d = threadIdx.x * 4; d < s.depth; d += blockDim.x * 4) {
+    const float4 sum = *reinterpret_cast<const float4*>(sums + d);
+    const float all[4] = {sum.x, sum.y, sum.z, sum.w};
+    Out four[4];
+    for (int j = 0; j < 4; ++j)
+      four[j] = cuda::narrow<Out>(fmaf(g, __bfloat162float(c[d + j]), factor * all[j]));
+    for (int j = 0; j < 4; ++j) to[d + j] = four[j];
+  }
+}
+
+// A thread takes two columns; 32 rows are summed in fp32, those sums in fp64.
+__global__ void add_dbias(Listed list, const __nv_bfloat16* x, std::int64_t stride,
+                          const float* factor, double inverse_scale, int V, double* dbias,
+                          bool first) {
+  const int v = (blockIdx.x * kBlock + threadIdx.x) * 2;
+  if (v >= V) return;
+  const int rows = listed_rows(list);
+  double sum[2] = {0, 0};
+  for (int i = 0; i < rows; i += 32) {
+    float few[2] = {0.f, 0.f};
+    const int end = min(i + 32, rows);
+#pragma unroll 8
+    for (int k = i; k < end; ++k) {
+      const __nv_bfloat162 pair =
+          *reinterpret_cast<const __nv_bfloat162*>(x + k * stride + v);  // rows are padded
+      const float f = factor[k];
+      few[0] = fmaf(f, __low2float(pair), few[0]);
+      few[1] = fmaf(f, __high2float(pair), few[1]);
+    }
+    sum[0] += few[0];
+    sum[1] += few[1];
+  }
+  for (int j = 0; j < 2 && v + j < V; ++j) {
+    dbias[v + j] = (first ? 0.0 : dbias[v + j]) + sum[j] * inverse_scale;
+  }
+}
+
+__global__ void clear_if_none(const int* count, uint4* values, std::int64_t pieces) {
+  if (*count != 0) return;
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kBlock + threadIdx.x; i < pieces;
+       i += std::int64_t{gridDim.x} * kBlock) {
+    values[i] = {};
+  }
+}
+
+__global__ void clear_rest(Listed list, unsigned short* matrix, std::int64_t stride, int columns,
+                           int block_rows) {
+  const int rows = listed_rows(list);
+  const int covered = (rows + block_rows - 1) / block_rows * block_rows;
+  for (std::int64_t i = covered + blockIdx.x; i < list.rows; i += gridDim.x) {
+    for (int v = threadIdx.x; v < columns; v += blockDim.x) matrix[i * stride + v] = 0;
+  }
+}
+
+}  // namespace
+
+void launch_clear_statistics(const Partials& partials, std::int64_t entries, float* target_logit,
+                             int rows, cudaStream_t stream) {
+  const std::int64_t items = entries > rows ? entries : rows;
+  clear_statistics<<<blocks_for(items, kBlock), kBlock, 0, stream>>>(partials, entries,
+                                                                     target_logit, rows);
+  check_launch();
+}
+
+void launch_merge(const Merge& merge, cudaStream_t stream) {
+  merge_rows<<<blocks_for(merge.list.rows, kWarps), kBlock, 0, stream>>>(merge);
+  check_launch();
+}
+
+void launch_references(const References& references, cudaStream_t stream) {
+  references_of_rows<<<blocks_for(references.list.rows, kWarps), kBlock, 0, stream>>>(references);
+  check_launch();
+}
+
+void launch_close(const Close& close, cudaStream_t stream) {
+  close_rows<<<blocks_for(close.list.rows, kWarps), kBlock, 0, stream>>>(close);
+  check_launch();
+}
+
+void launch_row_factors(const FactorInputs& k, const RowFactors& out, cudaStream_t stream) {
+  row_factors<<<blocks_for(k.list.rows, kBlock), kBlock, 0, stream>>>(k, out);
+  check_launch();
+}
+
+void launch_scaled_rows(const Listed& list, const Matrix& e, const float* factor, int depth,
+                        void* scaled, std::int64_t stride, cudaStream_t stream) {
+  scaled_rows<<<list.rows, kBlock, 0, stream>>>(list, e, factor, depth, scaled, stride);
+  check_launch();
+}
+
+void launch_store_de(const StoreDe& s, cudaStream_t stream) {
+  if (s.de_type == DType::f32) {
+    store_de<float><<<s.list.rows, kBlock, 0, stream>>>(s);
+  } else if (s.de_type == DType::f16) {
+    store_de<__half><<<s.list.rows, kBlock, 0, stream>>>(s);
+  } else {
+    store_de<__nv_bfloat16><<<s.list.rows, kBlock, 0, stream>>>(s);
+  }
+  check_launch();
+}
+
+void launch_add_dbias(const Listed& list, const void* x, std::int64_t x_stride, const float* factor,
+                      double inverse_scale, int V, double* dbias, bool first, cudaStream_t stream) {
+  add_dbias<<<blocks_for((V + 1) / 2, kBlock), kBlock, 0, stream>>>(
+      list, static_cast<const __nv_bfloat16*>(x), x_stride, factor, inverse_scale, V, dbias, first);
+  check_launch();
+}
+
+void launch_clear_if_none(const int* count, void* values, std::int64_t bytes, cudaStream_t stream) {
+  clear_if_none<<<1024, kBlock, 0, stream>>>(count, static_cast<uint4*>(values), bytes / 16);
+  check_launch();
+}
+
+void launch_clear_rest(const Listed& list, void* matrix, std::int64_t stride, int columns,
+                       int block_rows, cudaStream_t stream) {
+  clear_rest<<<256, kBlock, 0, stream>>>(list, static_cast<unsigned short*>(matrix), stride,
+                                         columns, block_rows);
+  check_launch();
+}
+
+}  // namespace cutloss::cuda::fused

@@ -1,0 +1,122 @@
+// What the fused engine does to single rows, between and after its products. Entry i of an array
+// of rows belongs to entry `first + i` of the list of rows that count.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/logit_math.h"
+#include "cuda/fused/kernels.h"
+#include "cutloss/cutloss.h"
+
+namespace cutloss::cuda::fused {
+
+// The entries [first, first + rows) of the list, in device memory.
+struct Listed {
+  const int* count = nullptr;         // entries that count, of the whole list
+  const int* mismatch = nullptr;      // 1: num_valid is wrong, every output is NaN
+  const std::int64_t* row = nullptr;  // index into the per-row arrays of the call
+  const int* position = nullptr;      // row of E and of dE
+  const int* target = nullptr;        // in [0, V), or -1 where it is out of range
+  int first = 0;
+  int rows = 0;
+};
+
+// Empty partial statistics, and NaN for target logits nobody has found.
+void launch_clear_statistics(const Partials& partials, std::int64_t entries, float* target_logit,
+                             int rows, cudaStream_t stream);
+
+// Merges the partial statistics of a slab into the rows' states, and closes the rows after the
+// last slab. states may be null where one slab is all.
+struct Merge {
+  Listed list;
+  Partials partials;
+  int clusters = 0;  // these two: Grid
+  int largest_group = 0;
+  bool all = false;
+  bool first_slab = true, last_slab = true;
+  RowState<float>* states = nullptr;
+  const float* target_logit = nullptr;
+  const float* class_weight = nullptr;  // of the whole vocabulary, or null
+  int V = 0;
+  RowOutputs out;
+};
+void launch_merge(const Merge& merge, cudaStream_t stream);
+
+// Reference exponents: the target's logit, an exact fp32 dot product, and 15 more. Clears *redo.
+struct References {
+  Listed list;
+  Matrix e;  // bf16, rows of this list
+  Matrix c;  // bf16
+  int depth = 0;
+  LogitTransform transform;       // bias: of the whole vocabulary
+  float* target_logit = nullptr;  // as it is before the transform, where that has a softcap
+  float* reference = nullptr;
+  int* redo = nullptr;
+};
+void launch_references(const References& references, cudaStream_t stream);
+
+// Closes the rows of a chunk whose exponentials are made. A row whose sum left the range in which
+// fp32 keeps its digits gets its maximum as reference, and *redo becomes 1.
+struct Close {
+  Listed list;
+  const float2* sum_and_max = nullptr;  // (rows, column tiles)
+  int column_tiles = 0;
+  const float* target_logit = nullptr;  // these three: of References
+  LogitTransform transform;
+  float* reference = nullptr;
+  int V = 0;
+  RowOutputs out;
+  int* redo = nullptr;
+  bool again = false;  // the second time: nothing is done where *redo is 0
+};
+void launch_close(const Close& close, cudaStream_t stream);
+
+// d(loss)/d(row outputs) as backward needs them.
+struct FactorInputs {
+  Listed list;
+  RowOutputs rows;
+  RowGradients upstream;
+  const float* inv_temperature = nullptr;
+  float softcap = 0;
+  float scale = 1;  // logit_scale
+};
+// By rows: g = factor * x for all columns but the target's, where it is target_g.
+struct RowFactors {
+  const float* reference = nullptr;  // these two: of References
+  const float* target_logit = nullptr;
+  float* factor = nullptr;
+  float* target_g = nullptr;
+};
+void launch_row_factors(const FactorInputs& k, const RowFactors& out, cudaStream_t stream);
+
+// E' = factor * E, bf16, zeros beyond the rows that count.
+void launch_scaled_rows(const Listed& list, const Matrix& e, const float* factor, int depth,
+                        void* scaled, std::int64_t stride, cudaStream_t stream);
+
+// dE[position] = factor * sums + target_g * C[target].
+struct StoreDe {
+  Listed list;
+  const float* sums = nullptr;  // (rows, depth)
+  const float* factor = nullptr;
+  const float* target_g = nullptr;
+  Matrix c;  // bf16
+  int depth = 0;
+  void* de = nullptr;
+  DType de_type = DType::bf16;
+};
+void launch_store_de(const StoreDe& store, cudaStream_t stream);
+
+// Column sums of factor * x, added to dbias in fp64 in the order of the rows.
+void launch_add_dbias(const Listed& list, const void* x, std::int64_t x_stride, const float* factor,
+                      double inverse_scale, int V, double* dbias, bool first, cudaStream_t stream);
+
+// Zeros in a matrix (the first chunk's dC) where no row counts at all.
+void launch_clear_if_none(const int* count, void* values, std::int64_t bytes, cudaStream_t stream);
+
+// Zeros in the rows of a 16-bit matrix that no tile of a logits kernel covered.
+void launch_clear_rest(const Listed& list, void* matrix, std::int64_t stride, int columns,
+                       int block_rows, cudaStream_t stream);
+
+}  // namespace cutloss::cuda::fused

@@ -1,0 +1,393 @@
+// The persistent kernel behind every product of this folder: out = A * B^T over tiles of 128 rows
+// and 192 columns, with what happens to a finished tile left to an epilogue.
+//
+// Three warp groups: one brings tiles of A and B into shared memory (TMA), two multiply, in turn:
+// while one runs its epilogue the other has the tensor cores. Blocks come in clusters of two that
+// share one operand, read once for both: the columns (B), each block with rows of its own, or,
+// where rows are few, the rows (A), each with columns of its own.
+// docs/kernels.md has the budget of shared memory and registers, and what was measured.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include <cutlass/arch/reg_reconfig.h>
+#include <cute/tensor.hpp>
+
+#include "cuda/fused/sm90/ptx.h"
+#include "cuda/fused/sm90/tuning.h"
+#include "cuda/fused/tile_walk.h"
+
+namespace cutloss::cuda::fused::sm90 {
+
+using cute::GMMA::Major;
+
+inline constexpr int kThreads = 384;
+inline constexpr int kStripBytes = 2048;  // 16 rows of 128 bytes
+
+template <class Element, Major a, Major b>
+struct Multiply;
+template <Major a, Major b>
+struct Multiply<cute::bfloat16_t, a, b> {
+  using Op = cute::SM90::GMMA::MMA_64x192x16_F32BF16BF16_SS<a, b>;
+};
+template <Major a, Major b>
+struct Multiply<cute::half_t, a, b> {
+  using Op = cute::SM90::GMMA::MMA_64x192x16_F32F16F16_SS<a, b>;
+};
+
+inline constexpr int kCluster = 2;
+enum class Share { columns, rows };
+
+// Rows that lie anywhere: of A, which are copied by all threads that load; of B where its rows are
+// the product's depth, which a warp loads row by row where they do not lie one after the other.
+enum class Gather { nothing, a, b };
+struct NoMap {};
+
+// What a kernel is compiled for.
+template <class Element_, Major kMajorA_, Major kMajorB_, Share kShare_,
+          Gather kGather_ = Gather::nothing>
+struct Config {
+  using Element = Element_;
+  static constexpr Major kMajorA = kMajorA_, kMajorB = kMajorB_;
+  static constexpr Share kShare = kShare_;   // what the blocks of a cluster have in common
+  static constexpr bool kGather = kGather_ == Gather::a;
+  static constexpr bool kGatherB = kGather_ == Gather::b;
+  using MapOfRow = std::conditional_t<kGatherB, CUtensorMap, NoMap>;
+  static constexpr int kStages = 5;
+  // Of a cluster's tile.
+  static constexpr int kBlockRows = kShare == Share::columns ? kCluster * kTileRows : kTileRows;
+  // Registers a thread: of the warp group that loads, of those that multiply.
+  static constexpr int kLoaderRegisters = kGather ? 40 : 24;
+  static constexpr int kMultiplierRegisters = kGather ? 232 : 240;
+
+  using Mma = decltype(cute::make_tiled_mma(typename Multiply<Element, kMajorA, kMajorB>::Op{}));
+
+  template <Major major, int extent>
+  static constexpr auto tile_layout() {
+    using Shape = cute::Shape<cute::Int<extent>, cute::Int<kTileDepth>, cute::Int<kStages>>;
+    if constexpr (major == Major::K) {
+      return cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Element>{}, Shape{});
+    } else {
+      return cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<Element>{}, Shape{},
+                                 cute::Step<cute::_2, cute::_1, cute::_3>{});
+    }
+  }
+};
+
+template <class Config, class Epilogue>
+struct Shared {
+  using Element = typename Config::Element;
+  alignas(1024) Element a[Config::kStages * kTileRows * kTileDepth];
+  alignas(1024) Element b[Config::kStages * kTileColumns * kTileDepth];
+  alignas(1024) char epilogue[8 * Epilogue::kWarpBytes];  // of each warp that multiplies
+  typename Epilogue::Facts facts[2];                      // of each group that multiplies
+  alignas(8) std::uint64_t full[Config::kStages];
+  alignas(8) std::uint64_t empty[Config::kStages];
+  TileWalk walk;
+};
+template <class Config, class Epilogue>
+inline constexpr int kSharedBytes = sizeof(Shared<Config, Epilogue>);
+inline constexpr int kMostSharedBytes = 227 * 1024;  // of a block
+
+struct ProductParams {
+  int rows;  // of the product, at most
+  int columns;
+  int depth;            // at most
+  int width;            // columns of a tile: 192, or fewer where that balances the blocks' work
+  const int* count;     // null, or in device memory: the entries of the list of rows that count ...
+  int first;            // ... of which this product's first row (or depth) is number `first`
+  bool count_is_depth;  // the list runs along the product's depth, not along its rows
+  int largest_group;
+  const int* only_if;  // null, or in device memory: nothing is done where it is 0
+                       // (nor where there is no row, or no depth: the output stays as it is)
+  // Null: row r of A is row r of the product. Else row r of the product is row
+  // positions[first + r] of `a`. Of the two kernels, the one that gathers works where these rows
+  // do not lie one after the other, the other one where they do. With Gather::b the same of the
+  // depth and of B, and one kernel does both.
+  const int* positions;
+  const void* a;
+  std::int64_t a_stride;
+};
+
+__device__ inline int clamp_count(const ProductParams& p, int most) {
+  if (p.count == nullptr) return most;
+  const int left = *p.count - p.first;
+  return left < 0 ? 0 : (left < most ? left : most);
+}
+
+template <class Config, class Epilogue>
+__global__ void __launch_bounds__(kThreads, 1)
+    product_kernel(const __grid_constant__ CUtensorMap map_a,
+                   const __grid_constant__ CUtensorMap map_b,
+                   const __grid_constant__ CUtensorMap map_out,
+                   const __grid_constant__ typename Config::MapOfRow map_row_of_b,
+                   const __grid_constant__ ProductParams p,
+                   const __grid_constant__ typename Epilogue::Params epilogue_params) {
+  using namespace cute;
+  using Element = typename Config::Element;
+  constexpr int kStages = Config::kStages;
+  constexpr bool kSharesColumns = Config::kShare == Share::columns;
+  constexpr int kABytes = kTileRows * kTileDepth * 2;
+  constexpr std::uint16_t kBoth = 3;  // blocks of the cluster
+
+  // Aligned by hand it would no longer be known as shared memory, and every access be a slow one.
+  extern __shared__ __align__(1024) char raw_shared[];
+  auto& shared = *reinterpret_cast<Shared<Config, Epilogue>*>(raw_shared);
+  const int thread = threadIdx.x;
+  const int warp_group = thread / 128;
+  const int rank = blockIdx.x % kCluster;
+  const int cluster = blockIdx.x / kCluster;
+  const int clusters = gridDim.x / kCluster;
+
+  const int depth = p.count_is_depth ? clamp_count(p, p.depth) : p.depth;
+  const bool wanted = depth > 0 && (p.only_if == nullptr || *p.only_if != 0);
+  int rows = !wanted ? 0 : p.count_is_depth ? p.rows : clamp_count(p, p.rows);
+  const int steps = (depth + kTileDepth - 1) / kTileDepth;
+  int first_position = 0;
+  if (!Config::kGatherB && p.positions != nullptr && rows > 0) {
+    first_position = p.positions[p.first];
+    const bool dense = p.positions[p.first + rows - 1] - first_position == rows - 1;
+    if (dense == Config::kGather) rows = 0;
+  }
+  const auto first_row = [&](const TilePosition& tile) {
+    return kSharesColumns ? (tile.row_block * kCluster + rank) * kTileRows
+                          : tile.row_block * kTileRows;
+  };
+  const auto first_column = [&](const TilePosition& tile) {
+    return kSharesColumns ? tile.column_tile * p.width
+                          : (tile.column_tile * kCluster + rank) * p.width;
+  };
+  const TileWalk& walk = shared.walk;
+  if (thread == 0) {
+    if (ptx::shared_address(raw_shared) % 1024 != 0) __trap();
+    const int width = kSharesColumns ? p.width : kCluster * p.width;
+    shared.walk = TileWalk::make((rows + Config::kBlockRows - 1) / Config::kBlockRows,
+                                 (p.columns + width - 1) / width, clusters, p.largest_group);
+    for (int i = 0; i < kStages; ++i) {
+      ptx::barrier_init(&shared.full[i], Config::kGather ? 129 : 1);
+      ptx::barrier_init(&shared.empty[i], kCluster);
+    }
+    ptx::barrier_init_fence();
+  }
+  cluster_arrive();
+  cluster_wait();
+
+  if (warp_group == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kLoaderRegisters>();
+    if (Config::kGather || thread < (Config::kGatherB ? 32 : 1)) {
+      int stage = 0, parity = 1;
+      // Where this thread's 16 bytes of a row of the tile come from: eight threads copy a row.
+      [[maybe_unused]] const char* from[kTileRows / 16];
+      [[maybe_unused]] int found_block = -1;
+      for (int t = cluster; t < walk.tiles; t += clusters) {
+        const TilePosition tile = walk.at(t);
+        const int row = first_row(tile), column = first_column(tile);
+        if constexpr (Config::kGather) {
+          if (found_block != tile.row_block) {
+            CUTE_UNROLL
+            for (int j = 0; j < kTileRows / 16; ++j) {
+              const int r = row + thread / 8 + 16 * j;
+              from[j] = static_cast<const char*>(p.a) + thread % 8 * 16 +
+                        p.positions[p.first + (r < rows ? r : 0)] * p.a_stride * 2;
+            }
+            found_block = tile.row_block;
+          }
+        }
+        for (int k = 0; k < steps; ++k) {
+          ptx::barrier_wait(&shared.empty[stage], parity);
+          std::uint64_t* full = &shared.full[stage];
+          Element* a = shared.a + stage * kTileRows * kTileDepth;
+          Element* b = shared.b + stage * kTileColumns * kTileDepth;
+          const int d = k * kTileDepth;
+          if (thread == 0) {
+            ptx::barrier_expect(full, (Config::kGather ? 0 : kABytes) + p.width * kTileDepth * 2);
+            if constexpr (!kSharesColumns) {
+              ptx::load_tile(&map_b, full, b, d, column);
+            } else if constexpr (Config::kMajorB == Major::K) {
+              // Each block brings half of the columns, for both.
+              const int half = kTileColumns / 2 * rank;
+              ptx::load_tile_multicast(&map_b, full, b + half * kTileDepth, d, column + half,
+                                       kBoth);
+            } else {
+              if constexpr (!Config::kGatherB) {
+                const int half = kTileDepth / 2 * rank;
+                for (int i = 0; i < kTileColumns; i += 64) {
+                  ptx::load_tile_multicast(&map_b, full, b + i * kTileDepth + half * 64,
+                                           column + i, d + half, kBoth);
+                }
+              }
+            }
+          }
+          if constexpr (Config::kGatherB) {
+            // A lane has a row of the block's half. Beyond the depth, where A is zero, it takes the
+            // last row again: what lies there may be no number.
+            __syncwarp();  // the barrier expects these bytes
+            const int half = kTileDepth / 2 * rank;
+            const int r = d + half + thread;
+            const int position = p.positions[p.first + (r < depth ? r : depth - 1)];
+            const int first = __shfl_sync(~0u, position, 0);
+            const bool together = __all_sync(~0u, position - first == thread);
+            for (int i = 0; i < kTileColumns; i += 64) {
+              Element* to = b + i * kTileDepth + half * 64;
+              if (!together) {
+                ptx::load_tile_multicast(&map_row_of_b, full, to + thread * 64, column + i,
+                                         position, kBoth);
+              } else if (thread == 0) {
+                ptx::load_tile_multicast(&map_b, full, to, column + i, first, kBoth);
+              }
+            }
+          }
+          if constexpr (Config::kGather) {
+            const int chunk = thread % 8, first = thread / 8;
+            const std::uint32_t to =
+                ptx::shared_address(a) + first * 128 + ((chunk ^ (first % 8)) * 16);
+            const int bytes = d + chunk * 8 < depth ? 16 : 0;
+            CUTE_UNROLL
+            for (int j = 0; j < kTileRows / 16; ++j) {
+              ptx::copy_16_bytes(to + j * 16 * 128, from[j] + (bytes == 0 ? 0 : d * 2), bytes);
+            }
+            ptx::arrive_after_copies(full);
+          } else if constexpr (!kSharesColumns) {
+            const int half = kTileRows / 2 * rank;
+            ptx::load_tile_multicast(&map_a, full, a + half * kTileDepth, d,
+                                     first_position + row + half, kBoth);
+          } else if constexpr (Config::kMajorA == Major::K) {
+            ptx::load_tile(&map_a, full, a, d, first_position + row);
+          } else if (!Config::kGatherB || thread == 0) {
+            for (int i = 0; i < kTileRows; i += 64) {
+              ptx::load_tile(&map_a, full, a + i * kTileDepth, row + i, d);
+            }
+          }
+          if (++stage == kStages) stage = 0, parity ^= 1;
+        }
+      }
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kMultiplierRegisters>();
+    const int turn = warp_group - 1;
+    const int in_group = thread % 128;
+    typename Config::Mma mma;
+    const Tensor sA = make_tensor(make_smem_ptr(shared.a),
+                                  Config::template tile_layout<Config::kMajorA, kTileRows>());
+    const Tensor sB = make_tensor(make_smem_ptr(shared.b),
+                                  Config::template tile_layout<Config::kMajorB, kTileColumns>());
+    const auto slice = mma.get_thread_slice(in_group);
+    const Tensor tCrA = slice.make_fragment_A(slice.partition_A(sA));  // (MMA,MMA_M,MMA_K,PIPE)
+    const Tensor tCrB = slice.make_fragment_B(slice.partition_B(sB));  // (MMA,MMA_N,MMA_K,PIPE)
+    Tensor sums =
+        partition_fragment_C(mma, Shape<Int<kTileRows>, Int<kTileColumns>>{});  // ((2,2,24),2,1)
+
+    Epilogue epilogue(epilogue_params, &map_out,
+                      shared.epilogue + (thread / 32 - 4) * Epilogue::kWarpBytes,
+                      shared.facts[turn], walk, cluster, rank, turn);
+    // Products are issued in the order of the tiles: a barrier for each of the two groups. Without
+    // it one group could wait for a stage two rounds ahead, whose parity reads as done.
+    if (turn == 1) ptx::named_arrive(1, 256);
+    int number = 0;
+    for (int t = cluster; t < walk.tiles; t += clusters, ++number) {
+      if ((number & 1) != turn) continue;
+      const TilePosition tile = walk.at(t);
+      const unsigned before = static_cast<unsigned>(number) * static_cast<unsigned>(steps);
+      int stage = static_cast<int>(before % kStages);
+      int parity = static_cast<int>(before / kStages) & 1;
+      int previous = 0;
+      mma.accumulate_ = GMMA::ScaleOut::Zero;
+      const int row = first_row(tile), column = first_column(tile);
+      const int last_column = column + p.width < p.columns ? column + p.width : p.columns;
+      ptx::named_sync(3 + turn, 128);  // the whole group is done with the last tile's facts
+      epilogue.prepare(row, column, rows, last_column);
+      ptx::named_sync(1 + turn, 256);
+      warpgroup_fence_operand(sums);
+      for (int k = 0; k < steps; ++k) {
+        ptx::barrier_wait(&shared.full[stage], parity);
+        if constexpr (Config::kGather) ptx::fence_async_proxy();
+        warpgroup_arrive();
+        CUTE_UNROLL
+        for (int kk = 0; kk < kTileDepth / 16; ++kk) {
+          cute::gemm(mma, tCrA(_, _, kk, stage), tCrB(_, _, kk, stage), sums);
+          mma.accumulate_ = GMMA::ScaleOut::One;
+        }
+        warpgroup_commit_batch();
+        warpgroup_wait<1>();
+        if (k > 0 && in_group < kCluster) ptx::barrier_arrive(&shared.empty[previous], in_group);
+        previous = stage;
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      }
+      ptx::named_arrive(2 - turn, 256);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(sums);
+      if (in_group < kCluster) ptx::barrier_arrive(&shared.empty[previous], in_group);
+
+      ptx::named_sync(3 + turn, 128);
+      epilogue.tile(sums, tile, row, column, rows, last_column);
+    }
+    epilogue.finish();
+    ptx::wait_stores_done();
+  }
+  // No block leaves while another one of its cluster may still signal its barriers.
+  cluster_arrive();
+  cluster_wait();
+}
+
+// Where in a tile a thread's sums lie: those of row m * 64 + r * 8 + warp * 16 + lane / 4, columns
+// i / 2 * 8 + lane % 4 * 2 + i % 2. Work on them in place: they occupy most of the registers, and
+// a copy of a row would not fit beside them.
+inline constexpr int kRowsOfThread = 4;  // index 2 m + r
+inline constexpr int kRowSums = kTileColumns / 4;
+
+template <class Sums>
+struct RowSums {
+  Sums& sums;
+  int m, r;
+  __device__ __forceinline__ float& operator[](int i) const {
+    return sums(cute::make_coord(cute::make_coord(i % 2, r, i / 2), m, 0));
+  }
+};
+template <class Sums>
+__device__ __forceinline__ RowSums<Sums> row_of(Sums& sums, int index) {
+  return {sums, index / 2, index % 2};
+}
+
+struct Lane {
+  int warp = threadIdx.x % 128 / 32;
+  int lane = threadIdx.x % 32;
+  __device__ int row(int index) const {
+    return index / 2 * 64 + index % 2 * 8 + warp * 16 + lane / 4;
+  }
+  __device__ int column(int i) const { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
+};
+
+// Stores 16 rows of a warp, 64 columns of 16 bits, through its 2 KB of shared memory. Part m of
+// the tile, columns h * 64 and on; pack(low, high) makes a pair of 16-bit numbers.
+template <class Sums, class Pack>
+__device__ __forceinline__ void store_strip(Sums& sums, int m, int h, const CUtensorMap* map,
+                                            char* buffer, int row, int column, Pack pack) {
+  const int lane = threadIdx.x % 32;
+  std::uint32_t values[8][2];
+  CUTE_UNROLL
+  for (int j = 0; j < 8; ++j) {
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const auto z = row_of(sums, 2 * m + r);
+      values[j][r] = pack(z[(h * 8 + j) * 2], z[(h * 8 + j) * 2 + 1]);
+    }
+  }
+  ptx::wait_stores_read<0>();
+  __syncwarp();
+  const int r = lane % 16, half = lane / 16;
+  CUTE_UNROLL
+  for (int j = 0; j < 8; j += 2) {
+    ptx::store_matrices(ptx::shared_address(buffer) + r * 128 + (((j + half) ^ (r % 8)) * 16),
+                        values[j][0], values[j][1], values[j + 1][0], values[j + 1][1]);
+  }
+  ptx::fence_async_proxy();
+  __syncwarp();
+  if (lane == 0) {
+    ptx::store_tile(map, buffer, column, row);
+    ptx::commit_stores();
+  }
+}
+
+}  // namespace cutloss::cuda::fused::sm90

@@ -1,0 +1,165 @@
+#include "cuda/library/components.h"
+
+#include <algorithm>
+
+namespace cutloss::cuda::library {
+
+template <class T>
+void Components<T>::begin() {
+  rows.list();
+  operands.begin();
+  if (makes_statistics(call.pass)) rows.clear_ignored();
+}
+
+template <class T>
+void Components<T>::make_statistics(RowRange chunk, bool keep) {
+  const Sizes& s = call.d.sizes;
+  sweep(
+      Columns{0, call.head.classes.count}, s.slab, chunk, s.block_rows,
+      [&](const Block& block) { add_statistics(block, keep); }, [](Columns) {});
+  finish_rows<T>(rows.table(), chunk.begin, chunk.count, call.buffer<RowState<T>>(buffer::kStates),
+                 operands.class_weight(0), rows.wanted_outputs(), call.head.classes.count,
+                 call.stream);
+}
+
+template <class T>
+void Components<T>::add_statistics(const Block& block, bool keep) {
+  T* z = call.buffer<T>(buffer::kZ);
+  const std::int64_t stride = padded(call.d.sizes.slab, call.d.stat);
+  products.multiply_logits(operands.e(block.rows, block.chunk), operands.c(block.columns),
+                           block.rows.count, block.columns.count, z, stride);
+  const std::int64_t in_chunk = block.rows.begin - block.chunk.begin;
+  StatisticsOf<T> what;
+  what.block = logit_block(z, stride, block.rows, block.columns);
+  what.states = call.buffer<RowState<T>>(buffer::kStates) + in_chunk;
+  what.entropy = call.p.wanted.entropy;
+  what.argmax = call.p.wanted.argmax;
+  what.zbar = call.p.wanted.zbar;
+  what.class_weight = operands.class_weight(block.columns.begin);
+  if (keep) what.kept = kept(in_chunk, block.columns.begin);
+  row_statistics(what, call.stream);
+}
+
+template <class T>
+void Components<T>::make_gradients(RowRange chunk, bool from_kept) {
+  const Wanted& wanted = call.p.wanted;
+  const bool last_chunk = chunk.begin + chunk.count == rows.to_cover();
+  sweep_gradients(
+      call.d, chunk,
+      [&](const Block& block, Which which) {
+        const BlockGradient g = from_kept ? from_kept_logits(block) : from_product(block);
+        if (wanted.dbias.wanted && which.dc) sums.add_dbias(block, g);
+        if (wanted.de.wanted && which.de) sums.add_de(block, g);
+        if (wanted.dc.wanted && which.dc) sums.add_dc(block, g);
+      },
+      [&](Columns columns) {
+        if (last_chunk) sums.store_columns(columns);
+      },
+      [&] { sums.store_rows(chunk); },
+      [&] {
+        operands.leave_de();
+        sums.begin_last_columns();
+      });
+}
+
+template <class T>
+BlockGradient Components<T>::place_of_g(const Block& block) const {
+  if (call.d.g_in_kept) {
+    const Kept<T> place = kept(block.rows.begin - block.chunk.begin, block.columns.begin);
+    return {place.data, place.stride, coefficients.scalars()};
+  }
+  return {call.buffer<void>(buffer::kG), sums.g_stride(),
+          coefficients.scalars()};
+}
+
+template <class T>
+GradientOf<T> Components<T>::gradient_of(const Block& block, const BlockGradient& g) {
+  GradientOf<T> what;
+  what.gradients = coefficients.of(block.chunk, block.rows.begin);
+  what.class_weight = operands.class_weight(block.columns.begin);
+  what.g = g.data;
+  what.g_stride = g.stride;
+  what.g_type = call.d.operand;
+  return what;
+}
+
+template <class T>
+BlockGradient Components<T>::from_kept_logits(const Block& block) {
+  const BlockGradient g = place_of_g(block);
+  GradientOf<T> what = gradient_of(block, g);
+  const Kept<T> place = kept(block.rows.begin - block.chunk.begin, block.columns.begin);
+  what.block = logit_block(place.exponentials ? nullptr : static_cast<T*>(place.data), place.stride,
+                           block.rows, block.columns);
+  what.transformed = !call.p.transform.softcap;  // with one the products are kept as they are
+  if (place.exponentials) {
+    row_gradient_from_exponentials(what, place, call.d.sizes.slab, call.stream);
+  } else {
+    row_gradient(what, call.stream);
+  }
+  return g;
+}
+
+// As many logits at a time as forward has.
+template <class T>
+BlockGradient Components<T>::from_product(const Block& block) {
+  const BlockGradient g = place_of_g(block);
+  GradientOf<T> what = gradient_of(block, g);
+  const DType operand = call.d.operand;
+  const Sizes& s = call.d.sizes;
+  T* z = call.buffer<T>(buffer::kZ);
+  const std::int64_t z_stride = padded(s.slab, call.d.stat);
+  const std::int64_t end = block.columns.begin + block.columns.count;
+  for (std::int64_t v = block.columns.begin; v < end; v += s.slab) {
+    const Columns slab{v, std::min(s.slab, end - v)};
+    const Matrix c = operands.c(slab);
+    for (std::int64_t r = 0; r < block.rows.count; r += s.block_rows) {
+      const RowRange some{block.rows.begin + r, std::min(s.block_rows, block.rows.count - r)};
+      Matrix e = operands.e(block.rows, block.chunk);
+      e.data = at(e.data, operand, r * e.stride);
+      products.multiply_logits(e, c, some.count, slab.count, z, z_stride);
+      what.block = logit_block(z, z_stride, some, slab);
+      what.gradients = coefficients.of(block.chunk, some.begin);
+      what.class_weight = operands.class_weight(v);
+      what.g = at(g.data, operand, r * g.stride + (v - block.columns.begin));
+      row_gradient(what, call.stream);
+    }
+  }
+  return g;
+}
+
+template <class T>
+LogitBlock<T> Components<T>::logit_block(T* z, std::int64_t stride, RowRange of_rows,
+                                         Columns columns) const {
+  LogitBlock<T> block;
+  block.z = z;
+  block.stride = stride;
+  block.rows = static_cast<int>(of_rows.count);
+  block.columns = static_cast<int>(columns.count);
+  block.table = rows.table();
+  block.first_entry = of_rows.begin;
+  block.first_column = static_cast<int>(columns.begin);
+  block.bias = operands.bias(columns.begin);
+  block.softcap = operands.softcap();
+  return block;
+}
+
+template <class T>
+Kept<T> Components<T>::kept(std::int64_t row_in_chunk, std::int64_t column) const {
+  const CudaDecision& d = call.d;
+  Kept<T> out;
+  out.type = d.kept_type;
+  out.exponentials = d.keeps_exponentials;
+  out.stride = padded(call.head.classes.count, out.type);
+  out.data = at(call.kept<void>(buffer::kKept), out.type, row_in_chunk * out.stride + column);
+  if (out.exponentials) {
+    out.maxima_stride = pieces(d);
+    out.maxima = call.kept<T>(buffer::kMaxima) + row_in_chunk * out.maxima_stride +
+                 column / d.sizes.slab * pieces_per_slab(d);
+  }
+  return out;
+}
+
+template struct Components<float>;
+template struct Components<double>;
+
+}  // namespace cutloss::cuda::library

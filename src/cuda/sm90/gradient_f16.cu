@@ -1,5 +1,0 @@
-#include "cuda/sm90/gradient_launch.cuh"
-
-namespace cutloss::sm90 {
-CUTLOSS_GRADIENT_INSTANCE(cute::half_t, GradientKind::plain)
-}  // namespace cutloss::sm90
