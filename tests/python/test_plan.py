@@ -76,10 +76,9 @@ def test_fp16_waits_for_the_loss_scale(compute, e_dtype):
 
 
 def test_the_default_workspace_is_that_of_the_library():
-    """A plan just over it recomputes, one just under it does not."""
     s = sizes(100, 1000, 64)
     text = library.describe_plan(s.arguments(at_forward=True), options(F32))
-    assert f"fit in {decide.DEFAULT_WORKSPACE} bytes" in text
+    assert f"fits in {decide.DEFAULT_WORKSPACE} bytes" in text
 
 
 def test_a_plan_of_strides():
