@@ -95,7 +95,7 @@ def _decided_before(
 def _is_symbolic(sizes: Sizes) -> bool:
     """Whether the compiler traces, or a size is a symbol."""
     numbers = (sizes.sequences, sizes.length, sizes.V, sizes.D)
-    return torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in numbers)
+    return torch.compiler.is_compiling() or torch.SymInt in map(type, numbers)
 
 
 def _waits_for_loss_scale(sizes: Sizes, options: Options) -> bool:
@@ -173,19 +173,22 @@ def sizes_of(
     class_weight: Tensor | None,
 ) -> Sizes:
     """E is (sequences, length, D)."""
+    sequences, length, _ = e.shape
+    V, D = c.shape
+    device = e.device
     return Sizes(
-        sequences=e.shape[0],
-        length=e.shape[1],
-        V=c.shape[0],
-        D=c.shape[1],
+        sequences=sequences,
+        length=length,
+        V=V,
+        D=D,
         e_dtype=e.dtype,
         c_dtype=c.dtype,
         bias_dtype=None if bias is None else bias.dtype,
         target_dtype=targets.dtype,
         has_row_temperature=row_temperature is not None,
         has_class_weight=class_weight is not None,
-        on_cuda=e.device.type == "cuda",
-        device_index=-1 if e.device.index is None else e.device.index,
+        on_cuda=device.type == "cuda",
+        device_index=-1 if device.index is None else device.index,
         e=_place(e),
         c=_place(c),
     )

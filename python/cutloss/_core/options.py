@@ -33,10 +33,11 @@ class Options:
     def but(self, **changes: Any) -> "Options":
         """The same with other values: dataclasses.replace, in a fifth of its time, which counts in
         a small loss."""
-        if torch.compiler.is_compiling() or not changes.keys() <= vars(self).keys():
+        values = vars(self) | changes
+        if torch.compiler.is_compiling() or len(values) > len(vars(self)):  # unknown names
             return dataclasses.replace(self, **changes)
         made = object.__new__(Options)
-        vars(made).update(vars(self), **changes)
+        object.__setattr__(made, "__dict__", values)
         return made
 
     @property

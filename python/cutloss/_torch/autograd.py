@@ -104,7 +104,7 @@ def kept(ctx: Any) -> Saved:
 
 
 def _outputs(ctx: Any, made: Made) -> Tensors:
-    ctx.mark_non_differentiable(*(t for t in made.constant_outputs if t is not None))
+    ctx.mark_non_differentiable(*[t for t in made.constant_outputs if t is not None])
     ctx.outputs = len(made.outputs)
     return *made.outputs, *made.constant_outputs
 
@@ -147,6 +147,15 @@ def first_order(gradients, *sources):
     return tuple(g if g is None else _FirstOrder.apply(g, *sources) for g in gradients)
 
 
+def _without_graph(fn: Callable, *args: Any) -> Any:
+    """fn(*args) under no_grad, which costs as much as ten calls of Python and is there already
+    where nobody asks for a graph."""
+    if not torch.is_grad_enabled():
+        return fn(*args)
+    with torch.no_grad():
+        return fn(*args)
+
+
 def for_each(
     fn: Callable[[Tensors, bool], Tensors],
     upstream: Tensors,
@@ -183,8 +192,7 @@ def deferred_gradients(ctx: Any, *upstream: Tensor | None) -> Tensors:
     needs = ctx.needs_input_grad[: len(saved.operands)]
 
     def make(upstream: Tensors, _: bool) -> Tensors:
-        with torch.no_grad():
-            gradients = computation.gradients(saved, needs, upstream)
+        gradients = _without_graph(computation.gradients, saved, needs, upstream)
         return first_order(gradients, *saved.operands, *upstream)
 
     return for_inputs(ctx, for_each(make, upstream, saved, computation.no_batches))
@@ -200,9 +208,12 @@ def where_defined(d_loss: Tensor, undefined: Tensor | None) -> Tensor:
     return torch.where(undefined, 0.0, d_loss)
 
 
-def _scaled(gradients: Tensors, factor: Tensor, is_shared: bool) -> Tensors:
-    """gradients * factor, in place where nobody else holds them. Traced tensors are not changed in
+def _scaled(
+    gradients: Tensors, d_loss: Tensor, undefined: Tensor | None, is_shared: bool
+) -> Tensors:
+    """gradients * d_loss, in place where nobody else holds them. Traced tensors are not changed in
     place, the tracer decides."""
+    factor = where_defined(d_loss, undefined)
     present = [g for g in gradients if g is not None]
     if not all(map(private.is_ordinary, (factor, *present))):
         return tuple(None if g is None else g * factor for g in gradients)
@@ -225,14 +236,12 @@ def immediate_gradients(ctx: Any, d_loss: Tensor | None, *_: Any) -> Tensors:
     computation.check_backward(saved, reads=ctx.gradients is None)
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
-        with torch.no_grad():
-            needs = ctx.needs_input_grad[: len(saved.operands)]
-            gradients = computation.gradients_again(saved, needs)
+        needs = ctx.needs_input_grad[: len(saved.operands)]
+        gradients = _without_graph(computation.gradients_again, saved, needs)
 
     def scale(upstream: Tensors, is_shared: bool) -> Tensors:
         (d_loss,) = upstream
-        with torch.no_grad():
-            scaled = _scaled(gradients, where_defined(d_loss, saved.undefined), is_shared)
+        scaled = _without_graph(_scaled, gradients, d_loss, saved.undefined, is_shared)
         return first_order(scaled, *saved.operands, d_loss)
 
     return for_inputs(ctx, for_each(scale, (d_loss,), saved))
@@ -293,7 +302,9 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     present = [t for t in tensors if t is not None]
-    if any(private.requires_grad(t) for t in present):
+    if not present:
+        return False
+    if any([private.requires_grad(t) for t in present]):
         return True
     is_unknown = torch.compiler.is_compiling() and private.is_in_vmap()
     return is_unknown and any(t.is_floating_point() for t in present)
