@@ -60,7 +60,8 @@ inline const char* name(ErrorCode code) {
 }
 
 // An operator as PyTorch calls it on a device. Every exception reaches Python as a RuntimeError, so
-// its kind travels in the message, "cutloss[kind]: ...", which python/cutloss/_errors.py reads.
+// its kind travels in the message, "cutloss[kind]: ...", which python/cutloss/_torch/library.py
+// reads.
 template <void (*body)(Stack&), Device device = Device::cpu>
 void boxed(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
   const auto fail = [](const char* kind, const std::string& message) {

@@ -1,6 +1,6 @@
 // The operators over logits that exist, torch.ops.cutloss.logits_*. Fakes and autograd are in
-// python/cutloss/_logits_ops.py. Those whose name ends in an underscore write the gradient over the
-// logits.
+// fakes.py and operators.py of python/cutloss/_torch. Those whose name ends in an underscore write
+// the gradient over the logits.
 #include "cutloss/logits.h"
 
 #include <torch/csrc/stable/ops.h>

@@ -1,4 +1,5 @@
-// The operators of torch.ops.cutloss. Fakes and autograd are in python/cutloss/_ops.py.
+// The operators of torch.ops.cutloss. Fakes and autograd are in fakes.py and operators.py
+// of python/cutloss/_torch.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>

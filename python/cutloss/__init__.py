@@ -2,8 +2,8 @@
 
 import importlib
 
-from . import _ops
 from ._implementations import LinearCrossEntropyImpl
+from ._torch import library
 from .functional import VocabParallelOptions, linear_cross_entropy
 from .heads import CausalLMHead, CausalLMHeadOutput, LinearCrossEntropyLoss
 from .module import LinearCrossEntropy
@@ -25,7 +25,7 @@ __all__ = [
     "unpatch",
 ]
 
-__version__ = _ops.version()
+__version__ = library.version()
 
 # What most programs do not use is imported where it is: cutloss.torch_compat.linear_cross_entropy.
 _LAZY_MODULES = ("compat", "losses", "torch_compat", "transformers", "trl")

@@ -56,14 +56,14 @@ def needed(*modules):
 def check_device(device):
     import torch
 
-    from cutloss import _ops
+    from cutloss._torch import library
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"--device cuda: PyTorch {torch.__version__} finds no CUDA device here; "
             "use --device cpu, or install a CUDA build of PyTorch"
         )
-    if device == "cuda" and not _ops.HAS_CUDA:
+    if device == "cuda" and not library.HAS_CUDA:
         raise UserError(
             "--device cuda: this cutloss was built without CUDA; use --device cpu, or install a "
             "build with CUDA (the README says how to make one)"

@@ -6,6 +6,8 @@ import sys
 import torch
 from torch import Tensor
 
+from ._torch import private
+
 _IN_FORWARD = (
     "compute the loss in the forward of the module (or the model) that was wrapped, where the "
     "weight is whole"
@@ -43,13 +45,11 @@ def refusal_of_head(name: str, weight: Tensor) -> str:
     )
 
 
+@private.while_traced
 def only_gathers(hook: object) -> bool:
     """Whether a hook of a module is one with which FSDP or DeepSpeed gather and free its weight,
     and not one that changes it. What they left is checked where it is used."""
     return getattr(hook, "__module__", "").startswith(("torch.distributed.fsdp.", "deepspeed."))
-
-
-only_gathers._dynamo_marked_constant = True  # as _tf32_is_on of _ops.py
 
 
 def of_shape(c: Tensor) -> str:

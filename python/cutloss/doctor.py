@@ -11,13 +11,13 @@ import sys
 import torch
 
 import cutloss
-from cutloss import _ops
 from cutloss._bench.cases import DATA, DTYPES, Case, inputs, leaves
 from cutloss._bench.errors import gradient_errors, reference_gradients
 from cutloss._bench.methods import Method, run_pass
 from cutloss._bench.plan import Refusal, decide
 from cutloss._bench.record import processor
 from cutloss._cli import check_device, count, shape
+from cutloss._torch import library
 
 # Of those that make a difference to the products, as /proc/cpuinfo calls them.
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "sve", "bf16")
@@ -50,7 +50,7 @@ def add_arguments(parser):
 
 
 def _default_device():
-    return "cuda" if _ops.HAS_CUDA and torch.cuda.is_available() else "cpu"
+    return "cuda" if library.HAS_CUDA and torch.cuda.is_available() else "cpu"
 
 
 def run(args):
@@ -131,7 +131,7 @@ def _cuda():
             found = torch.cuda.get_device_properties(i)
             gib = found.total_memory / 2**30
             yield f"cuda:{i}: {found.name}, sm_{found.major}{found.minor}, {gib:.0f} GiB"
-        if not _ops.HAS_CUDA:
+        if not library.HAS_CUDA:
             yield "not used: this cutloss was built without CUDA; the README says how to make one"
         else:
             yield from _typical()
@@ -156,8 +156,8 @@ def _typical():
 
 
 def _engines():
-    yield from _ops.describe_machine().splitlines()
-    if not _ops.HAS_CUDA:
+    yield from library.describe_machine().splitlines()
+    if not library.HAS_CUDA:
         yield "engine cuda: not in this build of cutloss"
 
 

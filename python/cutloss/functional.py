@@ -5,8 +5,18 @@ import enum
 import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _inputs, _ops, _plain, _plan, _terms
+from ._core import checks, decide, weighting
+from ._core.operands import (
+    checked_options,
+    in_sequences,
+    make_operands,
+    shape_of_rows,
+    warn_of_no_weight,
+)
+from ._core.options import Options
 from ._implementations import LinearCrossEntropyImpl, is_plain
+from ._torch import autograd, library, operators, private
+from ._torch.plain import statistics as plain_statistics
 
 _VOCAB_PARALLEL = (
     "vocab_parallel_options is not supported: cutloss computes the loss of a classifier that one "
@@ -132,9 +142,9 @@ def linear_cross_entropy(
     if vocab_parallel_options is not None:
         raise NotImplementedError(_VOCAB_PARALLEL)
     plain = is_plain(impl)
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.filter_eps(filter_eps)
-    options = _inputs.options(
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.filter_eps(filter_eps)
+    options = checked_options(
         e, c, targets, bias, ignore_index=ignore_index, softcap=softcap, shift=shift,
         logit_scale=logit_scale, temperature=temperature, max_workspace=max_workspace,
         schedule=schedule, num_valid=num_valid, plain=plain, return_lse=return_lse,
@@ -142,22 +152,23 @@ def linear_cross_entropy(
         weight=weight, token_weight=token_weight,
     )  # fmt: skip
     if weight is not None:
-        _checks.weight(weight, c)
+        checks.weight(weight, c)
     if token_weight is not None:
-        _checks.token_weight(token_weight, targets)
-    how = _terms.Weighting(
+        checks.token_weight(token_weight, targets)
+    how = weighting.Weighting(
         reduction=reduction,
-        label_smoothing=_checks.label_smoothing(label_smoothing),
-        z_loss=_checks.z_loss(z_loss),
+        label_smoothing=checks.label_smoothing(label_smoothing),
+        z_loss=checks.z_loss(z_loss),
         weight=weight,
         token_weight=token_weight,
     )
-    options["wants_zbar"] = how.label_smoothing > 0
+    if how.label_smoothing > 0:
+        options = options.but(wants_zbar=True)
     loss, rows = _evaluate(
         e, c, targets, bias, temperature, how, options, plain=plain, wants_lse=return_lse
     )
 
-    row_shape = _inputs.row_shape(targets, options["shift"])
+    row_shape = shape_of_rows(targets, options.shift)
     if reduction == "none":
         loss = loss.reshape(row_shape)
     extras = ((return_lse, rows.lse), (return_entropy, rows.entropy))
@@ -172,60 +183,58 @@ def _evaluate(
     targets: Tensor,
     bias: Tensor | None,
     temperature: float | Tensor,
-    how: _terms.Weighting,
-    options: _ops.Options,
+    how: weighting.Weighting,
+    options: Options,
     plain: bool,
     wants_lse: bool,
-) -> tuple[Tensor, _terms.Rows]:
+) -> tuple[Tensor, weighting.Rows]:
     """The loss, per row where nothing is reduced, and the per-row outputs."""
-    stats = _ops.stat_dtype(options["compute_dtype"])
-    shift, ignore_index = options["shift"], options["ignore_index"]
+    stats = options.stats
+    shift, ignore_index = options.shift, options.ignore_index
     V = c.shape[0]
-    class_weight = how.weight if options["wants_zbar"] else None
+    class_weight = how.weight if options.wants_zbar else None
     if class_weight is not None:
         class_weight = class_weight.to(stats)
-    operands = _inputs.operands(e, c, targets, bias, temperature, class_weight, options, plain)
+    operands = make_operands(e, c, targets, bias, temperature, class_weight, options, plain)
     by_sequence = operands[3]
     if how.token_weight is not None:
-        how.token_weight = _inputs.by_sequence(how.token_weight)
+        how.token_weight = in_sequences(how.token_weight)
 
     if plain:
-        terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
-        _inputs.warn_of_no_weight(terms.undefined, how, by_sequence, options)
-        needs_lse = wants_lse or terms.lse is not None or terms.lse_squared is not None
-        rows = _plain.statistics(*operands, options, needs_lse)
-        return _terms.loss(terms, rows, how.reduction), rows
+        terms = weighting.terms(by_sequence, V, how, shift, ignore_index, stats)
+        warn_of_no_weight(terms.undefined, how, by_sequence, options)
+        needs_lse = wants_lse or terms.lse_squared is not None
+        rows = plain_statistics(*operands, options, needs_lse)
+        return weighting.loss(terms, rows, how.reduction), rows
 
-    _inputs.want_gradients(options, *operands[:3])
-    weights_have_gradient = _autograd.wants_gradient(how.token_weight)
+    weights_have_gradient = autograd.wants_gradient(how.token_weight)
     weighs_in_torch = (
         weights_have_gradient
-        or _ops.is_transformed()
-        or _ops.have_tangent(how.token_weight, how.weight)
+        or private.is_transformed()
+        or private.have_tangent(how.token_weight, how.weight)
     )
     # A per-token result that may get a gradient of its own rules out gradients in forward.
     known_at_forward = (
         how.reduction != "none"
         and not wants_lse
-        and not options["wants_entropy"]
+        and not options.wants_entropy
         and not weighs_in_torch
     )
-    choice = _plan.choose(_plan.sizes_of(*operands), options, known_at_forward)
-    options["schedule"] = choice.schedule
-    options["kept_bytes"] = choice.kept_bytes
+    options, immediate = decide.decided(operands, options, known_at_forward)
+    computation = operators.Linear(options)
 
     if weighs_in_torch:
-        rows = _ops.statistics(operands, options)
-        terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
-        _inputs.warn_of_no_weight(terms.undefined, how, by_sequence, options)
-        return _terms.loss(terms, rows, how.reduction), rows
+        rows = operators.statistics(computation, operands)
+        terms = weighting.terms(by_sequence, V, how, shift, ignore_index, stats)
+        warn_of_no_weight(terms.undefined, how, by_sequence, options)
+        return weighting.loss(terms, rows, how.reduction), rows
     if how.changes_nothing():
-        rows = _ops.statistics(operands, options)
+        rows = operators.statistics(computation, operands)
         # A copy: backward reads nll again, and the loss is the caller's to change in place.
-        return (rows.nll.clone() if _plan.wants_gradient(options) else rows.nll), rows
-    terms, undefined = _ops.loss_terms(by_sequence, V, how, options)
-    _inputs.warn_of_no_weight(undefined, how, by_sequence, options)
+        return (rows.nll.clone() if any(options.needs) else rows.nll), rows
+    terms, undefined = library.loss_terms(by_sequence, V, how, options)
+    warn_of_no_weight(undefined, how, by_sequence, options)
     if how.reduction == "none":
-        rows = _ops.statistics(operands, options)
-        return _terms.loss(_terms.unpacked(terms), rows, "none"), rows
-    return _ops.loss(operands, terms, undefined, options, choice.immediate)
+        rows = operators.statistics(computation, operands)
+        return weighting.loss(weighting.unpacked(terms), rows, "none"), rows
+    return operators.loss(computation, operands, terms, undefined, immediate)

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks, _sharded, _softcap
+from . import _sharded
+from ._core import checks
+from ._torch import private
+from ._torch.softcap import capped
 from .module import LinearCrossEntropy
 
 
@@ -88,7 +91,7 @@ class _Head(nn.Module):
                 "num_items_in_batch divides a sum; reduction is 'none', which has none: leave one "
                 "of them out"
             )
-        items = _checks.num_items(num_items_in_batch)
+        items = checks.num_items(num_items_in_batch)
         result = self.loss(e, self.weight, targets, self.bias, reduction="sum", **more)
         total, *rest = result if isinstance(result, tuple) else (result,)
         if isinstance(items, Tensor):
@@ -115,9 +118,9 @@ def _check_classifier(module: nn.Module) -> None:
             f"remove_hook_from_module), or call linear_cross_entropy with the weight instead"
         )
     # What comes out of a shared nn.Embedding are rows of its weight, which hooks may change.
-    hooks = list(module._forward_pre_hooks.values())
+    hooks = private.forward_pre_hooks(module)
     if isinstance(module, nn.Linear):
-        hooks += module._forward_hooks.values()
+        hooks += private.forward_hooks(module)
     if not all(map(_sharded.only_gathers, hooks)):
         raise TypeError(
             f"output_embeddings, of type {type(module).__name__}, has forward hooks or forward "
@@ -265,7 +268,7 @@ class CausalLMHead(_Head):
         super().__init__(
             output_embeddings, out_features, in_features, bias, *of_classifier, options
         )
-        _checks.number("temperature", self.loss.temperature)  # the logits' too: one for all tokens
+        checks.number("temperature", self.loss.temperature)  # the logits' too: one for all tokens
         self.return_logits = return_logits
         self.projection = None
         D = self.weight.shape[1]
@@ -303,7 +306,7 @@ class CausalLMHead(_Head):
         if labels is None and not return_logits:
             raise ValueError("neither a loss, without labels, nor logits, by return_logits=False")
         if labels is not None:
-            _checks.tensors(hidden=hidden, labels=labels)
+            checks.tensors(hidden=hidden, labels=labels)
         logits = self.logits(self._projected(hidden)) if return_logits else None
         if labels is None:
             return CausalLMHeadOutput(logits=logits)
@@ -320,7 +323,7 @@ class CausalLMHead(_Head):
         if self.projection is None:
             return hidden
         if isinstance(labels, Tensor) and labels.shape == hidden.shape[:-1]:
-            shift = _checks.shift(self.loss.shift, labels)
+            shift = checks.shift(self.loss.shift, labels)
             counts = labels != self.loss.ignore_index
             if shift > 0:
                 counts = F.pad(counts[..., shift:], (0, shift), value=False)
@@ -335,7 +338,7 @@ class CausalLMHead(_Head):
             z = z * how.logit_scale
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
-        z = _softcap.capped(z, how.softcap)
+        z = capped(z, how.softcap)
         return z if how.temperature == 1.0 else z / how.temperature
 
     def extra_repr(self) -> str:

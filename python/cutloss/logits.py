@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _inputs, _logits_ops, _ops, _terms
+from ._core import checks, weighting
+from ._core.operands import in_sequences, shape_of_rows, warn_of_no_weight
+from ._core.options import Options
+from ._torch import autograd, library, operators, private
 from .module import _class_weights
 
 
@@ -136,10 +139,10 @@ def _cross_entropy(
 ) -> Tensor | tuple[Tensor, ...]:
     """`over`: what a sum is divided by. It goes into the gradient while that is made; dividing the
     loss would multiply the gradient in another read and write."""
-    _checks.tensors(logits=logits, targets=targets, weight=weight, token_weight=token_weight)
-    _checks.logits(logits, targets)
-    _checks.device(logits, _ops.HAS_CUDA, "logits", "torch.nn.functional.cross_entropy")
-    _checks.same_device(
+    checks.tensors(logits=logits, targets=targets, weight=weight, token_weight=token_weight)
+    checks.logits(logits, targets)
+    checks.device(logits, library.HAS_CUDA, "logits", "torch.nn.functional.cross_entropy")
+    checks.same_device(
         logits,
         of="logits",
         targets=targets,
@@ -147,58 +150,61 @@ def _cross_entropy(
         token_weight=token_weight,
         temperature=temperature if isinstance(temperature, Tensor) else None,
     )
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.flags(
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.flags(
         return_lse=return_lse,
         return_entropy=return_entropy,
         return_predictions=return_predictions,
         consume_logits=consume_logits,
     )
-    _checks.ignore_index(ignore_index, targets)
-    _checks.temperature(temperature, targets)
+    checks.ignore_index(ignore_index, targets)
+    checks.temperature(temperature, targets)
     V = logits.shape[-1]
     if weight is not None:
-        _checks.weight(weight)
+        checks.weight(weight)
         if weight.shape[0] != V:
             raise ValueError(
-                f"weight must be (V): got weight {_checks.shape(weight)} and logits "
-                f"{_checks.shape(logits)}"
+                f"weight must be (V): got weight {checks.shape(weight)} and logits "
+                f"{checks.shape(logits)}"
             )
     if token_weight is not None:
-        _checks.token_weight(token_weight, targets)
-    shift = _checks.shift(shift, targets)
-    how = _terms.Weighting(
+        checks.token_weight(token_weight, targets)
+    shift = checks.shift(shift, targets)
+    how = weighting.Weighting(
         reduction=reduction,
-        label_smoothing=_checks.label_smoothing(label_smoothing),
-        z_loss=_checks.z_loss(z_loss),
+        label_smoothing=checks.label_smoothing(label_smoothing),
+        z_loss=checks.z_loss(z_loss),
         weight=weight,
-        token_weight=None if token_weight is None else _inputs.by_sequence(token_weight),
+        token_weight=None if token_weight is None else in_sequences(token_weight),
     )
-    options = {
-        "shift": shift,
-        "ignore_index": ignore_index,
-        "softcap": _checks.softcap(softcap),
-        "logit_scale": _checks.logit_scale(logit_scale),
-        "temperature": 1.0 if isinstance(temperature, Tensor) else float(temperature),
-        "wants_entropy": bool(return_entropy),
-        "wants_zbar": how.label_smoothing > 0,
-        "wants_argmax": bool(return_predictions),
-    }
-    if _ops.is_transformed():
+    options = Options(
+        logits.dtype,
+        shift=shift,
+        ignore_index=ignore_index,
+        softcap=checks.softcap(softcap),
+        logit_scale=checks.logit_scale(logit_scale),
+        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
+        wants_entropy=bool(return_entropy),
+        wants_zbar=how.label_smoothing > 0,
+        wants_argmax=bool(return_predictions),
+    )
+    if private.is_transformed():
         raise NotImplementedError(
             "cutloss.cross_entropy does not work under the transforms of torch.func (grad, vmap, "
             "...): use torch.nn.functional.cross_entropy there"
         )
-    consume = bool(consume_logits) and _autograd.wants_gradient(logits)
+    consume = bool(consume_logits) and autograd.wants_gradient(logits)
     if consume:
         _check_consumable(logits)
-    loss, rows = _evaluate(
+    # What comes after a graph break is traced frame by frame, and may not overwrite anything.
+    evaluate = _evaluate_untraced if consume else _evaluate
+    loss, rows = evaluate(
         logits, targets, temperature, how, options, wants_lse=return_lse, consume=consume, over=over
     )
     if consume:
         _empty(logits)
 
-    row_shape = _inputs.row_shape(targets, shift)
+    row_shape = shape_of_rows(targets, shift)
     if reduction == "none":
         loss = loss.reshape(row_shape)
     extras = ((return_lse, rows.lse), (return_entropy, rows.entropy))
@@ -211,61 +217,63 @@ def _evaluate(
     logits: Tensor,
     targets: Tensor,
     temperature: float | Tensor,
-    how: _terms.Weighting,
-    options: _logits_ops.Options,
+    how: weighting.Weighting,
+    options: Options,
     wants_lse: bool,
     consume: bool,
     over: float | Tensor | None,
-) -> tuple[Tensor, _terms.Rows]:
+) -> tuple[Tensor, weighting.Rows]:
     """The loss, per row where nothing is reduced, and the per-row outputs."""
-    stats = _ops.stat_dtype(logits.dtype)
-    shift, ignore_index = options["shift"], options["ignore_index"]
+    stats = options.stats
+    shift, ignore_index = options.shift, options.ignore_index
     V = logits.shape[-1]
-    by_sequence = _inputs.by_sequence(targets)
+    by_sequence = in_sequences(targets)
     row_temperature = None
     if isinstance(temperature, Tensor):
         # Ignored rows may hold anything there, a padding of 0 for one.
         t = temperature.expand(targets.shape).reshape(by_sequence.shape)
-        counts = _terms.of_rows(by_sequence, shift) != ignore_index
-        row_temperature = torch.where(counts, _terms.of_rows(t, shift).to(stats), 1.0)
-    class_weight = how.weight if options["wants_zbar"] else None
+        counts = weighting.of_rows(by_sequence, shift) != ignore_index
+        row_temperature = torch.where(counts, weighting.of_rows(t, shift).to(stats), 1.0)
+    class_weight = how.weight if options.wants_zbar else None
     if class_weight is not None:
         class_weight = class_weight.to(stats)
-    if by_sequence.device.type == "cuda" and _checks.may_look(by_sequence.device):
-        _checks.values(by_sequence, row_temperature, shift, V, ignore_index, None)
+    if by_sequence.device.type == "cuda" and checks.may_look(by_sequence.device):
+        checks.values(by_sequence, row_temperature, shift, V, ignore_index, None)
     shape = (*by_sequence.shape, V)
     z = logits if logits.dim() == 3 else logits.view(shape) if consume else logits.reshape(shape)
     operands = (z, by_sequence, row_temperature, class_weight)
+    computation = (operators.OverwrittenLogits if consume else operators.Logits)(options)
 
-    weights_have_gradient = _autograd.wants_gradient(how.token_weight)
-    if weights_have_gradient or _ops.have_tangent(how.token_weight, how.weight):
-        rows = _logits_ops.statistics(operands, options, consume)
-        terms = _terms.terms(by_sequence, V, how, shift, ignore_index, stats)
-        _inputs.warn_of_no_weight(terms.undefined, how, by_sequence, options)
-        loss = _terms.loss(terms, rows, how.reduction)
+    weights_have_gradient = autograd.wants_gradient(how.token_weight)
+    if weights_have_gradient or private.have_tangent(how.token_weight, how.weight):
+        rows = operators.statistics(computation, operands)
+        terms = weighting.terms(by_sequence, V, how, shift, ignore_index, stats)
+        warn_of_no_weight(terms.undefined, how, by_sequence, options)
+        loss = weighting.loss(terms, rows, how.reduction)
         return (loss if over is None else loss / over), rows
     if how.changes_nothing():
-        rows = _logits_ops.statistics(operands, options, consume)
+        rows = operators.statistics(computation, operands)
         # A copy: backward reads nll again, and the loss is the caller's to change in place.
-        return (rows.nll.clone() if _autograd.wants_gradient(logits) else rows.nll), rows
-    terms, undefined = _ops.loss_terms(
-        by_sequence, V, how, {**options, "compute_dtype": logits.dtype}
-    )
-    _inputs.warn_of_no_weight(undefined, how, by_sequence, options)
+        return (rows.nll.clone() if autograd.wants_gradient(logits) else rows.nll), rows
+    terms, undefined = library.loss_terms(by_sequence, V, how, options)
+    warn_of_no_weight(undefined, how, by_sequence, options)
     if over is not None:
         terms = terms / over
     if how.reduction == "none":
-        rows = _logits_ops.statistics(operands, options, consume)
-        return _terms.loss(_terms.unpacked(terms), rows, "none"), rows
+        rows = operators.statistics(computation, operands)
+        return weighting.loss(weighting.unpacked(terms), rows, "none"), rows
     # A per-token result that may get a gradient of its own rules out the gradient in forward. In
     # fp16 that waits for the loss scale, without which 1/N underflows.
     immediate = (
-        _autograd.wants_gradient(logits)
+        autograd.wants_gradient(logits)
         and not wants_lse
-        and not options["wants_entropy"]
+        and not options.wants_entropy
         and logits.dtype != torch.float16
     )
-    return _logits_ops.loss(operands, terms, undefined, options, immediate, consume)
+    return operators.loss(computation, operands, terms, undefined, immediate)
+
+
+_evaluate_untraced = private.untraced(_evaluate)
 
 
 def _check_consumable(logits: Tensor) -> None:
@@ -275,17 +283,22 @@ def _check_consumable(logits: Tensor) -> None:
             "consume_logits cannot be part of a graph of torch.compile, which decides itself what "
             "takes whose memory: leave it out there"
         )
-    if not _ops.is_ordinary(logits):
+    _check_owned(logits)
+
+
+@private.untraced
+def _check_owned(logits: Tensor) -> None:
+    if not private.is_ordinary(logits):
         raise ValueError(
             f"consume_logits takes an ordinary tensor, got {type(logits).__name__}: leave it out"
         )
-    base = logits._base
+    base = private.base_of(logits)
     if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "consume_logits would overwrite a leaf that requires a gradient, which is yours to "
             "keep: leave it out, or pass what a model has computed"
         )
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if private.has_hooks_of_saved_tensors():
         raise ValueError(
             "consume_logits cannot work under torch.utils.checkpoint or other hooks of saved "
             "tensors, with which PyTorch does not notice that saved logits were overwritten: leave "
@@ -293,20 +306,20 @@ def _check_consumable(logits: Tensor) -> None:
         )
     if base is not None and base.numel() != logits.numel():
         raise ValueError(
-            f"consume_logits takes whole tensors, got a view {_checks.shape(logits)} of a tensor "
-            f"{_checks.shape(base)}: pass the tensor itself (shift=1 leaves the last position of "
+            f"consume_logits takes whole tensors, got a view {checks.shape(logits)} of a tensor "
+            f"{checks.shape(base)}: pass the tensor itself (shift=1 leaves the last position of "
             f"each sequence out), or leave consume_logits out"
         )
     if not logits.is_contiguous():
         raise ValueError(
             f"consume_logits takes contiguous logits, got strides {tuple(logits.stride())} of "
-            f"shape {_checks.shape(logits)}: pass logits.contiguous(), or leave consume_logits out"
+            f"shape {checks.shape(logits)}: pass logits.contiguous(), or leave consume_logits out"
         )
 
 
 def _empty(logits: Tensor) -> None:
     """Whoever reads the tensor now finds no elements, not a gradient."""
-    for t in (logits, logits._base):
+    for t in (logits, private.base_of(logits)):
         if t is not None:
             t.data = t.detach().new_empty(0)
 
@@ -351,25 +364,25 @@ class CausalLMLoss:
         if isinstance(weight, (list, tuple)):  # of a configuration
             weight = _class_weights(weight)
         if weight is not None:
-            _checks.weight(weight)
+            checks.weight(weight)
             if weight.shape[0] != vocab_size:
                 raise ValueError(
-                    f"weight must be (V): got weight {_checks.shape(weight)} and vocab_size "
+                    f"weight must be (V): got weight {checks.shape(weight)} and vocab_size "
                     f"{vocab_size}"
                 )
         if isinstance(temperature, Tensor):
             raise TypeError("temperature must be a number here, got a tensor: use cross_entropy")
-        _checks.temperature(temperature)
-        _checks.ignore_index(ignore_index)
-        _checks.flags(consume_logits=consume_logits)
+        checks.temperature(temperature)
+        checks.ignore_index(ignore_index)
+        checks.flags(consume_logits=consume_logits)
         self.vocab_size = vocab_size
         self.ignore_index = ignore_index
         self.options = dict(
-            softcap=_checks.softcap(softcap),
-            logit_scale=_checks.logit_scale(logit_scale),
+            softcap=checks.softcap(softcap),
+            logit_scale=checks.logit_scale(logit_scale),
             temperature=float(temperature),
-            label_smoothing=_checks.label_smoothing(label_smoothing),
-            z_loss=_checks.z_loss(z_loss),
+            label_smoothing=checks.label_smoothing(label_smoothing),
+            z_loss=checks.z_loss(z_loss),
             consume_logits=consume_logits,
         )
         self.weight = weight
@@ -393,23 +406,23 @@ class CausalLMLoss:
         :param shift_labels: Labels that are shifted already, in place of ``labels``.
         """
         wanted = self.vocab_size if vocab_size is None else vocab_size
-        _checks.tensors(logits=logits)
+        checks.tensors(logits=logits)
         if logits.dim() < 1 or logits.shape[-1] != wanted or wanted != self.vocab_size:
             raise ValueError(
-                f"logits must be (..., V) with V = vocab_size: got logits {_checks.shape(logits)}, "
+                f"logits must be (..., V) with V = vocab_size: got logits {checks.shape(logits)}, "
                 f"vocab_size {wanted} in this call and {self.vocab_size} when the loss was made"
             )
         given, name = (labels, "labels") if shift_labels is None else (shift_labels, "shift_labels")
         if not isinstance(given, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
-        _checks.layout(name, given)
+        checks.layout(name, given)
         rows = logits.shape[:-1]
         if given.numel() != rows.numel() or (shift_labels is None and given.shape != rows):
             raise ValueError(
                 f"{name} must be {tuple(rows)}, the shape of the logits less V, got "
-                f"{_checks.shape(given)}"
+                f"{checks.shape(given)}"
             )
-        over = None if num_items_in_batch is None else _checks.num_items(num_items_in_batch)
+        over = None if num_items_in_batch is None else checks.num_items(num_items_in_batch)
         if isinstance(over, Tensor) and over.device.type != "cpu":  # from there without a wait
             over = over.to(logits.device)
         if ignore_index is None:

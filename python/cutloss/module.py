@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from ._core import checks
 from ._implementations import LinearCrossEntropyImpl, is_plain
 from .functional import linear_cross_entropy
 
 
 def _class_weights(values: Sequence[float]) -> Tensor:
     for i, value in enumerate(values):
-        _checks.number(f"weight[{i}]", value)
+        checks.number(f"weight[{i}]", value)
     return torch.tensor(values, dtype=torch.float32)
 
 
@@ -53,27 +53,27 @@ class LinearCrossEntropy(nn.Module):
         schedule: str = "auto",
     ):
         super().__init__()
-        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-        _checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
-        _checks.softcap(softcap)
-        _checks.logit_scale(logit_scale)
-        _checks.label_smoothing(label_smoothing)
-        _checks.z_loss(z_loss)
-        _checks.flags(
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+        checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
+        checks.softcap(softcap)
+        checks.logit_scale(logit_scale)
+        checks.label_smoothing(label_smoothing)
+        checks.z_loss(z_loss)
+        checks.flags(
             return_lse=return_lse,
             return_entropy=return_entropy,
             return_predictions=return_predictions,
         )
-        _checks.filter_eps(filter_eps)
-        _checks.ignore_index(ignore_index)
-        _checks.max_workspace(max_workspace)
-        _checks.shift(shift)
-        _checks.temperature(temperature)
+        checks.filter_eps(filter_eps)
+        checks.ignore_index(ignore_index)
+        checks.max_workspace(max_workspace)
+        checks.shift(shift)
+        checks.temperature(temperature)
         if isinstance(weight, (list, tuple)):  # of a configuration
             weight = _class_weights(weight)
         if weight is not None:
-            _checks.weight(weight)
-        _checks.plain_options(is_plain(impl), schedule, max_workspace)
+            checks.weight(weight)
+        checks.plain_options(is_plain(impl), schedule, max_workspace)
         self.ignore_index = ignore_index
         self.softcap = softcap
         self.reduction = reduction

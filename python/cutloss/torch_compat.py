@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from ._core import checks
 from .functional import linear_cross_entropy as _loss
 
 try:
@@ -87,7 +87,7 @@ def linear_cross_entropy(
     if linear_weight.dim() == 2:
         return _loss(input, linear_weight, target, linear_bias, reduction=reduction, **how)
 
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
     positions = linear_weight.flatten(1, -2).unbind(1)
     # Unbound, and not one tensor used again and again: its gradients are then summed in one step.
     inputs = input.expand(len(positions), *input.shape).unbind(0)
@@ -126,11 +126,11 @@ def _tensors(input: Tensor, linear_weight: Tensor, target: Tensor, bias: Tensor 
         if not isinstance(t, Tensor) and not (t is None and name == "linear_bias"):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
         if t is not None:
-            _checks.layout(name, t)
+            checks.layout(name, t)
 
 
 def _shapes(input: Tensor, linear_weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    shape = _checks.shape
+    shape = checks.shape
     if input.dim() not in (1, 2):
         raise ValueError(
             f"input must be (D) or (N, D), got {shape(input)}: flatten what lies before D, in "
@@ -206,10 +206,10 @@ class LinearCrossEntropyLoss(nn.Module):
         super().__init__()
         if weight is not None and weight.shape != (num_classes,):
             raise ValueError(
-                f"weight must be (num_classes) = ({num_classes},), got {_checks.shape(weight)}"
+                f"weight must be (num_classes) = ({num_classes},), got {checks.shape(weight)}"
             )
-        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-        _checks.label_smoothing(label_smoothing)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+        checks.label_smoothing(label_smoothing)
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
         self.reduction = reduction

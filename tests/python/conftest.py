@@ -8,9 +8,9 @@ import pytest
 import torch
 from labels import ADDRESS
 
-from cutloss import _ops
+from cutloss._torch import library
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and _ops.HAS_CUDA else ["cpu"]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and library.HAS_CUDA else ["cpu"]
 
 
 @pytest.fixture(params=DEVICES)
@@ -20,7 +20,7 @@ def device(request, monkeypatch):
     return request.param
 
 
-ENGINES = re.findall(r"^engine (\S+): (?!not here)", _ops.describe_machine(), re.MULTILINE)
+ENGINES = re.findall(r"^engine (\S+): (?!not here)", library.describe_machine(), re.MULTILINE)
 
 
 @pytest.fixture(params=ENGINES)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cutloss import _ops, _plan
+from cutloss._core import decide
+from cutloss._core.options import Options
+from cutloss._torch import library
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -60,9 +62,9 @@ class Problem:
 def _has_engine(dtype: torch.dtype, device: str, only: str | None) -> bool:
     """`only`: what CUTLOSS_ENGINE says, on which the answer depends."""
     on_cuda = device == "cuda"
-    sizes = _plan.Sizes(1, 8, 8, 8, dtype, dtype, None, torch.int64, on_cuda=on_cuda)
+    sizes = decide.Sizes(1, 8, 8, 8, dtype, dtype, None, torch.int64, on_cuda=on_cuda)
     try:
-        _ops.describe_plan(sizes.arguments(at_forward=True), _ops.options(dtype))
+        library.describe_plan(sizes.arguments(at_forward=True), Options(dtype))
     except NotImplementedError:
         return False
     return True

@@ -10,7 +10,8 @@ import torch
 from problems import BF16, F16, F32, F64
 from torch.utils.checkpoint import checkpoint
 
-from cutloss import LinearCrossEntropy, _ops, linear_cross_entropy
+from cutloss import LinearCrossEntropy, linear_cross_entropy
+from cutloss._torch import library
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -160,8 +161,8 @@ def test_checkpoint(options, use_reentrant):
 def test_what_a_checkpoint_costs(use_reentrant, expected, monkeypatch):
     """docs/training-stacks.md says it in matrix products."""
     p = problems.make()
-    called, call = [], _ops.call
-    monkeypatch.setattr(_ops, "call", lambda op, *a, **k: (called.append(op), call(op, *a, **k))[1])
+    called, call = [], library.call
+    monkeypatch.setattr(library, "call", lambda op, *a, **k: (called.append(op), call(op, *a, **k))[1])
     loss = checkpoint(lambda e: loss_of(p, schedule="rows"), p.e, use_reentrant=use_reentrant)
     loss.backward()
     names = [str(op).removeprefix("cutloss.") for op in called]

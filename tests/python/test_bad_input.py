@@ -13,7 +13,10 @@ import reference
 import torch
 from problems import BF16, F32, F64
 
-from cutloss import _checks, _ops, _plan, linear_cross_entropy
+from cutloss import linear_cross_entropy
+from cutloss._core import checks, decide
+from cutloss._core.options import Options
+from cutloss._torch import library
 
 N, V, D = 24, 101, 16
 
@@ -243,7 +246,7 @@ def test_a_wrong_number_of_tokens(off, options, monkeypatch):
 def test_a_build_without_cuda():
     """What CUDA tensors get from a build that has no engine for them."""
     with pytest.raises(NotImplementedError, match="built without CUDA.*README.*impl='torch'"):
-        _checks.device(types.SimpleNamespace(device=torch.device("cuda")), has_cuda=False)
+        checks.device(types.SimpleNamespace(device=torch.device("cuda")), has_cuda=False)
 
 
 def test_checked_mode(monkeypatch):
@@ -252,7 +255,7 @@ def test_checked_mode(monkeypatch):
         monkeypatch.delenv("CUTLOSS_CHECK", raising=False)
         if value is not None:
             monkeypatch.setenv("CUTLOSS_CHECK", value)
-        assert _checks.may_look(cpu) and _checks.may_look(cuda) == looks
+        assert checks.may_look(cpu) and checks.may_look(cuda) == looks
 
 
 def test_checked_mode_says_what_the_cpu_says():
@@ -268,7 +271,7 @@ def test_checked_mode_says_what_the_cpu_says():
         with pytest.raises(ValueError) as theirs:
             linear_cross_entropy(**arguments)
         with pytest.raises(ValueError) as ours:
-            _checks.values(
+            checks.values(
                 arguments["targets"][None],
                 arguments.get("temperature"),
                 0,
@@ -289,11 +292,11 @@ def test_unknown_device():
             linear_cross_entropy(e, c, targets)
 
 
-@pytest.mark.skipif(_ops.HAS_CUDA, reason="this build has CUDA engines")
+@pytest.mark.skipif(library.HAS_CUDA, reason="this build has CUDA engines")
 def test_no_engine_for_a_device():
-    sizes = _plan.Sizes(1, N, V, D, F32, F32, None, torch.int64, on_cuda=True)
+    sizes = decide.Sizes(1, N, V, D, F32, F32, None, torch.int64, on_cuda=True)
     with pytest.raises(NotImplementedError, match=r"no engine supports this.*:\n  engine cpu: "):
-        _ops.describe_plan(sizes.arguments(at_forward=True), _ops.options(F32))
+        library.describe_plan(sizes.arguments(at_forward=True), Options(F32))
 
 
 @pytest.mark.usefixtures("device")
@@ -400,7 +403,7 @@ def test_memory_that_cannot_be_had():
 def test_what_pytorch_refuses_is_said_in_its_words():
     """Its headers put a place in the sources of this build into the message, and no reason."""
     scale = torch.ops.cutloss.scale_
-    for call in (scale, lambda *args: _ops.call(scale, *args)):
+    for call in (scale, lambda *args: library.call(scale, *args)):
         with pytest.raises(RuntimeError, match="PyTorch's aten::mul_ failed: ") as caught:
             call(torch.ones(3, dtype=torch.int64), torch.tensor(0.5))
         assert not re.search(r"\.h\b|\.cpp\b|line \d|/|API call", str(caught.value))

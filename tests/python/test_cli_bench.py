@@ -12,7 +12,6 @@ import pytest
 import torch
 from cli_helpers import assert_refused, run_cli
 
-from cutloss import _ops
 from cutloss._bench import (
     cases,
     device_memory,
@@ -31,6 +30,7 @@ from cutloss._bench import (
 from cutloss._bench.cases import Case
 from cutloss._bench.methods import DEFAULT_METHODS, Method
 from cutloss._bench.products import _chunked, products
+from cutloss._torch import library
 from cutloss.bench import named_models
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
@@ -327,7 +327,7 @@ def test_memory_outside_of_pytorch_is_seen(monkeypatch):
     assert (added.peak, added.kept) == (220, 120)
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() and _ops.HAS_CUDA), reason="no CUDA here")
+@pytest.mark.skipif(not (torch.cuda.is_available() and library.HAS_CUDA), reason="no CUDA here")
 def test_cuda_lines(capsys, tmp_path):
     path = tmp_path / "out.json"
     arguments = ["--device", "cuda", "--shape", "512,256,8192", "--dtype", "bf16", "--json", path]

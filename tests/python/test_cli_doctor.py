@@ -27,7 +27,7 @@ def test_doctor_says_what_it_found(capsys):
     assert "engine cpu" in done.out
     assert "N 64, D 32, V 1000, fp32" in done.out
     assert "products" in done.out
-    assert "fit in 536870912 bytes (512 MiB)" in done.out
+    assert "fits in 536870912 bytes (512 MiB)" in done.out
     assert "Nothing is broken." in done.out
 
 

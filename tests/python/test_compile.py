@@ -13,7 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 
-from cutloss import LinearCrossEntropy, _ops, _plan, linear_cross_entropy
+from cutloss import LinearCrossEntropy, linear_cross_entropy
+from cutloss._core import decide
+from cutloss._core.options import SCHEDULES, Options
+from cutloss._torch import library
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -273,7 +276,7 @@ def operands(p):
 
 def options(p, **changes):
     needs = dict(needs_de=True, needs_dc=True, needs_dbias=p.bias is not None)
-    return _ops.options(p.e.dtype, **{**needs, **changes})
+    return Options(p.e.dtype, **{**needs, **changes})
 
 
 def random_terms(p, o):
@@ -296,7 +299,7 @@ changes = pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys(
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_opcheck_deferred(changes, dtype):
     p = problems.make((3, 8), dtype=dtype, bias=True, ignored=0.0)
-    o = options(p, schedule=_ops.SCHEDULES["vocabulary"], **changes)
+    o = vars(options(p, schedule=SCHEDULES["vocabulary"], **changes))
     terms = random_terms(p, o)
     torch.library.opcheck(operators.statistics, operands(p), o)
     torch.library.opcheck(operators.statistics, (*operands(p), *terms), o)
@@ -315,9 +318,9 @@ def test_opcheck_deferred(changes, dtype):
 def test_opcheck_kept_logits(changes):
     p = problems.make((3, 8), bias=True, ignored=0.0)
     inputs = operands(p)
-    choice = _plan.choose(_plan.sizes_of(*inputs), options(p, **changes), known_at_forward=False)
+    choice = decide.choose(decide.sizes_of(*inputs), options(p, **changes), known_at_forward=False)
     assert choice.kept_bytes > 0
-    o = options(p, schedule=choice.schedule, kept_bytes=choice.kept_bytes, **changes)
+    o = vars(options(p, schedule=choice.schedule, kept_bytes=choice.kept_bytes, **changes))
     # Not test_aot_dispatch_dynamic: it compares kept, whose padding is not written.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(operators.statistics, inputs, o, test_utils=tests)
@@ -326,7 +329,7 @@ def test_opcheck_kept_logits(changes):
 @changes
 def test_opcheck_immediate(changes):
     p = problems.make((3, 8), bias=True, ignored=0.0)
-    o = options(p, schedule=_ops.SCHEDULES["rows"], **changes)
+    o = vars(options(p, schedule=SCHEDULES["rows"], **changes))
     terms, undefined = random_terms(p, o)
     torch.library.opcheck(operators.loss_and_gradients, (*operands(p), terms, undefined), o)
     torch.library.opcheck(operators.loss_and_gradients, (*operands(p), terms[-2:]), o)

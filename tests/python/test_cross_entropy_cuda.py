@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from problems import BF16, F16, F32, F64
 
-from cutloss import CausalLMLoss, _ops, cross_entropy
+from cutloss import CausalLMLoss, cross_entropy
+from cutloss._torch import library
 
 pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() and _ops.HAS_CUDA),
+    not (torch.cuda.is_available() and library.HAS_CUDA),
     reason="no CUDA device, or a build without CUDA",
 )
 

@@ -12,10 +12,13 @@ import torch
 from problems import BF16, F16, F32, F64, OPTION_SETS
 from tolerance import assert_close, assert_near
 
-from cutloss import _ops, _plan, linear_cross_entropy
+from cutloss import linear_cross_entropy
+from cutloss._core import decide
+from cutloss._core.options import SCHEDULES, Options
+from cutloss._torch import library
 
 pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() and _ops.HAS_CUDA),
+    not (torch.cuda.is_available() and library.HAS_CUDA),
     reason="no CUDA device, or a build without CUDA",
 )
 
@@ -251,12 +254,12 @@ def test_tf32_is_what_pytorch_allows():
     try:
         for precision in ("ieee", "tf32"):
             torch.backends.cuda.matmul.fp32_precision = precision
-            assert _ops.allow_tf32(p.e, F32) == (precision == "tf32")
+            assert library.allow_tf32(p.e, F32) == (precision == "tf32")
             losses.append(linear_cross_entropy(p.e, p.c, p.targets, reduction="none"))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
-    assert not _ops.allow_tf32(p.e, BF16) and not _ops.allow_tf32(p.e.cpu(), F32)
+    assert not library.allow_tf32(p.e, BF16) and not library.allow_tf32(p.e.cpu(), F32)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -296,12 +299,10 @@ def test_peak_memory_is_what_the_plan_says(schedule, e_dtype, c_dtype):
             loss = linear_cross_entropy(e, c, targets, schedule=schedule)
         return torch.autograd.grad(loss, (e, c))
 
-    options = _ops.options(
-        e_dtype, needs_de=True, needs_dc=True, schedule=_ops.SCHEDULES[schedule]
-    )
-    sizes = _plan.Sizes(1, N, V, D, e_dtype, c_dtype, None, torch.int64, on_cuda=True)
-    choice = _plan.choose(sizes, options, known_at_forward=True)
-    _, kept, forward, backward, _ = _ops.plan(sizes.arguments(choice.immediate), options)
+    options = Options(e_dtype, needs_de=True, needs_dc=True, schedule=SCHEDULES[schedule])
+    sizes = decide.Sizes(1, N, V, D, e_dtype, c_dtype, None, torch.int64, on_cuda=True)
+    choice = decide.choose(sizes, options, known_at_forward=True)
+    _, kept, forward, backward, _ = library.plan(sizes.arguments(choice.immediate), options)
     step()  # what libraries hold on to from their first call
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -340,7 +341,7 @@ def test_memory_that_cannot_be_had():
 
 
 def test_fp32_has_an_engine():
-    sizes = _plan.Sizes(8, 512, 32768, 2048, F32, F32, None, torch.int64, on_cuda=True)
-    options = _ops.options(F32, needs_de=True, needs_dc=True)
-    text = _ops.describe_plan(sizes.arguments(at_forward=True), options)
+    sizes = decide.Sizes(8, 512, 32768, 2048, F32, F32, None, torch.int64, on_cuda=True)
+    options = Options(F32, needs_de=True, needs_dc=True)
+    text = library.describe_plan(sizes.arguments(at_forward=True), options)
     assert re.search(r"^engine cuda/library ", text, re.MULTILINE)

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
-from cutloss import LinearCrossEntropyLoss, _ops, linear_cross_entropy
+from cutloss import LinearCrossEntropyLoss, linear_cross_entropy
+from cutloss._torch import library
 
 SCHEDULES = ("rows", "vocabulary")  # gradients made in forward, and in backward
 
@@ -428,7 +429,7 @@ def test_cpu(check, on_cpu):
 
 
 @pytest.mark.skipif(
-    not (torch.cuda.is_available() and _ops.HAS_CUDA),
+    not (torch.cuda.is_available() and library.HAS_CUDA),
     reason="no CUDA device, or a build without CUDA",
 )
 @pytest.mark.parametrize("check", ON_CUDA, ids=str)

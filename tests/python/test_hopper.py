@@ -11,12 +11,15 @@ import torch
 from problems import BF16, F16, F32, F64
 from tolerance import assert_close
 
-from cutloss import _ops, _plan, linear_cross_entropy
+from cutloss import linear_cross_entropy
+from cutloss._core import decide
+from cutloss._core.options import SCHEDULES, Options
+from cutloss._torch import library
 
 pytestmark = pytest.mark.skipif(
     not (
         torch.cuda.is_available()
-        and _ops.HAS_CUDA
+        and library.HAS_CUDA
         and torch.cuda.get_device_capability() == (9, 0)
     ),
     reason="needs a GPU of compute capability 9.0, and a build with CUDA",
@@ -152,7 +155,7 @@ PLANS = {
     "smoothing": dict(wants_zbar=True),
     "entropy": dict(wants_entropy=True, at_forward=False),
     "per_token": dict(at_forward=False),
-    "vocabulary": dict(schedule=_ops.SCHEDULES["vocabulary"]),
+    "vocabulary": dict(schedule=SCHEDULES["vocabulary"]),
 }
 
 
@@ -160,10 +163,10 @@ PLANS = {
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_it_is_planned_for_models(dtype, changes):
     """Sizes at which memory counts."""
-    sizes = _plan.Sizes(8, 512, 32768, 2048, dtype, dtype, None, torch.int64, on_cuda=True)
+    sizes = decide.Sizes(8, 512, 32768, 2048, dtype, dtype, None, torch.int64, on_cuda=True)
     changes = {"needs_de": True, "needs_dc": True, "at_forward": True, **changes}
     arguments = sizes.arguments(changes.pop("at_forward"))
-    text = _ops.describe_plan(arguments, _ops.options(dtype, **changes))
+    text = library.describe_plan(arguments, Options(dtype, **changes))
     assert re.search(r"^engine (\S+)", text, re.MULTILINE)[1] == FUSED
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cutloss
-from cutloss import _errors, _load
+from cutloss._torch import library
 
 
 def python(script):
@@ -86,23 +86,23 @@ def test_version():
 
 
 def test_a_library_that_was_not_built(monkeypatch, tmp_path):
-    monkeypatch.setattr(_load, "_LIBRARY", tmp_path / "libcutloss_torch.so")
+    monkeypatch.setattr(library, "_LIBRARY", tmp_path / "libcutloss_torch.so")
     with pytest.raises(ImportError, match=f"was not built: {tmp_path}.*make build"):
-        _load.load()
+        library.load()
 
 
 def test_a_library_that_does_not_load(monkeypatch, tmp_path):
-    library = tmp_path / "libcutloss_torch.so"
-    library.write_bytes(b"not a library")
-    monkeypatch.setattr(_load, "_LIBRARY", library)
+    broken = tmp_path / "libcutloss_torch.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(library, "_LIBRARY", broken)
     with pytest.raises(ImportError, match="could not load .*ldd"):
-        _load.load()
+        library.load()
 
 
 def test_a_torch_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(ImportError, match="needs PyTorch 2.10 or later, this is 2.9.1"):
-        _load.load()
+        library.load()
 
 
 KINDS = {
@@ -118,11 +118,11 @@ KINDS = {
 
 @pytest.mark.parametrize("kind, expected", KINDS.items())
 def test_kinds_of_errors(kind, expected):
-    error = _errors.translated(RuntimeError(f"cutloss[{kind}]: a message\nof two lines"))
+    error = library.translated(RuntimeError(f"cutloss[{kind}]: a message\nof two lines"))
     assert type(error) is expected and "a message\nof two lines" in str(error)
 
 
 def test_errors_of_others_stay_as_they_are():
     for message in ("CUDA error", "cutloss[unknown]: x", "see cutloss[value]: x"):
         error = RuntimeError(message)
-        assert _errors.translated(error) is error
+        assert library.translated(error) is error

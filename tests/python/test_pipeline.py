@@ -19,8 +19,9 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from cutloss import LinearCrossEntropyLoss, _ops
+from cutloss import LinearCrossEntropyLoss
 from cutloss._bench import record
+from cutloss._torch import library
 
 V, D, LENGTH, MICROBATCHES = 8009, 16, 9, 8
 SIZE_OF_DC = V * D * 4
@@ -267,7 +268,7 @@ def test_cpu(check, on_cpu):
 
 
 @pytest.mark.skipif(
-    torch.cuda.device_count() < 2 or not _ops.HAS_CUDA,
+    torch.cuda.device_count() < 2 or not library.HAS_CUDA,
     reason="needs two GPUs, and a build with CUDA",
 )
 @pytest.mark.parametrize("check", CHECKS, ids=str)

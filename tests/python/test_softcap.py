@@ -153,7 +153,7 @@ def test_distillation(saturation, schedule):
 
 def test_second_derivatives_and_other_transforms():
     """impl="torch" has every derivative that PyTorch's own operators have."""
-    from cutloss._softcap import capped
+    from cutloss._torch.softcap import capped
 
     x = torch.linspace(-4, 4, 9, dtype=F64, requires_grad=True, device=problems.device)
     assert torch.autograd.gradcheck(lambda a: capped(a, 1.5), x, check_forward_ad=True)
@@ -168,7 +168,7 @@ def test_second_derivatives_and_other_transforms():
 
 def test_one_graph():
     """torch.compile traces impl="torch", with the derivative that it has uncompiled."""
-    from cutloss._softcap import capped
+    from cutloss._torch.softcap import capped
 
     torch._dynamo.reset()
     compiled = torch.compile(lambda a: capped(a, 1.5), fullgraph=True, backend="aot_eager")

@@ -9,7 +9,10 @@ import torch
 from problems import BF16, F16, F32
 from tolerance import rms
 
-from cutloss import _ops, _plan, linear_cross_entropy
+from cutloss import linear_cross_entropy
+from cutloss._core import decide
+from cutloss._core.options import Options
+from cutloss._torch import library
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -147,10 +150,11 @@ def test_a_call_goes_by_the_plan_that_was_asked_for(dtype, gaps, monkeypatch, ca
     p = make(dtype, ignored=0.0)
     e, c = with_gaps(p, **gaps)
     n = SEQUENCES * LENGTH
-    options = _ops.options(dtype, needs_de=True, needs_dc=True, num_valid=n)
-    sizes = _plan.sizes_of(e, c, None, p.targets, None, None)
-    options["schedule"] = _plan.choose(sizes, options, known_at_forward=False).schedule
-    asked = _ops.describe_plan(sizes.arguments(at_forward=False), options)
+    options = Options(dtype, needs_de=True, needs_dc=True, num_valid=n)
+    sizes = decide.sizes_of(e, c, None, p.targets, None, None)
+    choice = decide.choose(sizes, options, known_at_forward=False)
+    options = options.but(schedule=choice.schedule)
+    asked = library.describe_plan(sizes.arguments(at_forward=False), options)
     assert ("elements apart" in asked) == (reads_in_place(e) or reads_in_place(c))
 
     monkeypatch.setenv("CUTLOSS_VERBOSE", "1")

@@ -9,7 +9,10 @@ import torch
 from problems import BF16, F32, F64
 from torch.autograd import forward_ad
 
-from cutloss import _ops, _terms, linear_cross_entropy
+from cutloss import linear_cross_entropy
+from cutloss._core import weighting
+from cutloss._core.options import Options
+from cutloss._torch import library
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -32,10 +35,10 @@ def targets_of(kind, dtype):
 
 
 def both(targets, how, shift, stats):
-    torch_made = _terms.terms(targets, V, how, shift, -100, stats)
-    options = _ops.options(stats, shift=shift)
-    packed, undefined = _ops.loss_terms(targets, V, how, options)
-    return torch_made, _terms.unpacked(packed), undefined
+    torch_made = weighting.terms(targets, V, how, shift, -100, stats)
+    options = Options(stats, shift=shift)
+    packed, undefined = library.loss_terms(targets, V, how, options)
+    return torch_made, weighting.unpacked(packed), undefined
 
 
 @pytest.mark.parametrize("stats", [F32, F64], ids=str)
@@ -52,7 +55,7 @@ def test_operator_and_torch_agree(stats, reduction, smoothing, z_loss):
         if has_tokens:
             tokens = torch.rand(targets.shape, generator=generator).to(problems.device, BF16)
             tokens[targets == -100] = math.nan  # not read
-        how = _terms.Weighting(reduction, smoothing, z_loss, weight, tokens)
+        how = weighting.Weighting(reduction, smoothing, z_loss, weight, tokens)
         want, got, undefined = both(targets, how, shift, stats)
         name = f"{kind} weight={has_weight} tokens={has_tokens} shift={shift}"
         assert undefined.item() == (want.undefined is not None and want.undefined.item()), name
@@ -72,7 +75,7 @@ def test_weights_of_which_none_count():
     tokens[:, 1::2] = -1.0
     no_class = torch.zeros(V, device=problems.device)
     for weight, token_weight in ((None, tokens), (no_class, None)):
-        how = _terms.Weighting("mean", 0.1, 1e-3, weight, token_weight)
+        how = weighting.Weighting("mean", 0.1, 1e-3, weight, token_weight)
         want, got, undefined = both(targets, how, 0, F32)
         assert undefined.item() and want.undefined.item()
         for term in ("nll", "lse", "lse_squared", "zbar"):

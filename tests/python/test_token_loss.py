@@ -11,7 +11,8 @@ from labels import without_address
 from problems import BF16, F16, F32, F64, OPTION_SETS, Problem
 from tolerance import assert_close
 
-from cutloss import _by_rows, _ops, losses
+from cutloss import losses
+from cutloss._torch import by_rows, library
 from cutloss.losses import linear_token_loss
 
 
@@ -96,7 +97,7 @@ def smallest(p: Problem, fn, takes) -> int:
 def chunks(monkeypatch):
     """How many chunks each call went by: its length says how many calls went by rows."""
     seen = []
-    make = _by_rows._make
+    make = by_rows._make
 
     def counted(operands, options, start):
         seen.append(0)
@@ -114,7 +115,7 @@ def chunks(monkeypatch):
 
         return make(operands, options, Counted)
 
-    monkeypatch.setattr(_by_rows, "_make", counted)
+    monkeypatch.setattr(by_rows, "_make", counted)
     return seen
 
 
@@ -460,7 +461,7 @@ def test_policy_losses_in_several_chunks(chunks):
 # CUDA ---------------------------------------------------------------------------------------------
 
 cuda = pytest.mark.skipif(
-    not (torch.cuda.is_available() and _ops.HAS_CUDA),
+    not (torch.cuda.is_available() and library.HAS_CUDA),
     reason="no CUDA device, or a build without CUDA",
 )
 

@@ -5,9 +5,9 @@ import os
 
 import torch
 
-from cutloss import _softcap
 from cutloss._bench.cases import IGNORED_TARGET, bias_of, inputs, leaves
 from cutloss._bench.methods import row_losses, run_pass
+from cutloss._torch.softcap import slope as slope_of_tanh
 
 _LOGITS = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes of logits at a time
 # Compute capabilities whose fp64 products are not many times slower than those in fp32.
@@ -74,7 +74,7 @@ def reference(case, tensors, dtype=torch.float64):
             z += bias.detach().to(dtype)
         slope = 1.0 / (temperature or 1.0)
         if softcap is not None:
-            slope = slope * _softcap.slope(z / softcap)
+            slope = slope * slope_of_tanh(z / softcap)
             z = torch.tanh(z / softcap) * softcap
         if temperature is not None:
             z /= temperature

@@ -5,9 +5,11 @@ import re
 
 import torch
 
-from cutloss import _ops, _plan
 from cutloss._bench.cases import Case
 from cutloss._bench.methods import ENGINE_VARIABLE, Method, only_engine
+from cutloss._core.decide import Sizes, choose
+from cutloss._core.options import SCHEDULES, Options
+from cutloss._torch import library
 
 # Raised where no engine takes a case, or none with the schedule and workspace asked for.
 Refusal = (ValueError, TypeError, NotImplementedError)
@@ -23,7 +25,7 @@ class Decision:
 
 
 def decide(case: Case, method: Method, which: str) -> Decision:
-    sizes = _plan.Sizes(
+    sizes = Sizes(
         sequences=1,
         length=case.N,
         V=case.V,
@@ -34,21 +36,20 @@ def decide(case: Case, method: Method, which: str) -> Decision:
         target_dtype=torch.int64,
         on_cuda=case.device == "cuda",
     )
-    options = _ops.options(
+    options = Options(
         case.product_dtype,
         softcap=case.option("softcap"),
         temperature=case.option("temperature") or 1.0,
         needs_de=which != "fw",
         needs_dc=which == "fwbw",
         needs_dbias=which == "fwbw" and "bias" in case.option_names,
-        schedule=_ops.SCHEDULES[method.schedule],
+        schedule=SCHEDULES[method.schedule],
         max_workspace=method.max_workspace,
+        num_valid=case.num_valid if method.num_valid else None,
     )
-    if method.num_valid:
-        options["num_valid"] = case.num_valid
     with only_engine(method.engine):
-        choice = _plan.choose(sizes, options, known_at_forward=True)
-        text = _ops.describe_plan(sizes.arguments(at_forward=choice.immediate), options)
+        choice = choose(sizes, options, known_at_forward=True)
+        text = library.describe_plan(sizes.arguments(at_forward=choice.immediate), options)
     engine, schedule = re.search(r"^engine (\S+)\s+schedule (\S+)", text, re.MULTILINE).groups()
     if method.engine and method.engine not in engine:
         raise NotImplementedError(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
+from .._core import checks
 from ..functional import linear_cross_entropy
 from ..losses import linear_distillation
 
@@ -20,8 +20,8 @@ class LigerFusedLinearJSD(nn.Module):
         self, jsd_beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0
     ):
         super().__init__()
-        _checks.temperature(temperature)
-        _checks.ignore_index(ignore_index)
+        checks.temperature(temperature)
+        checks.ignore_index(ignore_index)
         self.jsd_beta = jsd_beta
         self.ignore_index = ignore_index
         self.temperature = temperature
@@ -73,9 +73,9 @@ class LigerFusedLinearJSDLoss(nn.Module):
         return_soft_hard_loss: bool = False,
     ):
         super().__init__()
-        _checks.temperature(temperature)
-        _checks.ignore_index(ignore_index)
-        _checks.flags(compiled=compiled, return_soft_hard_loss=return_soft_hard_loss)
+        checks.temperature(temperature)
+        checks.ignore_index(ignore_index)
+        checks.flags(compiled=compiled, return_soft_hard_loss=return_soft_hard_loss)
         self.weight_hard_loss = weight_hard_loss
         self.weight_soft_loss = weight_soft_loss
         self.beta = beta

@@ -20,7 +20,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
+from .._core import checks
 from ..functional import linear_cross_entropy
 from ._liger_jsd import LigerFusedLinearJSD, LigerFusedLinearJSDLoss
 
@@ -84,15 +84,15 @@ def liger_fused_linear_cross_entropy(
     :param chunk_mem_const: Not needed: for memory there is cutloss's ``max_workspace``.
     """
     _shapes(input, weight, target, bias)
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.flags(
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.flags(
         return_z_loss=return_z_loss,
         use_token_scaling=use_token_scaling,
         return_token_accuracy=return_token_accuracy,
         return_predicted_tokens=return_predicted_tokens,
     )
     _accumulator(accum_dtype, input.dtype)
-    _checks.z_loss(lse_square_scale)
+    checks.z_loss(lse_square_scale)
     valid = target != ignore_index
     operands = (input, weight, target, bias)
     logits = dict(ignore_index=ignore_index, softcap=softcap)
@@ -141,8 +141,8 @@ def _shapes(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) 
     for name, t in dict(input=input, weight=weight, target=target).items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        _checks.layout(name, t)
-    shape = _checks.shape
+        checks.layout(name, t)
+    shape = checks.shape
     fits = weight.dim() == 2 and input.dim() >= 1 and input.shape[-1] == weight.shape[1]
     if fits and target.shape == input.shape[:-1]:
         return
@@ -208,11 +208,11 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         return_predicted_tokens: bool = False,
     ):
         super().__init__()
-        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-        _checks.label_smoothing(label_smoothing)
-        _checks.softcap(softcap)
-        _checks.z_loss(lse_square_scale)
-        _checks.ignore_index(ignore_index)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+        checks.label_smoothing(label_smoothing)
+        checks.softcap(softcap)
+        checks.z_loss(lse_square_scale)
+        checks.ignore_index(ignore_index)
         _accumulator_type(accum_dtype)
         self.register_buffer("ce_weight", ce_weight, persistent=False)
         self.ignore_index = ignore_index

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import choice, constant, flags, layout, may_look, number, shape  # noqa: F401
+from .._core.checks import choice, constant, flags, layout, may_look, number, shape  # noqa: F401
 from .log_probs import TokenLogProbs
 
 

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import _autograd, _flops, _ops, _softcap
+from .._torch import autograd, flops
+from .._torch.autograd import Made, Saved
+from .._torch.softcap import mul_slope_
 from ._chunk_plan import CONVERTED, Plan, bytes_of
 
 # The logit of a class that cannot be, whose bias is -inf. Finite, so that 0 * log 0 is 0.
@@ -132,7 +134,7 @@ class Task:
     plan: Plan
     predicted: int  # rows, whether they count or not
 
-    def products(self, c: Tensor, forward: bool, needs: "Needs") -> list[_flops.Product]:
+    def products(self, c: Tensor, forward: bool, needs: "Needs") -> list[flops.Product]:
         """Those of the mathematics, which a FlopCounterMode counts."""
         N, (V, D), (de, dc, _) = self.predicted, c.shape, needs
         widths = [D, self.rule.teacher_width] if forward else []
@@ -159,20 +161,20 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def losses_of_rows(student: Student, task: Task) -> tuple[Tensor, Tensor]:
     """(n) and (n,P), whose gradient (that of the first) is made in backward."""
-    if not _autograd.wants_gradient(*student):
-        with _flops.counted_as(task.products(student[1], True, _NOTHING)):
+    if not autograd.wants_gradient(*student):
+        with flops.counted_as(task.products(student[1], True, _NOTHING)):
             losses, parts, _ = _by_rows(student, task)
         return losses, parts
-    return _Deferred.apply(*student, task, *task.tensors())
+    return autograd.deferred(*_apart(student, task))
 
 
 def weighted_sum(student: Student, task: Task, factors: Tensor) -> tuple[Tensor, Tensor]:
     """sum factors * losses, with its gradients made along, and (n,P). `factors`: (n), constant."""
-    if not _autograd.wants_gradient(*student):
-        with _flops.counted_as(task.products(student[1], True, _NOTHING)):
+    if not autograd.wants_gradient(*student):
+        with flops.counted_as(task.products(student[1], True, _NOTHING)):
             losses, parts, _ = _by_rows(student, task)
         return _sum(losses, factors), parts
-    return _Immediate.apply(*student, factors, task, *task.tensors())
+    return autograd.immediate(*_apart(student, task, factors))
 
 
 def _sum(losses: Tensor, factors: Tensor) -> Tensor:
@@ -241,7 +243,7 @@ def _capped(how: Logits, a: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _uncapped(g: Tensor, x: Tensor | None) -> Tensor:
-    return g if x is None else _softcap.mul_slope_(g, x)
+    return g if x is None else mul_slope_(g, x)
 
 
 class _Sums:
@@ -364,60 +366,46 @@ def _operand(g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 # Autograd ---------------------------------------------------------------------------------------
 
 
-class _Deferred(torch.autograd.Function):
-    """Any upstream gradient: gradients in backward, from logits that are made again."""
+@dataclasses.dataclass
+class _OfTask(autograd.Computation):
+    """Operands e, c, bias; constants: the factors of a weighted sum, or None, and the task's
+    tensors, which it is without here."""
 
-    @staticmethod
-    def forward(ctx: Any, e, c, bias, task, *tensors):
-        keep = task.plan.sums_de
-        with _flops.counted_as(task.products(c, True, _NOTHING)):
-            losses, parts, kept = _by_rows((e, c, bias), task, keep=keep)
-        ctx.save_for_backward(e, c, bias, kept, *tensors)
-        ctx.task = task.with_tensors((None,) * len(tensors))
-        ctx.mark_non_differentiable(parts)
-        ctx.set_materialize_grads(False)
-        return losses, parts
+    task: Task
 
-    @staticmethod
-    def backward(ctx, d_losses, _):
-        e, c, bias, kept, *tensors = ctx.saved_tensors
-        if d_losses is None:
-            return (None,) * (4 + len(tensors))
-        task = ctx.task.with_tensors(tuple(tensors))
-        needs = ctx.needs_input_grad[:3]
-        with torch.no_grad(), _flops.counted_as(task.products(c, False, needs)):
-            made, _, _ = _gradients((e, c, bias), task, d_losses, needs, kept)
-        made = _ops.first_order(made, e, c, bias, d_losses)
-        return *made, *(None,) * (1 + len(tensors))
+    def forward(self, given: Saved) -> Made:
+        task, (_, c, _) = self._task(given), given.operands
+        with flops.counted_as(task.products(c, True, _NOTHING)):
+            losses, parts, kept = _by_rows(given.operands, task, keep=task.plan.sums_de)
+        return Made(given._replace(made=(kept,)), (losses,), (parts,))
+
+    def gradients(self, saved: Saved, needs: Needs, upstream: autograd.Tensors) -> Gradients:
+        """Any upstream gradient: from logits that are made again."""
+        (factors,), (kept,) = upstream, saved.made
+        if factors is None:
+            return None, None, None
+        task, (_, c, _) = self._task(saved), saved.operands
+        with flops.counted_as(task.products(c, False, needs)):
+            return _gradients(saved.operands, task, factors, needs, kept)[0]
+
+    def loss_and_gradients(self, given: Saved, needs: Needs) -> Made:
+        factors, *_ = given.constants
+        task, (_, c, _) = self._task(given), given.operands
+        with flops.counted_as(task.products(c, True, needs)):
+            gradients, losses, parts = _gradients(given.operands, task, factors, needs)
+        return Made(given, (_sum(losses, factors),), (parts,), gradients)
+
+    def products_again(self, saved: Saved, needs: Needs) -> list[flops.Product]:
+        _, c, _ = saved.operands
+        return self.task.products(c, False, needs)
+
+    def _task(self, given: Saved) -> Task:
+        _, *tensors = given.constants
+        return self.task.with_tensors(tuple(tensors))
 
 
-class _Immediate(torch.autograd.Function):
-    """One upstream number: gradients along with the loss, times that number in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, e, c, bias, factors, task, *tensors):
-        student, needs = (e, c, bias), ctx.needs_input_grad[:3]
-        with _flops.counted_as(task.products(c, True, needs)):
-            ctx.made, losses, parts = _gradients(student, task, factors, needs)
-        ctx.save_for_backward(e, c, bias, factors, *tensors)
-        ctx.task = task.with_tensors((None,) * len(tensors))
-        ctx.mark_non_differentiable(parts)
-        ctx.set_materialize_grads(False)
-        return _sum(losses, factors), parts
-
-    @staticmethod
-    def backward(ctx, d_loss, _):
-        e, c, bias, factors, *tensors = ctx.saved_tensors
-        if d_loss is None:
-            return (None,) * (5 + len(tensors))
-        # The first backward hands over what forward made. Another one (retain_graph) makes it
-        # again: the same bits, and no copy for those who never ask.
-        made, ctx.made = ctx.made, None
-        with torch.no_grad():
-            if made is None:
-                task, needs = ctx.task.with_tensors(tuple(tensors)), ctx.needs_input_grad[:3]
-                with _flops.counted_as(task.products(c, False, needs)):
-                    made, _, _ = _gradients((e, c, bias), task, factors, needs)
-            made = tuple(None if t is None else t.mul_(d_loss) for t in made)
-        made = _ops.first_order(made, e, c, bias, d_loss)
-        return *made, *(None,) * (2 + len(tensors))
+def _apart(
+    student: Student, task: Task, factors: Tensor | None = None
+) -> tuple[Saved, _OfTask]:
+    tensors = task.tensors()
+    return Saved(student, (factors, *tensors)), _OfTask(task.with_tensors((None,) * len(tensors)))

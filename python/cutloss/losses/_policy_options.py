@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .. import _checks
+from .._core import checks
 from . import _arguments as args
 from ._policy_table import POLICY, clipped, sapo, sum_over_items, vespo
 from .log_probs import TokenLogProbs
@@ -73,7 +73,7 @@ def clipping(
 def num_items(value: float | Tensor | None, mask: Tensor) -> Tensor | float:
     if value is None:
         return mask.sum().clamp(min=1)
-    items = _checks.num_items(value)
+    items = checks.num_items(value)
     return items.to(mask.device) if isinstance(items, Tensor) else items
 
 

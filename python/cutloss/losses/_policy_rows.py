@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _by_rows, _inputs, _ops, _plan, _terms
-from .._terms import Rows
+from .._core import decide, weighting
+from .._core.operands import checked_options, make_operands, shape_of_rows
+from .._core.weighting import Rows
+from .._torch import autograd, by_rows, operators
 from ._arguments import Loss
 from .log_probs import TokenLogProbs
 from .policy import policy_loss
@@ -40,25 +42,23 @@ def loss(
     needs_entropy: bool,
 ) -> Loss:
     """policy_loss, by rows where the plan says so. `logits`: token_log_probs' options."""
-    call = _inputs.options(e, c, targets, bias, return_entropy=needs_entropy, **logits)
-    operands = _inputs.operands(e, c, targets, bias, logits["temperature"], None, call)
-    _inputs.want_gradients(call, *operands[:3])
-    known = not _ops.is_differentiated_by_others(e, c, bias)
-    choice = _plan.choose(_plan.sizes_of(*operands), call, known)
-    call["schedule"], call["kept_bytes"] = choice.schedule, choice.kept_bytes
-    shape = _inputs.row_shape(targets, call["shift"])
-    counts = _terms.of_rows(operands[3], call["shift"]) != call["ignore_index"]
+    call = checked_options(e, c, targets, bias, return_entropy=needs_entropy, **logits)
+    operands = make_operands(e, c, targets, bias, logits["temperature"], None, call)
+    known = not autograd.is_differentiated_by_others(e, c, bias)
+    call, immediate = decide.decided(operands, call, known)
+    shape = shape_of_rows(targets, call.shift)
+    counts = weighting.of_rows(operands[3], call.shift) != call.ignore_index
     of_rows = _PolicyRows(counts.reshape(shape), options)
-    if not choice.immediate:
-        return of_rows.evaluate(_ops.statistics(operands, call))
+    if not immediate:
+        return of_rows.evaluate(operators.statistics(operators.Linear(call), operands))
     given = [getattr(t, "log_probs", t) for t in options.values()]
     reads = [t for t in given if isinstance(t, Tensor)]
-    value, _ = _by_rows.loss(operands, call, lambda: of_rows, reads=reads)
+    value, _ = by_rows.loss(operands, call, lambda: of_rows, reads=reads)
     return Loss(value, of_rows.metrics)
 
 
 class _PolicyRows:
-    """A _by_rows.RowLoss. A chunk's coefficients are the derivatives of the whole loss, in which
+    """A by_rows.RowLoss. A chunk's coefficients are the derivatives of the whole loss, in which
     other chunks' log-probabilities stand as 0: they change its value, not these derivatives."""
 
     def __init__(self, mask: Tensor, options: dict[str, Any]):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .._core import checks
 
 RowFunction = Callable[..., Tensor]
 
@@ -31,7 +31,7 @@ def evaluate(fn: RowFunction, statistics: dict[str, Tensor], slices: dict[str, T
         code = _code(fn)
         is_new = code is not None and code not in _known
         may_wait = not torch.cuda.is_current_stream_capturing()
-        if not (may_wait and (is_new or _checks.may_look(out.device))):
+        if not (may_wait and (is_new or checks.may_look(out.device))):
             return torch.where(coupled, torch.nan, out)
         if is_new and not coupled:
             _known.add(code)
@@ -78,7 +78,7 @@ def check_gradient(out: Tensor, statistics: dict[str, Tensor]) -> None:
         )
     for leaf in _leaves(out, statistics):
         raise NotImplementedError(
-            f"fn uses a tensor of shape {_checks.shape(leaf)} that requires a gradient, and "
+            f"fn uses a tensor of shape {checks.shape(leaf)} that requires a gradient, and "
             f"linear_token_loss makes those of e, c and bias alone: detach it, or make the loss "
             f"of cutloss.losses.token_log_probs"
         )
@@ -96,8 +96,8 @@ def _check(out: Tensor, statistics: dict[str, Tensor]) -> None:
         raise TypeError(f"fn must return a tensor, got {type(out).__name__}")
     if out.shape != rows.shape:
         raise ValueError(
-            f"fn must return one loss of each row, of shape {_checks.shape(rows)}, got "
-            f"{_checks.shape(out)}: leave sums and means over rows to normalizer"
+            f"fn must return one loss of each row, of shape {checks.shape(rows)}, got "
+            f"{checks.shape(out)}: leave sums and means over rows to normalizer"
         )
     if not out.is_floating_point():
         raise TypeError(f"fn must return floating point numbers, got {out.dtype}")

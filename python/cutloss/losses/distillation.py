@@ -6,8 +6,10 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _autograd, _checks, _ops, _sharded
-from .._untraced import untraced
+from .. import _sharded
+from .._core import checks
+from .._torch import autograd, private
+from .._torch.private import untraced
 from . import _arguments as args
 from ._arguments import Loss
 from ._chunk_plan import Sizes, bytes_of, converted, make_plan
@@ -115,7 +117,7 @@ def linear_distillation(
             f"{teacher_c.shape[0]}; where one is padded, cut it, [:{_least(c, teacher_c)}]"
         )
     _no_gradient(teacher_e=teacher_e)
-    _checks.same_device(e, c=c, bias=bias, teacher_e=teacher_e, teacher_c=teacher_c,
+    checks.same_device(e, c=c, bias=bias, teacher_e=teacher_e, teacher_c=teacher_c,
                         teacher_bias=teacher_bias)  # fmt: skip
     logits = _logits(e, c, bias, "", softcap, logit_scale)
     of_teacher = _logits(
@@ -211,7 +213,7 @@ def linear_distillation_top_k(
             f"{args.shape(e)}"
         )
     _no_gradient(teacher_log_probs=teacher_log_probs)
-    _checks.same_device(e, c=c, bias=bias, teacher_ids=teacher_ids,
+    checks.same_device(e, c=c, bias=bias, teacher_ids=teacher_ids,
                         teacher_log_probs=teacher_log_probs)  # fmt: skip
     K, V = teacher_ids.shape[-1], c.shape[0]
     ids = teacher_ids.reshape(-1, K)
@@ -270,7 +272,7 @@ def _tokens(how: _Counting, e: Tensor, V: int, reads_targets: bool, stats: torch
                 f"{name} must have the shape of e but for its last dimension: got {name} "
                 f"{args.shape(t)} and e {args.shape(e)}"
             )
-    _checks.same_device(e, **given)
+    checks.same_device(e, **given)
     if how.mask is not None and how.mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, got {how.mask.dtype}: pass mask.bool()")
     if how.targets is not None and how.targets.dtype not in (torch.int64, torch.int32):
@@ -280,7 +282,7 @@ def _tokens(how: _Counting, e: Tensor, V: int, reads_targets: bool, stats: torch
     if reads_targets and how.targets is None:
         raise ValueError("hard_weight is not 0 and there are no targets, got None: pass targets")
     places = torch.arange(math.prod(shape), device=e.device).reshape(shape)
-    shift = _checks.shift(how.shift, places)
+    shift = checks.shift(how.shift, places)
     length = shape[-1] if shape else 1
 
     def late(t: Tensor) -> Tensor:
@@ -289,12 +291,12 @@ def _tokens(how: _Counting, e: Tensor, V: int, reads_targets: bool, stats: torch
     index = (places[..., : length - shift] if shift else places).reshape(-1)
     counts = None
     if how.targets is not None:
-        _checks.ignore_index(how.ignore_index, how.targets)
+        checks.ignore_index(how.ignore_index, how.targets)
         counts = late(how.targets) != how.ignore_index
     if how.mask is not None:
         counts = late(how.mask) if counts is None else counts & late(how.mask)
     n = index.numel()
-    _checks.num_valid(how.num_valid, n, how.ignore_index)
+    checks.num_valid(how.num_valid, n, how.ignore_index)
     chosen, right = torch.arange(n, device=e.device), None
     look = args.may_look(e.device)
     if counts is not None and (look or how.num_valid is not None):
@@ -344,9 +346,9 @@ def _loss(
 ) -> Loss:  # fmt: skip
     """`width`, `of_teacher`: what the teacher adds to `width` and `converted` of Sizes."""
     e, c, bias = student
-    args.choice("reduction", counting.reduction, _checks.REDUCTIONS)
+    args.choice("reduction", counting.reduction, checks.REDUCTIONS)
     args.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
-    _checks.max_workspace(max_workspace)
+    checks.max_workspace(max_workspace)
     if counting.num_items is not None and counting.reduction != "mean":
         raise ValueError(
             f"num_items_in_batch is what the mean divides by, got it with reduction="
@@ -356,13 +358,13 @@ def _loss(
     rule = make_rule(tokens)
     e = e.reshape(-1, e.shape[-1])
     weight = tokens.weight
-    needs = [_autograd.wants_gradient(t) for t in (e, c, bias)]
+    needs = [autograd.wants_gradient(t) for t in (e, c, bias)]
     grads = [t.dtype for t, needed in zip((e, c, bias), needs) if needed]
     # Gradients in fp16 wait for the loss scale, which comes with the upstream gradient.
     immediate = (
         counting.reduction != "none"
         and torch.float16 not in grads
-        and not _autograd.wants_gradient(weight)
+        and not autograd.wants_gradient(weight)
     )
     plan = make_plan(
         _sizes(e, c, logits, rule, width, of_teacher), schedule, max_workspace,
@@ -374,7 +376,7 @@ def _loss(
     mean = torch.where(total == 0, 1.0, total).to(weight.dtype)
     over = 1.0
     if counting.reduction == "mean":
-        over = mean if counting.num_items is None else _checks.num_items(counting.num_items)
+        over = mean if counting.num_items is None else checks.num_items(counting.num_items)
     factors = weight / over
     if immediate:
         loss, parts = weighted_sum((e, c, bias), task, factors)
@@ -429,7 +431,7 @@ def _mixture(
 
 
 def _tensors(**named: Tensor | None) -> None:
-    _checks.tensors(**named)
+    checks.tensors(**named)
     for name, t in named.items():
         if t is None and name not in ("bias", "teacher_bias"):
             raise TypeError(f"{name} must be a torch.Tensor, got None")
@@ -447,18 +449,18 @@ def _head(e: Tensor, c: Tensor, bias: Tensor | None, prefix: str) -> None:
             f"{prefix}bias must be (V): got {prefix}bias {args.shape(bias)} and {prefix}c "
             f"{args.shape(c)}"
         )
-    if _ops.is_differentiated_by_others(e, c, bias):
+    if autograd.is_differentiated_by_others(e, c, bias):
         raise NotImplementedError(
             "distillation has gradients of reverse mode by PyTorch's autograd alone: no transforms "
             "of torch.func and no forward mode; take stored logits and PyTorch's own functions there"
         )
-    if _ops.is_ordinary(e) and _ops.is_ordinary(c):
+    if private.is_ordinary(e) and private.is_ordinary(c):
         _sharded.check_memory(e, c)
 
 
 def _no_gradient(**named: Tensor) -> None:
     for name, t in named.items():
-        if _autograd.wants_gradient(t):
+        if autograd.wants_gradient(t):
             raise ValueError(
                 f"the teacher gets no gradient, and {name} requires one: make it under "
                 f"torch.no_grad(), or pass {name}.detach()"
@@ -476,13 +478,13 @@ def _logits(
     named = {f"{prefix}e": e, f"{prefix}c": c}
     if bias is not None:
         named[f"{prefix}bias"] = bias
-    operands = _checks.operand_dtype(**named)
+    operands = checks.operand_dtype(**named)
     if stats is None:
         stats = torch.float64 if operands == torch.float64 else torch.float32
     in_16_bits = operands in (torch.bfloat16, torch.float16)
     if not (in_16_bits and e.device.type == "cuda" and stats == torch.float32):
         operands = stats
-    return Logits(operands, stats, _checks.logit_scale(logit_scale), _checks.softcap(softcap))
+    return Logits(operands, stats, checks.logit_scale(logit_scale), checks.softcap(softcap))
 
 
 def _without(zero: Tensor | None, other: Tensor | None) -> Tensor | None:

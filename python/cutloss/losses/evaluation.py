@@ -6,7 +6,7 @@ import enum
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .._core import checks
 from .._implementations import LinearCrossEntropyImpl
 from ..functional import linear_cross_entropy
 from . import _arguments as args
@@ -73,7 +73,7 @@ def evaluate(
     scored = targets[..., shift:] if shift else targets
     weight = None
     if token_weight is not None:
-        _checks.token_weight(token_weight, targets)
+        checks.token_weight(token_weight, targets)
         weight = token_weight[..., shift:] if shift else token_weight
     counts = scored != ignore_index
     return Evaluation(torch.stack(_sums([nll, predictions == scored], counts, weight)))
@@ -138,7 +138,7 @@ def z_loss(
     squares = torch.where(mask, lse, 0.0).square().sum()
     if num_items_in_batch is None:
         return coefficient * squares / mask.sum().clamp(min=1)
-    return coefficient * squares / _checks.num_items(num_items_in_batch)
+    return coefficient * squares / checks.num_items(num_items_in_batch)
 
 
 def _given(name: str, t: Tensor) -> Tensor:

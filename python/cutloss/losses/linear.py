@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .._core import checks
 from .._implementations import LinearCrossEntropyImpl, is_plain
 from . import _policy_rows
 from ._arguments import Loss
@@ -89,7 +89,7 @@ def linear_loss(
                 f"{name!r} is a loss_type, not the name of a loss: call "
                 f"linear_loss({other!r}, ..., loss_type={name!r})"
             )
-    _checks.choice("the name of a loss", name, tuple(LOSSES))
+    checks.choice("the name of a loss", name, tuple(LOSSES))
     logits = dict(
         ignore_index=ignore_index,
         shift=shift,
@@ -145,7 +145,7 @@ def _check_options(name: str, with_reference: bool, options: dict[str, Any]) -> 
         kinds = options["loss_type"]
         several = name == "dpo" and isinstance(kinds, (list, tuple))
         for kind in kinds if several else (kinds,):
-            _checks.choice("loss_type", kind, tuple(_TYPES[name]))
+            checks.choice("loss_type", kind, tuple(_TYPES[name]))
     if name == "policy" and with_reference and options.get("beta", 0.0) == 0:
         raise ValueError(
             "'policy' uses a reference in its KL term alone, and beta is 0: leave reference out, "

@@ -6,7 +6,7 @@ import enum
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .._core import checks
 from .._implementations import LinearCrossEntropyImpl
 from ..functional import linear_cross_entropy
 
@@ -37,16 +37,16 @@ class TokenLogProbs:
                 f"{type(self.mask).__name__}: pass torch.ones_like(log_probs, dtype=torch.bool) "
                 f"where every token counts"
             )
-        _checks.layout("mask", self.mask)
+        checks.layout("mask", self.mask)
         for name in ("log_probs", "entropy", "log_sum_sq_probs"):
             t = getattr(self, name)
             if t is None:
                 continue
-            _checks.layout(name, t)
+            checks.layout(name, t)
             if self.mask.dtype != torch.bool or self.mask.shape != t.shape:
                 raise ValueError(
                     f"the mask must be bool in the shape of {name}: got {self.mask.dtype} of shape "
-                    f"{_checks.shape(self.mask)}, and {name} {_checks.shape(t)}"
+                    f"{checks.shape(self.mask)}, and {name} {checks.shape(t)}"
                 )
             if not t.is_floating_point():
                 raise TypeError(
@@ -103,7 +103,7 @@ def token_log_probs(
         whose digits a common offset of the logits takes away.
     :return: fp32 (fp64 for fp64 inputs), of shape (..., L), L less shift.
     """
-    _checks.flags(
+    checks.flags(
         return_entropy=return_entropy, return_log_sum_sq_probs=return_log_sum_sq_probs
     )
     options = dict(

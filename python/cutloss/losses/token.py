@@ -6,9 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import _autograd, _by_rows, _checks, _inputs, _ops, _plan, _terms
-from .._ops import Options
-from .._terms import Rows
+from .._core import checks, decide, weighting
+from .._core.operands import checked_options, make_operands, shape_of_rows
+from .._core.options import Options
+from .._core.weighting import Rows
+from .._torch import autograd, by_rows, operators, private
 from . import _arguments, _row_function
 from ._row_function import RowFunction
 from .log_probs import TokenLogProbs
@@ -74,14 +76,14 @@ def linear_token_loss(
     in backward, as everywhere, which takes a fourth product or memory for the logits; so does
     torch.compile, under which fn is traced.
     """
-    options = _inputs.options(
+    options = checked_options(
         e, c, targets, bias, ignore_index=ignore_index, softcap=softcap, shift=shift,
         logit_scale=logit_scale, temperature=temperature, max_workspace=max_workspace,
         schedule=schedule, num_valid=num_valid, return_entropy=entropy, return_lse=lse,
         normalizer=normalizer if isinstance(normalizer, Tensor) else None,
     )  # fmt: skip
-    _checks.flags(return_rows=return_rows)
-    if _autograd.is_in_vmap():
+    checks.flags(return_rows=return_rows)
+    if private.is_in_vmap():
         raise NotImplementedError(
             "linear_token_loss does not work inside torch.vmap: loop over the batch, or pass it as "
             "more rows of e and targets; cutloss.losses.token_log_probs works there"
@@ -92,32 +94,30 @@ def linear_token_loss(
     names = tuple(name for name, is_taken in (("entropy", entropy), ("lse", lse)) if is_taken)
     if not torch.compiler.is_compiling():
         _row_function.check_parameters(fn, (*names, *slices))
-    operands = _inputs.operands(e, c, targets, bias, temperature, None, options)
-    _inputs.want_gradients(options, *operands[:3])
+    operands = make_operands(e, c, targets, bias, temperature, None, options)
     of_fn = FunctionOfRows(
         fn,
         names,
         slices,
-        _terms.of_rows(operands[3], options["shift"]) != ignore_index,
+        weighting.of_rows(operands[3], options.shift) != ignore_index,
         _normalizer(normalizer),
     )
-    known = not _ops.is_differentiated_by_others(e, c, bias)
-    choice = _plan.choose(_plan.sizes_of(*operands), options, known)
-    options["schedule"], options["kept_bytes"] = choice.schedule, choice.kept_bytes
-    if choice.immediate:
+    known = not autograd.is_differentiated_by_others(e, c, bias)
+    options, immediate = decide.decided(operands, options, known)
+    if immediate:
         reads = [t for t in (*slices.values(), normalizer) if isinstance(t, Tensor)]
-        loss, rows = _by_rows.loss(operands, options, of_fn.begin, of_fn.undefined(), reads)
+        loss, rows = by_rows.loss(operands, options, of_fn.begin, of_fn.undefined(), reads)
     else:
-        rows = _ops.statistics(operands, options)
-        loss = of_fn.of_all(rows, _plan.wants_gradient(options))
+        rows = operators.statistics(operators.Linear(options), operands)
+        loss = of_fn.of_all(rows, any(options.needs))
     if not return_rows:
         return loss
-    shape = _inputs.row_shape(targets, options["shift"])
+    shape = shape_of_rows(targets, options.shift)
     return loss, {k: t.detach().reshape(shape) for k, t in of_fn.statistics(rows).items()}
 
 
 class FunctionOfRows:
-    """A loss that is a sum of fn over rows; a _by_rows.RowLoss after begin()."""
+    """A loss that is a sum of fn over rows; a by_rows.RowLoss after begin()."""
 
     def __init__(
         self,
@@ -196,8 +196,8 @@ def _slices(
         raise TypeError(
             f"per_token must be a dict of tensors by name, got {type(per_token).__name__}"
         )
-    shift = options["shift"]
-    shapes = tuple(targets.shape), _inputs.row_shape(targets, shift)
+    shift = options.shift
+    shapes = tuple(targets.shape), shape_of_rows(targets, shift)
     slices = {}
     for name, t in per_token.items():
         if name in ("nll", "entropy", "lse"):
@@ -205,18 +205,18 @@ def _slices(
         what = f"per_token[{name!r}]"
         if isinstance(t, TokenLogProbs):
             raise TypeError(f"{what} must be a tensor, got TokenLogProbs: pass its log_probs")
-        _checks.tensors(**{what: t})
-        if _autograd.requires_grad(t):
+        checks.tensors(**{what: t})
+        if private.requires_grad(t):
             raise ValueError(
                 f"cutloss makes no gradient for {what}: pass it detached, or make the loss of "
                 f"cutloss.losses.token_log_probs"
             )
-        _checks.same_device(targets, **{what: t})
+        checks.same_device(targets, **{what: t})
         if t.shape[: targets.dim()] not in shapes:
             raise ValueError(
                 f"{what} must begin with the shape of targets, {shapes[0]}"
                 + (f", or of targets less the shift, {shapes[1]}" if shift else "")
-                + f": got {_checks.shape(t)}; one number a sequence is x[:, None].expand(B, L)"
+                + f": got {checks.shape(t)}; one number a sequence is x[:, None].expand(B, L)"
             )
         if shift and t.shape[: targets.dim()] == shapes[0]:
             t = t.movedim(targets.dim() - 1, 0)[shift:].movedim(0, targets.dim() - 1)
@@ -228,10 +228,10 @@ def _normalizer(value: float | Tensor | None) -> float | Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
-        if _autograd.requires_grad(value):
+        if private.requires_grad(value):
             raise ValueError("cutloss makes no gradient for normalizer: pass it detached")
         if value.numel() != 1:
-            raise ValueError(f"normalizer must be one number, got {_checks.shape(value)}")
+            raise ValueError(f"normalizer must be one number, got {checks.shape(value)}")
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             _arguments.positive("normalizer", value.item())
         return value.reshape(()).double()

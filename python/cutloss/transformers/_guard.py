@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .._untraced import while_traced
+from .._torch.private import while_traced
 from ._unmade import UnmadeLogits
 
 NAME = "_cutloss_patches"  # the attribute of a model: its patches, the last one in force

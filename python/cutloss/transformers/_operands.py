@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._torch import private
 from ..functional import linear_cross_entropy
 
 
@@ -79,7 +80,7 @@ def evaluate(logits, function: Callable[..., object]) -> object:
         if not made:  # it is not from a hook of the output
             raise
         raise NotImplementedError(_OF_HOOKS + f": {type(error).__name__}: {error}") from error
-    if nn.modules.module._global_forward_hooks and result is not made[0]:
+    if private.has_forward_hooks_of_all_modules() and result is not made[0]:
         raise NotImplementedError(_OF_HOOKS)
     return result
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .._torch import private
 from ._product import equal
 
 
@@ -27,9 +28,9 @@ def _changing(module: nn.Module) -> list[str]:
     other buffers, when it is read again. The module is left as it was."""
     modes = [(m, m.training) for m in module.modules()]
     buffers = [
-        (m, name, b, b._version, b.clone())
+        (m, name, b, private.version_of(b), b.clone())
         for m in module.modules()
-        for name, b in m._buffers.items()
+        for name, b in private.buffers_of(m).items()
         if b is not None
     ]
     devices = {t.device.index for t in [*module.parameters(), *module.buffers()] if t.is_cuda}
@@ -41,17 +42,18 @@ def _changing(module: nn.Module) -> list[str]:
                 first, second = getattr(module, name), getattr(module, name)
                 own = set(kinds.modules())
                 touched = any(
-                    m in own and (m._buffers.get(n) is not b or b._version != version)
+                    m in own
+                    and (private.buffers_of(m).get(n) is not b or private.version_of(b) != version)
                     for m, n, b, version, _ in buffers
                 )
                 if touched or not (first.is_meta or equal(first, second)):
                     found.append(f"{name} by {', '.join(type(k).__name__ for k in kinds)}")
     finally:
         for m, name, b, version, value in buffers:
-            if b._version != version:
+            if private.version_of(b) != version:
                 with torch.no_grad():
                     b.copy_(value)
-            m._buffers[name] = b
+            private.buffers_of(m)[name] = b
         for m, training in modes:
             m.training = training
     return found

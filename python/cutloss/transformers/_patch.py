@@ -8,8 +8,9 @@ from types import MethodType
 
 from torch import nn
 
-from .. import _checks
+from .._core import checks
 from .._implementations import is_plain
+from .._torch import private
 from . import _guard, _switch, _verify
 from ._switch import Switch, place_of_forward
 from ._unmade import UnmadeLogits
@@ -102,13 +103,13 @@ def patch(
     :raises NotImplementedError: where the model's classifier or forward can not be done; the model
         is as it was.
     """
-    _checks.flags(verify=verify)
+    checks.flags(verify=verify)
     if return_logits is not None:
-        _checks.flags(return_logits=return_logits)
-    _checks.max_workspace(max_workspace)
-    _checks.plain_options(is_plain(impl), "auto", max_workspace)
+        checks.flags(return_logits=return_logits)
+    checks.max_workspace(max_workspace)
+    checks.plain_options(is_plain(impl), "auto", max_workspace)
     training = dict(
-        z_loss=_checks.z_loss(z_loss), label_smoothing=_checks.label_smoothing(label_smoothing)
+        z_loss=checks.z_loss(z_loss), label_smoothing=checks.label_smoothing(label_smoothing)
     )
     target = unwrapped(model)
     if _active(target) is not None:
@@ -182,7 +183,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model of Transformers itself, under PEFT's wrapper."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"cutloss.patch takes a model, got {type(model).__name__}")
-    if type(model).__name__ in _WRAPPERS or hasattr(model, "_orig_mod"):
+    if type(model).__name__ in _WRAPPERS or private.is_compiled(model):
         raise ValueError(
             f"this model is inside {type(model).__name__}: patch it before it is wrapped or "
             f"compiled"

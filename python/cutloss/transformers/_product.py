@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._torch import private
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CLASSES = 8192  # that are compared at a time
 
@@ -71,9 +73,10 @@ class _Whole(NamedTuple):
 
 def _is_all(head: nn.Module, layer: nn.Linear) -> bool:
     """Whether the head's only parameters are those of the layer, with a dtype to compute in."""
-    names = {id(p) for p in layer._parameters.values()}
+    own = private.parameters_of(layer)
+    names = {id(p) for p in own.values()}
     parameters = {id(p) for p in head.parameters()}
-    known = set(layer._parameters) == {"weight", "bias"} and parameters <= names
+    known = set(own) == {"weight", "bias"} and parameters <= names
     known = known and len(_shape(layer.weight)) == 2 and layer.weight.dtype in DTYPES
     return known and not any(True for _ in head.buffers())
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _sharded
+from .._torch import private
 from . import _casts, _operands, _parametrized
 from ._casts import Cast
 from ._operands import Term
@@ -123,10 +124,9 @@ def _check_hooks(layers: list[nn.Linear], owner: str) -> None:
     are not logits: hooks would run twice, or not see what they are for. Casts do no harm. Those
     that gather weights are for both calls, and must see no other."""
     for module in layers:
-        hooks = [(hook, True) for hook in module._forward_pre_hooks.values()]
-        hooks += [(hook, False) for hook in module._forward_hooks.values()]
-        backward = [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
-        hooks += [(hook, None) for hook in backward]
+        hooks = [(hook, True) for hook in private.forward_pre_hooks(module)]
+        hooks += [(hook, False) for hook in private.forward_hooks(module)]
+        hooks += [(hook, None) for hook in private.backward_hooks(module)]
         for hook, of_input in hooks:
             if _sharded.only_gathers(hook):
                 continue

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks
+from .._core import checks
 from . import _layout, _operands
 from ._not_made import LogitsNotMadeError
 from ._operands import Term
@@ -464,7 +464,7 @@ def _cross_entropy(
     rows = (*logits.shape[:classes_are_in], *logits.shape[classes_are_in + 1 :])
     if target.shape != rows:
         raise ValueError(
-            f"labels {_checks.shape(target)} for logits {tuple(logits.shape)}: there must be one "
+            f"labels {checks.shape(target)} for logits {tuple(logits.shape)}: there must be one "
             f"label for each row (logits_to_keep leaves rows out, of the logits alone)"
         )
     options = dict(

@@ -6,6 +6,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from .._torch import private
 from . import _switch
 from ._switch import Switch, shape
 from ._unmade import LogitsNotMadeError
@@ -120,7 +121,7 @@ def _as_it_was(model: nn.Module, switch: Switch):
     buffers = [
         (module, name, b, b.clone() if b.numel() <= 2**20 else None)
         for module in model.modules()
-        for name, b in module._buffers.items()
+        for name, b in private.buffers_of(module).items()
         if b is not None and not b.is_meta
     ]
     wanted = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
@@ -140,4 +141,4 @@ def _as_it_was(model: nn.Module, switch: Switch):
         for module, name, b, values in buffers:
             if values is not None:
                 b.data.copy_(values)
-            module._buffers[name] = b
+            private.buffers_of(module)[name] = b

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-_COUNTER = "torch.utils.flop_counter"
+from .._core.options import Options
+from .private import FLOP_COUNTER, flop_counters
 
 Product = tuple[int, int, int]  # of (m, k) and (k, n)
 
@@ -47,12 +48,12 @@ def _of_gradients(
     return (int(needs_de) + int(needs_dc)) * _product(e, c, shift)
 
 
-def products_of_gradients(e: torch.Tensor, c: torch.Tensor, options: dict[str, Any]) -> list[Product]:
+def products_of_gradients(e: torch.Tensor, c: torch.Tensor, options: Options) -> list[Product]:
     """The products that count where a second backward makes the gradients again. Forward has
     counted those of the logits, so there is one for each gradient of e and c that is wanted."""
     sequences, length, D = e.shape
-    made = (sequences * max(length - options["shift"], 0), D, c.shape[0])
-    return [made] * (int(options["needs_de"]) + int(options["needs_dc"]))
+    made = (sequences * max(length - options.shift, 0), D, c.shape[0])
+    return [made] * (options.needs_de + options.needs_dc)
 
 
 def _of_both(*args: Any, **options: Any) -> int:
@@ -60,7 +61,7 @@ def _of_both(*args: Any, **options: Any) -> int:
 
 
 def _register() -> None:
-    register = sys.modules[_COUNTER].register_flop_formula
+    register = sys.modules[FLOP_COUNTER].register_flop_formula
     ops = torch.ops.cutloss
     register(ops.statistics)(_of_forward)
     register(ops.gradients)(_of_gradients)
@@ -71,7 +72,7 @@ def _register() -> None:
 @contextlib.contextmanager
 def counted_as(products: Sequence[Product]) -> Iterator[None]:
     """What is multiplied in here counts as these products do."""
-    counters = _counters()
+    counters = flop_counters()
     before = [{of: dict(counts) for of, counts in c.flop_counts.items()} for c in counters]
     yield
     if not counters:
@@ -84,21 +85,12 @@ def counted_as(products: Sequence[Product]) -> Iterator[None]:
         torch.mm(torch.empty(m, k, device="meta"), torch.empty(k, n, device="meta"))
 
 
-def _counters() -> list[Any]:
-    """The FlopCounterModes that are counting at this moment."""
-    module = sys.modules.get(_COUNTER)
-    if module is None:
-        return []
-    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    return [m.counter for m in modes if isinstance(m, module._FlopCounterMode)]
-
-
 class _WhenImported(MetaPathFinder):
     """Registers once somebody imports PyTorch's counter. To import it here would take longer than
     all of cutloss where Triton is installed, which it imports."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _COUNTER or self not in sys.meta_path:
+        if name != FLOP_COUNTER or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -115,7 +107,7 @@ class _WhenImported(MetaPathFinder):
 
 
 def register_when_imported() -> None:
-    if _COUNTER in sys.modules:
+    if FLOP_COUNTER in sys.modules:
         _register()
     else:
         sys.meta_path.insert(0, _WhenImported())

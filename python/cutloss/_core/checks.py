@@ -12,7 +12,8 @@ import os
 import torch
 from torch import Tensor
 
-from . import _autograd, _sharded
+from .. import _sharded
+from .._torch import private
 
 REDUCTIONS = ("mean", "sum", "none")
 _MOST_BYTES = 2**63 - 1
@@ -238,7 +239,7 @@ def constant(name: str, t: Tensor) -> None:
     layout(name, t)
     if not t.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
-    if _autograd.requires_grad(t):
+    if private.requires_grad(t):
         raise ValueError(f"cutloss makes no gradient for {name}: pass {name}.detach()")
 
 

@@ -6,10 +6,13 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import _autograd, _checks, _ops, _sharded, _terms
+from .. import _sharded
+from .._torch import library, private
+from . import checks, weighting
+from .options import SCHEDULES, Options
 
 
-def options(
+def checked_options(
     e: Tensor,
     c: Tensor,
     targets: Tensor,
@@ -28,15 +31,15 @@ def options(
     return_entropy: bool = False,
     return_predictions: bool = False,
     **others: Tensor | None,
-) -> _ops.Options:
+) -> Options:
     """Checks what describes the loss, and puts it into the operators' words. `others`: tensors that
     must be where e is."""
-    _checks.tensors(e=e, c=c, targets=targets, bias=bias, **others)
-    _checks.shapes(e, c, targets, bias)
-    compute_dtype = _checks.dtypes(e, c, bias, targets)
+    checks.tensors(e=e, c=c, targets=targets, bias=bias, **others)
+    checks.shapes(e, c, targets, bias)
+    compute_dtype = checks.dtypes(e, c, bias, targets)
     if not plain:
-        _checks.device(e, _ops.HAS_CUDA)
-    _checks.same_device(
+        checks.device(e, library.HAS_CUDA)
+    checks.same_device(
         e,
         c=c,
         targets=targets,
@@ -44,79 +47,73 @@ def options(
         temperature=temperature if isinstance(temperature, Tensor) else None,
         **others,
     )
-    _checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
-    _checks.flags(
+    checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
+    checks.flags(
         return_lse=return_lse, return_entropy=return_entropy, return_predictions=return_predictions
     )
-    _checks.ignore_index(ignore_index, targets)
-    _checks.max_workspace(max_workspace)
-    _checks.temperature(temperature, targets)
-    _checks.plain_options(plain, schedule, max_workspace)
-    shift = _checks.shift(shift, targets)
-    _checks.num_valid(num_valid, math.prod(row_shape(targets, shift)), ignore_index)
-    return _ops.options(
+    checks.ignore_index(ignore_index, targets)
+    checks.max_workspace(max_workspace)
+    checks.temperature(temperature, targets)
+    checks.plain_options(plain, schedule, max_workspace)
+    shift = checks.shift(shift, targets)
+    checks.num_valid(num_valid, math.prod(shape_of_rows(targets, shift)), ignore_index)
+    return Options(
         compute_dtype,
         shift=shift,
         ignore_index=ignore_index,
-        softcap=_checks.softcap(softcap),
-        logit_scale=_checks.logit_scale(logit_scale),
+        softcap=checks.softcap(softcap),
+        logit_scale=checks.logit_scale(logit_scale),
         temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
         wants_entropy=return_entropy,
         wants_argmax=return_predictions,
-        schedule=_ops.SCHEDULES[schedule],
+        schedule=SCHEDULES[schedule],
         max_workspace=max_workspace,
         num_valid=num_valid,
-        allow_tf32=_ops.allow_tf32(e, compute_dtype),
+        allow_tf32=library.allow_tf32(e, compute_dtype),
     )
 
 
-def operands(
+def make_operands(
     e: Tensor,
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     temperature: float | Tensor,
     class_weight: Tensor | None,
-    options: _ops.Options,
+    options: Options,
     plain: bool = False,
 ) -> tuple:
     """The operators' tensors: e (sequences, length, D), targets (sequences, length), the
     temperature of each row."""
-    shift, ignore_index = options["shift"], options["ignore_index"]
+    shift, ignore_index = options.shift, options.ignore_index
     traced = torch.compiler.is_compiling()
-    if not (plain or traced) and _ops.is_ordinary(e) and _ops.is_ordinary(c):
+    if not (plain or traced) and private.is_ordinary(e) and private.is_ordinary(c):
         _sharded.check_memory(e, c)
-    labels = by_sequence(targets)
+    labels = in_sequences(targets)
     row_temperature = None
     if isinstance(temperature, Tensor):
         # Ignored rows may hold anything there, a padding of 0 for one.
-        stats = _ops.stat_dtype(options["compute_dtype"])
+        stats = options.stats
         t = temperature.expand(targets.shape).reshape(labels.shape)
-        counts = _terms.of_rows(labels, shift) != ignore_index
-        row_temperature = torch.where(counts, _terms.of_rows(t, shift).to(stats), 1.0)
+        counts = weighting.of_rows(labels, shift) != ignore_index
+        row_temperature = torch.where(counts, weighting.of_rows(t, shift).to(stats), 1.0)
     e = e.reshape(*labels.shape, e.shape[-1]) if e.dim() != 3 else e
-    if not plain and e.device.type == "cuda" and _checks.may_look(e.device):
-        num_valid = options["num_valid"]
-        _checks.values(labels, row_temperature, shift, c.shape[0], ignore_index, num_valid)
+    if not plain and e.device.type == "cuda" and checks.may_look(e.device):
+        num_valid = options.num_valid
+        checks.values(labels, row_temperature, shift, c.shape[0], ignore_index, num_valid)
     return e, c, bias, labels, row_temperature, class_weight
 
 
-def want_gradients(options: _ops.Options, e: Tensor, c: Tensor, bias: Tensor | None) -> None:
-    options["needs_de"] = _autograd.wants_gradient(e)
-    options["needs_dc"] = _autograd.wants_gradient(c)
-    options["needs_dbias"] = _autograd.wants_gradient(bias)
-
-
 def warn_of_no_weight(
-    undefined: Tensor | None, how: _terms.Weighting, labels: Tensor, options: dict
+    undefined: Tensor | None, how: weighting.Weighting, labels: Tensor, options: Options
 ) -> None:
     """Says that token weights of nothing make a mean of nothing, of which nothing is learned, where
     tokens do count; where none does everybody knows. `labels`: (sequences, length)."""
     if undefined is None or how.token_weight is None or how.reduction != "mean":
         return
-    if not (_checks.may_look(undefined.device) and _ops.is_ordinary(undefined)):
+    if not (checks.may_look(undefined.device) and private.is_ordinary(undefined)):
         return
-    if undefined and (_terms.of_rows(labels, options["shift"]) != options["ignore_index"]).any():
+    if undefined and (weighting.of_rows(labels, options.shift) != options.ignore_index).any():
         # The same words from the same line, so that Python says them once.
         warnings.warn(
             "token_weight adds up to 0 over the tokens that count (where weight is given, times "
@@ -126,13 +123,13 @@ def warn_of_no_weight(
         )
 
 
-def row_shape(targets: Tensor, shift: int) -> tuple[int, ...]:
+def shape_of_rows(targets: Tensor, shift: int) -> tuple[int, ...]:
     """The shape of per-token results."""
     if targets.dim() == 0:
         return ()
     return (*targets.shape[:-1], targets.shape[-1] - shift)
 
 
-def by_sequence(t: Tensor) -> Tensor:
+def in_sequences(t: Tensor) -> Tensor:
     """(sequences, length): what has the shape of targets."""
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 1)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops
-from ._ops import SCHEDULES, Options
+from .._torch import autograd, library, private
+from .options import SCHEDULES, Options
 
 DEFAULT_WORKSPACE = 512 << 20  # kDefaultWorkspace of cutloss.h
 
@@ -57,47 +57,74 @@ class Choice:
     kept_bytes: int = 0
 
 
-def wants_gradient(options: Options) -> bool:
-    return options["needs_de"] or options["needs_dc"] or options["needs_dbias"]
+def decided(operands: tuple, options: Options, known_at_forward: bool) -> tuple[Options, bool]:
+    """The options with the gradients that autograd asks for and what the plan settles, and whether
+    gradients are made in forward. `operands`: from make_operands."""
+    de, dc, dbias = map(autograd.wants_gradient, operands[:3])
+    if not (de or dc or dbias):
+        return options.but(schedule=SCHEDULES["none"]), False
+    sizes, needs = sizes_of(*operands), (de, dc, dbias)
+    if _is_symbolic(sizes):
+        return _decided(sizes, options, needs, known_at_forward)
+    engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too
+    return _decided_before(sizes, tuple(vars(options).values()), needs, known_at_forward, engine)
+
+
+def _decided(
+    sizes: Sizes, options: Options, needs: tuple[bool, bool, bool], known_at_forward: bool
+) -> tuple[Options, bool]:
+    de, dc, dbias = needs
+    options = options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
+    choice = choose(sizes, options, known_at_forward)
+    options = options.but(schedule=choice.schedule, kept_bytes=choice.kept_bytes)
+    return options, choice.immediate
+
+
+# Training asks for the same few again and again, and asking the operator costs more than to know.
+@functools.lru_cache(maxsize=64)
+def _decided_before(
+    sizes: Sizes,
+    values: tuple,
+    needs: tuple[bool, bool, bool],
+    known_at_forward: bool,
+    engine: str | None,
+) -> tuple[Options, bool]:
+    return _decided(sizes, Options(*values), needs, known_at_forward)
+
+
+def _is_symbolic(sizes: Sizes) -> bool:
+    """Whether the compiler traces, or a size is a symbol."""
+    numbers = (sizes.sequences, sizes.length, sizes.V, sizes.D)
+    return torch.compiler.is_compiling() or torch.SymInt in map(type, numbers)
 
 
 def _waits_for_loss_scale(sizes: Sizes, options: Options) -> bool:
     """fp16 gradients are made in backward: the loss scale must come before anything underflows."""
     return torch.float16 in (
-        options["compute_dtype"],
-        sizes.e_dtype if options["needs_de"] else None,
-        sizes.c_dtype if options["needs_dc"] else None,
-        sizes.bias_dtype if options["needs_dbias"] else None,
+        options.compute_dtype,
+        sizes.e_dtype if options.needs_de else None,
+        sizes.c_dtype if options.needs_dc else None,
+        sizes.bias_dtype if options.needs_dbias else None,
     )
 
 
 def choose(sizes: Sizes, options: Options, known_at_forward: bool) -> Choice:
     """`known_at_forward`: the loss is a weighted sum of per-row outputs, weights known."""
-    if not wants_gradient(options):
+    if not any(options.needs):
         return Choice(False, SCHEDULES["none"])
     immediate = known_at_forward and not _waits_for_loss_scale(sizes, options)
-    symbolic = any(
-        isinstance(n, torch.SymInt) for n in (sizes.sequences, sizes.length, sizes.V, sizes.D)
-    )
-    if symbolic or torch.compiler.is_compiling():
+    if _is_symbolic(sizes):
         return _choose_by_bound(sizes, options, immediate)
-    engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too
-    return _choose_by_plan(sizes, tuple(options.items()), immediate, engine)
-
-
-# Training asks for the same few again and again, and asking the operator costs more than to know.
-@functools.lru_cache(maxsize=64)
-def _choose_by_plan(sizes: Sizes, options: tuple, immediate: bool, engine: str | None) -> Choice:
     if immediate:
-        schedule, *_ = _ops.plan(sizes.arguments(at_forward=True), dict(options))
+        schedule, *_ = library.plan(sizes.arguments(at_forward=True), options)
         if schedule == SCHEDULES["rows"]:
             return Choice(True, schedule)
-    schedule, kept_bytes, *_ = _ops.plan(sizes.arguments(at_forward=False), dict(options))
+    schedule, kept_bytes, *_ = library.plan(sizes.arguments(at_forward=False), options)
     return Choice(False, schedule, kept_bytes)
 
 
 def _choose_by_bound(sizes: Sizes, options: Options, immediate: bool) -> Choice:
-    asked = options["schedule"]
+    asked = options.schedule
     if asked == SCHEDULES["rows"] and not immediate:
         raise NotImplementedError(
             "schedule='rows' keeps logits from forward to backward for this loss (a per-token "
@@ -116,14 +143,14 @@ _BOUND_ROWS = 256  # rows of logits kept at a time, in the bound
 def rows_fit(sizes: Sizes, options: Options) -> bool:
     """Whether the workspace surely suffices for the schedule by rows: kept logits of 256 rows,
     sums of dC where C is not in the dtype of the sums, and a generous rest."""
-    stats = _ops.stat_dtype(options["compute_dtype"])
-    budget = options["max_workspace"]
-    rows = sizes.sequences * (sizes.length - options["shift"])
+    stats = options.stats
+    budget = options.max_workspace
+    rows = sizes.sequences * (sizes.length - options.shift)
     logits = _BOUND_ROWS * (sizes.V * stats.itemsize + sizes.V)
     operands = 4 * _BOUND_ROWS * sizes.D * 8 + 3 * _BOUND_ROWS * _BOUND_ROWS * 8
     per_row_and_column = 32 * (rows + sizes.V) + 64 * 1024
     total = logits + operands + per_row_and_column
-    if options["needs_dc"] and sizes.c_dtype != stats:
+    if options.needs_dc and sizes.c_dtype != stats:
         total = total + sizes.V * sizes.D * stats.itemsize
     return total <= (DEFAULT_WORKSPACE if budget is None else budget)
 
@@ -131,7 +158,7 @@ def rows_fit(sizes: Sizes, options: Options) -> bool:
 def _place(t: Tensor) -> Place:
     if torch.compiler.is_compiling():  # no plan is asked for, and there is no address
         return Place()
-    if _ops.is_ordinary(t):
+    if private.is_ordinary(t):
         return Place(t.stride(), t.data_ptr() % 16)
     # Fake tensors and those of torch.func have no address either; new storage is aligned.
     return Place(t.stride(), t.storage_offset() * t.itemsize % 16)
@@ -146,19 +173,22 @@ def sizes_of(
     class_weight: Tensor | None,
 ) -> Sizes:
     """E is (sequences, length, D)."""
+    sequences, length, _ = e.shape
+    V, D = c.shape
+    device = e.device
     return Sizes(
-        sequences=e.shape[0],
-        length=e.shape[1],
-        V=c.shape[0],
-        D=c.shape[1],
+        sequences=sequences,
+        length=length,
+        V=V,
+        D=D,
         e_dtype=e.dtype,
         c_dtype=c.dtype,
         bias_dtype=None if bias is None else bias.dtype,
         target_dtype=targets.dtype,
         has_row_temperature=row_temperature is not None,
         has_class_weight=class_weight is not None,
-        on_cuda=e.device.type == "cuda",
-        device_index=-1 if e.device.index is None else e.device.index,
+        on_cuda=device.type == "cuda",
+        device_index=-1 if device.index is None else device.index,
         e=_place(e),
         c=_place(c),
     )

@@ -1,0 +1,1 @@
+"""How cutloss meets PyTorch: its operators, their shapes for tracing, one autograd family."""

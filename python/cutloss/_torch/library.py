@@ -1,0 +1,144 @@
+"""The operators of torch.ops.cutloss: loading the shared library, calls, errors in Python's terms.
+
+One library is for every supported version of PyTorch and Python.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core.options import Options
+from .._core.weighting import Weighting
+from . import private
+
+_OLDEST_TORCH = (2, 10)
+_LIBRARY = Path(__file__).parent.parent / "lib" / "libcutloss_torch.so"
+
+
+def load() -> None:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < _OLDEST_TORCH:
+        raise ImportError(
+            f"cutloss needs PyTorch {'.'.join(map(str, _OLDEST_TORCH))} or later, this is "
+            f"{torch.__version__}; upgrade torch"
+        )
+    if not _LIBRARY.exists():
+        raise ImportError(
+            f"cutloss was not built: {_LIBRARY} does not exist; run `make build` in a checkout, "
+            f"or install the package with pip"
+        )
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        raise ImportError(
+            f"cutloss could not load {_LIBRARY}: {error.__cause__ or error}; "
+            f"`ldd {_LIBRARY}` names the library that is missing"
+        ) from error
+
+
+load()
+_ops = torch.ops.cutloss
+
+HAS_CUDA: bool = _ops.has_cuda()  # whether this build has CUDA engines; says nothing of a device
+
+def version() -> str:
+    return _ops.version()
+
+
+def allow_tf32(e: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether products of fp32 may round their operands to tf32: where PyTorch's own may."""
+    return e.device.type == "cuda" and compute_dtype == torch.float32 and _tf32_is_on()
+
+
+@private.while_traced  # PyTorch compiles again where the setting changes
+def _tf32_is_on() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def describe_machine() -> str:
+    """What was found on this machine: engines, the libraries behind them, processor features."""
+    return _ops.describe_machine()
+
+
+def call(operator: Any, *args: Any, **options: Any) -> Any:
+    """Calls an operator; its errors become Python's. A traced call is left as it is.
+
+    The operator's own autograd, which is for traced code, is passed over: it costs more than the
+    smallest loss, and whoever calls from here has the gradient in hand, or wants none. Transforms
+    of torch.func work by autograd's dispatch, so under them nothing is passed over.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*args, **options)
+    try:
+        if private.are_transforms_active():
+            return operator(*args, **options)
+        with private.below_autograd():
+            return operator(*args, **options)
+    except RuntimeError as error:
+        known = translated(error)
+        if known is error:
+            raise
+        raise known from None
+
+
+# The operators can only raise RuntimeError, so an error's kind is written in front of its message,
+# ``cutloss[kind]: ...``. Code under torch.compile sees that RuntimeError as it is.
+_KINDS: dict[str, type[Exception]] = {
+    "value": ValueError,
+    "type": TypeError,
+    "unsupported": NotImplementedError,
+    "workspace": ValueError,
+    "memory": MemoryError,
+    "device_memory": torch.OutOfMemoryError,
+    "internal": RuntimeError,
+    "pytorch": RuntimeError,
+}
+_MESSAGE = re.compile(r"cutloss\[(\w+)\]: (.*)", re.DOTALL)
+
+
+def translated(error: RuntimeError) -> Exception:
+    """The error that the user should see; errors of others are returned as they are."""
+    match = _MESSAGE.match(str(error))
+    if match is None or match[1] not in _KINDS:
+        return error
+    kind, message = match[1], match[2]
+    if kind == "internal":
+        message = f"internal error of cutloss, please report it: {message}"
+    return _KINDS[kind](message)
+
+
+def plan(sizes: tuple, options: Options) -> list[int]:
+    """[schedule, bytes kept from forward to backward, bytes of scratch in forward, in backward,
+    products]."""
+    return call(_ops.plan, *sizes, **options.of_linear())
+
+
+def describe_plan(sizes: tuple, options: Options) -> str:
+    """The plan in words, with the reasons."""
+    return call(_ops.describe_plan, *sizes, **options.of_linear())
+
+
+def loss_terms(
+    targets: Tensor, V: int, how: Weighting, options: Options
+) -> tuple[Tensor, Tensor]:
+    """What weighting.terms makes, without a gradient: the coefficients in one tensor, and whether
+    they are those of a mean of nothing. `targets`: (sequences, length)."""
+    stats = options.stats
+    token_weight = None if how.token_weight is None else how.token_weight.to(stats)
+    weight = None if how.weight is None else how.weight.to(stats)
+    return call(
+        _ops.loss_terms,
+        targets,
+        token_weight,
+        weight,
+        options.compute_dtype,
+        V,
+        options.shift,
+        options.ignore_index,
+        how.reduction == "mean",
+        how.label_smoothing,
+        how.z_loss,
+    )
