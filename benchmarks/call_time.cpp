@@ -44,7 +44,7 @@ int main() {
   std::vector<std::int64_t> targets = {3, 1, 4, 1};
   std::vector<float> nll(N), row_max(N), log_sum(N), d_nll(N, 0.25f);
   const auto memory = [](std::int64_t bytes) {
-    return ::operator new(static_cast<std::size_t>(bytes) + 64, std::align_val_t{64});
+    return ::operator new (static_cast<std::size_t>(bytes) + 64, std::align_val_t{64});
   };
   cutloss::Args args;
   args.in.e = e.data();

@@ -82,12 +82,8 @@ inline void set_types(Problem& problem, const Types& types) {
   }
 }
 
-inline DType de_type(const Problem& p) {
-  return p.wanted.de.type.value_or(head_of(p).e_type);
-}
-inline DType dc_type(const Problem& p) {
-  return p.wanted.dc.type.value_or(head_of(p).c_type);
-}
+inline DType de_type(const Problem& p) { return p.wanted.de.type.value_or(head_of(p).e_type); }
+inline DType dc_type(const Problem& p) { return p.wanted.dc.type.value_or(head_of(p).c_type); }
 inline DType dbias_type(const Problem& p) {
   return p.wanted.dbias.type.value_or(head_of(p).bias_type);
 }

@@ -122,20 +122,23 @@ void check_gradient(const GradientWanted& gradient, const GradientRule& rule, co
   };
   const DType type = gradient.type.value_or(rule.own);
   if (type != rule.own && type != rule.sums) {
-    refuse(text("wanted.", what, ".type is ", name(type), ", but this gradient can be written in ",
-                name(rule.own), ", the dtype of what it is the gradient of",
-                rule.sums == rule.own ? "" : text(", or in ", name(rule.sums), ", that of its sums"),
-                "; leave it unset, and convert the gradient yourself"));
+    refuse(
+        text("wanted.", what, ".type is ", name(type), ", but this gradient can be written in ",
+             name(rule.own), ", the dtype of what it is the gradient of",
+             rule.sums == rule.own ? "" : text(", or in ", name(rule.sums), ", that of its sums"),
+             "; leave it unset, and convert the gradient yourself"));
   }
   if (!gradient.add) return;
   if (!rule.may_add) {
-    refuse(text("wanted.", what, ".add is set, but this gradient can only be written: leave it "
+    refuse(text("wanted.", what,
+                ".add is set, but this gradient can only be written: leave it "
                 "false, and add the gradient yourself"));
   }
   if (type != rule.sums) {
-    refuse(text("wanted.", what, ".add is set with dtype ", name(type), ", where each addition "
-                "would round what is there: set wanted.", what, ".type to ", name(rule.sums),
-                ", or leave add false"));
+    refuse(text("wanted.", what, ".add is set with dtype ", name(type),
+                ", where each addition "
+                "would round what is there: set wanted.",
+                what, ".type to ", name(rule.sums), ", or leave add false"));
   }
 }
 

@@ -114,7 +114,8 @@ double predicted_time(const CpuDecision& d, Way way) {
   if (wanted.de.wanted) time += passes_over_sums(kFlopsPerByte, d.slab_count(), V);
   if (wanted.dc.wanted) {
     const std::int64_t blocks = divide_up(row_count(d.problem), d.sizes.block_rows);
-    time += passes_over_sums(kFlopsPerByte, blocks, std::max<std::int64_t>(row_count(d.problem), 1));
+    time +=
+        passes_over_sums(kFlopsPerByte, blocks, std::max<std::int64_t>(row_count(d.problem), 1));
   }
   return time + static_cast<double>(V - d.last.begin) / static_cast<double>(V);
 }
@@ -160,8 +161,8 @@ std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem
       if (chunk == 0 && !fits) continue;
       const auto parts = attempt(tile, std::max(chunk, kLeastChunk), V);
       // The whole in one chunk, or chunks of the most rows: the smaller of the two.
-      const bool in_parts = !fits || (chunk >= std::min(rows, kMostChunk) &&
-                                      peak_bytes(*parts) < peak_bytes(*whole));
+      const bool in_parts =
+          !fits || (chunk >= std::min(rows, kMostChunk) && peak_bytes(*parts) < peak_bytes(*whole));
       return in_parts ? parts : whole;
     }
     if (fits) return whole;

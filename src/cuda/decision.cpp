@@ -94,8 +94,8 @@ std::int64_t e_stride(const Problem& p, DType operand) { return padded(head_of(p
 
 namespace {
 
-// What dC of the last columns needs in g's memory where E lay in dE's: g of a block, and behind it E
-// of its rows and dC's sums of its columns.
+// What dC of the last columns needs in g's memory where E lay in dE's: g of a block, and behind it
+// E of its rows and dC's sums of its columns.
 struct LastBytes {
   std::int64_t g = 0, e = 0, sums = 0;
   std::int64_t all() const { return g + e + sums; }

@@ -87,8 +87,8 @@ struct CudaDecision : Decision {
   // What is kept: exponentials in the products' dtype, or z in the stat dtype.
   bool keeps_exponentials = false;
   DType kept_type = DType::f32;
-  // In the last columns kernels find rows of E by their positions, where these lie. Else E is packed
-  // once more, a block of rows at a time, unless it is where it was.
+  // In the last columns kernels find rows of E by their positions, where these lie. Else E is
+  // packed once more, a block of rows at a time, unless it is where it was.
   bool finds_last_e = false;
   bool packs_last_e = false;
   // Of forward or joint sessions, and of backward.

@@ -72,8 +72,8 @@ template <class T>
 void GradientSums<T>::add_dc(const Block& block, const BlockGradient& g) {
   const Head& head = call_.head;
   const Matrix e = operands_.e(block.rows, block.chunk);
-  const bool whole = in_last_columns_ ? call_.d.one_product_makes_last_dc
-                                      : call_.d.one_product_makes_dc;
+  const bool whole =
+      in_last_columns_ ? call_.d.one_product_makes_last_dc : call_.d.one_product_makes_dc;
   Product product{};
   product.M = block.columns.count;
   product.N = head.D;

@@ -7,8 +7,8 @@ namespace cutloss::cuda {
 
 std::string index_refusal(const Problem& p, const DeviceFacts& device) {
   if (p.device_index < 0 || p.device_index == device.index) return "";
-  return text("device_index is ", p.device_index, ", but the current CUDA device is ",
-              device.index, ": make that one current, or leave device_index -1");
+  return text("device_index is ", p.device_index, ", but the current CUDA device is ", device.index,
+              ": make that one current, or leave device_index -1");
 }
 
 std::string common_refusal(const Problem& p, const DeviceFacts& device) {

@@ -45,13 +45,19 @@ void sweep_gradients(const Decision& d, RowRange chunk, Add add, StoreColumns st
       [&](const Block& block) { add(block, Which{}); }, store_columns);
   sweep(
       last, s.gradient_slab, chunk, s.gradient_rows,
-      [&](const Block& block) { add(block, Which{true, false}); }, nothing);
+      [&](const Block& block) {
+        add(block, Which{true, false});
+      },
+      nothing);
   store_rows();
   if (last.count == 0) return;
   end_of_sums();
   sweep(
       last, d.last.gradient_slab, chunk, d.last.gradient_rows,
-      [&](const Block& block) { add(block, Which{false, true}); }, store_columns);
+      [&](const Block& block) {
+        add(block, Which{false, true});
+      },
+      store_columns);
 }
 
 }  // namespace cutloss

@@ -29,9 +29,7 @@ constexpr bool in_one_call(Way way) { return way.schedule == Schedule::rows && !
 
 // The passes that a plan's first call and its second make.
 constexpr Pass first_pass(Way way) { return in_one_call(way) ? Pass::both : Pass::forward; }
-constexpr bool has_backward(Way way) {
-  return way.schedule != Schedule::none && !in_one_call(way);
-}
+constexpr bool has_backward(Way way) { return way.schedule != Schedule::none && !in_one_call(way); }
 
 // Products of N x V x D that an algorithm of this way makes, but for columns that come twice.
 inline int products_of(const Problem& p, Way way) {

@@ -27,9 +27,9 @@ std::int64_t begin_of_last_columns(const Decision& d, bool in_place, std::int64_
 }
 
 void* sums_in_dc(const Decision& d, void* dc) {
-  const auto first = reinterpret_cast<std::uintptr_t>(dc) +
-                     static_cast<std::uintptr_t>(d.last.begin * head_of(d.problem).D *
-                                                 size_of(d.dc_type));
+  const auto first =
+      reinterpret_cast<std::uintptr_t>(dc) +
+      static_cast<std::uintptr_t>(d.last.begin * head_of(d.problem).D * size_of(d.dc_type));
   return reinterpret_cast<void*>((first + kSumsAlign - 1) / kSumsAlign * kSumsAlign);
 }
 

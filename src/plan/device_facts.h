@@ -1,5 +1,5 @@
-// What planning knows of a device. Decisions read nothing else of it, so that a test can say what it
-// likes: Hopper's plans are tested where there is no GPU.
+// What planning knows of a device. Decisions read nothing else of it, so that a test can say what
+// it likes: Hopper's plans are tested where there is no GPU.
 #pragma once
 
 #include <cstdint>

@@ -120,8 +120,8 @@ class Choice {
                               memory_text(bytes)));
     }
     if (best != nullptr) {
-      reasons_.push_back(text(label(p_, best->algorithm->way), ": chosen, ", why, " ",
-                              memory_text(bytes)));
+      reasons_.push_back(
+          text(label(p_, best->algorithm->way), ": chosen, ", why, " ", memory_text(bytes)));
     }
     return best;
   }
@@ -140,8 +140,8 @@ class Choice {
 std::optional<Plan> plan_with(const Engine& engine, const DeviceFacts& device, const Problem& p,
                               std::vector<std::string>& reasons, std::int64_t& smallest) {
   Choice choice(engine, device, p, reasons);
-  auto decision = choice.within(p.max_workspace.value_or(default_workspace(p)),
-                                "the shortest that fits in");
+  auto decision =
+      choice.within(p.max_workspace.value_or(default_workspace(p)), "the shortest that fits in");
   smallest = std::min(smallest, choice.smallest);
   // Nobody named a limit, so the loss must work: the smallest plan, whatever it takes.
   if (decision == nullptr && !p.max_workspace && choice.smallest < kUnknown) {
@@ -182,8 +182,7 @@ Plan make_plan(const Problem& problem, std::span<const Engine* const> engines,
   if (!p.engine.empty()) engine_named(p.engine);  // throws where there is none
   for (const Engine* engine : engines) {
     if (!p.engine.empty() && engine->name != p.engine) {
-      reasons.push_back(
-          text("engine ", engine->name, ": not the one asked for (", p.engine, ")"));
+      reasons.push_back(text("engine ", engine->name, ": not the one asked for (", p.engine, ")"));
       continue;
     }
     const DeviceFacts& device = given != nullptr ? *given : engine->device();

@@ -34,9 +34,10 @@ TEST(Ledger, SharedMemoryTakesNone) {
   ledger.share("behind", 100, "dE's sums", "dE begins", Lifetime::step, 768);
   EXPECT_EQ(ledger.offset("behind"), ledger.offset("dE's sums") + 768);
   EXPECT_EQ(ledger.bytes(), 256 + 1024);
-  EXPECT_EQ(in_words(ledger),
-            "rows 8, dE's sums 1000, sums 900 (seam, in dE's sums until dE begins), kept logits 5000 "
-            "(in dC until the slab is written), behind 100 (in dE's sums until dE begins)");
+  EXPECT_EQ(
+      in_words(ledger),
+      "rows 8, dE's sums 1000, sums 900 (seam, in dE's sums until dE begins), kept logits 5000 "
+      "(in dC until the slab is written), behind 100 (in dE's sums until dE begins)");
 }
 
 TEST(Ledger, RefusesWhatIsNotThere) {

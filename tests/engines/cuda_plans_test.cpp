@@ -128,9 +128,9 @@ TEST(CudaPlans, TakeTheEngineThatCan) {
 #ifdef CUTLOSS_CUDA_SM90
   EXPECT_EQ(engine_of(nothing, hopper()), "cuda/fused_sm90");
 #endif
-  for (void (*change)(Problem&) : {+[](Problem& p) { set_types(p, kTypes[0]); },
-                                   +[](Problem& p) { head_of(p).D = 250; },
-                                   +[](Problem& p) { p.transform.softcap = 300; }}) {
+  for (void (*change)(Problem&) :
+       {+[](Problem& p) { set_types(p, kTypes[0]); }, +[](Problem& p) { head_of(p).D = 250; },
+        +[](Problem& p) { p.transform.softcap = 300; }}) {
     EXPECT_EQ(engine_of(change, hopper()), "cuda/library");
   }
   DeviceFacts old = ampere();
@@ -150,7 +150,8 @@ TEST(CudaPlans, TakeTheEngineThatCan) {
 TEST(CudaPlans, PartialStatisticsFitForEveryNumberOfRows) {
   for (const int multiprocessors : {2, 78, 114, 132, 144}) {
     for (int rows = 1; rows < 60000; rows = rows * 3 / 2 + 1) {
-      const cuda::fused::Grid grid = cuda::fused::sm90::kernels.grid(multiprocessors, rows, 1000, true);
+      const cuda::fused::Grid grid =
+          cuda::fused::sm90::kernels.grid(multiprocessors, rows, 1000, true);
       std::int64_t most = 0;
       const int blocks = (rows + grid.block_rows() - 1) / grid.block_rows();
       for (int b = 1; b <= blocks; ++b) {

@@ -20,8 +20,10 @@ struct Steps {
 
 }  // namespace
 
-constinit const Algorithm by_vocabulary{
-    "cpu/by_vocabulary", {Schedule::vocabulary, false}, nullptr, decide,
-    open_steps<Steps, Components>};
+constinit const Algorithm by_vocabulary{"cpu/by_vocabulary",
+                                        {Schedule::vocabulary, false},
+                                        nullptr,
+                                        decide,
+                                        open_steps<Steps, Components>};
 
 }  // namespace cutloss::cpu

@@ -11,8 +11,7 @@ namespace {
 
 BlockGradient make_g(Components& parts, const Block& block) {
   const Call& call = parts.call;
-  const BlockGradient g{call.buffer<void>(buffer::kG),
-                        parts.sums.g_stride(),
+  const BlockGradient g{call.buffer<void>(buffer::kG), parts.sums.g_stride(),
                         parts.coefficients.scalars()};
   const std::int64_t most = parts.operands.most_columns();
   const std::int64_t end = block.columns.begin + block.columns.count;
@@ -27,12 +26,12 @@ BlockGradient make_g(Components& parts, const Block& block) {
     out.general = call.args.upstream.d_entropy != nullptr || call.args.upstream.d_zbar != nullptr;
     const Matrix e = parts.e(block);
     parts.d.kernels->gradient(parts.logits(block.rows, columns, e, parts.finds_e), out, grid,
-                          call.stream);
+                              call.stream);
   }
   // The matrix library and the sums of columns read all rows; our own products know which count.
   if (parts.d.makes_de_itself && !call.p.wanted.dbias.wanted) return g;
   launch_clear_rest(parts.listed(block.rows), g.data, g.stride,
-                          static_cast<int>(block.columns.count), grid.block_rows(), call.stream);
+                    static_cast<int>(block.columns.count), grid.block_rows(), call.stream);
   return g;
 }
 
@@ -78,8 +77,8 @@ void add_de(Components& parts, const Block& block, const BlockGradient& g) {
     DeProduct product;
     product.g = {at(g.data, DType::bf16, v - block.columns.begin), g.stride};
     product.c = parts.operands.c(columns);
-    product.sums = parts.sums.de_sums(block.chunk) +
-                   (block.rows.begin - block.chunk.begin) * call.head.D;
+    product.sums =
+        parts.sums.de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * call.head.D;
     product.rows = static_cast<int>(block.rows.count);
     product.columns = static_cast<int>(columns.count);
     product.D = static_cast<int>(call.head.D);
@@ -92,9 +91,7 @@ void add_de(Components& parts, const Block& block, const BlockGradient& g) {
 }
 
 struct Steps {
-  static void statistics(Components& parts, RowRange chunk, Pass) {
-    make_statistics(parts, chunk);
-  }
+  static void statistics(Components& parts, RowRange chunk, Pass) { make_statistics(parts, chunk); }
   static void gradients(Components& parts, RowRange chunk, Pass) {
     const Wanted& wanted = parts.call.p.wanted;
     const bool last_chunk = chunk.begin + chunk.count == parts.rows.to_cover();

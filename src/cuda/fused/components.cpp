@@ -54,8 +54,7 @@ const float* Components::inv_temperature(std::int64_t entry) const {
   return static_cast<const float*>(rows.table().inv_temperature) + entry;
 }
 
-Logits Components::logits(RowRange range, Columns columns, const Matrix& e,
-                                bool by_position) {
+Logits Components::logits(RowRange range, Columns columns, const Matrix& e, bool by_position) {
   const Transform& transform = call.p.transform;
   Logits l;
   l.type = d.operand;

@@ -5,9 +5,9 @@
 #include <utility>
 
 #include "cuda/fused/decision.h"
+#include "cuda/fused/rows.h"
 #include "cuda/gradient_sums.h"
 #include "cuda/row_coefficients.h"
-#include "cuda/fused/rows.h"
 #include "loops/sweep.h"
 #include "plan/sessions.h"
 

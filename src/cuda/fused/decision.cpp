@@ -8,9 +8,9 @@
 #include "core/logit_math.h"
 #include "core/text.h"
 #include "cuda/cublaslt.h"
+#include "cuda/fused/targets.h"
 #include "cuda/fused/tuning.h"
 #include "cuda/gradient_sums.h"
-#include "cuda/fused/targets.h"
 #include "plan/chunking.h"
 
 namespace cutloss::cuda::fused {
@@ -75,8 +75,7 @@ Reads reads_of(const FusedDecision& d, Way way, Pass pass, const Shape& shape) {
 void book_statistics(Ledger& ledger, const FusedDecision& d) {
   const Problem& p = d.problem;
   const Sizes& s = d.sizes;
-  const std::int64_t entries =
-      partial_entries(d.statistics_grid, static_cast<int>(s.block_rows));
+  const std::int64_t entries = partial_entries(d.statistics_grid, static_cast<int>(s.block_rows));
   ledger.book(buffer::kPartials, entries * 8);
   if (p.wanted.entropy || p.wanted.zbar || p.wanted.argmax) {
     ledger.book(buffer::kPartialsMore, entries * 8);
@@ -220,9 +219,8 @@ void book(FusedDecision& d, Way way, std::int64_t library_bytes, std::int64_t bu
   set_last(d, way);
   set_places(d, way);
   d.several_slabs = s.slab < classes_of(d.problem).count;
-  d.statistics_grid =
-      d.kernels->grid(d.multiprocessors, static_cast<int>(s.block_rows),
-                     static_cast<int>(s.slab), /*may_share_rows=*/true);
+  d.statistics_grid = d.kernels->grid(d.multiprocessors, static_cast<int>(s.block_rows),
+                                      static_cast<int>(s.slab), /*may_share_rows=*/true);
   d.kept = kept(d, way);
   const std::int64_t left = budget - d.kept.bytes();
   const Pass first = first_pass(way);
@@ -316,8 +314,7 @@ class Search {
     if (begin == 0 || begin == V_) return own;
     FusedDecision in_dc = widest(rows_, begin);
     if (peak_bytes(in_dc) > budget_) return own;
-    const bool better =
-        peak_bytes(own) > budget_ || predicted_time(in_dc) < predicted_time(own);
+    const bool better = peak_bytes(own) > budget_ || predicted_time(in_dc) < predicted_time(own);
     return better ? std::move(in_dc) : std::move(own);
   }
 

@@ -30,7 +30,7 @@ float* row_buffer(const Components& parts, std::string_view name) {
 void make_exponentials(Components& parts, RowRange chunk) {
   const Call& call = parts.call;
   Logits l = parts.logits(chunk, all_columns(parts), parts.operands.e(chunk, chunk),
-                                /*by_position=*/false);
+                          /*by_position=*/false);
   References r;
   r.list = parts.listed(chunk);
   r.e = l.e;
@@ -43,11 +43,13 @@ void make_exponentials(Components& parts, RowRange chunk) {
   launch_references(r, call.stream);
 
   const Grid grid = logits_grid(parts.d, chunk.count);
-  const Exponentials out{x_of(parts), x_stride(parts), r.reference, call.buffer<float2>(buffer::kSums)};
+  const Exponentials out{x_of(parts), x_stride(parts), r.reference,
+                         call.buffer<float2>(buffer::kSums)};
   Close close;
   close.list = r.list;
   close.sum_and_max = out.sum_and_max;
-  close.column_tiles = static_cast<int>(divide_up(call.head.classes.count, parts.d.kernels->tile_columns));
+  close.column_tiles =
+      static_cast<int>(divide_up(call.head.classes.count, parts.d.kernels->tile_columns));
   close.target_logit = r.target_logit;
   close.transform = r.transform;
   close.reference = r.reference;
@@ -82,9 +84,9 @@ void make_factors(Components& parts, RowRange chunk) {
 void scale_e(Components& parts, RowRange chunk) {
   const Call& call = parts.call;
   launch_scaled_rows(parts.listed(chunk), parts.operands.e(chunk, chunk),
-                           call.buffer<float>(buffer::kFactor), static_cast<int>(call.head.D),
-                           call.buffer<void>(buffer::kScaledE), e_stride(call.p, parts.d.operand),
-                           call.stream);
+                     call.buffer<float>(buffer::kFactor), static_cast<int>(call.head.D),
+                     call.buffer<void>(buffer::kScaledE), e_stride(call.p, parts.d.operand),
+                     call.stream);
 }
 
 // The targets' part of dbias, and of dC what launch_dc will add.
@@ -114,10 +116,10 @@ void sum_targets(Components& parts, RowRange chunk) {
 
 void add_dbias(Components& parts, RowRange chunk) {
   const Call& call = parts.call;
-  launch_add_dbias(parts.listed(chunk), x_of(parts), x_stride(parts), call.buffer<float>(buffer::kFactor),
-                         1.0 / call.p.transform.logit_scale,
-                         static_cast<int>(call.head.classes.count),
-                         call.buffer<double>(buffer::kDbiasSums), chunk.begin == 0, call.stream);
+  launch_add_dbias(parts.listed(chunk), x_of(parts), x_stride(parts),
+                   call.buffer<float>(buffer::kFactor), 1.0 / call.p.transform.logit_scale,
+                   static_cast<int>(call.head.classes.count),
+                   call.buffer<double>(buffer::kDbiasSums), chunk.begin == 0, call.stream);
   if (!call.p.wanted.dc.wanted) sum_targets(parts, chunk);
 }
 
@@ -143,7 +145,7 @@ void add_dc(Components& parts, RowRange chunk) {
   parts.d.kernels->dc(product, logits_grid(parts.d, chunk.count), call.stream);
   if (product.add) return;
   launch_clear_if_none(product.count, product.dc, V * head.D * size_of(product.dc_type),
-                             call.stream);
+                       call.stream);
 }
 
 void make_de(Components& parts, RowRange chunk) {
@@ -194,8 +196,7 @@ struct Steps {
 }  // namespace
 
 constinit const Algorithm exponentials{
-    "cuda/fused/exponentials", {Schedule::rows, false}, by_rows_refusal, decide,
-    open_steps<Steps>};
+    "cuda/fused/exponentials", {Schedule::rows, false}, by_rows_refusal, decide, open_steps<Steps>};
 constinit const Algorithm stored{
     "cuda/fused/stored", {Schedule::rows, true}, by_rows_refusal, decide, open_steps<Steps>};
 

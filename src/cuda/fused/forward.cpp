@@ -6,9 +6,7 @@ namespace cutloss::cuda::fused {
 namespace {
 
 struct Steps {
-  static void statistics(Components& parts, RowRange chunk, Pass) {
-    make_statistics(parts, chunk);
-  }
+  static void statistics(Components& parts, RowRange chunk, Pass) { make_statistics(parts, chunk); }
   static void gradients(Components&, RowRange, Pass) {}
 };
 

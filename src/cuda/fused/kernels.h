@@ -113,7 +113,7 @@ struct DcProduct {
   // As in Logits: E where its rows lie, among `e_rows`.
   const int* positions = nullptr;
   std::int64_t e_rows = 0;
-  int rows = 0;                // at most
+  int rows = 0;  // at most
   int V = 0;
   int D = 0;
   const int* count = nullptr;  // as in Logits
@@ -125,8 +125,8 @@ struct DcProduct {
   const float* sums = nullptr;  // (.., D)
 };
 
-// sums (+)= scale * g * C: g is (rows, columns), C is (columns, D), both bf16, and the sums (rows, D)
-// are fp32. Rows of tiles that hold none which counts are left as they are.
+// sums (+)= scale * g * C: g is (rows, columns), C is (columns, D), both bf16, and the sums (rows,
+// D) are fp32. Rows of tiles that hold none which counts are left as they are.
 struct DeProduct {
   Matrix g;
   Matrix c;

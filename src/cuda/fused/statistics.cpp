@@ -49,7 +49,7 @@ void add_slab(Components& parts, const Block& block) {
   const bool last = columns.begin + columns.count == call.head.classes.count;
   const std::int64_t entries = partial_entries(grid, static_cast<int>(d.sizes.block_rows));
   launch_clear_statistics(s.partials, entries, s.target_logit,
-                                first ? static_cast<int>(rows.count) : 0, call.stream);
+                          first ? static_cast<int>(rows.count) : 0, call.stream);
   parts.d.kernels->statistics(parts.logits(rows, columns, e, by_position), s, grid, call.stream);
   Merge merge;
   merge.list = parts.listed(rows);

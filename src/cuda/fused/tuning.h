@@ -10,8 +10,8 @@ namespace cutloss::cuda::fused {
 // Rows come in blocks of so many.
 inline constexpr std::int64_t kBlockRows = 256;
 
-// Beyond this a slab of gradients gains nothing, and g leaves L2: at 1 GiB slabs of 44,000 to 51,000
-// columns took 1 to 3 % more than those of 22,000 to 26,000.
+// Beyond this a slab of gradients gains nothing, and g leaves L2: at 1 GiB slabs of 44,000 to
+// 51,000 columns took 1 to 3 % more than those of 22,000 to 26,000.
 inline constexpr std::int64_t kMostSlab = 26112;
 inline constexpr std::int64_t kSlabUnit = 64;
 // Under this most of the device would wait.
@@ -33,8 +33,8 @@ struct LibraryMemory {
   double slower;
 };
 inline constexpr LibraryMemory kLibraryMemory[] = {{32 * kMiB, 0}, {4 * kMiB, 0.01}, {0, 0.02}};
-// By vocabulary: operations that pass by for a byte of dE's sums, which the library reads and writes
-// when it has multiplied, and our own product while it does; and for the launches of a slab.
+// By vocabulary: operations that pass by for a byte of dE's sums, which the library reads and
+// writes when it has multiplied, and our own product while it does; and for the launches of a slab.
 inline constexpr double kLibraryFlopsPerByte = 163;
 inline constexpr double kOwnFlopsPerByte = 60;
 inline constexpr double kFlopsOfLaunches = 1e10;

@@ -24,11 +24,12 @@ struct Steps {
 
 }  // namespace
 
-constinit const Algorithm by_rows{
-    "cuda/library/by_rows", {Schedule::rows, false}, nullptr, decide,
-    open_steps<Steps, Components>};
+constinit const Algorithm by_rows{"cuda/library/by_rows",
+                                  {Schedule::rows, false},
+                                  nullptr,
+                                  decide,
+                                  open_steps<Steps, Components>};
 constinit const Algorithm stored{
-    "cuda/library/stored", {Schedule::rows, true}, nullptr, decide,
-    open_steps<Steps, Components>};
+    "cuda/library/stored", {Schedule::rows, true}, nullptr, decide, open_steps<Steps, Components>};
 
 }  // namespace cutloss::cuda::library

@@ -68,8 +68,7 @@ BlockGradient Components<T>::place_of_g(const Block& block) const {
     const Kept<T> place = kept(block.rows.begin - block.chunk.begin, block.columns.begin);
     return {place.data, place.stride, coefficients.scalars()};
   }
-  return {call.buffer<void>(buffer::kG), sums.g_stride(),
-          coefficients.scalars()};
+  return {call.buffer<void>(buffer::kG), sums.g_stride(), coefficients.scalars()};
 }
 
 template <class T>

@@ -151,7 +151,7 @@ class Search {
     if (in_one_call(way_) && step_.gradient_rows != 0) return nullptr;  // as the step before
     const std::size_t choices = rooms(attempt(rows_, 0, V_, 0).d).size();
     for (std::size_t room = 0; room < choices; ++room) {
-      const Trial found = in_one_call(way_)                     ? find_chunk(room)
+      const Trial found = in_one_call(way_)                 ? find_chunk(room)
                           : way_.schedule == Schedule::none ? attempt(rows_, 0, V_, room)
                                                             : find_slab(room);
       if (found.bytes.peak() > budget_) continue;
@@ -197,9 +197,9 @@ class Search {
   // Gradients are made with the forward, a chunk at a time.
   Trial find_chunk(std::size_t room) const {
     const auto of = [&](std::int64_t chunk) { return attempt(chunk, 0, V_, room); };
-    const std::int64_t chunk = largest_that_fits(
-        step_.least_chunk, kMostChunk, 128, budget_,
-        [&](std::int64_t size) { return of(size).bytes.peak(); });
+    const std::int64_t chunk =
+        largest_that_fits(step_.least_chunk, kMostChunk, 128, budget_,
+                          [&](std::int64_t size) { return of(size).bytes.peak(); });
     Trial whole = of(rows_);
     const bool fits = whole.bytes.peak() <= budget_;
     if (chunk == 0 || rows_ <= step_.least_chunk) return whole;
@@ -224,10 +224,9 @@ class Search {
     const std::int64_t least = std::min(round_up(step_.least_slab, unit), round_up(V_, unit));
     const std::int64_t most = std::max(least, std::min(V_, kMostSlab) / unit * unit);
     const auto widest = [&](std::int64_t chunk, std::int64_t last_begin) {
-      const std::int64_t slab =
-          largest_that_fits(least, most, unit, budget_, [&](std::int64_t size) {
-            return attempt(chunk, size, last_begin, room).bytes.peak();
-          });
+      const std::int64_t slab = largest_that_fits(
+          least, most, unit, budget_,
+          [&](std::int64_t size) { return attempt(chunk, size, last_begin, room).bytes.peak(); });
       return attempt(chunk, std::max(slab, least), last_begin, room);
     };
     Trial own = widest(rows_, V_);
@@ -244,7 +243,8 @@ class Search {
     if (begin == 0 || begin == V_) return own;
     Trial in_dc = widest(rows_, begin);
     if (in_dc.bytes.peak() > budget_) return own;
-    const bool better = own.bytes.peak() > budget_ || predicted_time(in_dc.d) < predicted_time(own.d);
+    const bool better =
+        own.bytes.peak() > budget_ || predicted_time(in_dc.d) < predicted_time(own.d);
     return better ? std::move(in_dc) : std::move(own);
   }
 

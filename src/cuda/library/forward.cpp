@@ -17,8 +17,10 @@ struct Steps {
 
 }  // namespace
 
-constinit const Algorithm forward_algorithm{
-    "cuda/library/forward", {Schedule::none, false}, nullptr, decide,
-    open_steps<Steps, Components>};
+constinit const Algorithm forward_algorithm{"cuda/library/forward",
+                                            {Schedule::none, false},
+                                            nullptr,
+                                            decide,
+                                            open_steps<Steps, Components>};
 
 }  // namespace cutloss::cuda::library

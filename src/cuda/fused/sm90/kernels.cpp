@@ -62,7 +62,8 @@ void launch_gradient(const Logits& logits, const GradientOfLogits& gradient, con
 
 }  // namespace
 
-constinit const LogitKernels kernels{kTileColumns,        grid_for,  launch_statistics, launch_gradient,
-                                     launch_exponentials, launch_dc, launch_de};
+constinit const LogitKernels kernels{
+    kTileColumns,        grid_for,  launch_statistics, launch_gradient,
+    launch_exponentials, launch_dc, launch_de};
 
 }  // namespace cutloss::cuda::fused::sm90

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/device.h"
-#include "cuda/fused/sm90/product.cuh"
 #include "cuda/fused/kernels.h"
+#include "cuda/fused/sm90/product.cuh"
 #include "cuda/fused/sm90/tensor_map.h"
 
 namespace cutloss::cuda::fused::sm90 {

@@ -51,7 +51,7 @@ template <class Element_, Major kMajorA_, Major kMajorB_, Share kShare_,
 struct Config {
   using Element = Element_;
   static constexpr Major kMajorA = kMajorA_, kMajorB = kMajorB_;
-  static constexpr Share kShare = kShare_;   // what the blocks of a cluster have in common
+  static constexpr Share kShare = kShare_;  // what the blocks of a cluster have in common
   static constexpr bool kGather = kGather_ == Gather::a;
   static constexpr bool kGatherB = kGather_ == Gather::b;
   using MapOfRow = std::conditional_t<kGatherB, CUtensorMap, NoMap>;
@@ -214,8 +214,8 @@ __global__ void __launch_bounds__(kThreads, 1)
               if constexpr (!Config::kGatherB) {
                 const int half = kTileDepth / 2 * rank;
                 for (int i = 0; i < kTileColumns; i += 64) {
-                  ptx::load_tile_multicast(&map_b, full, b + i * kTileDepth + half * 64,
-                                           column + i, d + half, kBoth);
+                  ptx::load_tile_multicast(&map_b, full, b + i * kTileDepth + half * 64, column + i,
+                                           d + half, kBoth);
                 }
               }
             }

@@ -1,8 +1,8 @@
 // The transform from a product's sums to logits, and back to its slope, as the epilogues apply it.
 #pragma once
 
-#include "cuda/fused/sm90/product.cuh"
 #include "cuda/fused/kernels.h"
+#include "cuda/fused/sm90/product.cuh"
 
 namespace cutloss::cuda::fused::sm90 {
 
