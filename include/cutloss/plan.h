@@ -24,7 +24,8 @@ struct Plan {
   // With schedule rows: forward keeps every row's logits, and backward makes the gradients of them.
   // Else gradients by rows are made with the statistics, in one call.
   bool keeps_logits = false;
-  // N x V x D products of forward and backward together.
+  // N x V x D products of forward and backward together, but for columns whose gradients are made
+  // twice.
   int products = 1;
   // What the plan was chosen by: the time of forward and backward in such products, as the engine's
   // tuning table foretells it. Of one engine only; not of a clock.

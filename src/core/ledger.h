@@ -9,8 +9,9 @@
 
 namespace cutloss {
 
-// How long a buffer must keep what it holds. Between two steps of a session nothing else survives:
-// tests write over it.
+// How long a buffer must keep what it holds where another session goes on in the same memory: tests
+// write over the rest then. A session that takes several steps finds its operands where it left
+// them.
 enum class Lifetime : std::uint8_t {
   step,  // within statistics, gradients or finish
   seam,  // from statistics to gradients of a chunk

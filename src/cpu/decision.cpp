@@ -173,7 +173,7 @@ std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem
       continue;
     }
     const std::int64_t begin = begin_of_last_columns(facts, facts.de_in_place, kUnit);
-    if (begin == 0 || begin == V) continue;
+    if (begin == V) continue;
     const auto in_dc = attempt(tile, rows, begin);
     if (peak_bytes(*in_dc) <= budget) return in_dc;
   }

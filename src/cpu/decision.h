@@ -28,7 +28,7 @@ inline constexpr std::string_view kZ = "logits";
 // g of a block.
 inline constexpr std::string_view kG = "g";
 // dE of a chunk in the stat dtype.
-inline constexpr std::string_view kDeSums = "dE's sums";
+inline constexpr std::string_view kDeSums = kDeSumsName;
 // dC of a slab, or of the whole vocabulary, in the stat dtype.
 inline constexpr std::string_view kDcSums = "dC's sums";
 // fp64.

@@ -28,8 +28,8 @@ inline std::int64_t columns_beside(std::int64_t rows) {
 inline constexpr std::int64_t kMostChunk = 2048;
 inline constexpr std::int64_t kLeastChunk = 128;
 
-// Products of f32 pass by for a byte of sums that is read or written beside them: what a plan's
-// time is foretold by.
+// How many operations of a product take as long as reading or writing one byte of sums: plans
+// foretell their time by it. Not measured; it only orders plans.
 inline constexpr double kFlopsPerByte = 8;
 
 // Blocks, chunks and slabs are multiples of it: a row of tiles of the matrix library.

@@ -135,7 +135,8 @@ void set_last(CudaDecision& d, Way way) {
       d.has_de_sums_in_dc() && packs_e_in_de(d, way, Pass::backward) && !d.finds_last_e;
   if (!d.packs_last_e) return;
   const std::int64_t g = s.gradient_rows * padded(s.gradient_slab, d.operand) * size_of(d.operand);
-  for (std::int64_t rows = kMostLastRows;; rows /= 2) {
+  for (std::int64_t rows = std::min(kMostLastRows, round_up(s.chunk_rows, kLeastLastRows));;
+       rows /= 2) {
     const auto bytes = [&](std::int64_t slab) { return last_bytes(d, rows, slab).all(); };
     const std::int64_t slab = largest_that_fits(128, s.gradient_slab, 128, g, bytes);
     if (slab < kLeastLastSlab && rows > kLeastLastRows) continue;

@@ -36,7 +36,7 @@ inline constexpr std::string_view kZ = "logits";
 inline constexpr std::string_view kCoefficients = "coefficients";
 inline constexpr std::string_view kG = "g";
 // dE of the chunk, dC of a slab or of the vocabulary, in the stat dtype; dbias in fp64.
-inline constexpr std::string_view kDeSums = "dE's sums";
+inline constexpr std::string_view kDeSums = kDeSumsName;
 inline constexpr std::string_view kDcSums = "dC's sums";
 inline constexpr std::string_view kDbiasSums = "dbias's sums";
 // cuBLASLt's own memory.
@@ -104,15 +104,16 @@ void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& probl
                const DeviceFacts& device);
 // What follows from the sizes too: where sums and g lie.
 void set_places(CudaDecision& d, Way way);
-// How dC's products are made in the last columns. After set_places, which is due again then.
+// How dC's products are made in the last columns. Call set_places before it, and again after it,
+// since it depends on these sizes.
 void set_last(CudaDecision& d, Way way);
 
 std::int64_t e_stride(const Problem& problem, DType operand);  // of the packed E
 std::int64_t padded(std::int64_t columns, DType type);         // to 16 bytes
 
-// The rows of a chunk that backward multiplies by E must be zeros where they do not count, and what
-// is kept must lie where backward expects it; `pass` is both where forward and backward are one
-// call.
+// Whether a pass may read E where it lies, and whether it packs E into dE's memory. Backward
+// multiplies E by g, so rows that do not count must be zeros there, and what is kept must lie where
+// backward expects it; `pass` is both where forward and backward are one call.
 bool reads_e_in_place(const CudaDecision& d, Way way, Pass pass);
 bool packs_e_in_de(const CudaDecision& d, Way way, Pass pass);
 

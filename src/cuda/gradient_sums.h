@@ -38,7 +38,8 @@ class GradientSums {
   T* dc_sums(Columns columns) const;
   // Where dE of a chunk does, (rows, D) packed.
   T* de_sums(RowRange chunk) const;
-  // dC of a slab begins with what is there, or with the first rows.
+  // Whether a block's dC is added to what is there: always where dC is added to, else after the
+  // first rows.
   bool adds_to_dc(const Block& block) const {
     return block.rows.begin > 0 || call_.p.wanted.dc.add;
   }

@@ -16,9 +16,9 @@ inline constexpr std::int64_t kMostLastRows = 2048;
 inline constexpr std::int64_t kLeastLastRows = 256;
 inline constexpr std::int64_t kLeastLastSlab = 512;
 
-// Products pass by for a byte of sums that is read or written beside them: what a plan's time is
-// foretold by. From by rows on an H200, D 4096: 3.47 products with chunks of 1024 rows, 3.23 of
-// 2048, 3.12 of 4096.
+// How many operations of a product take as long as reading or writing one byte of sums beside it:
+// plans foretell their time by it. From by rows on an H200, D 4096: 3.47 products with chunks of
+// 1024 rows, 3.23 of 2048, 3.12 of 4096.
 inline constexpr double kFlopsPerByte = 90;
 
 }  // namespace cutloss::cuda

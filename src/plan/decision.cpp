@@ -23,7 +23,8 @@ std::int64_t begin_of_last_columns(const Decision& d, bool in_place, std::int64_
   if (in_place || !wanted.de.wanted || !wanted.dc.wanted || wanted.dc.add) return V;
   const std::int64_t sums = row_count(d.problem) * head.D * size_of(d.stat) + kSumsAlign;
   const std::int64_t columns = divide_up(sums, head.D * size_of(d.dc_type));
-  return columns < V ? (V - columns) / unit * unit : 0;
+  const std::int64_t begin = columns < V ? (V - columns) / unit * unit : 0;
+  return begin > 0 ? begin : V;
 }
 
 void* sums_in_dc(const Decision& d, void* dc) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string_view>
 
 #include "core/ledger.h"
 #include "core/ranges.h"
@@ -26,7 +27,8 @@ struct Sizes {
 };
 
 // By vocabulary dE's sums may wait in the last rows of dC, which are written last. The gradients of
-// those columns are then made twice: for dE before its sums leave, for dC after that. None: V.
+// the columns from `begin` on are then made twice: once for dE, and again for dC when the sums have
+// left. `begin` is V where the sums lie elsewhere.
 struct LastColumns {
   std::int64_t begin = 0;
   // Rows and columns of dC's products there.
@@ -62,8 +64,11 @@ void set_problem(Decision& d, const Algorithm& algorithm, const Problem& problem
 // Where the columns begin in whose rows of dC dE's sums may wait; V where they may not.
 // `in_place`: dE's sums have a place already. `unit`: what the column is a multiple of.
 std::int64_t begin_of_last_columns(const Decision& d, bool in_place, std::int64_t unit);
-// What lies from a column of dC on, for sums: the next multiple of kSumsAlign bytes.
+// What every engine calls the buffer of dE's sums.
+inline constexpr std::string_view kDeSumsName = "dE's sums";
 inline constexpr std::int64_t kSumsAlign = 256;
+// Where dE's sums begin in dC: at the row of the first last column, or at the next multiple of
+// kSumsAlign bytes.
 void* sums_in_dc(const Decision& d, void* dc);
 
 inline std::int64_t peak_bytes(const Decision& d) {

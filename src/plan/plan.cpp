@@ -1,5 +1,5 @@
-// Which algorithm: of the first engine that can do the problem, the one with the fewest products
-// that fits the memory.
+// Which algorithm: of the first engine that can do the problem, the one whose predicted time is
+// least among those that fit the memory.
 #include <algorithm>
 #include <limits>
 #include <optional>
@@ -124,6 +124,21 @@ class Choice {
           text(label(p_, best->algorithm->way), ": chosen, ", why, " ", memory_text(bytes)));
     }
     return best;
+  }
+
+  // What dE's sums cost where they have memory of their own that another dC could have lent.
+  void tell_of_sums(const Decision& d) {
+    const Wanted& wanted = p_.wanted;
+    if (d.algorithm->way.schedule != Schedule::vocabulary || !wanted.de.wanted) return;
+    const char* why = !wanted.dc.wanted ? "dC is not wanted"
+                      : wanted.dc.add   ? "dC is added to"
+                                        : nullptr;
+    for (const Booking& booking : d.backward.bookings()) {
+      if (why == nullptr || booking.name != kDeSumsName || !booking.lies_in.empty()) continue;
+      reasons_.push_back(text("vocabulary: dE's sums take ", memory_text(booking.bytes),
+                              " of their own, since ", why,
+                              "; in a dC that is written they would wait for its last rows"));
+    }
   }
 
   // The fewest bytes of what did not fit.

@@ -41,7 +41,12 @@ class CheckedSession : public Session {
     if (pass_ == Pass::both && !resumed_ && chunk != last_) {
       refuse("gradients", text("the last statistics were not those of chunk ", chunk));
     }
+    if (chunk <= last_gradients_) {
+      refuse("gradients", text("those of chunk ", last_gradients_, " were made already, and chunk ",
+                               chunk, " would be added to them once more"));
+    }
     make_gradients(chunk);
+    last_gradients_ = chunk;
   }
   void finish() final {
     need_begun("finish");
@@ -77,8 +82,9 @@ class CheckedSession : public Session {
   const Pass pass_;
   bool begun_ = false;
   bool resumed_ = false;
-  // The chunk whose statistics were made last.
+  // The chunks whose statistics, and whose gradients, were made last.
   std::int64_t last_ = -1;
+  std::int64_t last_gradients_ = -1;
 };
 
 // Steps of an algorithm, over the components (Parts) of its engine:

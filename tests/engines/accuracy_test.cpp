@@ -107,6 +107,10 @@ std::vector<Case> few_rows() {
   add_everything(everything);
   everything.name = "everything";
   cases.push_back(everything);
+  Case rows = with_size(1, 1300, 3001, 16);  // in the last columns several blocks of them
+  rows.ignored = 0.3;
+  rows.name = "blocks_of_rows";
+  cases.push_back(rows);
   Case capped = with_size(1, 150, 2503, 40);
   capped.problem.transform.softcap = 2.0;
   capped.name = "softcap";

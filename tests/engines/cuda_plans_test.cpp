@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "api/algorithms.h"
+#include "core/text.h"
 #include "plan/plan.h"
 #include "problems.h"
 #ifdef CUTLOSS_CUDA_SM90
@@ -103,7 +104,13 @@ TEST(CudaPlans, SayWhatAnAddedDcCosts) {
     p.wanted.dc.type = DType::f32;
     p.wanted.dc.add = true;
     EXPECT_THROW(plan_in(p, sums, hopper()), Error);
-    EXPECT_FALSE(plan_in(p, sums + 64 * kMiB, hopper()).decision->has_de_sums_in_dc());
+    const Plan plan = plan_in(p, sums + 64 * kMiB, hopper());
+    EXPECT_FALSE(plan.decision->has_de_sums_in_dc());
+    EXPECT_NE(describe(plan).find("dE's sums take " + memory_text(sums) +
+                                  " of their own, since dC is "
+                                  "added to"),
+              std::string::npos)
+        << describe(plan);
   }
 }
 

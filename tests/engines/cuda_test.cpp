@@ -8,6 +8,7 @@
 #include "check.h"
 #include "core/text.h"
 #ifdef CUTLOSS_CUDA_SM90
+#include "cuda/fused/decision.h"
 #include "cuda/fused/engine.h"
 #include "cuda/fused/targets.h"
 #endif
@@ -40,6 +41,53 @@ TEST(GpuEngines, BookEnoughForTheSortOfTargets) {
     }
   }
 }
+#endif
+
+#ifdef CUTLOSS_CUDA_SM90
+// dE's product is the engine's own where slabs are narrow beside large N and D: here it is made to
+// be.
+using OwnDe = EverySubject;
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(OwnDe);
+
+TEST_P(OwnDe, IsWithinBounds) {
+  const Data data = make_data(GetParam().problem);
+  const Truth truth(GetParam().engine, GetParam().problem, data);
+  for (const Mode& mode : {kModes[4], kModes[5]}) {  // by vocabulary
+    SCOPED_TRACE(mode.name);
+    Plan plan = plan_for(data.problem, GetParam().engine, mode);
+    auto decision = std::make_shared<cuda::fused::FusedDecision>(
+        static_cast<const cuda::fused::FusedDecision&>(*plan.decision));
+    decision->makes_de_itself = true;
+    plan.decision = decision;
+    expect_accurate(plan, data, truth);
+  }
+}
+
+std::vector<Subject> subjects_with_own_de() {
+  std::vector<Case> cases;
+  for (const double ignored : {0.0, 0.01, 0.4, 1.0}) {
+    Case c = with_size(1, 777, 3001, 200);
+    c.ignored = ignored;
+    c.name = "ignored_" + std::to_string(static_cast<int>(100 * ignored));
+    cases.push_back(c);
+  }
+  Case scaled = with_size(3, 97, 1999, 392, 1);
+  scaled.problem.transform.logit_scale = -0.6;
+  head_of(scaled.problem).has_bias = scaled.problem.wanted.dbias.wanted = true;
+  scaled.name = "scaled_with_bias";
+  cases.push_back(scaled);
+  Case frozen = with_size(1, 777, 3001, 200);
+  frozen.problem.wanted.dc.wanted = false;
+  frozen.name = "frozen";
+  cases.push_back(frozen);
+  std::vector<Subject> all = subjects(cases);
+  std::erase_if(all, [](const Subject& subject) {
+    return subject.engine != "cuda/fused_sm90" || subject.types.compute != DType::bf16;
+  });
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Engines, OwnDe, testing::ValuesIn(subjects_with_own_de()), subject_name);
 #endif
 
 std::vector<Case> cases() {

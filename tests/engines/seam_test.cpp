@@ -153,10 +153,15 @@ TEST_P(Seam, RefusesPlansAndChunksThatHaveNone) {
   const Args args = args_for(data, out, scratch, /*forward=*/true);
   const auto session = open(plan, args, Pass::both);
   session->begin();
+  session->statistics(0);
+  session->gradients(0);
+  EXPECT_THROW(session->gradients(0), Error);  // they would be added once more
+  session->statistics(1);
+  EXPECT_THROW(session->gradients(0), Error);
   EXPECT_THROW(session->rows(-1), Error);
   EXPECT_THROW(session->statistics(-1), Error);
   EXPECT_THROW(session->gradients(chunk_count(plan)), Error);
-  EXPECT_THROW(session->gradients(0), Error);                        // without its statistics
+  EXPECT_THROW(session->gradients(2), Error);                        // without its statistics
   EXPECT_THROW(open(plan, args, Pass::both)->statistics(0), Error);  // without begin
   EXPECT_THROW(open(plan, args, Pass::both)->finish(), Error);
   EXPECT_THROW(resume(plan, args, Pass::both)->begin(), Error);

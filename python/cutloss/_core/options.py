@@ -33,8 +33,10 @@ class Options:
     def but(self, **changes: Any) -> "Options":
         """The same with other values: dataclasses.replace, in a fifth of its time, which counts in
         a small loss."""
+        if torch.compiler.is_compiling():  # PyTorch 2.11 cannot trace the rest
+            return dataclasses.replace(self, **changes)
         values = vars(self) | changes
-        if torch.compiler.is_compiling() or len(values) > len(vars(self)):  # unknown names
+        if len(values) > len(vars(self)):  # unknown names: TypeError
             return dataclasses.replace(self, **changes)
         made = object.__new__(Options)
         object.__setattr__(made, "__dict__", values)
@@ -52,6 +54,8 @@ class Options:
 
     def of_linear(self) -> dict[str, Any]:
         """What the operators that multiply E and C take."""
+        if torch.compiler.is_compiling():  # PyTorch 2.11 cannot trace vars
+            return {name: getattr(self, name) for name in _OF_LINEAR}
         return vars(self)
 
     def of_logits(self) -> dict[str, Any]:
@@ -59,6 +63,7 @@ class Options:
         return {name: getattr(self, name) for name in _OF_LOGITS}
 
 
+_OF_LINEAR = tuple(field.name for field in dataclasses.fields(Options))
 _OF_LOGITS = (
     "shift", "ignore_index", "softcap", "logit_scale", "temperature", "wants_entropy",
     "wants_zbar", "wants_argmax",

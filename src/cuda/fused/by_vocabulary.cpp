@@ -1,6 +1,6 @@
 // Forward keeps nothing but the statistics. Backward makes the logits once more, a slab of columns
-// at a time, and g of them in the registers of the same kernel; dE's product is cuBLASLt's where
-// slabs are wide, dC's our own where it can be. Four products.
+// at a time, and g of them in the registers of the same kernel. dE's product is our own where slabs
+// are narrow and the operands bf16, else cuBLASLt's; dC's is our own for bf16. Four products.
 #include <algorithm>
 
 #include "cuda/fused/algorithms.h"

@@ -297,8 +297,8 @@ class Search {
     };
     const auto widest = [&](std::int64_t most_rows, std::int64_t last_begin) {
       const std::int64_t wide = largest_that_fits(
-          kLeastSlab, std::max(kLeastSlab, std::min(V_, kMostSlab)), kSlabUnit, budget_,
-          [&](std::int64_t size) { return peak_bytes(of(most_rows, size, last_begin)); });
+          kLeastSlab, std::max(kLeastSlab, round_up(std::min(V_, kMostSlab), kSlabUnit)), kSlabUnit,
+          budget_, [&](std::int64_t size) { return peak_bytes(of(most_rows, size, last_begin)); });
       FusedDecision d = of(most_rows, std::max(wide, kLeastSlab), last_begin);
       return of(most_rows, quickest_slab(d), last_begin);
     };
@@ -311,7 +311,7 @@ class Search {
       return chunk == 0 ? std::move(own) : widest(chunk, V_);
     }
     const std::int64_t begin = begin_of_last_columns(facts_, facts_.de_in_place, tile_);
-    if (begin == 0 || begin == V_) return own;
+    if (begin == V_) return own;
     FusedDecision in_dc = widest(rows_, begin);
     if (peak_bytes(in_dc) > budget_) return own;
     const bool better = peak_bytes(own) > budget_ || predicted_time(in_dc) < predicted_time(own);
@@ -365,21 +365,26 @@ class Search {
            passes_over_sums(kOwnFlopsPerByte, divide_up(V_, d.sizes.gradient_slab), V_);
   }
   double library_de(const FusedDecision& d) const {
-    return passes_over_sums(kLibraryFlopsPerByte, divide_up(V_, d.sizes.gradient_slab), V_);
+    return library_.slower +
+           passes_over_sums(kLibraryFlopsPerByte, divide_up(V_, d.sizes.gradient_slab), V_);
   }
 
   double predicted_time(const FusedDecision& d) const {
     const Problem& p = facts_.problem;
     const std::int64_t D = head_of(p).D, chunk = d.sizes.chunk_rows, slab = d.sizes.gradient_slab;
     const bool de = p.wanted.de.wanted, dc = p.wanted.dc.wanted;
-    double time = products_of(p, way_) + (de ? library_.slower : 0);
+    double time = products_of(p, way_);
+    if (de && way_.schedule == Schedule::rows) time += library_.slower;
     if (dc && !d.one_chunk) time += passes_over_sums(kFlopsPerByte, divide_up(rows_, chunk), rows_);
     if (way_.schedule != Schedule::vocabulary) return time;
     const std::int64_t last = V_ - d.last.begin;
-    const auto whole = [&](double in_tiles) { return in_tiles - 1; };
+    // What is idle of a product, in products.
+    const auto idle = [&](std::int64_t rows, std::int64_t columns) {
+      return in_tiles(rows, columns) - 1;
+    };
     const double again = static_cast<double>(last) / static_cast<double>(V_);
-    time += again + (1 + again) * whole(in_tiles(chunk, slab));
-    if (dc) time += whole(in_tiles(slab, D));
+    time += again + (1 + again) * idle(chunk, slab);
+    if (dc) time += idle(slab, D);
     const std::int64_t slabs = divide_up(d.last.begin, slab) + 2 * divide_up(last, slab);
     const double all_slabs = static_cast<double>(slabs * divide_up(rows_, chunk));
     if (de) time += std::min(own_de(d), library_de(d));

@@ -240,7 +240,7 @@ class Search {
       return chunk == 0 ? std::move(own) : widest(chunk, V_);
     }
     const std::int64_t begin = begin_of_last_columns(facts_, facts_.de_in_place, 128);
-    if (begin == 0 || begin == V_) return own;
+    if (begin == V_) return own;
     Trial in_dc = widest(rows_, begin);
     if (in_dc.bytes.peak() > budget_) return own;
     const bool better =

@@ -1,5 +1,5 @@
-// dC of a block of rows: added to, or first written to, fp32 sums in device memory, or written in
-// its own 16 bits where the block holds all rows. By rows, the targets' sums are added on the way.
+// Sums of a product, dC's or dE's: added to, or first written to, fp32 in device memory, or, where
+// one product makes all of dC, written in 16 bits. By rows, dC's targets are added on the way.
 #pragma once
 
 #include <type_traits>

@@ -4,8 +4,8 @@
 
 namespace cutloss::cuda::fused::sm90 {
 
-// Where a slab is narrow reading and writing the sums takes as long as multiplying. Here they pass
-// by while the other group of threads multiplies, and L2 adds.
+// Where a slab is narrow, reading and writing the sums takes as long as multiplying. Here one group
+// of threads does it while the other multiplies, and the addition happens in L2.
 void launch_de(const DeProduct& s, const Grid& grid, cudaStream_t stream) {
   using Straight = Config<cute::bfloat16_t, Major::K, Major::MN, Share::columns>;
   ProductParams params{};

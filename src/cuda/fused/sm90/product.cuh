@@ -40,8 +40,8 @@ struct Multiply<cute::half_t, a, b> {
 inline constexpr int kCluster = 2;
 enum class Share { columns, rows };
 
-// Rows that lie anywhere: of A, which are copied by all threads that load; of B where its rows are
-// the product's depth, which a warp loads row by row where they do not lie one after the other.
+// Operands whose rows lie anywhere. a: all threads that load copy rows of A. b: rows of B are the
+// product's depth, and one warp loads them, in one box where they are neighbours, else row by row.
 enum class Gather { nothing, a, b };
 struct NoMap {};
 
