@@ -178,8 +178,8 @@ void scale(Stack& stack) {
     multiply(t, factor);
     return;
   }
-  cuda_scale(dtype_of(t.scalar_type(), "t"), data(t), t.numel(), dtype_of(type, "factor"),
-             factor.const_data_ptr(), here.stream());
+  scale_in_place(Device::cuda, dtype_of(t.scalar_type(), "t"), data(t), t.numel(),
+                 dtype_of(type, "factor"), factor.const_data_ptr(), here.stream());
 }
 
 // e_strides and c_strides are empty for packed tensors; an offset is that of the first element past

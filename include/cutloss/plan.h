@@ -58,4 +58,8 @@ std::string describe(const Plan& plan);
 // libraries behind it with their versions, processor features.
 std::vector<std::string> describe_machine();
 
+// The numbers that plans of this build are made by: a line for each, by engine. What was measured
+// stands beside them in the sources (tuning.h).
+std::vector<std::string> describe_tuning();
+
 }  // namespace cutloss

@@ -57,10 +57,10 @@ void loss_terms(const LossRows& rows, const Weighting& weighting, const void* ta
 // the difference of two large ones where all logits of a row lie far from 0.
 void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* undefined = nullptr);
 
-// CUDA: values *= *factor, both in device memory, ordered on the stream. Nothing is read or written
-// where the factor is 1, and the host need not know. Throws Error(unsupported) in a build without
-// CUDA.
-void cuda_scale(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
-                void* stream);
+// values *= *factor, both in the device's memory, ordered on the stream. Nothing is read or written
+// where the factor is 1, and the host need not know. For CUDA: on the CPU, where the host does
+// know, and in a build without CUDA it throws Error(unsupported).
+void scale_in_place(Device device, DType type, void* values, std::int64_t count, DType factor_type,
+                    const void* factor, void* stream);
 
 }  // namespace cutloss

@@ -3,7 +3,6 @@
 #include <array>
 
 #include "api/algorithms.h"
-#include "api/device_calls.h"
 #include "core/text.h"
 #include "cpu/device_calls.h"
 #include "cpu/engine.h"
@@ -28,16 +27,6 @@ std::span<const Engine* const> engines() {
       &cpu_engine,
   };
   return list;
-}
-
-const Engine& engine_named(std::string_view name) {
-  std::string known;
-  for (const Engine* engine : engines()) {
-    if (engine->name == name) return *engine;
-    known += text(known.empty() ? "" : ", ", engine->name);
-  }
-  throw Error(ErrorCode::invalid_value,
-              text("there is no engine '", name, "' in this build; it has ", known));
 }
 
 const DeviceCalls& calls_of(Device device, [[maybe_unused]] const char* call) {

@@ -1,15 +1,17 @@
 #pragma once
 
 #include <span>
-#include <string_view>
 
+#include "core/device_calls.h"
 #include "plan/algorithm.h"
 
 namespace cutloss {
 
 // Every engine of this build, in the order in which a plan asks them.
 std::span<const Engine* const> engines();
-// Throws Error(invalid_value) where this build has none of that name.
-const Engine& engine_named(std::string_view name);
+
+// What a device does that takes no plan. Throws Error(unsupported), which names `call`, where this
+// build has nothing for the device.
+const DeviceCalls& calls_of(Device device, const char* call);
 
 }  // namespace cutloss

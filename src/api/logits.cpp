@@ -1,7 +1,7 @@
 // The public calls over logits: their checks, then the device's part of the library.
 #include <cstdint>
 
-#include "api/device_calls.h"
+#include "api/algorithms.h"
 #include "core/dtype.h"
 #include "core/folded_softcap.h"
 #include "core/text.h"

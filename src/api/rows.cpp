@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "api/device_calls.h"
+#include "api/algorithms.h"
 #include "core/dtype.h"
 #include "core/text.h"
 #include "core/validate.h"
@@ -83,15 +83,19 @@ void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* u
       .sum_loss({loss_rows(p), args.in.targets, args.rows, up, undefined}, loss, args.stream);
 }
 
-void cuda_scale(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
-                void* stream) {
-  const DeviceCalls& calls = calls_of(Device::cuda, "cuda_scale");
+void scale_in_place(Device device, DType type, void* values, std::int64_t count, DType factor_type,
+                    const void* factor, void* stream) {
+  const DeviceCalls& calls = calls_of(device, "scale_in_place");
+  if (calls.scale == nullptr) {
+    throw Error(ErrorCode::unsupported,
+                "scale_in_place: the factor is in host memory: read it, and multiply the values");
+  }
   if (count < 0) {
-    throw Error(ErrorCode::invalid_value, text("cuda_scale: count must be >= 0, got ", count));
+    throw Error(ErrorCode::invalid_value, text("scale_in_place: count must be >= 0, got ", count));
   }
   if (count == 0) return;
   if (values == nullptr || factor == nullptr) {
-    throw Error(ErrorCode::invalid_value, "cuda_scale: values or factor is null");
+    throw Error(ErrorCode::invalid_value, "scale_in_place: values or factor is null");
   }
   calls.scale(type, values, count, factor_type, factor, stream);
 }

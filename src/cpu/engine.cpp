@@ -9,6 +9,7 @@
 #include "cpu/algorithms/algorithms.h"
 #include "cpu/gemm.h"
 #include "cpu/row_ops.h"
+#include "cpu/tuning.h"
 
 namespace cutloss {
 namespace {
@@ -41,6 +42,6 @@ constexpr std::array kAlgorithms = {&cpu::forward_algorithm, &cpu::by_rows, &cpu
 
 }  // namespace
 
-constinit const Engine cpu_engine{"cpu", device, description, refusal, kAlgorithms};
+constinit const Engine cpu_engine{"cpu", device, description, refusal, kAlgorithms, cpu::tuning};
 
 }  // namespace cutloss

@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/text.h"
 
 namespace cutloss::cpu {
 
@@ -39,5 +43,17 @@ inline constexpr std::int64_t kUnit = 16;
 // time.
 inline constexpr std::int64_t kStrip = 512;
 inline constexpr std::int64_t kFewRows = 32;
+
+inline std::vector<std::string> tuning() {
+  std::vector<std::string> lines;
+  for (const Tile& tile : kTiles) {
+    lines.push_back(text("tile of ", tile.rows, " rows x ", tile.columns, " columns"));
+  }
+  lines.push_back(
+      text("chunks of ", kLeastChunk, " to ", kMostChunk, " rows, in units of ", kUnit));
+  lines.push_back(text("columns of 2048 rows beside the first tile: ", columns_beside(2048)));
+  lines.push_back(text("operations for a byte of sums: ", kFlopsPerByte));
+  return lines;
+}
 
 }  // namespace cutloss::cpu

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "api/device_calls.h"
+#include "core/device_calls.h"
 
 namespace cutloss {
 

@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "plan/decision.h"
 #include "plan/device_facts.h"
@@ -67,6 +68,8 @@ struct Engine {
   // Why none of its algorithms can do a problem on a device that is there; empty where one may.
   std::string (*refusal)(const Problem& problem, const DeviceFacts& device) = nullptr;
   std::span<const Algorithm* const> algorithms;
+  // What its decisions go by, a line for each number.
+  std::vector<std::string> (*tuning)() = nullptr;
 };
 
 // Why the engine can do nothing with a problem, an absent device included.

@@ -4,7 +4,6 @@
 #include <limits>
 #include <optional>
 
-#include "api/algorithms.h"
 #include "core/dtype.h"
 #include "core/text.h"
 #include "core/validate.h"
@@ -186,7 +185,15 @@ std::string gaps(const Problem& p) {
 
 }  // namespace
 
-Plan make_plan(const Problem& problem) { return make_plan(problem, engines(), nullptr); }
+const Engine& engine_named(std::span<const Engine* const> engines, std::string_view name) {
+  std::string known;
+  for (const Engine* engine : engines) {
+    if (engine->name == name) return *engine;
+    known += text(known.empty() ? "" : ", ", engine->name);
+  }
+  throw Error(ErrorCode::invalid_value,
+              text("there is no engine '", name, "' in this build; it has ", known));
+}
 
 Plan make_plan(const Problem& problem, std::span<const Engine* const> engines,
                const DeviceFacts* given) {
@@ -194,7 +201,7 @@ Plan make_plan(const Problem& problem, std::span<const Engine* const> engines,
   std::vector<std::string> reasons;
   std::int64_t smallest = kUnknown;
   bool supported = false;
-  if (!p.engine.empty()) engine_named(p.engine);  // throws where there is none
+  if (!p.engine.empty()) engine_named(engines, p.engine);  // throws where there is none
   for (const Engine* engine : engines) {
     if (!p.engine.empty() && engine->name != p.engine) {
       reasons.push_back(text("engine ", engine->name, ": not the one asked for (", p.engine, ")"));
@@ -258,16 +265,6 @@ std::string describe(const Plan& plan) {
   add("backward", d.backward);
   for (const std::string& reason : plan.reasons) out += reason + "\n";
   return out;
-}
-
-std::vector<std::string> describe_machine() {
-  std::vector<std::string> lines;
-  for (const Engine* engine : engines()) {
-    const std::string& absent = engine->device().absent;
-    lines.push_back(text("engine ", engine->name, ": ",
-                         absent.empty() ? engine->description() : "not here: " + absent));
-  }
-  return lines;
 }
 
 }  // namespace cutloss

@@ -279,6 +279,13 @@ TEST(Machine, NamesEveryEngineAndItsLibraries) {
   EXPECT_TRUE(contains(cpu, "threads"));
 }
 
+TEST(Machine, PrintsWhatPlansAreTunedBy) {
+  const std::vector<std::string> lines = describe_tuning();
+  EXPECT_TRUE(std::ranges::any_of(lines, [](const std::string& line) {
+    return contains(line, "engine cpu: tile of 2048 rows x 1024 columns");
+  }));
+}
+
 TEST(Names, AreWhatTheApiCallsThem) {
   EXPECT_EQ(name(DType::f32), "f32");
   EXPECT_EQ(name(DType::f64), "f64");

@@ -417,7 +417,8 @@ TEST(GpuScale, MultipliesWhateverTheAlignment) {
           factor.set(0, 0.375);
           const std::vector<double> before = values.values();
           auto* begin = values.buffer.on(Device::cuda) + offset * reference::bytes_of(type);
-          cuda_scale(type, begin, count, factor_type, factor.on(Device::cuda), nullptr);
+          scale_in_place(Device::cuda, type, begin, count, factor_type, factor.on(Device::cuda),
+                         nullptr);
           values.buffer.fetch();
           EXPECT_TRUE(values.buffer.guards_intact());
           for (std::int64_t i = 0; i < values.count; ++i) {
@@ -436,8 +437,8 @@ TEST(GpuScale, LeavesEverythingWhereTheFactorIsOne) {
   Array values(DType::bf16, 1000);  // poisoned: NaNs with their bits
   Array factor(DType::f32, 1);
   factor.set(0, 1);
-  cuda_scale(DType::bf16, values.on(Device::cuda), 1000, DType::f32, factor.on(Device::cuda),
-             nullptr);
+  scale_in_place(Device::cuda, DType::bf16, values.on(Device::cuda), 1000, DType::f32,
+                 factor.on(Device::cuda), nullptr);
   values.buffer.fetch();
   EXPECT_TRUE(values.buffer.same_bytes(Array(DType::bf16, 1000).buffer));
 }

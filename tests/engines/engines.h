@@ -11,6 +11,7 @@
 #include "api/algorithms.h"
 #include "cpu/decision.h"
 #include "cpu/engine.h"
+#include "plan/plan.h"
 #ifdef CUTLOSS_CUDA
 #include "cuda/decision.h"
 #include "cuda/library/engine.h"
@@ -49,11 +50,11 @@ inline reference::Result truth_for(const std::string& engine, const Data& data) 
 // An engine may leave some problems, and some schedules of those it takes, to others.
 inline bool takes(const std::string& engine, Problem problem) {
   set_engine(problem, engine);
-  const Engine& by = engine_named(engine);
+  const Engine& by = engine_named(engines(), engine);
   return refusal_of(by, problem, by.device()).empty();
 }
 inline bool takes(const std::string& engine, const Problem& problem, const Mode& mode) {
-  const Engine& by = engine_named(engine);
+  const Engine& by = engine_named(engines(), engine);
   return std::ranges::any_of(by.algorithms, [&](const Algorithm* algorithm) {
     return algorithm->way.schedule == mode.schedule &&
            refusal_of(*algorithm, problem, by.device()).empty();

@@ -192,7 +192,7 @@ void scale(DType type, void* values, std::int64_t count, DType factor_type, cons
            cudaStream_t stream) {
   for_type(type, [&]<class E>(E*) {
     for_type(factor_type, [&]<class F>(F*) {
-      launch(scale_kernel<E, F>, "cuda_scale", blocks_for(divide_up(count * size_of(type), 16)),
+      launch(scale_kernel<E, F>, "scale_in_place", blocks_for(divide_up(count * size_of(type), 16)),
              kThreads, stream, static_cast<E*>(values), count, static_cast<const F*>(factor));
     });
   });

@@ -50,7 +50,8 @@ constexpr std::array kAlgorithms = {&cuda::fused::forward_algorithm, &cuda::fuse
 
 }  // namespace
 
-constinit const Engine cuda_fused_sm90_engine{"cuda/fused_sm90", cuda::device_or_none, description,
-                                              refusal, kAlgorithms};
+constinit const Engine cuda_fused_sm90_engine{"cuda/fused_sm90", cuda::device_or_none,
+                                              description,       refusal,
+                                              kAlgorithms,       cuda::fused::tuning};
 
 }  // namespace cutloss

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
+#include "core/text.h"
 #include "cuda/tuning.h"
 
 namespace cutloss::cuda::fused {
@@ -41,5 +44,21 @@ inline constexpr double kOwnFlopsPerByte = 60;
 inline constexpr double kFlopsOfLaunches = 1e10;
 // tanh is good to an absolute 2^-22, so a logit to 2^-22 of the softcap.
 inline constexpr double kMostSoftcap = 256;
+
+inline std::vector<std::string> tuning() {
+  std::vector<std::string> lines = {
+      text("blocks of ", kBlockRows, " rows"),
+      text("slabs of gradients of ", kLeastSlab, " to ", kMostSlab, " columns"),
+      text("chunks of ", kLeastChunk, " to ", kMostChunk, " rows, good from ", kGoodChunk),
+      text("columns of C converted at a time: in forward ", kForwardSlab, " or ", kSmallForwardSlab,
+           ", else ", kSomeColumns[0], " or ", kSomeColumns[1]),
+      text("softcap to ", kMostSoftcap),
+      text("operations for a byte of sums: ", kFlopsPerByte)};
+  for (const LibraryMemory& library : kLibraryMemory) {
+    lines.push_back(
+        text("cuBLASLt's ", library.bytes / kMiB, " MiB: ", library.slower, " products slower"));
+  }
+  return lines;
+}
 
 }  // namespace cutloss::cuda::fused

@@ -6,6 +6,7 @@
 #include "cuda/cublaslt.h"
 #include "cuda/device.h"
 #include "cuda/library/algorithms.h"
+#include "cuda/library/tuning.h"
 #include "cuda/refusal.h"
 
 namespace cutloss {
@@ -22,7 +23,8 @@ constexpr std::array kAlgorithms = {&cuda::library::forward_algorithm, &cuda::li
 
 }  // namespace
 
-constinit const Engine cuda_library_engine{"cuda/library", cuda::device_or_none, description,
-                                           cuda::common_refusal, kAlgorithms};
+constinit const Engine cuda_library_engine{"cuda/library", cuda::device_or_none,
+                                           description,    cuda::common_refusal,
+                                           kAlgorithms,    cuda::library::tuning};
 
 }  // namespace cutloss

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
+#include "core/text.h"
 #include "cuda/tuning.h"
 
 namespace cutloss::cuda::library {
@@ -45,5 +48,23 @@ inline constexpr std::int64_t kGoodChunk = 2048;
 inline constexpr std::int64_t kChunkSlab = 8192;
 // Columns of C that are converted at a time where not all of it is.
 inline constexpr std::int64_t kSomeColumns = 8192;
+
+inline std::vector<std::string> tuning() {
+  std::vector<std::string> lines;
+  for (const Step& s : kSteps) {
+    lines.push_back(text("logits of ", s.logit_bytes / kMiB, " MiB, cuBLASLt's ",
+                         s.library_bytes / kMiB, " MiB, blocks of ", s.block_rows,
+                         " rows, chunks from ", s.least_chunk, ", slabs from ", s.least_slab,
+                         ", gradients of ", s.gradient_rows, " rows: a product takes ", s.slower));
+  }
+  lines.push_back(
+      text("logits beyond ", kL2Block / kMiB, " MiB from ", kQuickMemory, " bytes/s on"));
+  lines.push_back(
+      text("slabs of gradients to ", kMostSlab, " columns, ", kChunkSlab, " in chunks"));
+  lines.push_back(text("chunks to ", kMostChunk, " rows, good from ", kGoodChunk));
+  lines.push_back(text("columns of C converted at a time: ", kSomeColumns));
+  lines.push_back(text("operations for a byte of sums: ", kFlopsPerByte));
+  return lines;
+}
 
 }  // namespace cutloss::cuda::library

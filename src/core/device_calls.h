@@ -22,12 +22,9 @@ struct DeviceCalls {
   void (*sum_loss)(const LossSum& sum, void* loss, void* stream);
   // Losses over logits that exist. With both passes the gradient of a row follows its statistics.
   void (*logits)(const Problem& problem, const LogitsArgs& args, Pass pass);
-  // values *= *factor.
+  // values *= *factor. Null: the device has none.
   void (*scale)(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
                 void* stream);
 };
-
-// Throws Error(unsupported), which names `call`, where this build has nothing for the device.
-const DeviceCalls& calls_of(Device device, const char* call);
 
 }  // namespace cutloss

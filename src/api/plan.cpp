@@ -1,0 +1,31 @@
+// What is asked of all engines of this build: a plan, what was found on this machine, what plans are
+// tuned by.
+#include "api/algorithms.h"
+#include "core/text.h"
+#include "plan/plan.h"
+
+namespace cutloss {
+
+Plan make_plan(const Problem& problem) { return make_plan(problem, engines(), nullptr); }
+
+std::vector<std::string> describe_machine() {
+  std::vector<std::string> lines;
+  for (const Engine* engine : engines()) {
+    const std::string& absent = engine->device().absent;
+    lines.push_back(text("engine ", engine->name, ": ",
+                         absent.empty() ? engine->description() : "not here: " + absent));
+  }
+  return lines;
+}
+
+std::vector<std::string> describe_tuning() {
+  std::vector<std::string> lines;
+  for (const Engine* engine : engines()) {
+    for (const std::string& line : engine->tuning()) {
+      lines.push_back(text("engine ", engine->name, ": ", line));
+    }
+  }
+  return lines;
+}
+
+}  // namespace cutloss
