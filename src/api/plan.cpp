@@ -1,8 +1,8 @@
-// What is asked of all engines of this build: a plan, what was found on this machine, what plans are
-// tuned by.
+// What is asked of all engines of this build: a plan, what was found on this machine, what plans
+// are tuned by.
+#include "plan/plan.h"
 #include "api/algorithms.h"
 #include "core/text.h"
-#include "plan/plan.h"
 
 namespace cutloss {
 

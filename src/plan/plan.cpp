@@ -119,6 +119,7 @@ class Choice {
                               memory_text(bytes)));
     }
     if (best != nullptr) {
+      tell_of_sums(*best);
       reasons_.push_back(
           text(label(p_, best->algorithm->way), ": chosen, ", why, " ", memory_text(bytes)));
     }
