@@ -13,8 +13,9 @@ namespace cutloss::cuda::fused {
 // Rows come in blocks of so many.
 inline constexpr std::int64_t kBlockRows = 256;
 
-// Beyond this a slab of gradients gains nothing, and g leaves L2: at 1 GiB slabs of 44,000 to
-// 51,000 columns took 1 to 3 % more than those of 22,000 to 26,000.
+// Beyond this a slab of gradients gains nothing: slabs of 44,000 to 51,000 columns (1 GiB in
+// benchmarks/results/2026-11-29-h200-wide-slabs.json) took up to 3 % more than those of 22,000 to
+// 26,000 (512 MiB).
 inline constexpr std::int64_t kMostSlab = 26112;
 inline constexpr std::int64_t kSlabUnit = 64;
 // Under this most of the device would wait.
