@@ -14,7 +14,8 @@ struct Inputs {
   const void* bias = nullptr;          // (V)
   const void* targets = nullptr;       // (sequences, length)
   const void* temperature = nullptr;   // (rows), stat dtype, each > 0
-  const void* class_weight = nullptr;  // (V), stat dtype; zbar = sum_v weight_v z_v / V
+  // Of the whole vocabulary, (total), stat dtype; zbar = sum_v weight_v z_v / total.
+  const void* class_weight = nullptr;
 };
 
 // Per-row results, (rows) each. Stat dtype: f64 where compute_type is f64, else f32. Rows that
@@ -28,6 +29,9 @@ struct RowOutputs {
   void* zbar = nullptr;            // wanted.zbar: this, zbar_centred, or both
   std::int64_t* argmax = nullptr;  // wanted.argmax; the first of equal logits
   void* zbar_centred = nullptr;    // sum_v weight_v (z_v - row_max) / V: no digit goes to an offset
+  // wanted.state, and then nothing else is written by forward: a record of row_state_bytes (rows.h)
+  // for each row, which only this build of the library reads. Aligned to 8 bytes.
+  void* state = nullptr;
 };
 
 // dLoss/d(output), (rows) each, stat dtype; null is zero. Entries of ignored rows are not read.

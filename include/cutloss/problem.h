@@ -37,8 +37,10 @@ struct Rows {
 std::int64_t row_count(const Rows& rows);
 
 // Which classes of a vocabulary the logits are of: `count` of `total`, from class `first` on. A
-// whole vocabulary of V classes is {0, V, V}, and a total of 0 means count. No engine takes less
-// than a whole vocabulary: anything else is refused as unsupported.
+// whole vocabulary of V classes is {0, V, V}, and a total of 0 means count. Anything else is a
+// shard: its rows cannot be closed by itself, so Wanted::state must be asked for, and close_rows
+// (rows.h) makes the rows' outputs of the states of all shards. Targets are those of the whole
+// vocabulary. Of Logits a shard is refused as unsupported.
 struct Classes {
   std::int64_t first = 0;
   std::int64_t count = 0;
@@ -120,6 +122,9 @@ struct GradientWanted {
 
 // What is made beyond nll, row_max and log_sum, which always are.
 struct Wanted {
+  // The statistics stay open: forward writes RowOutputs::state and no other output of a row. What
+  // entropy, zbar and argmax need is in the state where they are wanted.
+  bool state = false;
   bool entropy = false;
   bool zbar = false;
   bool argmax = false;

@@ -7,6 +7,25 @@
 
 namespace cutloss {
 
+// Of one row's state in RowOutputs::state, in a stat dtype (f32 or f64).
+std::int64_t row_state_bytes(DType stat);
+
+// Merges the states that the shards of one vocabulary left of each row, in the order of the shards,
+// and writes args.rows (all but state, as far as they are wanted; rows that are ignored get 0).
+//
+// problem: of any of the shards. states: (count, rows) records of row_state_bytes, in the memory of
+// the problem's device; count is how many there are. some: only these rows, or, where its pointer
+// is null, all of them. Reads args.in.targets, and args.in.class_weight where the problem has it.
+// The same states in the same order make the same bits on every device of a kind: each rank that
+// has gathered them closes its rows alike. One kernel on args.stream on CUDA. A target outside of
+// the vocabulary is an error on the CPU (Error(invalid_value)) and makes the row's nll NaN on CUDA;
+// so does a target whose class is in no shard. Throws Error(invalid_value, unsupported).
+void close_rows(const Problem& problem, const Args& args, const void* states, std::int64_t count,
+                RowList some = {});
+
+// Writes the states of a shard that has no classes, for `rows` rows of any loss.
+void empty_states(Device device, DType stat, std::int64_t rows, void* states, void* stream);
+
 // How rows count in a loss, in the words of PyTorch's F.cross_entropy. With t the token weight of a
 // row, w that of its target's class (1 where not given), eps = label_smoothing and W = sum_v w_v:
 //   t ((1 - eps) w nll + eps (W lse / V - zbar) + z_loss lse^2)

@@ -2,9 +2,11 @@
 #include "cutloss/rows.h"
 
 #include <cmath>
+#include <string>
 
 #include "api/algorithms.h"
 #include "core/dtype.h"
+#include "core/row_state.h"
 #include "core/text.h"
 #include "core/validate.h"
 
@@ -47,7 +49,7 @@ void check(const LossRows& rows, const Weighting& w, const void* targets, const 
 }  // namespace
 
 LossRows loss_rows(const Problem& problem) {
-  return {problem.rows, classes_of(problem).count, stat_type(problem), problem.device};
+  return {problem.rows, classes_of(problem).total, stat_type(problem), problem.device};
 }
 
 void loss_terms(const LossRows& given, const Weighting& weighting, const void* targets,
@@ -81,6 +83,34 @@ void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* u
   }
   calls_of(p.device, "weighted_loss")
       .sum_loss({loss_rows(p), args.in.targets, args.rows, up, undefined}, loss, args.stream);
+}
+
+std::int64_t row_state_bytes(DType stat) {
+  if (stat == DType::f64) return sizeof(RowState<double>);
+  if (stat == DType::f32) return sizeof(RowState<float>);
+  throw Error(ErrorCode::invalid_type,
+              text("row_state_bytes: stat must be f32 or f64, the dtypes of per-row numbers, got ",
+                   name(stat)));
+}
+
+void close_rows(const Problem& given, const Args& args, const void* states, std::int64_t count,
+                RowList some) {
+  const Problem p = validated(given);
+  check_states(p, args, states, count);
+  const DeviceCalls& calls = calls_of(p.device, "close_rows");
+  const std::int64_t rows = some.rows == nullptr ? row_count(p) : some.count;
+  if (rows > 0) calls.close_rows({p, args, states, count, some});
+}
+
+void empty_states(Device device, DType stat, std::int64_t rows, void* states, void* stream) {
+  row_state_bytes(stat);  // throws for other dtypes
+  if (rows < 0) {
+    throw Error(ErrorCode::invalid_value, text("empty_states: rows must be >= 0, got ", rows));
+  }
+  const DeviceCalls& calls = calls_of(device, "empty_states");
+  if (rows == 0) return;
+  if (states == nullptr) throw Error(ErrorCode::invalid_value, "empty_states: states is null");
+  calls.empty_states(stat, rows, states, stream);
 }
 
 void scale_in_place(Device device, DType type, void* values, std::int64_t count, DType factor_type,

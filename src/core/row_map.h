@@ -37,6 +37,16 @@ RowMap<I> row_map(const Rows& rows) {
   return {static_cast<I>(rows.length), static_cast<I>(rows.length - shift), static_cast<I>(shift)};
 }
 
+// A row's target as a column of some classes is >= 0, or one of these, which no column is.
+inline constexpr int kWrongTarget = -1;      // outside of the vocabulary
+inline constexpr int kTargetElsewhere = -2;  // in another shard
+
+inline CUTLOSS_HOST_DEVICE std::int64_t column_of(std::int64_t target, const Classes& classes) {
+  if (target < 0 || target >= classes.total) return kWrongTarget;
+  const std::int64_t column = target - classes.first;
+  return column >= 0 && column < classes.count ? column : kTargetElsewhere;
+}
+
 // The target at a position.
 inline CUTLOSS_HOST_DEVICE std::int64_t target_at(const void* targets, IndexType type,
                                                   std::int64_t position) {

@@ -1,16 +1,77 @@
-// Per-row outputs, as far as they are wanted.
+// Where the statistics of a row go: its outputs, as far as they are wanted, or its open state.
 #pragma once
 
+#include "core/row_map.h"
+#include "core/row_state.h"
 #include "cutloss/call.h"
 
 namespace cutloss {
 
 // What is not wanted is not written, even where there is room for it.
 inline RowOutputs wanted_outputs(const Wanted& wanted, RowOutputs rows) {
+  if (!wanted.state) rows.state = nullptr;
   if (!wanted.entropy) rows.entropy = nullptr;
   if (!wanted.zbar) rows.zbar = rows.zbar_centred = nullptr;
   if (!wanted.argmax) rows.argmax = nullptr;
   return rows;
+}
+
+template <class T>
+CUTLOSS_HOST_DEVICE void write_row(const RowOutputs& out, std::int64_t n, const RowResult<T>& row) {
+  const auto write = [n](void* array, T value) {
+    if (array != nullptr) static_cast<T*>(array)[n] = value;
+  };
+  write(out.nll, row.nll);
+  write(out.lse, row.lse);
+  write(out.row_max, row.row_max);
+  write(out.log_sum, row.log_sum);
+  write(out.entropy, row.entropy);
+  write(out.zbar, row.zbar);
+  write(out.zbar_centred, row.zbar_centred);
+  if (out.argmax != nullptr) out.argmax[n] = row.argmax;
+}
+
+// A row that has no statistics: 0 where it is ignored, NaN where nothing can be said of it.
+template <class T>
+CUTLOSS_HOST_DEVICE void clear_row(const RowOutputs& out, std::int64_t n, T value) {
+  write_row<T>(out, n, {value, value, value, value, value, value, value, -1});
+  if (out.state == nullptr) return;
+  RowState<T> state;
+  state.sum = value;
+  static_cast<RowState<T>*>(out.state)[n] = state;
+}
+
+// close, also of a row without a target (a negative column): what does not depend on it stays right.
+template <class T>
+CUTLOSS_HOST_DEVICE RowResult<T> closed(RowState<T> state, std::int64_t column, T target_weight,
+                                        std::int64_t V) {
+  if (column >= 0) return close(state, column, target_weight, V);
+  state.target_logit = -std::numeric_limits<T>::infinity();
+  RowResult<T> row = close(state, column, T(0), V);
+  row.nll = std::numeric_limits<T>::quiet_NaN();
+  return row;
+}
+
+// A row whose columns have all been seen, its target among them where it is one of the columns.
+// target_weight: that of its class.
+template <class T>
+CUTLOSS_HOST_DEVICE void finish_row(const RowOutputs& out, std::int64_t n, RowState<T> state,
+                                    std::int64_t column, T target_weight, const Classes& classes) {
+  if (out.state != nullptr) {
+    if (state.argmax >= 0) state.argmax += classes.first;
+    static_cast<RowState<T>*>(out.state)[n] = state;
+    return;
+  }
+  write_row(out, n, closed(state, column, target_weight, classes.total));
+}
+
+// Row n of the whole vocabulary, of the states of `count` shards: part k's are at `states` + k rows.
+template <class T>
+CUTLOSS_HOST_DEVICE RowState<T> merged(const RowState<T>* states, std::int64_t count,
+                                       std::int64_t rows, std::int64_t n) {
+  RowState<T> all = states[n];
+  for (std::int64_t k = 1; k < count; ++k) merge(all, states[k * rows + n]);
+  return all;
 }
 
 }  // namespace cutloss

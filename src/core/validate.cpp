@@ -52,6 +52,12 @@ void check_linear_options(const Problem& p) {
   }
   const Head& head = head_of(p);
   const Wanted& w = p.wanted;
+  if (is_shard(head.classes) && !w.state) {
+    const auto [first, count, total] = head.classes;
+    refuse_value(text("classes {first ", first, ", count ", count, ", total ", total,
+                      "} are a shard of a vocabulary, whose rows cannot be closed by itself: set "
+                      "wanted.state, and call close_rows with the states of all shards"));
+  }
   if (w.dlogits.wanted) {
     refuse_value(
         "wanted.dlogits is the gradient of Logits, but the source of the problem is "
@@ -70,6 +76,23 @@ void check_linear_options(const Problem& p) {
 }
 
 void need(const void* pointer, const char* what) { need_pointer(pointer, "Args", what); }
+
+// Where the statistics of rows are closed, all outputs that are wanted; else what backward reads.
+void need_outputs(const Wanted& wanted, const RowOutputs& rows, bool closes) {
+  need(rows.nll, "rows.nll");
+  need(rows.row_max, "rows.row_max");
+  need(rows.log_sum, "rows.log_sum");
+  if (!closes) return;
+  if (wanted.entropy) need(rows.entropy, "rows.entropy");
+  if (wanted.zbar && rows.zbar_centred == nullptr) need(rows.zbar, "rows.zbar");
+  if (wanted.argmax) need(rows.argmax, "rows.argmax");
+}
+
+void need_state(const void* state, const char* what) {
+  need(state, what);
+  if (reinterpret_cast<std::uintptr_t>(state) % 8 == 0) return;
+  refuse_value(text(what, " must be aligned to 8 bytes, got address ", state));
+}
 
 void need_aligned(const void* pointer, std::int64_t bytes, const char* what) {
   if (bytes == 0) return;
@@ -109,12 +132,13 @@ void settle_stride(std::int64_t& stride, std::int64_t packed, std::int64_t count
 void settle_classes(Classes& classes) {
   const auto [first, count, total] = classes;
   if (total == 0) classes.total = count;
-  if (first == 0 && classes.total == count) return;
-  throw Error(ErrorCode::unsupported,
-              text("classes {first ", first, ", count ", count, ", total ", total,
-                   "} are a part of a vocabulary, and no engine takes less than a whole one: give "
-                   "all classes, with first = 0 and total = count, or 0"));
+  if (first >= 0 && count <= classes.total && first <= classes.total - count) return;
+  refuse_value(text("classes {first ", first, ", count ", count, ", total ", total,
+                    "} do not lie in a vocabulary: first must be >= 0, and first + count at most "
+                    "total"));
 }
+
+bool is_shard(const Classes& classes) { return classes.count != classes.total; }
 
 void check_gradient(const GradientWanted& gradient, const GradientRule& rule, const char* what) {
   const auto refuse = [](const std::string& message) {
@@ -223,15 +247,9 @@ void check_args(const Plan& plan, const Args& args, Pass pass) {
   if (row_count(p) > 0) {
     need(args.in.e, "in.e");
     need(args.in.targets, "in.targets");
-    need(args.rows.nll, "rows.nll");
-    need(args.rows.row_max, "rows.row_max");
-    need(args.rows.log_sum, "rows.log_sum");
     if (p.rows.has_temperature) need(args.in.temperature, "in.temperature");
-    if (forward && p.wanted.entropy) need(args.rows.entropy, "rows.entropy");
-    if (forward && p.wanted.zbar && args.rows.zbar_centred == nullptr) {
-      need(args.rows.zbar, "rows.zbar");
-    }
-    if (forward && p.wanted.argmax) need(args.rows.argmax, "rows.argmax");
+    if (forward && p.wanted.state) need_state(args.rows.state, "rows.state");
+    if (backward || !p.wanted.state) need_outputs(p.wanted, args.rows, forward && !p.wanted.state);
     if (backward && args.upstream.d_entropy != nullptr) need(args.rows.entropy, "rows.entropy");
   }
   need(args.in.c, "in.c");
@@ -251,6 +269,15 @@ void check_args(const Plan& plan, const Args& args, Pass pass) {
   need_aligned(args.kept, plan.kept_bytes, "kept");
   need_aligned(args.workspace,
                forward ? plan.forward_workspace_bytes : plan.backward_workspace_bytes, "workspace");
+}
+
+void check_states(const Problem& p, const Args& args, const void* states, std::int64_t count) {
+  if (count < 1) refuse_value(text("close_rows: count must be >= 1, got ", count));
+  if (row_count(p) == 0) return;
+  need(args.in.targets, "in.targets");
+  if (p.has_class_weight) need(args.in.class_weight, "in.class_weight");
+  need_outputs(p.wanted, args.rows, true);
+  need_state(states, "states of close_rows");
 }
 
 }  // namespace cutloss

@@ -14,8 +14,10 @@ void settle_rows(Rows& rows);
 void check_product(const char* what, std::int64_t a, std::int64_t b);
 // Fills in a packed stride, or checks a given one.
 void settle_stride(std::int64_t& stride, std::int64_t packed, std::int64_t count, const char* what);
-// Fills in the total, and refuses a part of a vocabulary as unsupported.
+// Fills in the total. The classes must lie in it.
 void settle_classes(Classes& classes);
+// Whether they are less than the whole vocabulary.
+bool is_shard(const Classes& classes);
 // Refuses as unsupported what no engine can write yet. `own`: the dtype of what it is the gradient
 // of; `what`: the member of Wanted.
 struct GradientRule {
@@ -53,5 +55,7 @@ inline NumberRange usable_range(DType stat) {
 
 // Every refusal that follows from the pointers of a call: missing, misaligned, too small.
 void check_args(const Plan& plan, const Args& args, Pass pass);
+// The same of close_rows.
+void check_states(const Problem& problem, const Args& args, const void* states, std::int64_t count);
 
 }  // namespace cutloss

@@ -56,11 +56,11 @@ GradientRow<T> GradientRows<T>::row(std::int64_t n, Columns columns) const {
   out.columns = columns.count;
   out.class_weight = operands_.class_weight(columns);
   RowCoefficients<T>& k = out.coefficients;
-  k = row_coefficients(up, nll, row_max, log_sum, call_.head.classes.count);
+  k = row_coefficients(up, nll, row_max, log_sum, call_.head.classes.total);
   k.entropy = k.d_entropy != T(0) ? read(rows.entropy) : T(0);
   k.softcap = static_cast<T>(call_.p.transform.softcap.value_or(0));
   k.inv_temperature = rows_.inv_temperature(n);
-  const std::int64_t target = rows_.target(n) - columns.begin;
+  const std::int64_t target = rows_.column(n) - columns.begin;
   out.target = target >= 0 && target < columns.count ? target : -1;
   if (out.target >= 0) {
     const T weight = out.class_weight == nullptr ? T(1) : out.class_weight[out.target];

@@ -27,7 +27,7 @@ template <class T>
 void ListedRows<T>::check(std::int64_t n, std::int64_t target) const {
   const Problem& p = call_.p;
   const Position at{map_.sequence(n), map_.column(n) + map_.shift};
-  check_target(target, call_.head.classes.count, p.rows.ignore_index, at);
+  check_target(target, call_.head.classes.total, p.rows.ignore_index, at);
   if (!p.rows.has_temperature) return;
   const double own = static_cast<const T*>(call_.args.in.temperature)[n];
   check_row_temperature(own, own * p.transform.temperature, call_.d.stat, at);
@@ -40,11 +40,7 @@ void ListedRows<T>::clear_ignored() const {
   const RowOutputs out = wanted_outputs();
   for (std::int64_t n = 0; n < rows; ++n) {
     if (target(n) != call_.p.rows.ignore_index) continue;
-    for (void* array :
-         {out.nll, out.lse, out.row_max, out.log_sum, out.entropy, out.zbar, out.zbar_centred}) {
-      if (array != nullptr) static_cast<T*>(array)[n] = T(0);
-    }
-    if (out.argmax != nullptr) out.argmax[n] = -1;
+    clear_row(out, n, T(0));
   }
 }
 

@@ -28,6 +28,8 @@ class ListedRows {
   RowList entries(RowRange range) const { return {list_ + 1 + range.begin, range.count}; }
 
   std::int64_t target(std::int64_t n) const;
+  // Its target as a column of the classes; one that is in another shard lies outside of them.
+  std::int64_t column(std::int64_t n) const { return target(n) - call_.head.classes.first; }
   // Of row n among the rows of E.
   std::int64_t position(std::int64_t n) const { return map_.position(n); }
   // From the first element of E.

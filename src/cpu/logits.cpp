@@ -12,6 +12,7 @@
 #include "core/logit_math.h"
 #include "core/loss_terms.h"
 #include "core/row_map.h"
+#include "core/row_outputs.h"
 #include "core/validate.h"
 #include "cpu/convert.h"
 #include "cpu/device_calls.h"
@@ -156,20 +157,8 @@ class LogitRows {
                 static_cast<std::size_t>(logits_.classes.count * size_of(logits_.type)));
   }
 
-  // What is not wanted is not written, even where there is room for it.
   void write(std::int64_t n, const RowResult<T>& result) const {
-    const auto put = [n](void* array, T value) {
-      if (array != nullptr) static_cast<T*>(array)[n] = value;
-    };
-    const RowOutputs& out = args_.rows;
-    put(out.nll, result.nll);
-    put(out.lse, result.lse);
-    put(out.row_max, result.row_max);
-    put(out.log_sum, result.log_sum);
-    if (p_.wanted.entropy) put(out.entropy, result.entropy);
-    if (p_.wanted.zbar) put(out.zbar, result.zbar);
-    if (p_.wanted.zbar) put(out.zbar_centred, result.zbar_centred);
-    if (p_.wanted.argmax) out.argmax[n] = result.argmax;
+    write_row(wanted_outputs(p_.wanted, args_.rows), n, result);
   }
 
   const Problem& p_;
@@ -196,7 +185,8 @@ void cpu::logits(const Problem& p, const LogitsArgs& args, Pass pass) {
 }
 
 const DeviceCalls& cpu_calls() {
-  static constexpr DeviceCalls calls{cpu::loss_terms, cpu::sum_loss, cpu::logits, nullptr};
+  static constexpr DeviceCalls calls{cpu::loss_terms, cpu::sum_loss, cpu::close_rows,
+                                     cpu::empty_states, cpu::logits, nullptr};
   return calls;
 }
 

@@ -27,8 +27,8 @@ template <class T>
 struct StatisticsRow {
   T* z;  // in: products of E and C; out: z, the target included
   std::int64_t columns;
-  std::int64_t first_column;  // of the vocabulary
-  std::int64_t target;        // in the vocabulary
+  std::int64_t first_column;  // among all columns
+  std::int64_t target;        // the same, or none of them
   RowTransform<T> transform;
   bool entropy;
   bool argmax;

@@ -38,7 +38,7 @@ void Statistics<T>::add(const Block& block, const KeptLogits<T>* kept) {
     const std::int64_t in_chunk = block.rows.begin - block.chunk.begin + r;
     StatisticsRow<T> row = shared;
     row.z = z + r * columns.count;
-    row.target = rows_.target(n);
+    row.target = rows_.column(n);
     row.transform = operands_.transform(n, columns);
     void* place = kept == nullptr ? nullptr : kept->row(in_chunk, columns);
     const bool exponentials = kept != nullptr && d.keeps_exponentials;
@@ -62,23 +62,13 @@ void Statistics<T>::add(const Block& block, const KeptLogits<T>* kept) {
 template <class T>
 void Statistics<T>::close(RowRange chunk) {
   const RowOutputs out = rows_.wanted_outputs();
-  const auto write = [](void* array, std::int64_t n, T value) {
-    if (array != nullptr) static_cast<T*>(array)[n] = value;
-  };
   for (std::int64_t r = 0; r < chunk.count; ++r) {
     const std::int64_t n = rows_.row(chunk.begin + r);
-    const std::int64_t target = rows_.target(n);
-    const T* weight = operands_.class_weight({target, 1});
-    const RowResult<T> result = cutloss::close(
-        states()[r], target, weight == nullptr ? T(1) : *weight, call_.head.classes.count);
-    write(out.nll, n, result.nll);
-    write(out.lse, n, result.lse);
-    write(out.row_max, n, result.row_max);
-    write(out.log_sum, n, result.log_sum);
-    write(out.entropy, n, result.entropy);
-    write(out.zbar, n, result.zbar);
-    write(out.zbar_centred, n, result.zbar_centred);
-    if (out.argmax != nullptr) out.argmax[n] = result.argmax;
+    const std::int64_t column = rows_.column(n);
+    const T* weight = operands_.class_weight({column, 1});
+    const bool is_here = column >= 0 && column < call_.head.classes.count;
+    finish_row(out, n, states()[r], column, weight != nullptr && is_here ? *weight : T(1),
+               call_.head.classes);
   }
 }
 

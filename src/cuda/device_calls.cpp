@@ -1,6 +1,8 @@
 // What CUDA devices do that takes no plan.
 #include "cuda/device_calls.h"
 
+#include "core/dtype.h"
+#include "core/row_outputs.h"
 #include "cuda/row_facts.h"
 
 namespace cutloss {
@@ -9,17 +11,38 @@ namespace {
 
 void loss_terms_of(const LossRows& rows, const Weighting& weighting, const void* targets,
                    const LossTerms& terms, void* stream) {
-  const RowFacts facts = row_facts(rows.rows, rows.classes, targets);
+  const RowFacts facts = row_facts(rows.rows, {0, rows.classes, rows.classes}, targets);
   auto* on = static_cast<cudaStream_t>(stream);
   rows.type == DType::f64 ? loss_terms<double>(facts, weighting, terms, on)
                           : loss_terms<float>(facts, weighting, terms, on);
 }
 
 void sum_of(const LossSum& s, void* loss, void* stream) {
-  const RowFacts facts = row_facts(s.rows.rows, s.rows.classes, s.targets);
+  const RowFacts facts = row_facts(s.rows.rows, {0, s.rows.classes, s.rows.classes}, s.targets);
   auto* on = static_cast<cudaStream_t>(stream);
   s.rows.type == DType::f64 ? sum_loss<double>(facts, s.out, s.upstream, s.undefined, loss, on)
                             : sum_loss<float>(facts, s.out, s.upstream, s.undefined, loss, on);
+}
+
+template <class T>
+void close_all(const RowClosing& c) {
+  const Problem& p = c.problem;
+  const std::int64_t total = classes_of(p).total;
+  Wanted wanted = p.wanted;
+  wanted.state = false;
+  close_shards<T>(row_facts(p.rows, {0, total, total}, c.args.in.targets), c,
+                  wanted_outputs(wanted, c.args.rows),
+                  p.has_class_weight ? static_cast<const T*>(c.args.in.class_weight) : nullptr,
+                  static_cast<cudaStream_t>(c.args.stream));
+}
+void close_of(const RowClosing& c) {
+  stat_type(c.problem) == DType::f64 ? close_all<double>(c) : close_all<float>(c);
+}
+
+void empty_of(DType stat, std::int64_t rows, void* states, void* stream) {
+  auto* on = static_cast<cudaStream_t>(stream);
+  stat == DType::f64 ? empty_states(rows, static_cast<RowState<double>*>(states), on)
+                     : empty_states(rows, static_cast<RowState<float>*>(states), on);
 }
 
 void scale_by(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
@@ -31,8 +54,8 @@ void scale_by(DType type, void* values, std::int64_t count, DType factor_type, c
 }  // namespace cuda
 
 const DeviceCalls& cuda_calls() {
-  static constexpr DeviceCalls calls{cuda::loss_terms_of, cuda::sum_of, cuda::logits,
-                                     cuda::scale_by};
+  static constexpr DeviceCalls calls{cuda::loss_terms_of, cuda::sum_of,   cuda::close_of,
+                                     cuda::empty_of,      cuda::logits,   cuda::scale_by};
   return calls;
 }
 

@@ -16,7 +16,7 @@ cuda::RowFacts facts_of(const Problem& p, const LogitsArgs& args) {
   // What a vector of 16 bytes holds beyond the last column must be a number, too.
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() - 64;
   std::string refusal = cuda::index_refusal(p, cuda::current_device());
-  if (refusal.empty()) refusal = cuda::size_refusal(p.rows, classes_of(p).count, kMost);
+  if (refusal.empty()) refusal = cuda::size_refusal(p.rows, classes_of(p).total, kMost);
   if (!refusal.empty()) throw Error(ErrorCode::unsupported, refusal);
   return cuda::row_facts(p, args.targets, args.temperature);
 }

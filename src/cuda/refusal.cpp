@@ -17,7 +17,7 @@ std::string common_refusal(const Problem& p, const DeviceFacts& device) {
   if (device.sm < 75) {
     return text(device.name, " is sm_", device.sm, ", but sm_75 (Turing) or later is needed");
   }
-  return size_refusal(p.rows, classes_of(p).count);
+  return size_refusal(p.rows, classes_of(p).total);
 }
 
 }  // namespace cutloss::cuda

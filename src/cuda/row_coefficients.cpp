@@ -13,7 +13,7 @@ const RowGradient<T>* RowCoefficientsOf<T>::of(RowRange chunk, std::int64_t entr
     c.rows = call_.args.rows;
     c.upstream = call_.args.upstream;
     c.class_weight = operands_.class_weight(0);
-    c.V = call_.head.classes.count;
+    c.classes = call_.head.classes;
     DeviceScalars* of_g = scalars();
     if (of_g != nullptr) make_scalars(c, call_.p.transform.logit_scale, of_g, call_.stream);
     make_coefficients<T>(c, of_g, made, call_.stream);

@@ -12,8 +12,8 @@ std::string size_refusal(const Rows& rows, std::int64_t V, std::int64_t most_col
   return text("sequences x length = ", positions, " and V = ", V, " must be under 2^31");
 }
 
-RowFacts row_facts(const Rows& rows, std::int64_t V, const void* targets) {
-  if (const std::string refusal = size_refusal(rows, V); !refusal.empty()) {
+RowFacts row_facts(const Rows& rows, const Classes& classes, const void* targets) {
+  if (const std::string refusal = size_refusal(rows, classes.total); !refusal.empty()) {
     throw Error(ErrorCode::unsupported, refusal);
   }
   RowFacts facts;
@@ -22,13 +22,14 @@ RowFacts row_facts(const Rows& rows, std::int64_t V, const void* targets) {
   facts.ignore_index = rows.ignore_index;
   facts.rows = static_cast<int>(row_count(rows));
   facts.map = row_map<int>(rows);
-  facts.V = static_cast<int>(V);
+  facts.V = static_cast<int>(classes.total);
+  facts.classes = classes;
   facts.num_valid = rows.num_valid.value_or(-1);
   return facts;
 }
 
 RowFacts row_facts(const Problem& problem, const void* targets, const void* temperature) {
-  RowFacts facts = row_facts(problem.rows, classes_of(problem).count, targets);
+  RowFacts facts = row_facts(problem.rows, classes_of(problem), targets);
   facts.temperature = problem.rows.has_temperature ? temperature : nullptr;
   facts.temperature_scale = problem.transform.temperature;
   const auto [least, most] = usable_range(stat_type(problem));

@@ -13,8 +13,8 @@ namespace cutloss::cuda {
 std::string size_refusal(const Rows& rows, std::int64_t V,
                          std::int64_t most_columns = std::numeric_limits<std::int32_t>::max());
 
-// Of targets alone, of V classes. Throws Error(unsupported) where there are too many.
-RowFacts row_facts(const Rows& rows, std::int64_t V, const void* targets);
+// Of targets alone. Throws Error(unsupported) where there are too many.
+RowFacts row_facts(const Rows& rows, const Classes& classes, const void* targets);
 
 // With temperatures: `temperature` is read where the problem says that there is one for each row.
 RowFacts row_facts(const Problem& problem, const void* targets, const void* temperature);

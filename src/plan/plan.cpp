@@ -166,6 +166,12 @@ std::optional<Plan> plan_with(const Engine& engine, const DeviceFacts& device, c
   return plan_of(std::move(decision), engine);
 }
 
+std::string shard_text(const Classes& classes) {
+  if (!is_shard(classes)) return "";
+  return text(" (classes ", classes.first, " to ", classes.first + classes.count, " of ",
+              classes.total, ")");
+}
+
 // Where rows do not lie one after the other.
 std::string gaps(const Problem& p) {
   const Head& head = head_of(p);
@@ -241,7 +247,8 @@ std::string describe(const Plan& plan) {
   const Decision& d = *plan.decision;
   const Sizes& sizes = d.sizes;
   std::string out =
-      text("N ", row_count(p), "  V ", head.classes.count, "  D ", head.D, "  E ",
+      text("N ", row_count(p), "  V ", head.classes.count, shard_text(head.classes), "  D ", head.D,
+           "  E ",
            name(head.e_type), "  C ", name(head.c_type), "  compute ", name(p.compute_type), "\n",
            gaps(p), "engine ", plan.engine, "  schedule ", name(plan.schedule),
            plan.keeps_logits ? " (logits kept for backward)" : "", "  products ", plan.products,

@@ -7,7 +7,9 @@
 
 #include <cstdint>
 
+#include "core/device_calls.h"
 #include "core/row_map.h"
+#include "core/row_state.h"
 #include "cuda/common/row_table.h"
 #include "cuda/cublaslt.h"
 #include "cutloss/cutloss.h"
@@ -23,7 +25,8 @@ struct RowFacts {
   std::int64_t ignore_index = 0;
   int rows = 0;
   RowMap<int> map;
-  int V = 0;
+  int V = 0;                          // of the whole vocabulary
+  Classes classes;                    // which of these are columns here
   std::int64_t num_valid = -1;        // -1: not given
   bool compact = true;                // else entry n is row n or nothing
   const void* temperature = nullptr;  // (rows), stat dtype, or null
@@ -39,20 +42,27 @@ template <class T>
 void clear_ignored(const RowFacts& facts, const RowTable& table, const RowOutputs& out,
                    cudaStream_t stream);
 
-// Entries [first, first + count), the states of which begin at `states`. class_weight: (V), or
-// null.
+// Entries [first, first + count), the states of which begin at `states`. class_weight: of the
+// classes, or null.
 template <class T>
 void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
                  const RowState<T>* states, const T* class_weight, const RowOutputs& out,
-                 std::int64_t V, cudaStream_t stream);
+                 const Classes& classes, cudaStream_t stream);
+
+// close_rows and empty_states of the public interface. class_weight: of the whole vocabulary.
+template <class T>
+void close_shards(const RowFacts& facts, const RowClosing& closing, const RowOutputs& out,
+                  const T* class_weight, cudaStream_t stream);
+template <class T>
+void empty_states(std::int64_t rows, RowState<T>* states, cudaStream_t stream);
 
 struct Coefficients {
   RowTable table;
   std::int64_t first = 0, count = 0;  // entries
   RowOutputs rows;
   RowGradients upstream;
-  const void* class_weight = nullptr;
-  std::int64_t V = 0;
+  const void* class_weight = nullptr;  // of the classes, or null
+  Classes classes;
 };
 
 // A power of two that brings the largest |g| possible to at most 2^13, and logit_scale over it.

@@ -15,6 +15,7 @@
 #include <limits>
 
 #include "core/loss_terms.h"
+#include "core/row_outputs.h"
 #include "core/transform.h"
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/device_math.cuh"
@@ -315,21 +316,6 @@ struct Output {
   }
 };
 
-template <class T>
-__device__ void write_row(const RowOutputs& out, int n, const RowResult<T>& row) {
-  const auto put = [n](void* array, T value) {
-    if (array != nullptr) static_cast<T*>(array)[n] = value;
-  };
-  put(out.nll, row.nll);
-  put(out.lse, row.lse);
-  put(out.row_max, row.row_max);
-  put(out.log_sum, row.log_sum);
-  put(out.entropy, row.entropy);
-  put(out.zbar, row.zbar);
-  put(out.zbar_centred, row.zbar_centred);
-  if (out.argmax != nullptr) out.argmax[n] = row.argmax;
-}
-
 // `held`: vectors that a block has shared memory for. Blocks that make statistics together are a
 // cluster.
 template <class E, class T, bool kPlain>
@@ -429,11 +415,8 @@ __global__ void __launch_bounds__(kMostRowThreads, (kBlocksAtOnce<T, kPlain>))
   if (threadIdx.x == 0) {
     RowResult<T> result{};
     if (s.statistics) {
-      // A target outside of the vocabulary: what does not depend on it stays right.
-      if (!inside) state.target_logit = -infinity<T>();
-      const T weight = !inside ? T(0) : s.class_weight == nullptr ? T(1) : s.class_weight[target];
-      result = close(state, inside ? target : -1, weight, f.V);
-      if (!inside) result.nll = not_a_number<T>();
+      const T weight = !inside || s.class_weight == nullptr ? T(1) : s.class_weight[target];
+      result = closed(state, inside ? target : kWrongTarget, weight, f.V);
       if (part == 0) write_row(s.rows, n, result);
     } else {
       result.nll = read<T>(s.rows.nll, n);

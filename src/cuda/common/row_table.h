@@ -13,7 +13,7 @@ struct RowTable {
   int* mismatch = nullptr;          // 1 where Problem::num_valid is given and is not *count
   std::int64_t* row = nullptr;      // n, into the per-row arrays
   int* position = nullptr;          // the row of E, counting every position of every sequence
-  int* target = nullptr;            // -1: outside [0, V)
+  int* target = nullptr;            // its column, kWrongTarget or kTargetElsewhere
   void* inv_temperature = nullptr;  // stat dtype; NaN where the temperature is not usable
 };
 

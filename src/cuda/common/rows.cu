@@ -3,6 +3,7 @@
 #include <climits>
 
 #include "core/loss_terms.h"
+#include "core/row_outputs.h"
 #include "cuda/common/device_math.cuh"
 #include "cuda/common/kernels.h"
 #include "cuda/common/row_facts.cuh"
@@ -15,10 +16,9 @@ constexpr int kScanRows = 4;  // a thread takes at a time
 
 template <class T>
 __device__ void write_entry(const RowFacts& f, const RowTable& table, int entry, int n) {
-  const std::int64_t target = target_of(f, n);
   table.row[entry] = n;
   table.position[entry] = static_cast<int>(f.map.position(n));
-  table.target[entry] = target >= 0 && target < f.V ? static_cast<int>(target) : -1;
+  table.target[entry] = static_cast<int>(column_of(target_of(f, n), f.classes));
   static_cast<T*>(table.inv_temperature)[entry] = inv_temperature<T>(f, n);
 }
 
@@ -26,7 +26,7 @@ template <class T>
 __device__ void write_nothing(const RowTable& table, int entry) {
   table.row[entry] = -1;
   table.position[entry] = -1;
-  table.target[entry] = -1;
+  table.target[entry] = kWrongTarget;
   static_cast<T*>(table.inv_temperature)[entry] = T(1);
 }
 
@@ -95,55 +95,49 @@ __global__ void __launch_bounds__(kScanThreads) list_rows_kernel(RowFacts f, Row
 }
 
 template <class T>
-__device__ void write(void* array, std::int64_t n, T value) {
-  if (array != nullptr) static_cast<T*>(array)[n] = value;
-}
-
-template <class T>
 __global__ void __launch_bounds__(kThreads)
     clear_ignored_kernel(RowFacts f, RowTable table, RowOutputs out) {
   const int n = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (n >= f.rows) return;
   const bool wrong = *table.mismatch != 0;
   if (!wrong && counts(f, n)) return;
-  const T value = wrong ? not_a_number<T>() : T(0);
-  write(out.nll, n, value);
-  write(out.lse, n, value);
-  write(out.row_max, n, value);
-  write(out.log_sum, n, value);
-  write(out.entropy, n, value);
-  write(out.zbar, n, value);
-  write(out.zbar_centred, n, value);
-  if (out.argmax != nullptr) out.argmax[n] = -1;
+  clear_row(out, n, wrong ? not_a_number<T>() : T(0));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     finish_rows_kernel(RowTable table, std::int64_t first, int count, const RowState<T>* states,
-                       const T* class_weight, RowOutputs out, std::int64_t V) {
+                       const T* class_weight, RowOutputs out, Classes classes) {
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (i >= count) return;
   const std::int64_t n = table.row[first + i];
   if (n < 0) return;
+  if (*table.mismatch != 0) return clear_row(out, n, not_a_number<T>());
   const int target = table.target[first + i];
-  RowState<T> state = states[i];
-  // A target outside of the vocabulary: what does not depend on it stays right.
-  if (target < 0) state.target_logit = -infinity<T>();
-  const T weight = target < 0 ? T(0) : class_weight == nullptr ? T(1) : class_weight[target];
-  RowResult<T> result = close(state, target, weight, V);
-  if (target < 0) result.nll = not_a_number<T>();
-  if (*table.mismatch != 0) {
-    const T nan = not_a_number<T>();
-    result = {nan, nan, nan, nan, nan, nan, nan, -1};
-  }
-  write(out.nll, n, result.nll);
-  write(out.lse, n, result.lse);
-  write(out.row_max, n, result.row_max);
-  write(out.log_sum, n, result.log_sum);
-  write(out.entropy, n, result.entropy);
-  write(out.zbar, n, result.zbar);
-  write(out.zbar_centred, n, result.zbar_centred);
-  if (out.argmax != nullptr) out.argmax[n] = result.argmax;
+  const T weight = target < 0 || class_weight == nullptr ? T(1) : class_weight[target];
+  finish_row(out, n, states[i], target, weight, classes);
+}
+
+// A thread closes a row, of the states of all shards in their order.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    close_shards_kernel(RowFacts f, const RowState<T>* states, std::int64_t shards, RowList some,
+                        std::int64_t count, RowOutputs out, const T* class_weight) {
+  const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const std::int64_t n = some.rows == nullptr ? i : some.rows[i];
+  if (n < 0) return;
+  if (!counts(f, static_cast<int>(n))) return clear_row(out, n, T(0));
+  const std::int64_t own = column_of(target_of(f, static_cast<int>(n)), f.classes);
+  const T weight = own < 0 || class_weight == nullptr ? T(1) : class_weight[own];
+  finish_row(out, n, merged(states, shards, f.rows, n), own, weight, f.classes);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    empty_states_kernel(std::int64_t rows, RowState<T>* states) {
+  const std::int64_t n = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (n < rows) states[n] = {};
 }
 
 template <class T>
@@ -163,7 +157,7 @@ __global__ void __launch_bounds__(kScanThreads)
   float weight = 1;
   if (c.class_weight != nullptr && c.upstream.d_zbar != nullptr) {
     weight = 0;
-    for (std::int64_t v = threadIdx.x; v < c.V; v += kScanThreads) {
+    for (std::int64_t v = threadIdx.x; v < c.classes.count; v += kScanThreads) {
       weight = fmaxf(weight, fabsf(static_cast<const float*>(c.class_weight)[v]));
     }
     weight = block_max(weight);
@@ -176,7 +170,7 @@ __global__ void __launch_bounds__(kScanThreads)
     const float lse = read<float>(c.rows.row_max, n) + read<float>(c.rows.log_sum, n);
     const RowUpstream<float> up = row_upstream<float>(c.upstream, n, lse);
     float g =
-        fabsf(up.d_nll) + fabsf(up.d_lse) + fabsf(up.d_zbar) / static_cast<float>(c.V) * weight;
+        fabsf(up.d_nll) + fabsf(up.d_lse) + fabsf(up.d_zbar) / static_cast<float>(c.classes.total) * weight;
     if (c.upstream.d_entropy != nullptr) {
       g += fabsf(up.d_entropy) * (1 + read<float>(c.rows.entropy, n));
     }
@@ -203,7 +197,7 @@ __global__ void __launch_bounds__(kThreads)
   const T row_max = read<T>(c.rows.row_max, n), log_sum = read<T>(c.rows.log_sum, n);
   RowUpstream<T> up = row_upstream<T>(c.upstream, n, row_max + log_sum);
   up = {up.d_nll * scale, up.d_lse * scale, up.d_entropy * scale, up.d_zbar * scale};
-  RowCoefficients<T> k = row_coefficients(up, nll, row_max, log_sum, c.V);
+  RowCoefficients<T> k = row_coefficients(up, nll, row_max, log_sum, c.classes.total);
   if (k.d_entropy != T(0)) k.entropy = read<T>(c.rows.entropy, n);
   k.inv_temperature = static_cast<const T*>(c.table.inv_temperature)[c.first + i];
   const int target = c.table.target[c.first + i];
@@ -232,9 +226,23 @@ void clear_ignored(const RowFacts& facts, const RowTable& table, const RowOutput
 template <class T>
 void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
                  const RowState<T>* states, const T* class_weight, const RowOutputs& out,
-                 std::int64_t V, cudaStream_t stream) {
+                 const Classes& classes, cudaStream_t stream) {
   launch(finish_rows_kernel<T>, "finish_rows", divide_up(count, kThreads), kThreads, stream, table,
-         first, static_cast<int>(count), states, class_weight, out, V);
+         first, static_cast<int>(count), states, class_weight, out, classes);
+}
+
+template <class T>
+void close_shards(const RowFacts& facts, const RowClosing& c, const RowOutputs& out,
+                  const T* class_weight, cudaStream_t stream) {
+  const std::int64_t count = c.some.rows == nullptr ? facts.rows : c.some.count;
+  launch(close_shards_kernel<T>, "close_rows", divide_up(count, kThreads), kThreads, stream, facts,
+         static_cast<const RowState<T>*>(c.states), c.count, c.some, count, out, class_weight);
+}
+
+template <class T>
+void empty_states(std::int64_t rows, RowState<T>* states, cudaStream_t stream) {
+  launch(empty_states_kernel<T>, "empty_states", divide_up(rows, kThreads), kThreads, stream, rows,
+         states);
 }
 
 void make_scalars(const Coefficients& coefficients, double logit_scale, DeviceScalars* scalars,
@@ -255,7 +263,10 @@ void make_coefficients(const Coefficients& coefficients, const DeviceScalars* sc
   template void clear_ignored<T>(const RowFacts&, const RowTable&, const RowOutputs&,            \
                                  cudaStream_t);                                                  \
   template void finish_rows<T>(const RowTable&, std::int64_t, std::int64_t, const RowState<T>*,  \
-                               const T*, const RowOutputs&, std::int64_t, cudaStream_t);         \
+                               const T*, const RowOutputs&, const Classes&, cudaStream_t);       \
+  template void close_shards<T>(const RowFacts&, const RowClosing&, const RowOutputs&, const T*, \
+                                cudaStream_t);                                                   \
+  template void empty_states<T>(std::int64_t, RowState<T>*, cudaStream_t);                       \
   template void make_coefficients<T>(const Coefficients&, const DeviceScalars*, RowGradient<T>*, \
                                      cudaStream_t);
 CUTLOSS_INSTANCES(float)

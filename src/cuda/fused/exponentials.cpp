@@ -36,6 +36,7 @@ void make_exponentials(Components& parts, RowRange chunk) {
   r.e = l.e;
   r.c = l.c;
   r.depth = l.depth;
+  r.columns = l.columns;
   r.transform = l.transform;
   r.target_logit = row_buffer(parts, buffer::kTargetLogit);
   r.reference = row_buffer(parts, buffer::kReference);
@@ -53,7 +54,7 @@ void make_exponentials(Components& parts, RowRange chunk) {
   close.target_logit = r.target_logit;
   close.transform = r.transform;
   close.reference = r.reference;
-  close.V = static_cast<int>(call.head.classes.count);
+  close.classes = call.head.classes;
   close.out = parts.rows.wanted_outputs();
   close.redo = r.redo;
   parts.d.kernels->exponentials(l, out, grid, call.stream);

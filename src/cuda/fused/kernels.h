@@ -39,7 +39,7 @@ struct Logits {
   const int* count = nullptr;    // in device memory: the rows that count ...
   int first = 0;                 // ... of which this block's first is number `first`
   LogitTransform transform;      // bias: the slab's
-  const int* target = nullptr;   // (rows): a column of the vocabulary, or -1
+  const int* target = nullptr;   // (rows): a column of all, or a negative number
   int origin = 0;                // the slab's first column
   const int* only_if = nullptr;  // null, or in device memory: 0 means do nothing
 };

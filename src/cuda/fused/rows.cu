@@ -1,5 +1,6 @@
 #include "cuda/fused/rows.h"
 
+#include "core/row_outputs.h"
 #include "core/transform.h"
 #include "cuda/common/device_math.cuh"
 
@@ -30,9 +31,6 @@ __device__ int listed_rows(const Listed& list) {
 __device__ float read(const void* array, std::int64_t n) {
   return array == nullptr ? 0.f : static_cast<const float*>(array)[n];
 }
-__device__ void write(void* array, std::int64_t n, float value) {
-  if (array != nullptr) static_cast<float*>(array)[n] = value;
-}
 
 __global__ void clear_statistics(Partials partials, std::int64_t entries, float* target_logit,
                                  int rows) {
@@ -46,29 +44,16 @@ __global__ void clear_statistics(Partials partials, std::int64_t entries, float*
   }
 }
 
-// class_weight: (V), or null.
-__device__ void write_outputs(const RowOutputs& out, const Listed& list, int i,
-                              const RowState<float>& state, const float* class_weight, int V) {
+// class_weight: of the classes, or null.
+__device__ void finish(const RowOutputs& out, const Listed& list, int i,
+                       const RowState<float>& state, const float* class_weight,
+                       const Classes& classes) {
   const int entry = list.first + i;
   const std::int64_t n = list.row[entry];
+  if (*list.mismatch != 0) return clear_row(out, n, nanf(""));
   const int target = list.target[entry];
-  RowState<float> closed = state;
-  if (target < 0) closed.target_logit = -INFINITY;  // the row has a softmax, but no target
-  const float weight = target < 0 ? 0.f : class_weight == nullptr ? 1.f : class_weight[target];
-  RowResult<float> row = close(closed, target, weight, V);
-  if (target < 0) row.nll = nanf("");
-  if (*list.mismatch != 0) {
-    const float nan = nanf("");
-    row = {nan, nan, nan, nan, nan, nan, nan, -1};
-  }
-  write(out.nll, n, row.nll);
-  write(out.lse, n, row.lse);
-  write(out.row_max, n, row.row_max);
-  write(out.log_sum, n, row.log_sum);
-  write(out.entropy, n, row.entropy);
-  write(out.zbar, n, row.zbar);
-  write(out.zbar_centred, n, row.zbar_centred);
-  if (out.argmax != nullptr) out.argmax[n] = row.argmax;
+  const float weight = target < 0 || class_weight == nullptr ? 1.f : class_weight[target];
+  finish_row(out, n, state, target, weight, classes);
 }
 
 // The state of a row from another lane. Nobody has its target yet.
@@ -126,7 +111,7 @@ __global__ void merge_rows(Merge m) {
     return;
   }
   state.target_logit = m.target_logit[i];
-  write_outputs(m.out, m.list, i, state, m.class_weight, m.V);
+  finish(m.out, m.list, i, state, m.class_weight, m.classes);
 }
 
 __global__ void references_of_rows(References r) {
@@ -135,10 +120,11 @@ __global__ void references_of_rows(References r) {
   const int lane = threadIdx.x % kWarp;
   if (i >= listed_rows(r.list)) return;
   const int target = r.list.target[r.list.first + i];
-  float z = -INFINITY, a = 0.f;  // of a target out of range; write_outputs says the rest
-  if (target >= 0) {
+  const int column = target == kTargetElsewhere ? (r.list.first + i) % r.columns : target;
+  float z = -INFINITY, a = 0.f;  // of a target out of range; finish says the rest
+  if (column >= 0) {
     const auto* e = static_cast<const __nv_bfloat16*>(r.e.data) + i * r.e.stride;
-    const auto* c = static_cast<const __nv_bfloat16*>(r.c.data) + target * r.c.stride;
+    const auto* c = static_cast<const __nv_bfloat16*>(r.c.data) + column * r.c.stride;
     float sum = 0.f;
     for (int d = lane * 8; d < r.depth; d += kWarp * 8) {  // rows are whole pieces of 16 bytes
       const uint4 e8 = *reinterpret_cast<const uint4*>(e + d);
@@ -152,16 +138,17 @@ __global__ void references_of_rows(References r) {
     sum = warp_sum(sum);
     const float t = r.transform.inv_temperature[i];
     z = sum * (r.transform.scale * t);
-    if (r.transform.bias != nullptr) z = fmaf(r.transform.bias[target], t, z);
+    if (r.transform.bias != nullptr) z = fmaf(r.transform.bias[column], t, z);
     if (r.transform.softcap != 0.f) {
       // The product as it is, which both the logit and its slope are made of.
       a = r.transform.scale * sum;
-      if (r.transform.bias != nullptr) a += r.transform.bias[target];
+      if (r.transform.bias != nullptr) a += r.transform.bias[column];
       z = transformed(a, r.transform.softcap, t);
     }
   }
   if (lane != 0) return;
-  r.target_logit[i] = r.transform.softcap == 0.f ? z : a;
+  const float own = r.transform.softcap == 0.f ? z : a;
+  r.target_logit[i] = target == kTargetElsewhere ? nanf("") : own;
   r.reference[i] = z == -INFINITY ? 0.f : z + kReferenceAbove;
 }
 
@@ -195,7 +182,7 @@ __global__ void close_rows(Close k) {
     state.target_logit =
         transformed(state.target_logit, k.transform.softcap, k.transform.inv_temperature[i]);
   }
-  write_outputs(k.out, k.list, i, state, nullptr, k.V);  // by rows there is no zbar
+  finish(k.out, k.list, i, state, nullptr, k.classes);  // by rows there is no zbar
 }
 
 struct Known {
@@ -227,7 +214,8 @@ __global__ void row_factors(FactorInputs k, RowFactors out) {
   out.factor[i] = a * alone * (inv_temperature * k.scale);
   const float g = target_gradient(RowCoefficients<float>{}, row.nll, row.d_nll, row.d_lse, 1.f);
   const float slope = transform_slope(out.target_logit[i], k.softcap, inv_temperature);
-  out.target_g[i] = g * slope * k.scale;
+  const bool elsewhere = k.list.target[k.list.first + i] == kTargetElsewhere;
+  out.target_g[i] = elsewhere ? 0.f : g * slope * k.scale;
 }
 
 // A block copies a row, 8 elements a thread at a time.
@@ -265,8 +253,11 @@ __global__ void store_de(StoreDe s) {
     const float4 sum = *reinterpret_cast<const float4*>(sums + d);
     const float all[4] = {sum.x, sum.y, sum.z, sum.w};
     Out four[4];
-    for (int j = 0; j < 4; ++j)
-      four[j] = cuda::narrow<Out>(fmaf(g, __bfloat162float(c[d + j]), factor * all[j]));
+    for (int j = 0; j < 4; ++j) {
+      const float others = factor * all[j];
+      four[j] = cuda::narrow<Out>(
+          target == kTargetElsewhere ? others : fmaf(g, __bfloat162float(c[d + j]), others));
+    }
     for (int j = 0; j < 4; ++j) to[d + j] = four[j];
   }
 }

@@ -18,7 +18,7 @@ struct Listed {
   const int* mismatch = nullptr;      // 1: num_valid is wrong, every output is NaN
   const std::int64_t* row = nullptr;  // index into the per-row arrays of the call
   const int* position = nullptr;      // row of E and of dE
-  const int* target = nullptr;        // in [0, V), or -1 where it is out of range
+  const int* target = nullptr;        // a column, kWrongTarget or kTargetElsewhere
   int first = 0;
   int rows = 0;
 };
@@ -38,19 +38,21 @@ struct Merge {
   bool first_slab = true, last_slab = true;
   RowState<float>* states = nullptr;
   const float* target_logit = nullptr;
-  const float* class_weight = nullptr;  // of the whole vocabulary, or null
-  int V = 0;
+  const float* class_weight = nullptr;  // of the classes, or null
+  Classes classes;
   RowOutputs out;
 };
 void launch_merge(const Merge& merge, cudaStream_t stream);
 
-// Reference exponents: the target's logit, an exact fp32 dot product, and 15 more. Clears *redo.
+// Reference exponents: the target's logit, an exact fp32 dot product, and 15 more. Where the target
+// is in another shard a column of this one stands in for it, another for each row. Clears *redo.
 struct References {
   Listed list;
   Matrix e;  // bf16, rows of this list
   Matrix c;  // bf16
   int depth = 0;
-  LogitTransform transform;       // bias: of the whole vocabulary
+  int columns = 0;
+  LogitTransform transform;       // bias: of all columns
   float* target_logit = nullptr;  // as it is before the transform, where that has a softcap
   float* reference = nullptr;
   int* redo = nullptr;
@@ -66,7 +68,7 @@ struct Close {
   const float* target_logit = nullptr;  // these three: of References
   LogitTransform transform;
   float* reference = nullptr;
-  int V = 0;
+  Classes classes;
   RowOutputs out;
   int* redo = nullptr;
   bool again = false;  // the second time: nothing is done where *redo is 0

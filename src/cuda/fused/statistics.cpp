@@ -63,7 +63,7 @@ void add_slab(Components& parts, const Block& block) {
       d.several_slabs ? call.buffer<RowState<float>>(buffer::kStates) + in_chunk : nullptr;
   merge.target_logit = s.target_logit;
   merge.class_weight = parts.operands.class_weight(0);
-  merge.V = static_cast<int>(call.head.classes.count);
+  merge.classes = call.head.classes;
   merge.out = parts.rows.wanted_outputs();
   launch_merge(merge, call.stream);
 }

@@ -18,8 +18,7 @@ void Components<T>::make_statistics(RowRange chunk, bool keep) {
       Columns{0, call.head.classes.count}, s.slab, chunk, s.block_rows,
       [&](const Block& block) { add_statistics(block, keep); }, [](Columns) {});
   finish_rows<T>(rows.table(), chunk.begin, chunk.count, call.buffer<RowState<T>>(buffer::kStates),
-                 operands.class_weight(0), rows.wanted_outputs(), call.head.classes.count,
-                 call.stream);
+                 operands.class_weight(0), rows.wanted_outputs(), call.head.classes, call.stream);
 }
 
 template <class T>
