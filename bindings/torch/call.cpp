@@ -23,6 +23,7 @@ Strides settle(Tensor& t, Device device, const char* what) {
 }
 
 void check_shapes(const Operands& o, const Options& options) {
+  const std::int64_t V = options.total_classes != 0 ? options.total_classes : o.c.size(0);
   if (o.e.dim() != 3) refuse("e must be (sequences, length, D), got shape " + shape(o.e));
   if (o.c.dim() != 2) refuse("c must be (V, D), got shape " + shape(o.c));
   if (o.e.size(2) != o.c.size(1)) {
@@ -34,13 +35,14 @@ void check_shapes(const Operands& o, const Options& options) {
     refuse("targets must be (sequences, length) of e, got shape " + shape(o.targets) +
            " and e of shape " + shape(o.e));
   }
-  const auto need_vector_of_v = [&](const std::optional<Tensor>& t, const char* what) {
-    if (!t || (t->dim() == 1 && t->size(0) == o.c.size(0))) return;
-    refuse(std::string(what) + " must be (V), got shape " + shape(*t) + " and c of shape " +
-           shape(o.c));
+  const auto need_vector = [&](const std::optional<Tensor>& t, std::int64_t count,
+                               const char* what) {
+    if (!t || (t->dim() == 1 && t->size(0) == count)) return;
+    refuse(std::string(what) + " must be (" + std::to_string(count) + "), got shape " + shape(*t) +
+           " and c of shape " + shape(o.c));
   };
-  need_vector_of_v(o.bias, "bias");
-  need_vector_of_v(o.class_weight, "class_weight");
+  need_vector(o.bias, o.c.size(0), "bias");
+  need_vector(o.class_weight, V, "class_weight");
   if (options.schedule < 0 || options.schedule > 3) {
     refuse("schedule must be 0, 1, 2 or 3, got " + std::to_string(options.schedule));
   }
@@ -102,6 +104,9 @@ Options read_options(Stack& s) {
   o.kept_bytes = s.next<std::int64_t>();
   o.num_valid = s.next<std::optional<std::int64_t>>();
   o.allow_tf32 = s.next<bool>();
+  o.first_class = s.next<std::int64_t>();
+  o.total_classes = s.next<std::int64_t>();
+  o.de_in_sums = s.next<bool>();
   return o;
 }
 
@@ -121,6 +126,13 @@ Problem problem_of(const Options& options, Upstream upstream) {
   p.wanted.de.wanted = options.needs_de;
   p.wanted.dc.wanted = options.needs_dc;
   p.wanted.dbias.wanted = options.needs_dbias;
+  // A shard's rows are closed elsewhere.
+  p.wanted.state = options.total_classes != 0;
+  classes_of(p).first = options.first_class;
+  classes_of(p).total = options.total_classes;
+  if (options.de_in_sums) {
+    p.wanted.de.type = p.compute_type == DType::f64 ? DType::f64 : DType::f32;
+  }
   const bool gradient = wants_gradient(p);
   p.upstream.when = gradient ? upstream : Upstream::none;
   p.upstream.entropy = gradient && p.wanted.entropy;
@@ -196,8 +208,7 @@ Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bo
 
 Tensor Call::make_de() const {
   const Problem& p = plan_->problem;
-  return make({p.rows.sequences, p.rows.length, head_of(p).D}, operands_.e.scalar_type(),
-              p.wanted.de.wanted);
+  return make({p.rows.sequences, p.rows.length, head_of(p).D}, p.wanted.de.type ? stats() : operands_.e.scalar_type(), p.wanted.de.wanted);
 }
 
 Tensor Call::make_dc() const {

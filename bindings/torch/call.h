@@ -7,6 +7,7 @@
 #include "convert.h"
 #include "device.h"
 #include "row_inputs.h"
+#include "row_tensors.h"
 
 namespace cutloss::binding {
 
@@ -39,6 +40,10 @@ struct Options {
   std::int64_t kept_bytes;  // what the plan keeps from forward to backward; its tensor's size
   std::optional<std::int64_t> num_valid;
   bool allow_tf32;
+  // Of a shard (shards.cpp); a total of 0 is a whole vocabulary.
+  std::int64_t first_class;
+  std::int64_t total_classes;
+  bool de_in_sums;  // dE in the dtype of its sums
 };
 
 #define CUTLOSS_OPERANDS                                                                \
@@ -48,7 +53,8 @@ struct Options {
   "ScalarType compute_dtype, int shift, int ignore_index, float? softcap, float logit_scale, " \
   "float temperature, bool wants_entropy, bool wants_zbar, bool wants_argmax, bool needs_de, " \
   "bool needs_dc, bool needs_dbias, int schedule, int? max_workspace, int kept_bytes, "        \
-  "SymInt? num_valid=None, bool allow_tf32=False"
+  "SymInt? num_valid=None, bool allow_tf32=False, int first_class=0, int total_classes=0, "     \
+  "bool de_in_sums=False"
 
 Operands read_operands(Stack& stack);
 Options read_options(Stack& stack);
@@ -73,6 +79,7 @@ class Call {
   // An uninitialised tensor of the call's device; one of no elements where it is not wanted.
   Tensor make(std::initializer_list<std::int64_t> sizes, ScalarType type, bool wanted = true) const;
 
+  RowTensors make_rows() const { return {operands_.e, rows(), stats(), plan_->problem.wanted}; }
   Tensor make_de() const;
   Tensor make_dc() const;
   Tensor make_dbias() const;

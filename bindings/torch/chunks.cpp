@@ -47,8 +47,6 @@ State make_state(const Call& call, const Options& options) {
   return state;
 }
 
-void* data(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
-
 void need(const Tensor& t, std::int64_t count, const char* what) {
   if (t.numel() == count && t.is_contiguous()) return;
   throw Error(ErrorCode::invalid_value, std::string(what) + " must be what chunks_begin made, of " +

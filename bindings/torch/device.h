@@ -38,6 +38,9 @@ Error could_not_allocate(Device device, const std::string& what);
 // An uninitialised tensor on the device of another.
 Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType type);
 
+// Its first element; null where it has none.
+inline void* data(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
+
 // A packed copy, or the tensor itself where it is packed. `what`: its name in messages.
 Tensor packed(const Tensor& t, const char* what);
 // A packed copy in any case.

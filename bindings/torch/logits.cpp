@@ -12,6 +12,7 @@
 #include "device.h"
 #include "place.h"
 #include "row_inputs.h"
+#include "row_tensors.h"
 
 namespace cutloss::binding {
 namespace {
@@ -24,8 +25,6 @@ namespace {
 [[noreturn]] void refuse(const std::string& message) {
   throw Error(ErrorCode::invalid_value, message);
 }
-
-void* data(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
 
 // The tensors that describe the loss, first in every schema. Logits are (sequences, length, V).
 struct Operands {
@@ -127,6 +126,13 @@ class Call {
     return made;
   }
 
+  // args.rows becomes theirs.
+  RowTensors make_rows() {
+    RowTensors made(o_.logits, rows(), stats(), problem.wanted);
+    args.rows = made.outputs();
+    return made;
+  }
+
   Tensor sum_loss(const std::optional<Tensor>& undefined) {
     const bool* flag = inputs->flag(undefined);
     const Tensor loss = make({}, stats());
@@ -164,32 +170,6 @@ class Call {
   OnDevice device_;
 };
 
-// Per-row outputs of a call, on the device of its logits.
-struct RowTensors {
-  Tensor nll, lse, row_max, log_sum, entropy, zbar_centred, argmax;
-
-  explicit RowTensors(Call& call) {
-    const Problem& p = call.problem;
-    const std::int64_t rows = call.rows();
-    const ScalarType type = call.stats();
-    nll = call.make({rows}, type);
-    lse = call.make({rows}, type);
-    row_max = call.make({rows}, type);
-    log_sum = call.make({rows}, type);
-    entropy = call.make({rows}, type, p.wanted.entropy);
-    zbar_centred = call.make({rows}, type, p.wanted.zbar);
-    argmax = call.make({rows}, ScalarType::Long, p.wanted.argmax);
-    RowOutputs& out = call.args.rows;
-    out.nll = data(nll);
-    out.lse = data(lse);
-    out.row_max = data(row_max);
-    out.log_sum = data(log_sum);
-    out.entropy = data(entropy);
-    out.zbar_centred = data(zbar_centred);
-    out.argmax = static_cast<std::int64_t*>(data(argmax));
-  }
-};
-
 // logits_statistics(operands, terms, undefined, *, options)
 //   -> (loss, nll, lse, row_max, log_sum, entropy, zbar_centred, argmax); no terms, no loss
 void statistics(Stack& stack) {
@@ -197,14 +177,11 @@ void statistics(Stack& stack) {
   const auto terms = stack.next<std::optional<Tensor>>();
   const auto undefined = stack.next<std::optional<Tensor>>();
   Call call(std::move(operands), read_options(stack), /*in_place=*/false);
-  const RowTensors rows(call);
+  const RowTensors rows = call.make_rows();
   forward(call.problem, call.args);
   call.args.upstream = call.inputs->terms(terms);
-  const Tensor loss = terms ? call.sum_loss(undefined) : call.make({0}, call.stats());
-  for (const Tensor* t : {&loss, &rows.nll, &rows.lse, &rows.row_max, &rows.log_sum, &rows.entropy,
-                          &rows.zbar_centred, &rows.argmax}) {
-    stack.put(*t);
-  }
+  stack.put(terms ? call.sum_loss(undefined) : call.make({0}, call.stats()));
+  rows.put(stack);
 }
 
 // logits_gradient(operands, nll, row_max, log_sum, entropy, d_nll, d_lse, d_lse_squared, d_entropy,
@@ -251,7 +228,7 @@ void loss_and_gradient(Stack& stack) {
   const Tensor terms = stack.next<Tensor>();
   const auto undefined = stack.next<std::optional<Tensor>>();
   Call call(std::move(operands), read_options(stack), in_place);
-  const RowTensors rows(call);
+  const RowTensors rows = call.make_rows();
   call.args.upstream = call.inputs->terms(terms);
   std::optional<Tensor> made;
   if (!in_place) made = call.make_gradient();

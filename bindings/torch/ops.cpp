@@ -11,12 +11,11 @@
 #include "chunks.h"
 #include "place.h"
 #include "plans.h"
+#include "shards.h"
 #include "terms.h"
 
 namespace cutloss::binding {
 namespace {
-
-void* data(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
 
 // statistics(operands, terms, undefined, *, options)
 //   -> (loss, nll, lse, row_max, log_sum, entropy, zbar_centred, argmax, kept); no terms, no loss
@@ -27,36 +26,18 @@ void statistics(Stack& stack) {
   const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
-  const std::int64_t rows = call.rows();
-  const ScalarType type = call.stats();
-
-  const Tensor nll = call.make({rows}, type);
-  const Tensor lse = call.make({rows}, type);
-  const Tensor row_max = call.make({rows}, type);
-  const Tensor log_sum = call.make({rows}, type);
-  const Tensor entropy = call.make({rows}, type, options.wants_entropy);
-  const Tensor zbar_centred = call.make({rows}, type, options.wants_zbar);
-  const Tensor argmax = call.make({rows}, ScalarType::Long, options.wants_argmax);
+  const RowTensors rows = call.make_rows();
   const Tensor kept = call.make({call.kept_bytes()}, ScalarType::Byte);
   const Workspace workspace = call.scratch(plan.forward_workspace_bytes);
 
-  RowOutputs& out = call.args.rows;
-  out.nll = data(nll);
-  out.lse = data(lse);
-  out.row_max = data(row_max);
-  out.log_sum = data(log_sum);
-  out.entropy = data(entropy);
-  out.zbar_centred = data(zbar_centred);
-  out.argmax = static_cast<std::int64_t*>(data(argmax));
+  call.args.rows = rows.outputs();
   call.args.kept = data(kept);
   call.args.workspace = workspace.data();
   forward(plan, call.args);
   call.args.upstream = call.inputs().terms(terms);
-  const Tensor loss = terms ? call.sum_loss(undefined) : call.make({0}, type);
-  for (const Tensor* t :
-       {&loss, &nll, &lse, &row_max, &log_sum, &entropy, &zbar_centred, &argmax, &kept}) {
-    stack.put(*t);
-  }
+  stack.put(terms ? call.sum_loss(undefined) : call.make({0}, call.stats()));
+  rows.put(stack);
+  stack.put(kept);
 }
 
 // gradients(operands, nll, row_max, log_sum, entropy, kept, d_nll, d_lse, d_lse_squared,
@@ -109,37 +90,21 @@ void loss_and_gradients(Stack& stack) {
   const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   const Plan& plan = call.plan();
-  const std::int64_t rows = call.rows();
-  const ScalarType type = call.stats();
-
-  const Tensor nll = call.make({rows}, type);
-  const Tensor lse = call.make({rows}, type);
-  const Tensor row_max = call.make({rows}, type);
-  const Tensor log_sum = call.make({rows}, type);
-  const Tensor entropy = call.make({rows}, type, options.wants_entropy);
-  const Tensor zbar_centred = call.make({rows}, type, options.wants_zbar);
-  const Tensor argmax = call.make({rows}, ScalarType::Long, options.wants_argmax);
+  const RowTensors rows = call.make_rows();
   const Tensor de = call.make_de();
   const Tensor dc = call.make_dc();
   const Tensor dbias = call.make_dbias();
   const Workspace kept = call.scratch(plan.kept_bytes);
   const Workspace workspace = call.scratch(plan.forward_workspace_bytes);
 
-  RowOutputs& out = call.args.rows;
-  out.nll = data(nll);
-  out.lse = data(lse);
-  out.row_max = data(row_max);
-  out.log_sum = data(log_sum);
-  out.entropy = data(entropy);
-  out.zbar_centred = data(zbar_centred);
-  out.argmax = static_cast<std::int64_t*>(data(argmax));
+  call.args.rows = rows.outputs();
   call.args.upstream = call.inputs().terms(terms);
   call.args.gradients = {data(de), data(dc), data(dbias)};
   call.args.kept = kept.data();
   call.args.workspace = workspace.data();
   forward_backward(plan, call.args);
   const Tensor loss = call.sum_loss(undefined);
-  for (const Tensor* t : {&loss, &argmax, &de, &dc, &dbias}) stack.put(*t);
+  for (const Tensor* t : {&loss, &rows.argmax, &de, &dc, &dbias}) stack.put(*t);
 }
 
 void multiply(const Tensor& t, const Tensor& factor) {
@@ -308,6 +273,14 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
       "loss_terms(Tensor targets, Tensor? token_weight, Tensor? class_weight, "
       "ScalarType compute_dtype, SymInt V, int shift, int ignore_index, bool mean, "
       "float label_smoothing, float z_loss) -> (Tensor terms, Tensor undefined)");
+  m.def("open_statistics(" CUTLOSS_OPERANDS ", *, " CUTLOSS_OPTIONS
+        ") -> (Tensor states, Tensor kept)");
+  m.def("empty_states(Tensor like, SymInt rows, ScalarType stat_dtype) -> Tensor");
+  m.def(
+      "close_rows(Tensor states, Tensor targets, Tensor? class_weight, ScalarType stat_dtype, "
+      "SymInt V, int shift, int ignore_index, bool wants_entropy, bool wants_zbar, "
+      "bool wants_argmax) -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, "
+      "Tensor entropy, Tensor zbar_centred, Tensor argmax)");
   m.def("chunks_begin(" CUTLOSS_OPERANDS ", *, " CUTLOSS_OPTIONS
         ") -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor de, "
         "Tensor dc, Tensor dbias, Tensor memory, int chunks)");
@@ -332,6 +305,9 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CPU, m) {
   m.impl("gradients", &boxed<gradients>);
   m.impl("loss_and_gradients", &boxed<loss_and_gradients>);
   m.impl("loss_terms", &boxed<loss_terms>);
+  m.impl("open_statistics", &boxed<open_statistics>);
+  m.impl("empty_states", &boxed<empty_states>);
+  m.impl("close_rows", &boxed<close_rows>);
   m.impl("chunks_begin", &boxed<chunks_begin>);
   m.impl("chunk_statistics", &boxed<chunk_statistics>);
   m.impl("chunk_gradients", &boxed<chunk_gradients>);
@@ -346,6 +322,9 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) {
   m.impl("gradients", &boxed<gradients, Device::cuda>);
   m.impl("loss_and_gradients", &boxed<loss_and_gradients, Device::cuda>);
   m.impl("loss_terms", &boxed<loss_terms, Device::cuda>);
+  m.impl("open_statistics", &boxed<open_statistics, Device::cuda>);
+  m.impl("empty_states", &boxed<empty_states, Device::cuda>);
+  m.impl("close_rows", &boxed<close_rows, Device::cuda>);
   m.impl("chunks_begin", &boxed<chunks_begin, Device::cuda>);
   m.impl("chunk_statistics", &boxed<chunk_statistics, Device::cuda>);
   m.impl("chunk_gradients", &boxed<chunk_gradients, Device::cuda>);

@@ -7,25 +7,6 @@
 
 namespace cutloss {
 
-// Of one row's state in RowOutputs::state, in a stat dtype (f32 or f64).
-std::int64_t row_state_bytes(DType stat);
-
-// Merges the states that the shards of one vocabulary left of each row, in the order of the shards,
-// and writes args.rows (all but state, as far as they are wanted; rows that are ignored get 0).
-//
-// problem: of any of the shards. states: (count, rows) records of row_state_bytes, in the memory of
-// the problem's device; count is how many there are. some: only these rows, or, where its pointer
-// is null, all of them. Reads args.in.targets, and args.in.class_weight where the problem has it.
-// The same states in the same order make the same bits on every device of a kind: each rank that
-// has gathered them closes its rows alike. One kernel on args.stream on CUDA. A target outside of
-// the vocabulary is an error on the CPU (Error(invalid_value)) and makes the row's nll NaN on CUDA;
-// so does a target whose class is in no shard. Throws Error(invalid_value, unsupported).
-void close_rows(const Problem& problem, const Args& args, const void* states, std::int64_t count,
-                RowList some = {});
-
-// Writes the states of a shard that has no classes, for `rows` rows of any loss.
-void empty_states(Device device, DType stat, std::int64_t rows, void* states, void* stream);
-
 // How rows count in a loss, in the words of PyTorch's F.cross_entropy. With t the token weight of a
 // row, w that of its target's class (1 where not given), eps = label_smoothing and W = sum_v w_v:
 //   t ((1 - eps) w nll + eps (W lse / V - zbar) + z_loss lse^2)
@@ -58,6 +39,32 @@ struct LossRows {
   Device device = Device::cpu;
 };
 LossRows loss_rows(const Problem& problem);
+
+// Of one row's state in RowOutputs::state, in a stat dtype (f32 or f64).
+std::int64_t row_state_bytes(DType stat);
+
+// What close_rows reads, in the memory of rows.device.
+struct RowStates {
+  // (count, rows) records of row_state_bytes: the states of one shard after the other. What is
+  // wanted of the rows must have been wanted of all of them.
+  const void* states = nullptr;
+  std::int64_t count = 0;
+  const void* targets = nullptr;       // (sequences, length), of the whole vocabulary
+  const void* class_weight = nullptr;  // (V): of zbar
+  // Only these rows; all of them where its pointer is null.
+  RowList some;
+};
+
+// Merges the states that the shards of one vocabulary left of each row, in the order of the shards,
+// and writes the rows' outputs, as far as they are given (all but state). Rows that are ignored get
+// 0, and -1 for argmax. The same states in the same order make the same bits: every rank that has
+// gathered them closes its rows alike. One kernel on the stream on CUDA. A target outside of the
+// vocabulary is an error on the CPU (Error(invalid_value)) and makes the row's nll NaN on CUDA; one
+// whose class is in no shard makes the row NaN. Throws Error(invalid_value, invalid_type).
+void close_rows(const LossRows& rows, const RowStates& states, const RowOutputs& out, void* stream);
+
+// Writes the states of a shard that has no classes, for `rows` rows of any loss.
+void empty_states(Device device, DType stat, std::int64_t rows, void* states, void* stream);
 
 // What `weighting` makes of the targets, (sequences, length) in the memory of rows.device, as all
 // else. Sums are in fp64 in a fixed order. A target outside of the vocabulary has the weight of the

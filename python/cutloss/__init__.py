@@ -4,10 +4,11 @@ import importlib
 
 from ._implementations import LinearCrossEntropyImpl
 from ._torch import library
-from .functional import VocabParallelOptions, linear_cross_entropy
+from .functional import linear_cross_entropy
 from .heads import CausalLMHead, CausalLMHeadOutput, LinearCrossEntropyLoss
 from .module import LinearCrossEntropy
 from .registry import get_loss, losses_available
+from .sharded import VocabParallelOptions
 
 __all__ = [
     "CausalLMHead",

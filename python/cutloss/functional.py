@@ -5,6 +5,7 @@ import enum
 import torch
 from torch import Tensor
 
+from . import sharded
 from ._core import checks, decide, weighting
 from ._core.operands import (
     checked_options,
@@ -15,26 +16,9 @@ from ._core.operands import (
 )
 from ._core.options import Options
 from ._implementations import LinearCrossEntropyImpl, is_plain
-from ._torch import autograd, library, operators, private
+from ._torch import autograd, library, operators, private, shards
 from ._torch.plain import statistics as plain_statistics
-
-_VOCAB_PARALLEL = (
-    "vocab_parallel_options is not supported: cutloss computes the loss of a classifier that one "
-    "process holds whole; gather c first (all_gather of its shards), or keep using the library "
-    "that these options come from for sharded classifiers"
-)
-
-
-class VocabParallelOptions:
-    """Here so that the name can be imported; a sharded classifier is not supported yet."""
-
-    def __init__(self, *args, **kwargs):
-        raise NotImplementedError(_VOCAB_PARALLEL)
-
-    @classmethod
-    def from_vocab(cls, *args, **kwargs):
-        raise NotImplementedError(_VOCAB_PARALLEL)
-
+from .sharded import VocabParallelOptions
 
 def linear_cross_entropy(
     e: Tensor,
@@ -52,7 +36,7 @@ def linear_cross_entropy(
     filter_e_grad: bool = True,
     filter_c_grad: bool = True,
     impl: str | enum.Enum = LinearCrossEntropyImpl.CCE,
-    vocab_parallel_options: None = None,
+    vocab_parallel_options: VocabParallelOptions | None = None,
     *,
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
@@ -110,7 +94,9 @@ def linear_cross_entropy(
     :param impl: "torch" stores the logits and uses PyTorch's own operators (slow, and with second
         derivatives). Every other name, all those of cut_cross_entropy among them, is the exact
         engine.
-    :param vocab_parallel_options: Not supported; must be None.
+    :param vocab_parallel_options: c is this rank's shard of a classifier whose other classes other
+        ranks have (VocabParallelOptions, which says what is whose). bias is the shard's too;
+        targets, weight and V are those of the whole vocabulary.
     :param logit_scale: A number that multiplies the logits before the bias.
     :param temperature: Divides the logits: a number, or a tensor that broadcasts to targets' shape
         (the entry of the target's position counts). Takes no gradient.
@@ -139,9 +125,14 @@ def linear_cross_entropy(
     :return: The loss, fp32 (fp64 for fp64 inputs), or a tuple of the loss and, in this order,
         what was asked for: lse, entropy, predictions.
     """
-    if vocab_parallel_options is not None:
-        raise NotImplementedError(_VOCAB_PARALLEL)
     plain = is_plain(impl)
+    shard = tokens = None
+    own_e = e
+    if vocab_parallel_options is not None:
+        shard = sharded.checked(vocab_parallel_options, c, plain)
+        if shard.sequence_parallel:
+            tokens = shards.Tokens.of(e, targets, len(shard.ranges))
+            e = tokens.gathered(e, shard).requires_grad_(autograd.wants_gradient(e))
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.filter_eps(filter_eps)
     options = checked_options(
@@ -149,10 +140,11 @@ def linear_cross_entropy(
         logit_scale=logit_scale, temperature=temperature, max_workspace=max_workspace,
         schedule=schedule, num_valid=num_valid, plain=plain, return_lse=return_lse,
         return_entropy=return_entropy, return_predictions=return_predictions,
+        classes=None if shard is None else (shard.first, shard.total),
         weight=weight, token_weight=token_weight,
     )  # fmt: skip
     if weight is not None:
-        checks.weight(weight, c)
+        checks.weight(weight, options.vocabulary(c))
     if token_weight is not None:
         checks.token_weight(token_weight, targets)
     how = weighting.Weighting(
@@ -164,9 +156,12 @@ def linear_cross_entropy(
     )
     if how.label_smoothing > 0:
         options = options.but(wants_zbar=True)
+    if shard is not None:
+        options = options.but(de_in_sums=shard.reduce_e_grad or shard.sequence_parallel)
     loss, rows = _evaluate(
-        e, c, targets, bias, temperature, how, options, plain=plain, wants_lse=return_lse
-    )
+        e, c, targets, bias, temperature, how, options, plain=plain, wants_lse=return_lse,
+        of_shard=None if shard is None else (own_e, shard, tokens),
+    )  # fmt: skip
 
     row_shape = shape_of_rows(targets, options.shift)
     if reduction == "none":
@@ -187,11 +182,13 @@ def _evaluate(
     options: Options,
     plain: bool,
     wants_lse: bool,
+    of_shard: tuple | None = None,
 ) -> tuple[Tensor, weighting.Rows]:
-    """The loss, per row where nothing is reduced, and the per-row outputs."""
+    """The loss, per row where nothing is reduced, and the per-row outputs. `of_shard`: what
+    shards.statistics takes beside the operands."""
     stats = options.stats
     shift, ignore_index = options.shift, options.ignore_index
-    V = c.shape[0]
+    V = options.vocabulary(c)
     class_weight = how.weight if options.wants_zbar else None
     if class_weight is not None:
         class_weight = class_weight.to(stats)
@@ -219,22 +216,31 @@ def _evaluate(
         and not wants_lse
         and not options.wants_entropy
         and not weighs_in_torch
+        and of_shard is None
     )
     options, immediate = decide.decided(operands, options, known_at_forward)
     computation = operators.Linear(options)
 
+    def statistics() -> weighting.Rows:
+        if of_shard is None:
+            return operators.statistics(computation, operands)
+        own_e, shard, tokens = of_shard
+        return shards.statistics(own_e, operands, options, shard, tokens)
+
     if weighs_in_torch:
-        rows = operators.statistics(computation, operands)
+        rows = statistics()
         terms = weighting.terms(by_sequence, V, how, shift, ignore_index, stats)
         warn_of_no_weight(terms.undefined, how, by_sequence, options)
         return weighting.loss(terms, rows, how.reduction), rows
     if how.changes_nothing():
-        rows = operators.statistics(computation, operands)
+        rows = statistics()
         # A copy: backward reads nll again, and the loss is the caller's to change in place.
         return (rows.nll.clone() if any(options.needs) else rows.nll), rows
     terms, undefined = library.loss_terms(by_sequence, V, how, options)
     warn_of_no_weight(undefined, how, by_sequence, options)
-    if how.reduction == "none":
-        rows = operators.statistics(computation, operands)
-        return weighting.loss(weighting.unpacked(terms), rows, "none"), rows
+    if how.reduction == "none" or of_shard is not None:
+        rows = statistics()
+        unpacked = weighting.unpacked(terms)
+        unpacked.undefined = undefined
+        return weighting.loss(unpacked, rows, how.reduction), rows
     return operators.loss(computation, operands, terms, undefined, immediate)

@@ -17,14 +17,19 @@ namespace {
   throw Error(ErrorCode::invalid_value, "loss_terms: " + message);
 }
 
-void check(const LossRows& rows, const Weighting& w, const void* targets, const LossTerms& terms) {
-  if (rows.classes < 1) refuse(text("V must be >= 1, got ", rows.classes));
-  check_product("N x V", rows.rows.sequences * rows.rows.length, rows.classes);
-  if (rows.type != DType::f32 && rows.type != DType::f64) {
-    throw Error(ErrorCode::invalid_type,
-                text("loss_terms: type must be f32 or f64, the dtypes of per-row numbers, got ",
-                     name(rows.type)));
+void check_sizes(const char* call, const LossRows& rows) {
+  if (rows.classes < 1) {
+    throw Error(ErrorCode::invalid_value, text(call, ": V must be >= 1, got ", rows.classes));
   }
+  check_product("N x V", rows.rows.sequences * rows.rows.length, rows.classes);
+  if (rows.type == DType::f32 || rows.type == DType::f64) return;
+  throw Error(ErrorCode::invalid_type,
+              text(call, ": type must be f32 or f64, the dtypes of per-row numbers, got ",
+                   name(rows.type)));
+}
+
+void check(const LossRows& rows, const Weighting& w, const void* targets, const LossTerms& terms) {
+  check_sizes("loss_terms", rows);
   if (!(w.label_smoothing >= 0 && w.label_smoothing <= 1)) {
     refuse(text("label_smoothing must be in [0, 1], got ", w.label_smoothing));
   }
@@ -49,7 +54,9 @@ void check(const LossRows& rows, const Weighting& w, const void* targets, const 
 }  // namespace
 
 LossRows loss_rows(const Problem& problem) {
-  return {problem.rows, classes_of(problem).total, stat_type(problem), problem.device};
+  const Classes& classes = classes_of(problem);
+  const std::int64_t V = classes.total != 0 ? classes.total : classes.count;
+  return {problem.rows, V, stat_type(problem), problem.device};
 }
 
 void loss_terms(const LossRows& given, const Weighting& weighting, const void* targets,
@@ -93,13 +100,20 @@ std::int64_t row_state_bytes(DType stat) {
                    name(stat)));
 }
 
-void close_rows(const Problem& given, const Args& args, const void* states, std::int64_t count,
-                RowList some) {
-  const Problem p = validated(given);
-  check_states(p, args, states, count);
-  const DeviceCalls& calls = calls_of(p.device, "close_rows");
-  const std::int64_t rows = some.rows == nullptr ? row_count(p) : some.count;
-  if (rows > 0) calls.close_rows({p, args, states, count, some});
+void close_rows(const LossRows& given, const RowStates& s, const RowOutputs& out, void* stream) {
+  LossRows rows = given;
+  settle_rows(rows.rows);
+  check_sizes("close_rows", rows);
+  if (s.count < 1) {
+    throw Error(ErrorCode::invalid_value, text("close_rows: count must be >= 1, got ", s.count));
+  }
+  if (row_count(rows.rows) == 0) return;
+  need_pointer(s.targets, "RowStates", "targets");
+  need_state(s.states, "RowStates", "states");
+  RowOutputs closed = out;
+  closed.state = nullptr;
+  if (s.some.rows != nullptr && s.some.count == 0) return;
+  calls_of(rows.device, "close_rows").close_rows(rows, s, closed, stream);
 }
 
 void empty_states(Device device, DType stat, std::int64_t rows, void* states, void* stream) {

@@ -15,20 +15,13 @@ struct LossSum {
   const bool* undefined = nullptr;
 };
 
-struct RowClosing {
-  const Problem& problem;
-  const Args& args;
-  const void* states = nullptr;  // (count, rows)
-  std::int64_t count = 0;
-  RowList some;  // null: all rows
-};
-
 struct DeviceCalls {
   void (*loss_terms)(const LossRows& rows, const Weighting& weighting, const void* targets,
                      const LossTerms& terms, void* stream);
   // To one number of the stat dtype, in the device's memory.
   void (*sum_loss)(const LossSum& sum, void* loss, void* stream);
-  void (*close_rows)(const RowClosing& closing);
+  void (*close_rows)(const LossRows& rows, const RowStates& states, const RowOutputs& out,
+                     void* stream);
   void (*empty_states)(DType stat, std::int64_t rows, void* states, void* stream);
   // Losses over logits that exist. With both passes the gradient of a row follows its statistics.
   void (*logits)(const Problem& problem, const LogitsArgs& args, Pass pass);

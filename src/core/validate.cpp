@@ -88,12 +88,6 @@ void need_outputs(const Wanted& wanted, const RowOutputs& rows, bool closes) {
   if (wanted.argmax) need(rows.argmax, "rows.argmax");
 }
 
-void need_state(const void* state, const char* what) {
-  need(state, what);
-  if (reinterpret_cast<std::uintptr_t>(state) % 8 == 0) return;
-  refuse_value(text(what, " must be aligned to 8 bytes, got address ", state));
-}
-
 void need_aligned(const void* pointer, std::int64_t bytes, const char* what) {
   if (bytes == 0) return;
   need(pointer, what);
@@ -209,6 +203,12 @@ void need_pointer(const void* pointer, const char* args, const char* what) {
   if (pointer == nullptr) refuse_value(text(args, "::", what, " is null, but the call needs it"));
 }
 
+void need_state(const void* state, const char* args, const char* what) {
+  need_pointer(state, args, what);
+  if (reinterpret_cast<std::uintptr_t>(state) % 8 == 0) return;
+  refuse_value(text(args, "::", what, " must be aligned to 8 bytes, got address ", state));
+}
+
 void check_target(std::int64_t target, std::int64_t V, std::int64_t ignore_index, Position at) {
   if (target >= 0 && target < V) return;
   refuse_value(text("the target at position (", at.sequence, ", ", at.column, ") is ", target,
@@ -248,7 +248,7 @@ void check_args(const Plan& plan, const Args& args, Pass pass) {
     need(args.in.e, "in.e");
     need(args.in.targets, "in.targets");
     if (p.rows.has_temperature) need(args.in.temperature, "in.temperature");
-    if (forward && p.wanted.state) need_state(args.rows.state, "rows.state");
+    if (forward && p.wanted.state) need_state(args.rows.state, "Args", "rows.state");
     if (backward || !p.wanted.state) need_outputs(p.wanted, args.rows, forward && !p.wanted.state);
     if (backward && args.upstream.d_entropy != nullptr) need(args.rows.entropy, "rows.entropy");
   }
@@ -269,15 +269,6 @@ void check_args(const Plan& plan, const Args& args, Pass pass) {
   need_aligned(args.kept, plan.kept_bytes, "kept");
   need_aligned(args.workspace,
                forward ? plan.forward_workspace_bytes : plan.backward_workspace_bytes, "workspace");
-}
-
-void check_states(const Problem& p, const Args& args, const void* states, std::int64_t count) {
-  if (count < 1) refuse_value(text("close_rows: count must be >= 1, got ", count));
-  if (row_count(p) == 0) return;
-  need(args.in.targets, "in.targets");
-  if (p.has_class_weight) need(args.in.class_weight, "in.class_weight");
-  need_outputs(p.wanted, args.rows, true);
-  need_state(states, "states of close_rows");
 }
 
 }  // namespace cutloss

@@ -31,6 +31,8 @@ void check_upstream(const Problem& problem);
 void check_device(const Problem& problem);
 // `what` is a member of `args`.
 void need_pointer(const void* pointer, const char* args, const char* what);
+// The same of rows' states, which have an alignment.
+void need_state(const void* state, const char* args, const char* what);
 
 // A target and a temperature of a row, as only the data shows them.
 struct Position {
@@ -55,7 +57,5 @@ inline NumberRange usable_range(DType stat) {
 
 // Every refusal that follows from the pointers of a call: missing, misaligned, too small.
 void check_args(const Plan& plan, const Args& args, Pass pass);
-// The same of close_rows.
-void check_states(const Problem& problem, const Args& args, const void* states, std::int64_t count);
 
 }  // namespace cutloss

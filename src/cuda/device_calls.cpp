@@ -1,8 +1,6 @@
 // What CUDA devices do that takes no plan.
 #include "cuda/device_calls.h"
 
-#include "core/dtype.h"
-#include "core/row_outputs.h"
 #include "cuda/row_facts.h"
 
 namespace cutloss {
@@ -24,19 +22,11 @@ void sum_of(const LossSum& s, void* loss, void* stream) {
                             : sum_loss<float>(facts, s.out, s.upstream, s.undefined, loss, on);
 }
 
-template <class T>
-void close_all(const RowClosing& c) {
-  const Problem& p = c.problem;
-  const std::int64_t total = classes_of(p).total;
-  Wanted wanted = p.wanted;
-  wanted.state = false;
-  close_shards<T>(row_facts(p.rows, {0, total, total}, c.args.in.targets), c,
-                  wanted_outputs(wanted, c.args.rows),
-                  p.has_class_weight ? static_cast<const T*>(c.args.in.class_weight) : nullptr,
-                  static_cast<cudaStream_t>(c.args.stream));
-}
-void close_of(const RowClosing& c) {
-  stat_type(c.problem) == DType::f64 ? close_all<double>(c) : close_all<float>(c);
+void close_of(const LossRows& rows, const RowStates& states, const RowOutputs& out, void* stream) {
+  const RowFacts facts = row_facts(rows.rows, {0, rows.classes, rows.classes}, states.targets);
+  auto* on = static_cast<cudaStream_t>(stream);
+  rows.type == DType::f64 ? close_shards<double>(facts, states, out, on)
+                          : close_shards<float>(facts, states, out, on);
 }
 
 void empty_of(DType stat, std::int64_t rows, void* states, void* stream) {

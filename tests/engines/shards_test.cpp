@@ -133,12 +133,11 @@ Outputs run_sharded(const Data& data, const std::string& engine, const Mode& mod
     }
   };
   const auto close_all = [&](RowList some) {
-    for (const auto& shard : shards) {
-      if (shard == nullptr) continue;
-      const Args args = shard->args(data, rows, nullptr, true);
-      return close_rows(shard->plan.problem, args, states.of(0),
-                        static_cast<std::int64_t>(split.size()), some);
-    }
+    const Inputs in = data.inputs(whole.device);
+    close_rows(loss_rows(whole),
+               {states.of(0), static_cast<std::int64_t>(split.size()), in.targets, in.class_weight,
+                some},
+               rows.rows(whole.device), nullptr);
   };
   bool joint = false;
   each([&](Shard& shard, void*) {
@@ -280,8 +279,18 @@ TEST(Shard, RefusesWhatIsNone) {
   EXPECT_THROW(forward_backward(plan, args), Error);  // it would close the rows itself
   args.rows.state = state.data() + 4;
   EXPECT_THROW(forward(plan, args), Error);
-  EXPECT_THROW(close_rows(plan.problem, args, state.data(), 0), Error);
-  EXPECT_THROW(close_rows(plan.problem, args, nullptr, 1), Error);
+  const LossRows rows = loss_rows(plan.problem);
+  const RowStates right{state.data(), 1, args.in.targets, nullptr, {}};
+  EXPECT_NO_THROW(close_rows(rows, right, args.rows, nullptr));
+  const auto refuses = [&](auto change) {
+    RowStates wrong = right;
+    change(wrong);
+    EXPECT_THROW(close_rows(rows, wrong, args.rows, nullptr), Error);
+  };
+  refuses([](RowStates& s) { s.count = 0; });
+  refuses([](RowStates& s) { s.states = nullptr; });
+  refuses([](RowStates& s) { s.states = static_cast<const std::byte*>(s.states) + 4; });
+  refuses([](RowStates& s) { s.targets = nullptr; });
   EXPECT_THROW(empty_states(Device::cpu, DType::f32, 5, nullptr, nullptr), Error);
   EXPECT_THROW(empty_states(Device::cpu, DType::bf16, 5, state.data(), nullptr), Error);
   EXPECT_THROW(row_state_bytes(DType::bf16), Error);

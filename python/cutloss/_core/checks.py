@@ -99,7 +99,9 @@ def same_device(first: Tensor, /, *, of: str = "e", **others: Tensor | None) -> 
             )
 
 
-def shapes(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+def shapes(
+    e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, least_classes: int = 1
+) -> None:
     if e.dim() < 1 or e.shape[:-1] != targets.shape:
         raise ValueError(
             f"e must have the shape of targets and one dimension more, (..., D) and (...): got e "
@@ -111,7 +113,7 @@ def shapes(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
             f"c must be (V, D) with the D of e: got c {shape(c)} and e {shape(e)}"
             + ("; transpose c" if is_transposed else _sharded.of_shape(c))
         )
-    if c.shape[0] < 1 or c.shape[1] < 1:
+    if c.shape[0] < least_classes or c.shape[1] < 1:
         raise ValueError(f"c must have at least one row and one column (V, D), got {shape(c)}")
     if bias is not None and bias.shape != c.shape[:1]:
         raise ValueError(f"bias must be (V): got bias {shape(bias)} and c {shape(c)}")
@@ -243,16 +245,13 @@ def constant(name: str, t: Tensor) -> None:
         raise ValueError(f"cutloss makes no gradient for {name}: pass {name}.detach()")
 
 
-def weight(value: Tensor, c: Tensor | None = None) -> None:
+def weight(value: Tensor, V: int | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"weight must be a tensor (V) or None, got {value!r}")
     constant("weight", value)
-    if c is None:
-        if value.dim() != 1:
-            raise ValueError(f"weight must be (V), got {shape(value)}")
-        return
-    if value.shape != c.shape[:1]:
-        raise ValueError(f"weight must be (V): got weight {shape(value)} and c {shape(c)}")
+    if value.dim() != 1 or (V is not None and value.shape[0] != V):
+        known = "" if V is None else f" with V = {V}"
+        raise ValueError(f"weight must be (V){known}, got weight {shape(value)}")
 
 
 def token_weight(value: Tensor, targets: Tensor) -> None:

@@ -64,6 +64,9 @@ def decided(operands: tuple, options: Options, known_at_forward: bool) -> tuple[
     if not (de or dc or dbias):
         return options.but(schedule=SCHEDULES["none"]), False
     sizes, needs = sizes_of(*operands), (de, dc, dbias)
+    if sizes.V == 0:  # a shard without classes: there is nothing to plan
+        schedule = SCHEDULES["vocabulary"]
+        return options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias, schedule=schedule), False
     if _is_symbolic(sizes):
         return _decided(sizes, options, needs, known_at_forward)
     engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too

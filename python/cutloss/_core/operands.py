@@ -30,12 +30,13 @@ def checked_options(
     return_lse: bool = False,
     return_entropy: bool = False,
     return_predictions: bool = False,
+    classes: tuple[int, int] | None = None,
     **others: Tensor | None,
 ) -> Options:
     """Checks what describes the loss, and puts it into the operators' words. `others`: tensors that
-    must be where e is."""
+    must be where e is. `classes`: of a shard, its first one and how many the vocabulary has."""
     checks.tensors(e=e, c=c, targets=targets, bias=bias, **others)
-    checks.shapes(e, c, targets, bias)
+    checks.shapes(e, c, targets, bias, least_classes=1 if classes is None else 0)
     compute_dtype = checks.dtypes(e, c, bias, targets)
     if not plain:
         checks.device(e, library.HAS_CUDA)
@@ -57,8 +58,11 @@ def checked_options(
     checks.plain_options(plain, schedule, max_workspace)
     shift = checks.shift(shift, targets)
     checks.num_valid(num_valid, math.prod(shape_of_rows(targets, shift)), ignore_index)
+    first_class, total_classes = classes or (0, 0)
     return Options(
         compute_dtype,
+        first_class=first_class,
+        total_classes=total_classes,
         shift=shift,
         ignore_index=ignore_index,
         softcap=checks.softcap(softcap),
@@ -100,7 +104,8 @@ def make_operands(
     e = e.reshape(*labels.shape, e.shape[-1]) if e.dim() != 3 else e
     if not plain and e.device.type == "cuda" and checks.may_look(e.device):
         num_valid = options.num_valid
-        checks.values(labels, row_temperature, shift, c.shape[0], ignore_index, num_valid)
+        V = options.vocabulary(c)
+        checks.values(labels, row_temperature, shift, V, ignore_index, num_valid)
     return e, c, bias, labels, row_temperature, class_weight
 
 

@@ -29,6 +29,9 @@ class Options:
     kept_bytes: int = 0
     num_valid: int | None = None
     allow_tf32: bool = False
+    first_class: int = 0  # of a shard: where its classes begin
+    total_classes: int = 0  # of a shard: how many the vocabulary has; 0: the vocabulary is whole
+    de_in_sums: bool = False  # dE in the dtype of its sums
 
     def but(self, **changes: Any) -> "Options":
         """The same with other values: dataclasses.replace, in a fifth of its time, which counts in
@@ -46,6 +49,10 @@ class Options:
     def stats(self) -> torch.dtype:
         """The dtype of per-row numbers."""
         return stat_dtype(self.compute_dtype)
+
+    def vocabulary(self, c: torch.Tensor) -> int:
+        """V, of which `c` may be a shard."""
+        return self.total_classes or c.shape[0]
 
     @property
     def needs(self) -> tuple[bool, bool, bool]:

@@ -39,7 +39,8 @@ def _loss_and_argmax(of: Tensor, compute_dtype: torch.dtype, options: dict[str, 
 
 
 def _gradients(e: Tensor, c: Tensor, bias: Tensor | None, options: dict[str, Any]) -> tuple:
-    de = e.new_empty(e.shape if options["needs_de"] else (0,))
+    de_dtype = stat_dtype(options["compute_dtype"]) if options.get("de_in_sums") else e.dtype
+    de = e.new_empty(e.shape if options["needs_de"] else (0,), dtype=de_dtype)
     dc = c.new_empty(c.shape if options["needs_dc"] else (0,))
     if options["needs_dbias"]:
         return de, dc, bias.new_empty(bias.shape)

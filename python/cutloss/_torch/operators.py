@@ -101,7 +101,7 @@ class ByOperators(autograd.Computation):
 
     def forward(self, given: Saved) -> Made:
         made = self.outputs(given)
-        saved = Saved(given.operands, given.constants, made.saved(), given.undefined)
+        saved = given._replace(made=made.saved())
         # Each tensor that autograd wraps costs time: nothing else is shown.
         return Made(saved, made.differentiable(), (made.argmax,))
 
@@ -239,7 +239,7 @@ def _own(operands: Tensors) -> Tensors:
 def statistics(computation: ByOperators, operands: tuple) -> Rows:
     """Per-row outputs whose gradients are made in backward. `operands`: e, c, bias, or logits
     (sequences, length, V); targets, row_temperature, class_weight."""
-    return _deferred(computation, computation.given((*operands, None, None)))[1]
+    return deferred(computation, computation.given((*operands, None, None)))[1]
 
 
 def loss(
@@ -249,7 +249,7 @@ def loss(
     along with it, and of the outputs there are predictions only."""
     inputs = (*operands, terms, undefined)
     if not immediate:
-        return _deferred(computation, computation.given(inputs))
+        return deferred(computation, computation.given(inputs))
     if torch.compiler.is_compiling():
         loss, argmax, *_ = computation.both(*inputs, **computation.keywords())
     else:
@@ -257,7 +257,7 @@ def loss(
     return loss, Rows(argmax=argmax)
 
 
-def _deferred(computation: ByOperators, given: Saved) -> tuple[Tensor, Rows]:
+def deferred(computation: ByOperators, given: Saved) -> tuple[Tensor, Rows]:
     if private.is_transformed():
         inputs = (*given.operands, *given.constants, given.undefined)
         made = Outputs(*_Transformed.apply(*inputs, computation))

@@ -7,7 +7,6 @@
 
 #include <cstdint>
 
-#include "core/device_calls.h"
 #include "core/row_map.h"
 #include "core/row_state.h"
 #include "cuda/common/row_table.h"
@@ -49,10 +48,10 @@ void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
                  const RowState<T>* states, const T* class_weight, const RowOutputs& out,
                  const Classes& classes, cudaStream_t stream);
 
-// close_rows and empty_states of the public interface. class_weight: of the whole vocabulary.
+// close_rows and empty_states of the public interface.
 template <class T>
-void close_shards(const RowFacts& facts, const RowClosing& closing, const RowOutputs& out,
-                  const T* class_weight, cudaStream_t stream);
+void close_shards(const RowFacts& facts, const RowStates& states, const RowOutputs& out,
+                  cudaStream_t stream);
 template <class T>
 void empty_states(std::int64_t rows, RowState<T>* states, cudaStream_t stream);
 

@@ -121,16 +121,17 @@ __global__ void __launch_bounds__(kThreads)
 // A thread closes a row, of the states of all shards in their order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    close_shards_kernel(RowFacts f, const RowState<T>* states, std::int64_t shards, RowList some,
-                        std::int64_t count, RowOutputs out, const T* class_weight) {
+    close_shards_kernel(RowFacts f, RowStates s, std::int64_t count, RowOutputs out) {
   const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= count) return;
-  const std::int64_t n = some.rows == nullptr ? i : some.rows[i];
+  const std::int64_t n = s.some.rows == nullptr ? i : s.some.rows[i];
   if (n < 0) return;
   if (!counts(f, static_cast<int>(n))) return clear_row(out, n, T(0));
   const std::int64_t own = column_of(target_of(f, static_cast<int>(n)), f.classes);
-  const T weight = own < 0 || class_weight == nullptr ? T(1) : class_weight[own];
-  finish_row(out, n, merged(states, shards, f.rows, n), own, weight, f.classes);
+  const auto* weights = static_cast<const T*>(s.class_weight);
+  const T weight = own < 0 || weights == nullptr ? T(1) : weights[own];
+  const auto* states = static_cast<const RowState<T>*>(s.states);
+  write_row(out, n, closed(merged(states, s.count, f.rows, n), own, weight, f.V));
 }
 
 template <class T>
@@ -232,11 +233,11 @@ void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
 }
 
 template <class T>
-void close_shards(const RowFacts& facts, const RowClosing& c, const RowOutputs& out,
-                  const T* class_weight, cudaStream_t stream) {
-  const std::int64_t count = c.some.rows == nullptr ? facts.rows : c.some.count;
+void close_shards(const RowFacts& facts, const RowStates& states, const RowOutputs& out,
+                  cudaStream_t stream) {
+  const std::int64_t count = states.some.rows == nullptr ? facts.rows : states.some.count;
   launch(close_shards_kernel<T>, "close_rows", divide_up(count, kThreads), kThreads, stream, facts,
-         static_cast<const RowState<T>*>(c.states), c.count, c.some, count, out, class_weight);
+         states, count, out);
 }
 
 template <class T>
@@ -264,7 +265,7 @@ void make_coefficients(const Coefficients& coefficients, const DeviceScalars* sc
                                  cudaStream_t);                                                  \
   template void finish_rows<T>(const RowTable&, std::int64_t, std::int64_t, const RowState<T>*,  \
                                const T*, const RowOutputs&, const Classes&, cudaStream_t);       \
-  template void close_shards<T>(const RowFacts&, const RowClosing&, const RowOutputs&, const T*, \
+  template void close_shards<T>(const RowFacts&, const RowStates&, const RowOutputs&,            \
                                 cudaStream_t);                                                   \
   template void empty_states<T>(std::int64_t, RowState<T>*, cudaStream_t);                       \
   template void make_coefficients<T>(const Coefficients&, const DeviceScalars*, RowGradient<T>*, \

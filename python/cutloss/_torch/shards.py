@@ -1,0 +1,235 @@
+"""The loss of a classifier in shards. Each rank makes the open statistics of its classes; one
+gather brings those of all ranks to each, which merges them in the order of the ranks and closes the
+rows: the same bits everywhere. In backward each rank makes the gradients of its classes, and dE is
+summed over the ranks, in the dtype of its sums.
+
+Every rank joins every collective, whatever its data, and one that fails says so in the gather.
+Plans need not agree: what is exchanged does not depend on them.
+"""
+
+import dataclasses
+import functools
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._core import checks
+from .._core.options import Options
+from .._core.weighting import Rows
+from . import library
+from .autograd import Saved, Tensors
+from .operators import Constants, Linear, Outputs, deferred, of_rows
+
+if TYPE_CHECKING:
+    from ..sharded import Shard
+
+_ops = torch.ops.cutloss
+
+
+# What ranks tell each other -----------------------------------------------------------------------
+
+_MESSAGE_BYTES = 512
+# By the names of PyTorch 2.13, and those before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _gathered(t: Tensor, shard: "Shard") -> Tensor:
+    """(ranks, ...) of what each rank has, of one shape and dtype."""
+    size = len(shard.ranges)
+    out = t.new_empty((size * t.shape[0], *t.shape[1:]))
+    _all_gather(out, t.contiguous(), group=shard.group)
+    return out.view(size, *t.shape)
+
+
+def _tell(shard: "Shard", rows: int, device: torch.device, error: Exception | None) -> None:
+    """Raises on every rank where one of them has failed, or has other rows or classes than the
+    others know of. Waits for the device."""
+    words = "" if error is None else f"{type(error).__name__}: {error}"
+    message = words.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    facts = struct.pack("5q", shard.first, shard.count, shard.total, rows, error is not None)
+    own = torch.frombuffer(bytearray(facts + message), dtype=torch.uint8).to(device)
+    all_of_them = [bytes(t.tolist()) for t in _gathered(own, shard).cpu()]
+    if error is not None:
+        raise error
+    for rank, told in enumerate(all_of_them):
+        first, count, total, its_rows, failed = struct.unpack("5q", told[:40])
+        if failed:
+            said = told[40:].rstrip(b"\0").decode(errors="replace")
+            raise RuntimeError(
+                f"rank {rank} of the group of vocab_parallel_options failed: {said}"
+            )
+        start, stop = shard.ranges[rank]
+        if (first, count, total) != (start, stop - start, shard.total):
+            raise ValueError(
+                f"rank {rank} has classes [{first}, {first + count}) of {total}, where rank "
+                f"{shard.rank} expected [{start}, {stop}) of {shard.total}: every rank must make "
+                f"the same calls, with vocab_parallel_options of the same classifier"
+            )
+        if its_rows != rows:
+            raise ValueError(
+                f"rank {rank} has {its_rows} tokens, rank {shard.rank} has {rows}: every rank must "
+                f"have the same e and targets (where tokens are sharded: sequence_parallel=True)"
+            )
+
+
+@functools.lru_cache(maxsize=256)
+def _headers(
+    ranges: tuple, rank: int, record: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """This rank's header, (1, record), and what all of them are to be, (ranks, record): on the
+    device once, since to bring them there would wait."""
+    total = ranges[-1][1]
+    all_of_them = [
+        struct.pack("4q", start, stop - start, total, 0)[:record].ljust(record, b"\0")
+        for start, stop in ranges
+    ]
+    table = torch.frombuffer(bytearray(b"".join(all_of_them)), dtype=torch.uint8)
+    table = table.view(len(ranges), record).to(device)
+    return table[rank : rank + 1].clone(), table
+
+
+def _exchanged(
+    states: Tensor, shard: "Shard", error: Exception | None
+) -> tuple[Tensor, Tensor | None]:
+    """The states of all ranks, (ranks, rows, bytes), and whether all of them are what they should
+    be: None where that was looked at, else one bool on the device."""
+    rows, record = states.shape
+    if checks.may_look(states.device):
+        _tell(shard, rows, states.device, error)
+        return _gathered(states, shard), None
+    header, expected = _headers(shard.ranges, shard.rank, record, states.device)
+    if error is not None:
+        header = torch.full_like(header, 255)
+    told = _gathered(torch.cat((header, states)), shard)
+    if error is not None:
+        raise error
+    return told[:, 1:], (told[:, 0] == expected).all()
+
+
+class Tokens(NamedTuple):
+    """How an e lies of which each rank has a share of the tokens."""
+
+    dim: int  # of targets
+    ranks: int
+    own: torch.Size  # of e as the caller has it
+    whole: torch.Size  # of all of it
+
+    @classmethod
+    def of(cls, e: Tensor, targets: Tensor, ranks: int) -> "Tokens":
+        have, want = tuple(e.shape[:-1]), tuple(targets.shape)
+        differ = [i for i, pair in enumerate(zip(have, want, strict=False)) if pair[0] != pair[1]]
+        dim = differ[0] if differ else 0
+        if len(have) != len(want) or not want or len(differ) > 1 or (
+            have[dim] * ranks != want[dim]
+        ):
+            raise ValueError(
+                f"sequence_parallel: e must have 1/{ranks} of the tokens of targets along one "
+                f"dimension, and all of them along the others: got e {tuple(e.shape)} and targets "
+                f"{want}; pad the sequence to a multiple of {ranks}"
+            )
+        return cls(dim, ranks, e.shape, torch.Size((*want, e.shape[-1])))
+
+    def gathered(self, e: Tensor, shard: "Shard") -> Tensor:
+        return _gathered(e.detach(), shard).movedim(0, self.dim).reshape(self.whole)
+
+    def sum_of_own(self, de: Tensor, shard: "Shard") -> Tensor:
+        """The sum over all ranks, of this rank's tokens alone."""
+        parts = de.view(self.whole).unflatten(self.dim, (self.ranks, -1))
+        parts = parts.movedim(self.dim, 0).contiguous()
+        own = parts.new_empty(parts.shape[1:])
+        _reduce_scatter(own.view(-1), parts.view(-1), group=shard.group)
+        return own
+
+
+# The loss -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class ShardedLinear(Linear):
+    """Operands e, c (this rank's), bias (this rank's). Where tokens are sharded, the operand e is
+    the caller's, and `made` of what forward is given is the whole e, (sequences, length, D)."""
+
+    options: Options
+    shard: "Shard"
+    tokens: Tokens | None = None
+
+    def outputs(self, given: Saved) -> Outputs:
+        e, c, bias = given.operands
+        if self.tokens is not None:
+            (e,) = given.made
+        targets, row_temperature, class_weight, _ = given.constants
+        options, shard = self.options, self.shard
+        rows = e.shape[0] * (e.shape[1] - options.shift)
+        kept = e.new_empty((0,), dtype=torch.uint8)
+        error = None
+        states = library.call(_ops.empty_states, e, rows, options.stats)
+        if shard.count > 0:
+            try:
+                states, kept = library.call(
+                    _ops.open_statistics, e, c, bias, targets, row_temperature, class_weight,
+                    **self.keywords(),
+                )  # fmt: skip
+            except Exception as failure:  # the other ranks wait for this one
+                error = failure
+        told, is_right = _exchanged(states, shard, error)
+        made = library.call(
+            _ops.close_rows, told, targets, class_weight, options.stats, shard.total,
+            options.shift, options.ignore_index, options.wants_entropy, options.wants_zbar,
+            options.wants_argmax,
+        )  # fmt: skip
+        if is_right is not None:
+            made = [t if t.dtype == torch.int64 else torch.where(is_right, t, _NAN) for t in made]
+        return Outputs(e.new_empty((0,), dtype=options.stats), *made, kept)
+
+    def gradients(self, saved: Saved, needs: tuple[bool, ...], upstream: Tensors) -> Tensors:
+        e, c, bias = saved.operands
+        constants = Constants(*saved.constants).without_terms()
+        whole = e
+        if self.tokens is not None:  # again, so that nobody keeps it from forward to backward
+            targets, *_ = constants
+            whole = self.tokens.gathered(e, self.shard).view(*targets.shape, e.shape[-1])
+        if self.shard.count > 0:
+            d_rows = of_rows(self.options, None, None, *upstream)
+            made = library.call(
+                _ops.gradients, whole, c, bias, *constants, *saved.made, *d_rows, **self.keywords()
+            )
+        else:
+            made = _zeros(whole, self.options), torch.zeros_like(c), _zeros_like(bias)
+        de, dc, dbias = self.wanted(made)
+        return None if de is None else self._summed(de).to(e.dtype), dc, dbias
+
+    def _summed(self, de: Tensor) -> Tensor:
+        """The gradient of the caller's e, of this rank's part of it."""
+        if self.tokens is not None:
+            return self.tokens.sum_of_own(de, self.shard)
+        if self.shard.reduce_e_grad:
+            dist.all_reduce(de, group=self.shard.group)
+        return de
+
+
+_NAN = float("nan")
+
+
+def _zeros(e: Tensor, options: Options) -> Tensor:
+    return torch.zeros_like(e, dtype=options.stats if options.de_in_sums else e.dtype)
+
+
+def _zeros_like(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else torch.zeros_like(bias)
+
+
+def statistics(
+    e: Tensor, operands: tuple, options: Options, shard: "Shard", tokens: Tokens | None
+) -> Rows:
+    """Per-row outputs of the whole vocabulary, whose gradients are made in backward. `e`: the
+    caller's; `operands`: as operators.statistics has them, with the whole e."""
+    computation = ShardedLinear(options, shard, tokens)
+    given = computation.given((*operands, None, None))
+    if tokens is not None:
+        whole, *others = given.operands
+        given = given._replace(operands=(e, *others), made=(whole,))
+    return deferred(computation, given)[1]

@@ -1,0 +1,191 @@
+"""``VocabParallelOptions``: a classifier whose rows (classes) lie in shards on the ranks of a process
+group, as tensor parallelism has them; which shard is whose, from these options or from a DTensor.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ._torch import private
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclasses.dataclass
+class VocabParallelOptions:
+    """This rank's shard of the classifier: the classes [start, stop) of a vocabulary whose other
+    classes the other ranks of the group have.
+
+    Shards may be uneven, and empty; together they must be the whole vocabulary, in the order of the
+    ranks. Every rank of the group makes the same call, with the same e and targets (class indices
+    of the whole vocabulary) and its own c and bias: the loss and every per-token result are then
+    the same bits on all ranks, the gradient of c is that of the shard, and the gradient of e is the
+    sum over all shards, added up in fp32.
+
+    :param start: The first class of this rank's c.
+    :param stop: One past the last: c has stop - start rows.
+    :param group: The process group; None is the default group.
+    :param reduce_e_grad: False leaves the gradient of e as this rank's part of the sum, for who
+        adds the parts up elsewhere.
+    :param sequence_parallel: e is sharded too: each rank has an equal share of the tokens of one
+        dimension of targets, which are whole. They are gathered for the call (and once more in
+        backward), and each rank gets the gradient of its own tokens.
+
+    Make one object for a classifier and keep it: where it was not made by ``from_vocab``, its first
+    use asks all ranks for their ranges, once.
+    """
+
+    start: int
+    stop: int
+    group: "ProcessGroup | None" = None
+    reduce_e_grad: bool = True
+    sequence_parallel: bool = dataclasses.field(default=False, kw_only=True)
+
+    @classmethod
+    def from_vocab(
+        cls,
+        vocab_size: int,
+        group: "ProcessGroup | None" = None,
+        reduce_e_grad: bool = True,
+        *,
+        sequence_parallel: bool = False,
+    ) -> "VocabParallelOptions":
+        """The balanced partition: of vocab_size classes over T ranks the first vocab_size % T ranks
+        have one more."""
+        rank, size = _place_in(group)
+        ranges = balanced(vocab_size, size)
+        options = cls(
+            *ranges[rank], group, reduce_e_grad, sequence_parallel=sequence_parallel
+        )
+        _remember(options, ranges)
+        return options
+
+
+class Shard(NamedTuple):
+    """What the options say of this rank, checked, and of the others."""
+
+    ranges: tuple[tuple[int, int], ...]  # of each rank: start, stop
+    rank: int
+    group: "ProcessGroup"
+    reduce_e_grad: bool
+    sequence_parallel: bool
+
+    @property
+    def first(self) -> int:
+        return self.ranges[self.rank][0]
+
+    @property
+    def count(self) -> int:
+        start, stop = self.ranges[self.rank]
+        return stop - start
+
+    @property
+    def total(self) -> int:
+        return self.ranges[-1][1]
+
+
+def balanced(vocab_size: int, size: int) -> tuple[tuple[int, int], ...]:
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int, got {vocab_size!r}")
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size must be >= 1, got {vocab_size}")
+    each, more = divmod(vocab_size, size)
+    starts = [rank * each + min(rank, more) for rank in range(size + 1)]
+    return tuple(zip(starts[:-1], starts[1:], strict=True))
+
+
+def _place_in(group: "ProcessGroup | None") -> tuple[int, int]:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "a sharded classifier needs torch.distributed, which is not initialized: call "
+            "torch.distributed.init_process_group first, or pass the whole classifier without "
+            "vocab_parallel_options"
+        )
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError(
+            "this rank is not in the group of vocab_parallel_options: only the group's ranks may "
+            "make the call"
+        )
+    return rank, size
+
+
+# The ranges of an object's group are found once, and kept on the object: options of others may be
+# dataclasses that have no hash.
+_RANGES = "_cutloss_ranges"
+
+
+def _remember(options: Any, ranges: Sequence[tuple[int, int]]) -> None:
+    object.__setattr__(options, _RANGES, ((options.start, options.stop), tuple(ranges)))
+
+
+def resolved(options: Any) -> Shard:
+    """`options`: ours, or any object with their attributes (cut_cross_entropy's)."""
+    missing = [n for n in ("start", "stop", "group", "reduce_e_grad") if not hasattr(options, n)]
+    if missing:
+        raise TypeError(
+            f"vocab_parallel_options must be a VocabParallelOptions, or have its attributes: got "
+            f"{options!r}, without {', '.join(missing)}"
+        )
+    start, stop = options.start, options.stop
+    for name, value in (("start", start), ("stop", stop)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"vocab_parallel_options.{name} must be an int, got {value!r}")
+    if not 0 <= start <= stop:
+        raise ValueError(
+            f"vocab_parallel_options must have 0 <= start <= stop, got start {start}, stop {stop}"
+        )
+    rank, size = _place_in(options.group)
+    own, ranges = getattr(options, _RANGES, (None, ()))
+    if own != (start, stop):
+        found: list[Any] = [None] * size
+        dist.all_gather_object(found, (start, stop), group=options.group)
+        ranges = tuple(found)
+        check_tiling(ranges)
+        _remember(options, ranges)
+    return Shard(
+        ranges,
+        rank,
+        dist.group.WORLD if options.group is None else options.group,
+        bool(options.reduce_e_grad),
+        bool(getattr(options, "sequence_parallel", False)),
+    )
+
+
+def check_tiling(ranges: Sequence[tuple[int, int]]) -> None:
+    """The same error on every rank."""
+    end = 0
+    for rank, (start, stop) in enumerate(ranges):
+        if start != end:
+            raise ValueError(
+                f"the shards of vocab_parallel_options must follow each other in the order of the "
+                f"ranks, from class 0 on, without a gap or an overlap: rank {rank} starts at "
+                f"{start}, where {end} was expected; all ranks have {list(ranges)}"
+            )
+        end = stop
+    if end == 0:
+        raise ValueError(f"all shards of vocab_parallel_options are empty: {list(ranges)}")
+
+
+def checked(options: Any, c: Tensor, plain: bool) -> Shard:
+    """The shard that `c` is."""
+    shard = resolved(options)
+    if isinstance(c, Tensor) and c.dim() == 2 and c.shape[0] != shard.count:
+        raise ValueError(
+            f"c must have stop - start rows, those of this rank's shard: got c {tuple(c.shape)} and "
+            f"start {shard.first}, stop {shard.first + shard.count}"
+        )
+    if plain:
+        raise NotImplementedError(
+            "impl='torch' takes a whole classifier: gather c, or leave impl out"
+        )
+    if private.is_transformed():
+        raise NotImplementedError(
+            "a sharded classifier (vocab_parallel_options) is not supported under torch.func "
+            "(grad, vmap, vjp, jvp): use autograd, or gather c"
+        )
+    return shard
