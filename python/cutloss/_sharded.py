@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ._torch import private
 
-_IN_FORWARD = (
+IN_FORWARD = (
     "compute the loss in the forward of the module (or the model) that was wrapped, where the "
     "weight is whole"
 )
 _OF_A_WEIGHT = (
-    _IN_FORWARD + "; or pass {0}.full_tensor(grad_placements=[Partial('avg')]) if each process has "
+    IN_FORWARD + "; or pass {0}.full_tensor(grad_placements=[Partial('avg')]) if each process has "
     "a batch of its own, {0}.full_tensor() if all have the same"
 )
 _OF_ROWS = (
@@ -56,8 +56,8 @@ def of_shape(c: Tensor) -> str:
     """What else to say of a c that is not (V, D)."""
     if hasattr(c, "ds_shape"):
         whole = f"DeepSpeed's ZeRO-3 has partitioned it, and it is {tuple(c.ds_shape)} when whole"
-        return f"; {whole}: {_IN_FORWARD}"
-    return f"; if ZeRO-3 or FSDP left it so, {_IN_FORWARD}" if c.dim() == 1 else ""
+        return f"; {whole}: {IN_FORWARD}"
+    return f"; if ZeRO-3 or FSDP left it so, {IN_FORWARD}" if c.dim() == 1 else ""
 
 
 def check_memory(e: Tensor, c: Tensor) -> None:
@@ -70,7 +70,7 @@ def check_memory(e: Tensor, c: Tensor) -> None:
             raise RuntimeError(
                 f"the memory of {name}, {t.numel()} elements of {t.dtype}, has been freed, as FSDP "
                 f"does with a weight outside of the forward and backward of its module: "
-                f"{_IN_FORWARD}"
+                f"{IN_FORWARD}"
             )
 
 
@@ -79,5 +79,5 @@ def check_shape(e: Tensor, c: Tensor) -> None:
     if c.dim() != 2 or c.shape[1] != e.shape[-1]:
         raise RuntimeError(
             f"c is {tuple(c.shape)} in backward, and was (V, {e.shape[-1]}) in forward: ZeRO-3 "
-            f"gathers it again only for modules whose forward used it; {_IN_FORWARD}"
+            f"gathers it again only for modules whose forward used it; {IN_FORWARD}"
         )

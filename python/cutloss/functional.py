@@ -126,42 +126,43 @@ def linear_cross_entropy(
         what was asked for: lse, entropy, predictions.
     """
     plain = is_plain(impl)
-    shard = tokens = None
-    own_e = e
-    if vocab_parallel_options is not None:
-        shard = sharded.checked(vocab_parallel_options, c, plain)
-        if shard.sequence_parallel:
-            tokens = shards.Tokens.of(e, targets, len(shard.ranges))
-            e = tokens.gathered(e, shard).requires_grad_(autograd.wants_gradient(e))
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.filter_eps(filter_eps)
-    options = checked_options(
-        e, c, targets, bias, ignore_index=ignore_index, softcap=softcap, shift=shift,
-        logit_scale=logit_scale, temperature=temperature, max_workspace=max_workspace,
-        schedule=schedule, num_valid=num_valid, plain=plain, return_lse=return_lse,
-        return_entropy=return_entropy, return_predictions=return_predictions,
-        classes=None if shard is None else (shard.first, shard.total),
-        weight=weight, token_weight=token_weight,
-    )  # fmt: skip
-    if weight is not None:
-        checks.weight(weight, options.vocabulary(c))
-    if token_weight is not None:
-        checks.token_weight(token_weight, targets)
-    how = weighting.Weighting(
-        reduction=reduction,
-        label_smoothing=checks.label_smoothing(label_smoothing),
-        z_loss=checks.z_loss(z_loss),
-        weight=weight,
-        token_weight=token_weight,
+    e, c, bias, targets, vocab_parallel_options = sharded.local(
+        e, c, bias, targets, vocab_parallel_options
     )
-    if how.label_smoothing > 0:
-        options = options.but(wants_zbar=True)
-    if shard is not None:
-        options = options.but(de_in_sums=shard.reduce_e_grad or shard.sequence_parallel)
-    loss, rows = _evaluate(
-        e, c, targets, bias, temperature, how, options, plain=plain, wants_lse=return_lse,
-        of_shard=None if shard is None else (own_e, shard, tokens),
-    )  # fmt: skip
+    shard = None if vocab_parallel_options is None else sharded.resolved(vocab_parallel_options)
+    with shards.call(shard, e, targets, shift) as of_shard:
+        if of_shard is not None:
+            sharded.check(shard, c, plain)
+            e = of_shard.whole_e()
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+        checks.filter_eps(filter_eps)
+        options = checked_options(
+            e, c, targets, bias, ignore_index=ignore_index, softcap=softcap, shift=shift,
+            logit_scale=logit_scale, temperature=temperature, max_workspace=max_workspace,
+            schedule=schedule, num_valid=num_valid, plain=plain, return_lse=return_lse,
+            return_entropy=return_entropy, return_predictions=return_predictions,
+            classes=None if shard is None else (shard.first, shard.total),
+            weight=weight, token_weight=token_weight,
+        )  # fmt: skip
+        if weight is not None:
+            checks.weight(weight, options.vocabulary(c))
+        if token_weight is not None:
+            checks.token_weight(token_weight, targets)
+        how = weighting.Weighting(
+            reduction=reduction,
+            label_smoothing=checks.label_smoothing(label_smoothing),
+            z_loss=checks.z_loss(z_loss),
+            weight=weight,
+            token_weight=token_weight,
+        )
+        if how.label_smoothing > 0:
+            options = options.but(wants_zbar=True)
+        if shard is not None:
+            options = options.but(de_in_sums=shard.reduce_e_grad or shard.sequence_parallel)
+        loss, rows = _evaluate(
+            e, c, targets, bias, temperature, how, options, plain=plain, wants_lse=return_lse,
+            of_shard=of_shard,
+        )  # fmt: skip
 
     row_shape = shape_of_rows(targets, options.shift)
     if reduction == "none":
@@ -182,10 +183,9 @@ def _evaluate(
     options: Options,
     plain: bool,
     wants_lse: bool,
-    of_shard: tuple | None = None,
+    of_shard: shards.Call | None = None,
 ) -> tuple[Tensor, weighting.Rows]:
-    """The loss, per row where nothing is reduced, and the per-row outputs. `of_shard`: what
-    shards.statistics takes beside the operands."""
+    """The loss, per row where nothing is reduced, and the per-row outputs."""
     stats = options.stats
     shift, ignore_index = options.shift, options.ignore_index
     V = options.vocabulary(c)
@@ -224,8 +224,7 @@ def _evaluate(
     def statistics() -> weighting.Rows:
         if of_shard is None:
             return operators.statistics(computation, operands)
-        own_e, shard, tokens = of_shard
-        return shards.statistics(own_e, operands, options, shard, tokens)
+        return of_shard.statistics(operands, options)
 
     if weighs_in_torch:
         rows = statistics()

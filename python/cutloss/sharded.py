@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from . import _sharded
 from ._torch import private
 
 if TYPE_CHECKING:
@@ -171,9 +172,7 @@ def check_tiling(ranges: Sequence[tuple[int, int]]) -> None:
         raise ValueError(f"all shards of vocab_parallel_options are empty: {list(ranges)}")
 
 
-def checked(options: Any, c: Tensor, plain: bool) -> Shard:
-    """The shard that `c` is."""
-    shard = resolved(options)
+def check(shard: Shard, c: Tensor, plain: bool) -> None:
     if isinstance(c, Tensor) and c.dim() == 2 and c.shape[0] != shard.count:
         raise ValueError(
             f"c must have stop - start rows, those of this rank's shard: got c {tuple(c.shape)} and "
@@ -188,4 +187,91 @@ def checked(options: Any, c: Tensor, plain: bool) -> Shard:
             "a sharded classifier (vocab_parallel_options) is not supported under torch.func "
             "(grad, vmap, vjp, jvp): use autograd, or gather c"
         )
-    return shard
+
+
+# DTensors -----------------------------------------------------------------------------------------
+
+
+class Local(NamedTuple):
+    """The caller's tensors as plain ones of this rank, and what they are shards of."""
+
+    e: Tensor
+    c: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    options: Any
+
+
+def local(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, options: Any) -> Local:
+    """Of a c that is a DTensor with Shard(0) on its mesh of one dimension, and of an e, a bias and
+    targets that are DTensors on the same mesh, whose gradients come back as DTensors placed alike.
+    Everything else is left as it is: a DTensor that is left will be refused."""
+    if not _sharded.is_dtensor(c):
+        return Local(e, c, bias, targets, options)
+    mesh = c.device_mesh
+    if mesh.ndim != 1 or not _is_shard(c, 0):
+        return Local(e, c, bias, targets, options)
+    if options is not None:
+        raise ValueError(
+            "c is a DTensor, which says what is whose: leave vocab_parallel_options out, or pass "
+            "c.to_local()"
+        )
+    if bias is not None:
+        if not (_sharded.is_dtensor(bias) and bias.device_mesh == mesh and _is_shard(bias, 0)):
+            raise ValueError(
+                f"bias must be a DTensor placed as c is, {c.placements} on {mesh}: got "
+                f"{_described(bias)}"
+            )
+        bias = bias.to_local(grad_placements=bias.placements)
+    if _sharded.is_dtensor(targets):
+        if targets.device_mesh != mesh or not targets.placements[0].is_replicate():
+            raise ValueError(
+                f"targets must be whole on every rank: got {_described(targets)}; pass "
+                f"targets.full_tensor()"
+            )
+        targets = targets.to_local()
+    e, shares_tokens = _local_e(e, c, mesh)
+    ranges = _chunks(c.shape[0], mesh.size())
+    own = VocabParallelOptions(
+        *ranges[mesh.get_local_rank()], mesh.get_group(), sequence_parallel=shares_tokens
+    )
+    _remember(own, ranges)
+    return Local(e, c.to_local(grad_placements=c.placements), bias, targets, own)
+
+
+def _local_e(e: Tensor, c: Tensor, mesh: Any) -> tuple[Tensor, bool]:
+    """And whether each rank has a share of the tokens."""
+    if not _sharded.is_dtensor(e):
+        return e, False
+    (placement,) = e.placements if e.device_mesh == mesh else (None,)
+    if placement is not None and placement.is_replicate():
+        # Every rank gets the whole sum.
+        return e.to_local(grad_placements=e.placements), False
+    if any(_is_shard(e, dim) for dim in range(e.dim() - 1)) and e.device_mesh == mesh:
+        return e.to_local(grad_placements=e.placements), True
+    raise ValueError(
+        f"e must be plain, or a DTensor on the mesh of c that is whole on every rank (Replicate) or "
+        f"sharded on its tokens (Shard of a dimension other than the last): got {_described(e)} "
+        f"beside c {_described(c)}; pass e.redistribute(placements=[Replicate()]), or "
+        f"e.full_tensor() where its mesh is another"
+    )
+
+
+def _is_shard(t: Any, dim: int) -> bool:
+    """Shard itself, not the strided kind, which FSDP makes of a shard of a shard."""
+    from torch.distributed.tensor import Shard as Sharded
+
+    return len(t.placements) == 1 and type(t.placements[0]) is Sharded and t.placements[0].dim == dim
+
+
+def _described(t: Tensor) -> str:
+    if _sharded.is_dtensor(t):
+        return f"a DTensor {tuple(t.shape)} placed {t.placements} on {t.device_mesh}"
+    return f"a plain tensor {tuple(t.shape)}"
+
+
+def _chunks(V: int, size: int) -> tuple[tuple[int, int], ...]:
+    """The partition of DTensors: whole chunks of V / size rounded up, then what is left."""
+    each = -(-V // size)
+    ends = [min(rank * each, V) for rank in range(size + 1)]
+    return tuple(zip(ends[:-1], ends[1:], strict=True))

@@ -7,20 +7,23 @@ Every rank joins every collective, whatever its data, and one that fails says so
 Plans need not agree: what is exchanged does not depend on them.
 """
 
+import contextlib
 import dataclasses
 import functools
+import math
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _sharded
 from .._core import checks
-from .._core.options import Options
+from .._core.options import Options, stat_dtype
 from .._core.weighting import Rows
 from . import library
-from .autograd import Saved, Tensors
+from .autograd import Saved, Tensors, wants_gradient
 from .operators import Constants, Linear, Outputs, deferred, of_rows
 
 if TYPE_CHECKING:
@@ -45,69 +48,94 @@ def _gathered(t: Tensor, shard: "Shard") -> Tensor:
     return out.view(size, *t.shape)
 
 
-def _tell(shard: "Shard", rows: int, device: torch.device, error: Exception | None) -> None:
-    """Raises on every rank where one of them has failed, or has other rows or classes than the
+def _digest(targets: Tensor) -> Tensor:
+    """A number that hardly two batches of targets share: (1), int64, on their device."""
+    flat = targets.reshape(-1).to(torch.int64)
+    places = torch.arange(1, flat.numel() + 1, device=flat.device)
+    return (flat * (2 * places + 1)).sum().view(1)
+
+
+_FACTS = struct.Struct("6q")  # first, count, total, failed, rows, digest of the targets
+
+
+def _tell(shard: "Shard", rows: int, targets: Tensor, error: Exception | None) -> None:
+    """Raises on every rank where one of them has failed, or has other classes or tokens than the
     others know of. Waits for the device."""
     words = "" if error is None else f"{type(error).__name__}: {error}"
     message = words.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
-    facts = struct.pack("5q", shard.first, shard.count, shard.total, rows, error is not None)
-    own = torch.frombuffer(bytearray(facts + message), dtype=torch.uint8).to(device)
-    all_of_them = [bytes(t.tolist()) for t in _gathered(own, shard).cpu()]
+    digest = _digest(targets).item()
+    facts = _FACTS.pack(shard.first, shard.count, shard.total, error is not None, rows, digest)
+    own = torch.frombuffer(bytearray(facts + message), dtype=torch.uint8).to(targets.device)
+    all_of_them = [bytes(told) for told in _gathered(own, shard).tolist()]
     if error is not None:
         raise error
     for rank, told in enumerate(all_of_them):
-        first, count, total, its_rows, failed = struct.unpack("5q", told[:40])
+        first, count, total, failed, its_rows, its_digest = _FACTS.unpack(told[: _FACTS.size])
         if failed:
-            said = told[40:].rstrip(b"\0").decode(errors="replace")
-            raise RuntimeError(
-                f"rank {rank} of the group of vocab_parallel_options failed: {said}"
-            )
+            said = told[_FACTS.size :].rstrip(b"\0").decode(errors="replace")
+            raise RuntimeError(f"rank {rank} of the sharded classifier's group failed: {said}")
         start, stop = shard.ranges[rank]
         if (first, count, total) != (start, stop - start, shard.total):
             raise ValueError(
-                f"rank {rank} has classes [{first}, {first + count}) of {total}, where rank "
+                f"rank {rank} has the classes [{first}, {first + count}) of {total}, where rank "
                 f"{shard.rank} expected [{start}, {stop}) of {shard.total}: every rank must make "
-                f"the same calls, with vocab_parallel_options of the same classifier"
+                f"the same calls, for shards of the same classifier"
             )
-        if its_rows != rows:
+        if (its_rows, its_digest) != (rows, digest):
             raise ValueError(
-                f"rank {rank} has {its_rows} tokens, rank {shard.rank} has {rows}: every rank must "
-                f"have the same e and targets (where tokens are sharded: sequence_parallel=True)"
+                f"rank {rank} has other targets ({its_rows} tokens) than rank {shard.rank} ({rows} "
+                f"tokens), and the ranks of a sharded classifier must have the same e and targets. "
+                f"If each has a batch of its own (c is a DTensor that FSDP has sharded, not tensor "
+                f"parallelism), {_sharded.IN_FORWARD}"
             )
+
+
+_HEADERS = 2  # records of states that a header takes
 
 
 @functools.lru_cache(maxsize=256)
-def _headers(
-    ranges: tuple, rank: int, record: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """This rank's header, (1, record), and what all of them are to be, (ranks, record): on the
-    device once, since to bring them there would wait."""
+def _known(ranges: tuple, record: int, device: torch.device) -> Tensor:
+    """The numbers that the ranks' headers begin with, (ranks, 4): on the device once, since to
+    bring them there would wait."""
     total = ranges[-1][1]
-    all_of_them = [
-        struct.pack("4q", start, stop - start, total, 0)[:record].ljust(record, b"\0")
-        for start, stop in ranges
-    ]
-    table = torch.frombuffer(bytearray(b"".join(all_of_them)), dtype=torch.uint8)
-    table = table.view(len(ranges), record).to(device)
-    return table[rank : rank + 1].clone(), table
+    table = [(start, stop - start, total, 0) for start, stop in ranges]
+    return torch.tensor(table, dtype=torch.int64, device=device)
+
+
+# Of which groups and shards a first call has been seen, in which every rank looks at what the
+# others have; later ones on CUDA would wait.
+_seen: set[tuple] = set()
+
+
+def _looks(shard: "Shard", device: torch.device) -> bool:
+    key = (shard.group.group_name, shard.ranges)
+    is_first = key not in _seen
+    _seen.add(key)
+    return is_first or checks.may_look(device)
 
 
 def _exchanged(
-    states: Tensor, shard: "Shard", error: Exception | None
+    states: Tensor, targets: Tensor, shard: "Shard", error: Exception | None
 ) -> tuple[Tensor, Tensor | None]:
     """The states of all ranks, (ranks, rows, bytes), and whether all of them are what they should
     be: None where that was looked at, else one bool on the device."""
     rows, record = states.shape
-    if checks.may_look(states.device):
-        _tell(shard, rows, states.device, error)
+    if _looks(shard, states.device):
+        _tell(shard, rows, targets, error)
         return _gathered(states, shard), None
-    header, expected = _headers(shard.ranges, shard.rank, record, states.device)
+    known = _known(shard.ranges, record, states.device)
+    own = torch.cat((known[shard.rank], _digest(targets)))
     if error is not None:
-        header = torch.full_like(header, 255)
+        own = torch.full_like(own, -1)
+    header = states.new_zeros((_HEADERS, record))
+    header.view(-1)[: own.nbytes] = own.view(torch.uint8)
     told = _gathered(torch.cat((header, states)), shard)
     if error is not None:
         raise error
-    return told[:, 1:], (told[:, 0] == expected).all()
+    headers = told[:, :_HEADERS].reshape(len(shard.ranges), -1)[:, : own.nbytes]
+    headers = headers.contiguous().view(torch.int64)
+    is_right = (headers[:, :4] == known).all() & (headers[:, 4] == own[4]).all()
+    return told[:, _HEADERS:], is_right
 
 
 class Tokens(NamedTuple):
@@ -175,7 +203,7 @@ class ShardedLinear(Linear):
                 )  # fmt: skip
             except Exception as failure:  # the other ranks wait for this one
                 error = failure
-        told, is_right = _exchanged(states, shard, error)
+        told, is_right = _exchanged(states, targets, shard, error)
         made = library.call(
             _ops.close_rows, told, targets, class_weight, options.stats, shard.total,
             options.shift, options.ignore_index, options.wants_entropy, options.wants_zbar,
@@ -222,14 +250,51 @@ def _zeros_like(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else torch.zeros_like(bias)
 
 
-def statistics(
-    e: Tensor, operands: tuple, options: Options, shard: "Shard", tokens: Tokens | None
-) -> Rows:
-    """Per-row outputs of the whole vocabulary, whose gradients are made in backward. `e`: the
-    caller's; `operands`: as operators.statistics has them, with the whole e."""
-    computation = ShardedLinear(options, shard, tokens)
-    given = computation.given((*operands, None, None))
-    if tokens is not None:
-        whole, *others = given.operands
-        given = given._replace(operands=(e, *others), made=(whole,))
-    return deferred(computation, given)[1]
+class Call:
+    """One call for a shard. As a context it sees to it that a rank which fails before the exchange
+    joins it all the same, since the others wait for it there."""
+
+    def __init__(self, shard: "Shard", e: Tensor, targets: Tensor, shift: bool | int):
+        self.shard, self.own_e, self.targets, self.shift = shard, e, targets, shift
+        self.tokens: Tokens | None = None
+        self.has_exchanged = False
+
+    def whole_e(self) -> Tensor:
+        """The e of all tokens."""
+        if not self.shard.sequence_parallel:
+            return self.own_e
+        self.tokens = Tokens.of(self.own_e, self.targets, len(self.shard.ranges))
+        whole = self.tokens.gathered(self.own_e, self.shard)
+        return whole.requires_grad_(wants_gradient(self.own_e))
+
+    def statistics(self, operands: tuple, options: Options) -> Rows:
+        """Per-row outputs of the whole vocabulary, whose gradients are made in backward.
+        `operands`: as operators.statistics has them, with the whole e."""
+        computation = ShardedLinear(options, self.shard, self.tokens)
+        given = computation.given((*operands, None, None))
+        if self.tokens is not None:
+            whole, *others = given.operands
+            given = given._replace(operands=(self.own_e, *others), made=(whole,))
+        self.has_exchanged = True  # it will, whatever happens
+        return deferred(computation, given)[1]
+
+    def __enter__(self) -> "Call":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not isinstance(error, Exception) or self.has_exchanged:
+            return
+        shape, stats = self.targets.shape, stat_dtype(self.own_e.dtype)
+        rows = math.prod(shape)
+        if shape and 0 < int(self.shift) <= shape[-1]:
+            rows = math.prod(shape[:-1]) * (shape[-1] - int(self.shift))
+        states = library.call(_ops.empty_states, self.own_e, rows, stats)
+        _exchanged(states, self.targets, self.shard, error)
+
+
+def call(shard: "Shard | None", e: Tensor, targets: Tensor, shift: bool | int) -> Any:
+    """A context: the Call, or None where the classifier is whole."""
+    return _WHOLE if shard is None else Call(shard, e, targets, shift)
+
+
+_WHOLE = contextlib.nullcontext()

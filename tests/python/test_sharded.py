@@ -1,0 +1,426 @@
+"""A classifier in shards (VocabParallelOptions, DTensor): the loss, every result and every gradient
+are those of the whole classifier, the same bits on all ranks, whatever the shards' sizes."""
+
+import dataclasses
+import types
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processes import checks
+from tolerance import assert_near
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from cutloss import VocabParallelOptions, linear_cross_entropy
+
+N, V, D = 60, 507, 24
+SPLITS = ("balanced", "uneven", "one_has_all")
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@dataclasses.dataclass
+class Problem:
+    e: torch.Tensor
+    c: torch.Tensor
+    bias: torch.Tensor
+    targets: torch.Tensor
+    weight: torch.Tensor
+    token_weight: torch.Tensor
+
+
+def make(world, dtype=torch.float32, shape=(N,), ignored=0.2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    targets = torch.randint(V, shape, generator=g)
+    targets[torch.rand(shape, generator=g) < ignored] = -100
+    made = Problem(
+        e=torch.randn(*shape, D, generator=g).to(dtype),
+        c=(torch.randn(V, D, generator=g) / 3).to(dtype),
+        bias=torch.randn(V, generator=g).to(dtype),
+        targets=targets,
+        weight=torch.rand(V, generator=g) + 0.5,
+        token_weight=torch.rand(shape, generator=g),
+    )
+    moved = {f.name: getattr(made, f.name).to(world.device) for f in dataclasses.fields(made)}
+    return Problem(**moved)
+
+
+def ranges_of(world, split):
+    if split == "balanced":
+        own = VocabParallelOptions.from_vocab(V)
+        assert own.stop - own.start in (V // world.size, V // world.size + 1)
+        return own
+    ends = {"uneven": [300, 300, *[V] * 9], "one_has_all": [V] * 11}[split]
+    ends = [0, *ends[: world.size - 1], V]
+    return VocabParallelOptions(ends[world.rank], ends[world.rank + 1])
+
+
+OPTIONS = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "smoothed": {"label_smoothing": 0.1, "z_loss": 1e-3},
+    "weighted": {"weight": "weight", "label_smoothing": 0.2},
+    "token weights": {"token_weight": "token_weight", "z_loss": 1e-2},
+    "bias, softcap": {"bias": "bias", "softcap": 3.0, "logit_scale": 0.5},
+    "everything": {
+        "bias": "bias", "softcap": 5.0, "label_smoothing": 0.1, "weight": "weight",
+        "token_weight": "token_weight", "temperature": 1.7, "return_lse": True,
+        "return_entropy": True, "return_predictions": True, "z_loss": 1e-3,
+    },
+    "lse and entropy": {"return_lse": True, "return_entropy": True},
+    "predictions": {"return_predictions": True, "reduction": "none"},
+    "by rows": {"schedule": "rows"},
+    "by vocabulary": {"schedule": "vocabulary"},
+}  # fmt: skip
+
+
+def given_by_name(p, options):
+    return {k: getattr(p, v) if v in ("bias", "weight", "token_weight") else v
+            for k, v in options.items()}  # fmt: skip
+
+
+def total_of(results):
+    """One number that depends on every differentiable result, and all of the results."""
+    results = results if isinstance(results, tuple) else (results,)
+    floating = [r for r in results if r.is_floating_point()]
+    weights = [torch.linspace(1, 2, r.numel(), dtype=r.dtype, device=r.device).view(r.shape)
+               for r in floating]  # fmt: skip
+    return sum((r * w).sum() for r, w in zip(floating, weights)), results
+
+
+def whole(p, options, dtype=torch.float64):
+    """In fp64, in one process."""
+    e, c, bias = (t.to(dtype, copy=True).requires_grad_() for t in (p.e, p.c, p.bias))
+    args = given_by_name(p, options)
+    if "bias" in args:
+        args["bias"] = bias
+    args.pop("schedule", None)
+    loss, results = total_of(linear_cross_entropy(e, c, p.targets, **args))
+    loss.backward()
+    return results, e.grad, c.grad, bias.grad
+
+
+def sharded(p, options, own, **more):
+    e = p.e.clone().requires_grad_()
+    c = p.c[own.start : own.stop].clone().requires_grad_()
+    bias = p.bias[own.start : own.stop].clone().requires_grad_()
+    args = {**given_by_name(p, options), **more}
+    if "bias" in args:
+        args["bias"] = bias
+    loss, results = total_of(
+        linear_cross_entropy(e, c, p.targets, vocab_parallel_options=own, **args)
+    )
+    loss.backward()
+    return results, e.grad, c.grad, bias.grad
+
+
+def same_on_all(world, *tensors):
+    for t in tensors:
+        told = [torch.empty_like(t) for _ in range(world.size)]
+        dist.all_gather(told, t.contiguous())
+        for rank, other in enumerate(told):
+            assert torch.equal(other.nan_to_num(7), t.nan_to_num(7)), f"rank {rank} differs"
+
+
+def compare(world, p, options, own, products):
+    want = whole(p, options)
+    results, de, dc, dbias = sharded(p, options, own)
+    for got, expected in zip(results, want[0], strict=True):
+        if got.is_floating_point():
+            assert_near(got, expected, "a result", products)
+        else:
+            assert torch.equal(got, expected)
+    same_on_all(world, *[r.detach() for r in results], de)
+    shard = slice(own.start, own.stop)
+    assert de.dtype == p.e.dtype and dc.dtype == p.c.dtype
+    assert_near(de, want[1], "e.grad", products)
+    if own.stop > own.start:
+        assert_near(dc, want[2][shard], "c.grad", products)
+    if "bias" in options and own.stop > own.start:
+        assert_near(dbias, want[3][shard], "bias.grad", products)
+
+
+def check_options(world, name, split):
+    p = make(world, torch.float32)
+    compare(world, p, OPTIONS[name], ranges_of(world, split), torch.float32)
+
+
+def check_dtypes(world, dtype, split):
+    p = make(world, dtype)
+    compare(world, p, OPTIONS["mean"], ranges_of(world, split), dtype)
+
+
+def check_shapes(world):
+    for shape, shift in (((3, 11), 1), ((2, 3, 5), 0), ((1,), 0), ((0,), 0), ((2, 1), 1)):
+        p = make(world, shape=shape)
+        options = {"shift": shift, "reduction": "sum"}
+        compare(world, p, options, ranges_of(world, "uneven"), torch.float32)
+
+
+def check_everything_ignored(world):
+    p = make(world, ignored=1.0)
+    loss, results = None, None
+    e = p.e.clone().requires_grad_()
+    own = ranges_of(world, "uneven")
+    c = p.c[own.start : own.stop].clone().requires_grad_()
+    loss = linear_cross_entropy(e, c, p.targets, vocab_parallel_options=own)
+    assert loss.isnan()
+    loss.backward()
+    assert (e.grad == 0).all() and (c.grad == 0).all()
+
+
+def check_apples_case(world):
+    """N 252, V 507, D 123, a fifth ignored, and an lse that carries a gradient: the test of
+    cut_cross_entropy."""
+    torch.manual_seed(0)
+    e0 = torch.randn(252, 123, device=world.device).bfloat16()
+    c0 = (torch.randn(V, 123, device=world.device) / 5).bfloat16()
+    y = torch.randint(V, (252,), device=world.device)
+    y[torch.rand(252, device=world.device) < 0.2] = -100
+    dist.broadcast(e0, 0), dist.broadcast(c0, 0), dist.broadcast(y, 0)
+
+    def step(e, c, **options):
+        nll, lse = linear_cross_entropy(e, c, y, return_lse=True, **options)
+        (nll + 1e-2 * lse[y != -100].square().mean()).backward()
+        return nll
+
+    own = types.SimpleNamespace(group=None, reduce_e_grad=True)  # theirs, by its attributes
+    own.start, own.stop = 507 * world.rank // world.size, 507 * (world.rank + 1) // world.size
+    e, c = e0.clone().requires_grad_(), c0[own.start : own.stop].clone().requires_grad_()
+    nll = step(e, c, vocab_parallel_options=own)
+    e1, c1 = e0.double().requires_grad_(), c0.double().requires_grad_()
+    assert_near(nll, step(e1, c1), "nll", torch.bfloat16)
+    assert_near(e.grad, e1.grad, "e.grad", torch.bfloat16)
+    assert_near(c.grad, c1.grad[own.start : own.stop], "c.grad", torch.bfloat16)
+
+
+def check_parts_of_e(world):
+    p = make(world)
+    own = dataclasses.replace(ranges_of(world, "uneven"), reduce_e_grad=False)
+    _, part, _, _ = sharded(p, {}, own)
+    dist.all_reduce(part)
+    assert_near(part, whole(p, {})[1], "the sum of the parts", torch.float32)
+
+
+def check_nobody_asks_for_e(world):
+    """Nothing is communicated in backward; nor is there anything to reduce without gradients."""
+    p, own = make(world), ranges_of(world, "balanced")
+    c = p.c[own.start : own.stop].clone().requires_grad_()
+    loss = linear_cross_entropy(p.e, c, p.targets, vocab_parallel_options=own)
+    with counted_collectives() as calls:
+        loss.backward()
+    assert not calls
+    assert_near(c.grad, whole(p, {})[2][own.start : own.stop], "c.grad", torch.float32)
+    with torch.no_grad(), counted_collectives() as calls:
+        linear_cross_entropy(p.e, c, p.targets, vocab_parallel_options=own)
+    assert 1 <= len(calls) <= 2
+
+
+class counted_collectives:
+    """Calls of torch.distributed that communicate, by name."""
+
+    def __enter__(self):
+        from cutloss._torch import shards
+
+        self.calls, self.undo = [], []
+        places = (dist, "all_reduce"), (shards, "_all_gather"), (shards, "_reduce_scatter")
+        for module, name in places:
+            original = getattr(module, name)
+            self.undo.append((module, name, original))
+            setattr(module, name, lambda *a, _f=original, _n=name, **k: (
+                self.calls.append(_n), _f(*a, **k))[1])  # fmt: skip
+        return self.calls
+
+    def __exit__(self, *_):
+        for module, name, original in self.undo:
+            setattr(module, name, original)
+
+
+def check_random_splits(world):
+    p = make(world)
+    want = whole(p, OPTIONS["everything"])
+
+    @settings(derandomize=True, max_examples=15, deadline=None, database=None)
+    @given(st.lists(st.integers(0, V), min_size=world.size - 1, max_size=world.size - 1))
+    def try_split(ends):
+        ends = [0, *sorted(ends), V]
+        own = VocabParallelOptions(ends[world.rank], ends[world.rank + 1])
+        results, de, _, _ = sharded(p, OPTIONS["everything"], own)
+        assert_near(results[0], want[0][0], "loss", torch.float32)
+        assert_near(de, want[1], "e.grad", torch.float32)
+
+    try_split()
+
+
+def check_plans_may_differ(world):
+    """Each rank plans for itself, with what memory it has: nothing that ranks exchange depends on
+    it."""
+    p = make(world, shape=(400,))
+    own = ranges_of(world, "uneven")
+    memory = None if world.rank == 0 else 1 << 18
+    schedule = "rows" if world.rank == 0 else "vocabulary"
+    results, de, dc, _ = sharded(p, {}, own, max_workspace=memory, schedule=schedule)
+    want = whole(p, {})
+    assert_near(results[0], want[0][0], "loss", torch.float32)
+    assert_near(de, want[1], "e.grad", torch.float32)
+    same_on_all(world, results[0].detach(), de)
+
+
+def check_repeatable(world):
+    p, own = make(world, torch.bfloat16), ranges_of(world, "uneven")
+    first = sharded(p, OPTIONS["everything"], own)
+    for _ in range(5):
+        again = sharded(p, OPTIONS["everything"], own)
+        for a, b in zip((*first[0], *first[1:3]), (*again[0], *again[1:3])):
+            assert torch.equal(a, b)
+
+
+# Tokens in shards ---------------------------------------------------------------------------------
+
+
+def check_sequence_parallel(world, dim):
+    p = make(world, torch.bfloat16, shape=(4 * world.size, 3 * world.size))
+    own = dataclasses.replace(ranges_of(world, "uneven"), sequence_parallel=True)
+    parts = p.e.chunk(world.size, dim)
+    e = parts[world.rank].clone().requires_grad_()
+    c = p.c[own.start : own.stop].clone().requires_grad_()
+    loss = linear_cross_entropy(e, c, p.targets, shift=1, vocab_parallel_options=own)
+    loss.backward()
+    (want, *_), de, dc, _ = whole(p, {"shift": 1})
+    assert_near(loss, want, "loss", torch.bfloat16)
+    assert_near(e.grad, de.chunk(world.size, dim)[world.rank], "e.grad", torch.bfloat16)
+    if own.stop > own.start:
+        assert_near(c.grad, dc[own.start : own.stop], "c.grad", torch.bfloat16)
+
+
+def check_dtensors(world):
+    p = make(world, shape=(world.size, 4 * world.size))
+    want = whole(p, {"bias": "bias"})
+    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("tp",))
+
+    def placed(t, placement):
+        return distribute_tensor(t, mesh, [placement]).requires_grad_()
+
+    for make_e in (
+        lambda: p.e.clone().requires_grad_(),
+        lambda: placed(p.e, Replicate()),
+        lambda: placed(p.e, Shard(0)),
+        lambda: placed(p.e, Shard(1)),
+    ):
+        e, c, bias = make_e(), placed(p.c, Shard(0)), placed(p.bias, Shard(0))
+        loss, _ = total_of(linear_cross_entropy(e, c, p.targets, bias))
+        loss.backward()
+        assert_near(loss, want[0][0], "loss", torch.float32)
+        for t, expected in zip((e, c, bias), want[1:], strict=True):
+            if t is not e or t.is_cpu is False or hasattr(t, "placements"):
+                assert t.grad.placements == t.placements
+            got = t.grad.full_tensor() if hasattr(t.grad, "full_tensor") else t.grad
+            assert_near(got, expected, "a gradient", torch.float32)
+
+
+# What is refused, and what goes wrong -------------------------------------------------------------
+
+
+def refused(error, match, function):
+    with pytest.raises(error, match=match):
+        function()
+
+
+def check_refusals(world):
+    p, own = make(world), ranges_of(world, "balanced")
+    c = p.c[own.start : own.stop]
+
+    def call(c=c, options=own, **more):
+        return linear_cross_entropy(p.e, c, p.targets, vocab_parallel_options=options, **more)
+
+    refused(ValueError, "stop - start rows", lambda: call(p.c))
+    refused(NotImplementedError, "takes a whole classifier", lambda: call(impl="torch"))
+    refused(TypeError, "without start", lambda: call(options=object()))
+    refused(TypeError, "start must be an int", lambda: call(options=VocabParallelOptions(0.0, 1)))
+    refused(ValueError, "0 <= start <= stop", lambda: call(options=VocabParallelOptions(3, 1)))
+    refused(ValueError, "weight must be", lambda: call(weight=p.weight[:-1]))
+    refused(ValueError, "follow each other", lambda: call(
+        p.c[:10], VocabParallelOptions(0, 10)))  # fmt: skip
+    refused(ValueError, "vocab_size must be", lambda: VocabParallelOptions.from_vocab(0))
+    refused(NotImplementedError, "torch.func", lambda: torch.func.grad(
+        lambda e: linear_cross_entropy(e, c, p.targets, vocab_parallel_options=own))(p.e))  # fmt: skip
+    p.targets[7] = V
+    refused(ValueError, f"is {V}, outside", call)
+
+
+def check_one_rank_fails(world):
+    """Every rank raises; nobody waits."""
+    p, own = make(world), ranges_of(world, "balanced")
+    c = p.c[own.start : own.stop].clone().requires_grad_()
+    last = world.size - 1
+    for _ in range(2):
+        error, match = RuntimeError, f"rank {last} .* failed: ValueError: .*max_workspace"
+        memory = None
+        if world.rank == last:
+            error, match, memory = ValueError, "the smallest plan needs", 16
+        refused(error, match, lambda: linear_cross_entropy(
+            p.e, c, p.targets, vocab_parallel_options=own, max_workspace=memory))  # fmt: skip
+    linear_cross_entropy(p.e, c, p.targets, vocab_parallel_options=own).backward()
+
+
+def check_ranks_disagree(world):
+    p, own = make(world), ranges_of(world, "balanced")
+    c = p.c[own.start : own.stop]
+    targets = p.targets.clone()
+    targets[0] = world.rank
+
+    def call(**more):
+        linear_cross_entropy(p.e, c, vocab_parallel_options=own, **{"targets": targets, **more})
+
+    refused(ValueError, "other targets", call)
+    rows = N - (world.rank == 0)
+    refused(ValueError, "tokens", lambda: linear_cross_entropy(
+        p.e[:rows], c, p.targets[:rows], vocab_parallel_options=own))  # fmt: skip
+
+
+CHECKS = [
+    *checks(check_options, OPTIONS, SPLITS),
+    *checks(check_dtypes, DTYPES, SPLITS),
+    *checks(check_shapes),
+    *checks(check_everything_ignored),
+    *checks(check_apples_case),
+    *checks(check_parts_of_e),
+    *checks(check_nobody_asks_for_e),
+    *checks(check_random_splits),
+    *checks(check_plans_may_differ),
+    *checks(check_repeatable),
+    *checks(check_sequence_parallel, (0, 1)),
+    *checks(check_dtensors),
+    *checks(check_refusals),
+    *checks(check_one_rank_fails),
+    *checks(check_ranks_disagree),
+]
+SIZES = (2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return {
+        size: processes.run(CHECKS, tmp_path_factory.mktemp(f"cpu{size}"), size) for size in SIZES
+    }
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_cpu(results, size, check):
+    processes.passed(results[size], check)
+
+
+def test_without_a_group():
+    options = VocabParallelOptions(0, 4)
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        linear_cross_entropy(
+            torch.ones(2, 3), torch.ones(4, 3), torch.zeros(2, dtype=torch.int64),
+            vocab_parallel_options=options,
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        VocabParallelOptions.from_vocab(4)
