@@ -2,6 +2,7 @@
 are those of the whole classifier, the same bits on all ranks, whatever the shards' sizes."""
 
 import dataclasses
+import os
 import types
 
 import processes
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from cutloss import VocabParallelOptions, linear_cross_entropy
+from cutloss._torch import library
 
 N, V, D = 60, 507, 24
 SPLITS = ("balanced", "uneven", "one_has_all")
@@ -349,21 +351,36 @@ def check_refusals(world):
     refused(NotImplementedError, "torch.func", lambda: torch.func.grad(
         lambda e: linear_cross_entropy(e, c, p.targets, vocab_parallel_options=own))(p.e))  # fmt: skip
     p.targets[7] = V
+    if world.device.type == "cuda":  # where nobody looks
+        assert call().isnan()
+        os.environ["CUTLOSS_CHECK"] = "1"
     refused(ValueError, f"is {V}, outside", call)
+    os.environ.pop("CUTLOSS_CHECK", None)
 
 
 def check_one_rank_fails(world):
-    """Every rank raises; nobody waits."""
+    """Every rank raises, or, on CUDA, where nobody looks, has NaN; nobody waits."""
     p, own = make(world), ranges_of(world, "balanced")
+    on_cuda = world.device.type == "cuda"
     c = p.c[own.start : own.stop].clone().requires_grad_()
     last = world.size - 1
-    for _ in range(2):
+    for looks in (True, False) if on_cuda else (True, True):
+        os.environ["CUTLOSS_CHECK"] = str(int(looks))
         error, match = RuntimeError, f"rank {last} .* failed: ValueError: .*max_workspace"
         memory = None
         if world.rank == last:
             error, match, memory = ValueError, "the smallest plan needs", 16
-        refused(error, match, lambda: linear_cross_entropy(
-            p.e, c, p.targets, vocab_parallel_options=own, max_workspace=memory))  # fmt: skip
+
+        def call():
+            return linear_cross_entropy(
+                p.e, c, p.targets, vocab_parallel_options=own, max_workspace=memory
+            )
+
+        if looks or world.rank == last:
+            refused(error, match, call)
+        else:
+            assert call().isnan()
+    os.environ.pop("CUTLOSS_CHECK")
     linear_cross_entropy(p.e, c, p.targets, vocab_parallel_options=own).backward()
 
 
@@ -376,10 +393,47 @@ def check_ranks_disagree(world):
     def call(**more):
         linear_cross_entropy(p.e, c, vocab_parallel_options=own, **{"targets": targets, **more})
 
+    if world.device.type == "cuda":
+        loss = linear_cross_entropy(
+            p.e, c, targets, vocab_parallel_options=own, reduction="none"
+        )
+        assert loss[targets != -100].isnan().all()
+        os.environ["CUTLOSS_CHECK"] = "1"
     refused(ValueError, "other targets", call)
     rows = N - (world.rank == 0)
     refused(ValueError, "tokens", lambda: linear_cross_entropy(
         p.e[:rows], c, p.targets[:rows], vocab_parallel_options=own))  # fmt: skip
+    os.environ.pop("CUTLOSS_CHECK", None)
+
+
+def check_the_first_call_looks(world):
+    """On CUDA too: what is wrong from the start is said in words, once."""
+    p = make(world)
+    own = ranges_of(world, "uneven")
+    own = dataclasses.replace(own, group=dist.new_group(list(range(world.size))))
+    targets = p.targets.clone()
+    targets[0] = world.rank
+    c = p.c[own.start : own.stop]
+    refused(ValueError, "other targets", lambda: linear_cross_entropy(
+        p.e, c, targets, vocab_parallel_options=own))  # fmt: skip
+
+
+def check_nothing_waits_for_the_device(world):
+    if world.device.type != "cuda":
+        return
+    p, own = make(world, torch.bfloat16), ranges_of(world, "balanced")
+    e = p.e.clone().requires_grad_()
+    c = p.c[own.start : own.stop].clone().requires_grad_()
+
+    def step():
+        linear_cross_entropy(e, c, p.targets, vocab_parallel_options=own).backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 CHECKS = [
@@ -398,6 +452,8 @@ CHECKS = [
     *checks(check_refusals),
     *checks(check_one_rank_fails),
     *checks(check_ranks_disagree),
+    *checks(check_the_first_call_looks),
+    *checks(check_nothing_waits_for_the_device),
 ]
 SIZES = (2, 3, 4)
 
@@ -413,6 +469,23 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("size", SIZES)
 def test_cpu(results, size, check):
     processes.passed(results[size], check)
+
+
+needs_two_devices = pytest.mark.skipif(
+    not library.HAS_CUDA or torch.cuda.device_count() < 2,
+    reason="fewer than two CUDA devices, or a build without CUDA",
+)
+
+
+@pytest.fixture(scope="module")
+def on_cuda(tmp_path_factory):
+    return processes.run(CHECKS, tmp_path_factory.mktemp("cuda"), 2, "cuda", seconds=240)
+
+
+@needs_two_devices
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_cuda(on_cuda, check):
+    processes.passed(on_cuda, check)
 
 
 def test_without_a_group():
