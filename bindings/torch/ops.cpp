@@ -273,12 +273,12 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
       "loss_terms(Tensor targets, Tensor? token_weight, Tensor? class_weight, "
       "ScalarType compute_dtype, SymInt V, int shift, int ignore_index, bool mean, "
       "float label_smoothing, float z_loss) -> (Tensor terms, Tensor undefined)");
-  m.def("open_statistics(" CUTLOSS_OPERANDS ", *, " CUTLOSS_OPTIONS
+  m.def("open_statistics(" CUTLOSS_OPERANDS ", int before, *, " CUTLOSS_OPTIONS
         ") -> (Tensor states, Tensor kept)");
   m.def("empty_states(Tensor like, SymInt rows, ScalarType stat_dtype) -> Tensor");
   m.def(
-      "close_rows(Tensor states, Tensor targets, Tensor? class_weight, ScalarType stat_dtype, "
-      "SymInt V, int shift, int ignore_index, bool wants_entropy, bool wants_zbar, "
+      "close_rows(Tensor states, Tensor targets, Tensor? class_weight, Tensor? is_right, "
+      "int before, ScalarType stat_dtype, SymInt V, int shift, int ignore_index, bool wants_entropy, bool wants_zbar, "
       "bool wants_argmax) -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, "
       "Tensor entropy, Tensor zbar_centred, Tensor argmax)");
   m.def("chunks_begin(" CUTLOSS_OPERANDS ", *, " CUTLOSS_OPTIONS

@@ -15,14 +15,17 @@ DType stat_of(ScalarType type) { return dtype_of(type, "stat_dtype"); }
 
 void open_statistics(Stack& stack) {
   Operands operands = read_operands(stack);
+  const auto before = stack.next<std::int64_t>();
   const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
   const std::int64_t bytes = row_state_bytes(stat_of(call.stats()));
-  const Tensor states = call.make({call.rows(), bytes}, ScalarType::Byte);
+  const Tensor states = call.make({before + call.rows(), bytes}, ScalarType::Byte);
   const Tensor kept = call.make({call.kept_bytes()}, ScalarType::Byte);
   const Workspace workspace = call.scratch(plan.forward_workspace_bytes);
-  call.args.rows.state = data(states);
+  if (states.numel() > 0) {
+    call.args.rows.state = static_cast<std::byte*>(data(states)) + before * bytes;
+  }
   call.args.kept = data(kept);
   call.args.workspace = workspace.data();
   forward(plan, call.args);
@@ -44,6 +47,8 @@ void close_rows(Stack& stack) {
   const Tensor given = stack.next<Tensor>();
   Tensor targets = stack.next<Tensor>();
   const auto class_weight = stack.next<std::optional<Tensor>>();
+  const auto is_right = stack.next<std::optional<Tensor>>();
+  const auto before = stack.next<std::int64_t>();
   const auto type = stack.next<ScalarType>();
   LossRows rows;
   rows.type = stat_of(type);
@@ -67,11 +72,11 @@ void close_rows(Stack& stack) {
   rows.rows.length = targets.size(1);
   rows.rows.target_type = index_type_of(targets.scalar_type());
   const std::int64_t count = row_count(rows.rows), bytes = row_state_bytes(rows.type);
-  if (given.dim() != 3 || given.size(1) != count || given.size(2) != bytes ||
+  if (given.dim() != 3 || given.size(1) != before + count || given.size(2) != bytes ||
       given.scalar_type() != ScalarType::Byte) {
-    throw Error(ErrorCode::invalid_value, "states must be (shards, " + std::to_string(count) +
-                                              ", " + std::to_string(bytes) + ") bytes, got shape " +
-                                              shape(given));
+    throw Error(ErrorCode::invalid_value,
+                "states must be (shards, " + std::to_string(before + count) + ", " +
+                    std::to_string(bytes) + ") bytes, got shape " + shape(given));
   }
   const Tensor states = packed(given, "states");
   RowInputs inputs(here, count, type);
@@ -80,10 +85,14 @@ void close_rows(Stack& stack) {
                                               "), got shape " + shape(*class_weight));
   }
   const RowTensors out(states, count, type, wanted);
-  cutloss::close_rows(rows,
-                      {data(states), states.size(0), targets.const_data_ptr(),
-                       inputs.class_weight(class_weight), {}},
-                      out.outputs(), here.stream());
+  RowStates s;
+  s.states = count > 0 ? static_cast<std::byte*>(data(states)) + before * bytes : nullptr;
+  s.count = states.size(0);
+  s.stride = before + count;
+  s.targets = targets.const_data_ptr();
+  s.class_weight = inputs.class_weight(class_weight);
+  s.is_right = inputs.flag(is_right);
+  cutloss::close_rows(rows, s, out.outputs(), here.stream());
   out.put(stack);
 }
 

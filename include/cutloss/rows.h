@@ -49,10 +49,14 @@ struct RowStates {
   // wanted of the rows must have been wanted of all of them.
   const void* states = nullptr;
   std::int64_t count = 0;
+  // Records from the states of one shard to those of the next; 0: there are as many as rows.
+  std::int64_t stride = 0;
   const void* targets = nullptr;       // (sequences, length), of the whole vocabulary
   const void* class_weight = nullptr;  // (V): of zbar
   // Only these rows; all of them where its pointer is null.
   RowList some;
+  // Null, or one: where it is false nothing is known of any row, and all outputs are NaN.
+  const bool* is_right = nullptr;
 };
 
 // Merges the states that the shards of one vocabulary left of each row, in the order of the shards,

@@ -113,7 +113,14 @@ void close_rows(const LossRows& given, const RowStates& s, const RowOutputs& out
   RowOutputs closed = out;
   closed.state = nullptr;
   if (s.some.rows != nullptr && s.some.count == 0) return;
-  calls_of(rows.device, "close_rows").close_rows(rows, s, closed, stream);
+  RowStates settled = s;
+  if (s.stride == 0) settled.stride = row_count(rows.rows);
+  if (settled.stride < row_count(rows.rows)) {
+    throw Error(ErrorCode::invalid_value,
+                text("close_rows: stride must be at least the number of rows, ",
+                     row_count(rows.rows), " (0 means as many), got ", s.stride));
+  }
+  calls_of(rows.device, "close_rows").close_rows(rows, settled, closed, stream);
 }
 
 void empty_states(Device device, DType stat, std::int64_t rows, void* states, void* stream) {

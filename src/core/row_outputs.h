@@ -4,6 +4,7 @@
 #include "core/row_map.h"
 #include "core/row_state.h"
 #include "cutloss/call.h"
+#include "cutloss/rows.h"
 
 namespace cutloss {
 
@@ -65,12 +66,12 @@ CUTLOSS_HOST_DEVICE void finish_row(const RowOutputs& out, std::int64_t n, RowSt
   write_row(out, n, closed(state, column, target_weight, classes.total));
 }
 
-// Row n of the whole vocabulary, of the states of `count` shards: part k's are at `states` + k rows.
+// Row n of the whole vocabulary, of the states of all shards.
 template <class T>
-CUTLOSS_HOST_DEVICE RowState<T> merged(const RowState<T>* states, std::int64_t count,
-                                       std::int64_t rows, std::int64_t n) {
-  RowState<T> all = states[n];
-  for (std::int64_t k = 1; k < count; ++k) merge(all, states[k * rows + n]);
+CUTLOSS_HOST_DEVICE RowState<T> merged(const RowStates& s, std::int64_t n) {
+  const auto* state = static_cast<const RowState<T>*>(s.states) + n;
+  RowState<T> all = *state;
+  for (std::int64_t k = 1; k < s.count; ++k) merge(all, state[k * s.stride]);
   return all;
 }
 

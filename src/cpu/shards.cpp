@@ -23,17 +23,17 @@ void close_all(const LossRows& given, const RowStates& s, const RowOutputs& out)
                  {map.sequence(n), map.column(n) + map.shift});
   }
   const auto* weight = static_cast<const T*>(s.class_weight);
-  const auto* states = static_cast<const RowState<T>*>(s.states);
+  const bool is_right = s.is_right == nullptr || *s.is_right;
 #pragma omp parallel for schedule(static)
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t n = row(i);
     if (n < 0) continue;
     const std::int64_t own = target(n);
-    if (own == rows.ignore_index) {
-      clear_row(out, n, T(0));
+    if (!is_right || own == rows.ignore_index) {
+      clear_row(out, n, is_right ? T(0) : std::numeric_limits<T>::quiet_NaN());
     } else {
-      write_row(out, n, closed(merged(states, s.count, N, n), own,
-                               weight == nullptr ? T(1) : weight[own], given.classes));
+      write_row(out, n, closed(merged<T>(s, n), own, weight == nullptr ? T(1) : weight[own],
+                               given.classes));
     }
   }
 }

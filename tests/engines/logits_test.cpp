@@ -462,7 +462,7 @@ const Refusal kRefusals[] = {
      [](Call& c) {
        classes_of(c.p) = {7, 7, 14};
      },
-     {"first 7", "count 7", "total 14", "first = 0"},
+     {"first 7", "count 7", "total 14", "Linear source"},
      ErrorCode::unsupported},
     {"linear", [](Call& c) { c.p.source = Linear{}; }, {"Linear", "needs Logits", "make_plan"}},
     {"gradient_not_wanted",

@@ -135,8 +135,8 @@ Outputs run_sharded(const Data& data, const std::string& engine, const Mode& mod
   const auto close_all = [&](RowList some) {
     const Inputs in = data.inputs(whole.device);
     close_rows(loss_rows(whole),
-               {states.of(0), static_cast<std::int64_t>(split.size()), in.targets, in.class_weight,
-                some},
+               {states.of(0), static_cast<std::int64_t>(split.size()), 0, in.targets,
+                in.class_weight, some, nullptr},
                rows.rows(whole.device), nullptr);
   };
   bool joint = false;
@@ -280,7 +280,11 @@ TEST(Shard, RefusesWhatIsNone) {
   args.rows.state = state.data() + 4;
   EXPECT_THROW(forward(plan, args), Error);
   const LossRows rows = loss_rows(plan.problem);
-  const RowStates right{state.data(), 1, args.in.targets, nullptr, {}};
+  const bool wrong_states = false;
+  RowStates right;
+  right.states = state.data();
+  right.count = 1;
+  right.targets = args.in.targets;
   EXPECT_NO_THROW(close_rows(rows, right, args.rows, nullptr));
   const auto refuses = [&](auto change) {
     RowStates wrong = right;
@@ -288,9 +292,13 @@ TEST(Shard, RefusesWhatIsNone) {
     EXPECT_THROW(close_rows(rows, wrong, args.rows, nullptr), Error);
   };
   refuses([](RowStates& s) { s.count = 0; });
+  refuses([](RowStates& s) { s.stride = 4; });
   refuses([](RowStates& s) { s.states = nullptr; });
   refuses([](RowStates& s) { s.states = static_cast<const std::byte*>(s.states) + 4; });
   refuses([](RowStates& s) { s.targets = nullptr; });
+  right.is_right = &wrong_states;
+  close_rows(rows, right, args.rows, nullptr);
+  for (std::int64_t n = 0; n < 5; ++n) EXPECT_TRUE(std::isnan(out.nll.get(n)));
   EXPECT_THROW(empty_states(Device::cpu, DType::f32, 5, nullptr, nullptr), Error);
   EXPECT_THROW(empty_states(Device::cpu, DType::bf16, 5, state.data(), nullptr), Error);
   EXPECT_THROW(row_state_bytes(DType::bf16), Error);

@@ -263,7 +263,7 @@ def check_plans_may_differ(world):
     it."""
     p = make(world, shape=(400,))
     own = ranges_of(world, "uneven")
-    memory = None if world.rank == 0 else 1 << 18
+    memory = None if world.rank == 0 else 1 << 20
     schedule = "rows" if world.rank == 0 else "vocabulary"
     results, de, dc, _ = sharded(p, {}, own, max_workspace=memory, schedule=schedule)
     want = whole(p, {})

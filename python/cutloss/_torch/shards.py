@@ -51,8 +51,12 @@ def _gathered(t: Tensor, shard: "Shard") -> Tensor:
 def _digest(targets: Tensor) -> Tensor:
     """A number that hardly two batches of targets share: (1), int64, on their device."""
     flat = targets.reshape(-1).to(torch.int64)
-    places = torch.arange(1, flat.numel() + 1, device=flat.device)
-    return (flat * (2 * places + 1)).sum().view(1)
+    return (flat * _odd_numbers(flat.numel(), flat.device)).sum().view(1)
+
+
+@functools.lru_cache(maxsize=16)
+def _odd_numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, 2 * count + 1, 2, device=device)
 
 
 _FACTS = struct.Struct("6q")  # first, count, total, failed, rows, digest of the targets
@@ -94,7 +98,7 @@ _HEADERS = 2  # records of states that a header takes
 
 
 @functools.lru_cache(maxsize=256)
-def _known(ranges: tuple, record: int, device: torch.device) -> Tensor:
+def _known(ranges: tuple, device: torch.device) -> Tensor:
     """The numbers that the ranks' headers begin with, (ranks, 4): on the device once, since to
     bring them there would wait."""
     total = ranges[-1][1]
@@ -107,35 +111,31 @@ def _known(ranges: tuple, record: int, device: torch.device) -> Tensor:
 _seen: set[tuple] = set()
 
 
-def _looks(shard: "Shard", device: torch.device) -> bool:
-    key = (shard.group.group_name, shard.ranges)
-    is_first = key not in _seen
-    _seen.add(key)
-    return is_first or checks.may_look(device)
+def _key(shard: "Shard") -> tuple:
+    return shard.group.group_name, shard.ranges
 
 
 def _exchanged(
     states: Tensor, targets: Tensor, shard: "Shard", error: Exception | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The states of all ranks, (ranks, rows, bytes), and whether all of them are what they should
-    be: None where that was looked at, else one bool on the device."""
-    rows, record = states.shape
-    if _looks(shard, states.device):
-        _tell(shard, rows, targets, error)
+    """The states of all ranks, (ranks, _HEADERS + rows, bytes), and whether all of them are what
+    they should be: None where that was looked at, else one bool on the device. `states` has room
+    for the header."""
+    records, record = states.shape
+    if _key(shard) not in _seen or checks.may_look(states.device):
+        _tell(shard, records - _HEADERS, targets, error)
+        _seen.add(_key(shard))
         return _gathered(states, shard), None
-    known = _known(shard.ranges, record, states.device)
-    own = torch.cat((known[shard.rank], _digest(targets)))
-    if error is not None:
-        own = torch.full_like(own, -1)
-    header = states.new_zeros((_HEADERS, record))
-    header.view(-1)[: own.nbytes] = own.view(torch.uint8)
-    told = _gathered(torch.cat((header, states)), shard)
+    known, digest = _known(shard.ranges, states.device), _digest(targets)
+    expected = torch.cat((known, digest.expand(len(shard.ranges), 1)), dim=1)
+    own = expected[shard.rank] if error is None else torch.full_like(digest.expand(5), -1)
+    size = own.numel() * own.itemsize
+    states.view(-1)[:size] = own.view(torch.uint8)
+    told = _gathered(states, shard)
     if error is not None:
         raise error
-    headers = told[:, :_HEADERS].reshape(len(shard.ranges), -1)[:, : own.nbytes]
-    headers = headers.contiguous().view(torch.int64)
-    is_right = (headers[:, :4] == known).all() & (headers[:, 4] == own[4]).all()
-    return told[:, _HEADERS:], is_right
+    headers = told.view(len(shard.ranges), -1)[:, :size].contiguous().view(torch.int64)
+    return told, (headers == expected).all()
 
 
 class Tokens(NamedTuple):
@@ -193,24 +193,23 @@ class ShardedLinear(Linear):
         options, shard = self.options, self.shard
         rows = e.shape[0] * (e.shape[1] - options.shift)
         kept = e.new_empty((0,), dtype=torch.uint8)
-        error = None
-        states = library.call(_ops.empty_states, e, rows, options.stats)
-        if shard.count > 0:
-            try:
+        states = error = None
+        try:
+            if shard.count > 0:
                 states, kept = library.call(
                     _ops.open_statistics, e, c, bias, targets, row_temperature, class_weight,
-                    **self.keywords(),
+                    _HEADERS, **self.keywords(),
                 )  # fmt: skip
-            except Exception as failure:  # the other ranks wait for this one
-                error = failure
+        except Exception as failure:  # the other ranks wait for this one
+            error = failure
+        if states is None:
+            states = library.call(_ops.empty_states, e, _HEADERS + rows, options.stats)
         told, is_right = _exchanged(states, targets, shard, error)
         made = library.call(
-            _ops.close_rows, told, targets, class_weight, options.stats, shard.total,
-            options.shift, options.ignore_index, options.wants_entropy, options.wants_zbar,
-            options.wants_argmax,
+            _ops.close_rows, told, targets, class_weight, is_right, _HEADERS, options.stats,
+            shard.total, options.shift, options.ignore_index, options.wants_entropy,
+            options.wants_zbar, options.wants_argmax,
         )  # fmt: skip
-        if is_right is not None:
-            made = [t if t.dtype == torch.int64 else torch.where(is_right, t, _NAN) for t in made]
         return Outputs(e.new_empty((0,), dtype=options.stats), *made, kept)
 
     def gradients(self, saved: Saved, needs: tuple[bool, ...], upstream: Tensors) -> Tensors:
@@ -237,9 +236,6 @@ class ShardedLinear(Linear):
         if self.shard.reduce_e_grad:
             dist.all_reduce(de, group=self.shard.group)
         return de
-
-
-_NAN = float("nan")
 
 
 def _zeros(e: Tensor, options: Options) -> Tensor:
@@ -288,7 +284,7 @@ class Call:
         rows = math.prod(shape)
         if shape and 0 < int(self.shift) <= shape[-1]:
             rows = math.prod(shape[:-1]) * (shape[-1] - int(self.shift))
-        states = library.call(_ops.empty_states, self.own_e, rows, stats)
+        states = library.call(_ops.empty_states, self.own_e, _HEADERS + rows, stats)
         _exchanged(states, self.targets, self.shard, error)
 
 

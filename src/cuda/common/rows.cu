@@ -126,12 +126,12 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= count) return;
   const std::int64_t n = s.some.rows == nullptr ? i : s.some.rows[i];
   if (n < 0) return;
+  if (s.is_right != nullptr && !*s.is_right) return clear_row(out, n, not_a_number<T>());
   if (!counts(f, static_cast<int>(n))) return clear_row(out, n, T(0));
   const std::int64_t own = column_of(target_of(f, static_cast<int>(n)), f.classes);
   const auto* weights = static_cast<const T*>(s.class_weight);
   const T weight = own < 0 || weights == nullptr ? T(1) : weights[own];
-  const auto* states = static_cast<const RowState<T>*>(s.states);
-  write_row(out, n, closed(merged(states, s.count, f.rows, n), own, weight, f.V));
+  write_row(out, n, closed(merged<T>(s, n), own, weight, f.V));
 }
 
 template <class T>
