@@ -218,7 +218,8 @@ def _evaluate(
         and not weighs_in_torch
         and of_shard is None
     )
-    options, immediate = decide.decided(operands, options, known_at_forward)
+    own_e = None if of_shard is None else of_shard.own_e
+    options, immediate = decide.decided(operands, options, known_at_forward, own_e)
     computation = operators.Linear(options)
 
     def statistics() -> weighting.Rows:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -72,6 +73,7 @@ class Shard(NamedTuple):
     ranges: tuple[tuple[int, int], ...]  # of each rank: start, stop
     rank: int
     group: "ProcessGroup"
+    group_name: str
     reduce_e_grad: bool
     sequence_parallel: bool
 
@@ -143,15 +145,23 @@ def resolved(options: Any) -> Shard:
     rank, size = _place_in(options.group)
     own, ranges = getattr(options, _RANGES, (None, ()))
     if own != (start, stop):
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "vocab_parallel_options are used for the first time in compiled code, where the "
+                "ranks cannot be asked for their ranges: make them by from_vocab, or make one call "
+                "that is not compiled before"
+            )
         found: list[Any] = [None] * size
         dist.all_gather_object(found, (start, stop), group=options.group)
         ranges = tuple(found)
         check_tiling(ranges)
         _remember(options, ranges)
+    group = dist.group.WORLD if options.group is None else options.group
     return Shard(
         ranges,
         rank,
-        dist.group.WORLD if options.group is None else options.group,
+        group,
+        group.group_name,
         bool(options.reduce_e_grad),
         bool(getattr(options, "sequence_parallel", False)),
     )

@@ -324,6 +324,39 @@ def check_dtensors(world):
             assert_near(got, expected, "a gradient", torch.float32)
 
 
+# Compiled -----------------------------------------------------------------------------------------
+
+
+def check_compiled(world, name, backend):
+    """In one graph, and the same bits."""
+    torch._dynamo.reset()
+    p = make(world, shape=(2, 15 * world.size))
+    for shares_tokens in (False, True):
+        own = VocabParallelOptions.from_vocab(V, sequence_parallel=shares_tokens)
+        e = p.e.chunk(world.size, 1)[world.rank] if shares_tokens else p.e
+        given = given_by_name(p, OPTIONS[name])
+        given.pop("bias", None)
+
+        def loss(e, c):
+            return total_of(
+                linear_cross_entropy(
+                    e, c, p.targets, vocab_parallel_options=own, schedule="vocabulary", **given
+                )
+            )[0]
+
+        found = []
+        for f in (loss, torch.compile(loss, backend=backend, fullgraph=True)):
+            e, c = e.detach().clone(), p.c[own.start : own.stop].clone()
+            value = f(e.requires_grad_(), c.requires_grad_())
+            value.backward()
+            found.append((value, e.grad, c.grad))
+        for a, b in zip(*found, strict=True):
+            if backend == "inductor":  # which adds up the rows of the loss in another order
+                torch.testing.assert_close(a, b)
+            else:
+                assert torch.equal(a, b)
+
+
 # What is refused, and what goes wrong -------------------------------------------------------------
 
 
@@ -455,18 +488,20 @@ CHECKS = [
     *checks(check_the_first_call_looks),
     *checks(check_nothing_waits_for_the_device),
 ]
-SIZES = (2, 3, 4)
+OF_TWO = [*CHECKS, *checks(check_compiled, ("everything",), ("aot_eager", "inductor"))]
+BY_SIZE = {2: OF_TWO, 3: CHECKS, 4: CHECKS}
+CASES = [(size, check) for size, of_size in BY_SIZE.items() for check in of_size]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     return {
-        size: processes.run(CHECKS, tmp_path_factory.mktemp(f"cpu{size}"), size) for size in SIZES
+        size: processes.run(of_size, tmp_path_factory.mktemp(f"cpu{size}"), size)
+        for size, of_size in BY_SIZE.items()
     }
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=str)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size, check", CASES, ids=lambda value: str(value))
 def test_cpu(results, size, check):
     processes.passed(results[size], check)
 
@@ -479,11 +514,11 @@ needs_two_devices = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def on_cuda(tmp_path_factory):
-    return processes.run(CHECKS, tmp_path_factory.mktemp("cuda"), 2, "cuda", seconds=240)
+    return processes.run(OF_TWO, tmp_path_factory.mktemp("cuda"), 2, "cuda", seconds=240)
 
 
 @needs_two_devices
-@pytest.mark.parametrize("check", CHECKS, ids=str)
+@pytest.mark.parametrize("check", OF_TWO, ids=str)
 def test_cuda(on_cuda, check):
     processes.passed(on_cuda, check)
 

@@ -57,10 +57,14 @@ class Choice:
     kept_bytes: int = 0
 
 
-def decided(operands: tuple, options: Options, known_at_forward: bool) -> tuple[Options, bool]:
+def decided(
+    operands: tuple, options: Options, known_at_forward: bool, own_e: Tensor | None = None
+) -> tuple[Options, bool]:
     """The options with the gradients that autograd asks for and what the plan settles, and whether
-    gradients are made in forward. `operands`: from make_operands."""
-    de, dc, dbias = map(autograd.wants_gradient, operands[:3])
+    gradients are made in forward. `operands`: from make_operands; `own_e`: what autograd sees
+    instead of their e."""
+    e, c, bias = operands[:3]
+    de, dc, dbias = map(autograd.wants_gradient, (e if own_e is None else own_e, c, bias))
     if not (de or dc or dbias):
         return options.but(schedule=SCHEDULES["none"]), False
     sizes, needs = sizes_of(*operands), (de, dc, dbias)

@@ -46,6 +46,14 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod")  # 2.11, 2.13
 
 
+# Process groups ----------------------------------------------------------------------------------
+
+
+def group_named(name: str) -> Any:
+    """The process group whose group_name it is."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # 2.11, 2.13
+
+
 # Autograd and transforms -------------------------------------------------------------------------
 
 

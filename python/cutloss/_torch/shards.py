@@ -23,7 +23,7 @@ from .._core import checks
 from .._core.options import Options, stat_dtype
 from .._core.weighting import Rows
 from . import library
-from .autograd import Saved, Tensors, wants_gradient
+from .autograd import Saved, Tensors
 from .operators import Constants, Linear, Outputs, deferred, of_rows
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ _seen: set[tuple] = set()
 
 
 def _key(shard: "Shard") -> tuple:
-    return shard.group.group_name, shard.ranges
+    return shard.group_name, shard.ranges
 
 
 def _exchanged(
@@ -260,8 +260,9 @@ class Call:
         if not self.shard.sequence_parallel:
             return self.own_e
         self.tokens = Tokens.of(self.own_e, self.targets, len(self.shard.ranges))
-        whole = self.tokens.gathered(self.own_e, self.shard)
-        return whole.requires_grad_(wants_gradient(self.own_e))
+        if torch.compiler.is_compiling():
+            return _traced_tokens(self.own_e, self.shard, self.tokens)
+        return self.tokens.gathered(self.own_e, self.shard)
 
     def statistics(self, operands: tuple, options: Options) -> Rows:
         """Per-row outputs of the whole vocabulary, whose gradients are made in backward.
@@ -272,6 +273,8 @@ class Call:
             whole, *others = given.operands
             given = given._replace(operands=(self.own_e, *others), made=(whole,))
         self.has_exchanged = True  # it will, whatever happens
+        if torch.compiler.is_compiling():
+            return _traced(computation, given)
         return deferred(computation, given)[1]
 
     def __enter__(self) -> "Call":
@@ -286,6 +289,26 @@ class Call:
             rows = math.prod(shape[:-1]) * (shape[-1] - int(self.shift))
         states = library.call(_ops.empty_states, self.own_e, _HEADERS + rows, stats)
         _exchanged(states, self.targets, self.shard, error)
+
+
+def _traced_tokens(e: Tensor, shard: "Shard", tokens: Tokens) -> Tensor:
+    from . import shard_operators  # which knows this module
+
+    words = shard_operators.in_words(ShardedLinear(Options(torch.float32), shard, tokens))
+    return _ops.sharded_tokens(e.detach(), words)
+
+
+def _traced(computation: ShardedLinear, given: Saved) -> Rows:
+    from . import shard_operators  # which knows this module
+
+    e, c, bias = given.operands
+    whole = given.made[0] if given.made else None
+    nll, lse, _, log_sum, entropy, zbar_centred, argmax, _ = _ops.sharded_statistics(
+        e, c, bias, *given.constants[:3], whole, shard_operators.in_words(computation)
+    )
+    return Rows(
+        nll=nll, lse=lse, log_sum=log_sum, entropy=entropy, zbar_centred=zbar_centred, argmax=argmax
+    )
 
 
 def call(shard: "Shard | None", e: Tensor, targets: Tensor, shift: bool | int) -> Any:
