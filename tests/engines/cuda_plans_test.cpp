@@ -175,6 +175,39 @@ TEST(CudaPlans, PartialStatisticsFitForEveryNumberOfRows) {
     }
   }
 }
+
+// Every tile of two products in one kernel is taken once, and no cluster ends after the time that
+// plans foretell.
+TEST(CudaPlans, TwoProductsInOneKernelShareTheClusters) {
+  using cuda::fused::TileWalk;
+  using cuda::fused::TwoWalks;
+  for (const int clusters : {1, 5, 66}) {
+    for (const int longs : {0, 1, 24, 66, 71, 176}) {
+      for (const int shorts : {0, 3, 256, 704}) {
+        for (const auto& [long_time, short_time] : {std::pair{129, 13}, {129, 33}, {17, 49}}) {
+          const auto walk = [&](int tiles) { return TileWalk::make(tiles, 1, clusters, 1); };
+          const TwoWalks walks = TwoWalks::make(walk(longs), walk(shorts), long_time, short_time);
+          std::vector<int> taken[2] = {std::vector<int>(shorts), std::vector<int>(longs)};
+          std::int64_t most = 0;
+          for (int cluster = 0; cluster < clusters; ++cluster) {
+            std::int64_t time = 0;
+            for (int number = 0;; ++number) {
+              const TwoWalks::Item item = walks.at(cluster, number);
+              if (item.tile < 0) break;
+              ++taken[item.is_long].at(static_cast<std::size_t>(item.tile));
+              time += item.is_long ? long_time : short_time;
+            }
+            most = std::max(most, time);
+          }
+          EXPECT_EQ(taken[0], std::vector<int>(shorts, 1));
+          EXPECT_EQ(taken[1], std::vector<int>(longs, 1));
+          EXPECT_EQ(walks.time(long_time, short_time), most)
+              << clusters << " clusters, " << longs << " and " << shorts << " tiles";
+        }
+      }
+    }
+  }
+}
 #endif
 
 }  // namespace

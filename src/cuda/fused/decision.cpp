@@ -323,7 +323,7 @@ class Search {
     FusedDecision trial = facts_;
     trial.sizes = sizes;
     trial.last.begin = last_begin;
-    trial.makes_de_itself = own_de(trial) < library_de(trial);
+    trial.makes_de_itself = with_own_de(trial) < with_library_de(trial);
     book(trial, way_, library_.bytes, budget_);
     least_ = std::min(least_, peak_bytes(trial));
     return trial;
@@ -356,17 +356,31 @@ class Search {
            (static_cast<double>(rows) * static_cast<double>(columns));
   }
 
-  // What dE's product takes beyond its own time: ours, where it can be, and the library's.
-  double own_de(const FusedDecision& d) const {
-    const bool can = d.operand == DType::bf16 && way_.schedule == Schedule::vocabulary &&
-                     facts_.problem.wanted.de.wanted;
+  // What is idle of a product, in products.
+  double idle(std::int64_t rows, std::int64_t columns) const { return in_tiles(rows, columns) - 1; }
+
+  // What dC's and dE's products take beyond their own time: where dE's is ours, if it can be, and
+  // where it is the library's.
+  double with_own_de(const FusedDecision& d) const {
+    const Wanted& wanted = facts_.problem.wanted;
+    const bool can =
+        d.operand == DType::bf16 && way_.schedule == Schedule::vocabulary && wanted.de.wanted;
     if (!can) return std::numeric_limits<double>::infinity();
-    return in_tiles(d.sizes.chunk_rows, head_of(facts_.problem).D) - 1 +
-           passes_over_sums(kOwnFlopsPerByte, divide_up(V_, d.sizes.gradient_slab), V_);
+    const std::int64_t D = head_of(facts_.problem).D, slab = std::min(d.sizes.gradient_slab, V_);
+    return passes_over_sums(kOwnFlopsPerByte, divide_up(V_, slab), V_) +
+           (wanted.dc.wanted
+                ? d.kernels->dc_and_de_time(facts_.multiprocessors, d.sizes.chunk_rows, slab, D) - 2
+                : idle(d.sizes.chunk_rows, D));
   }
-  double library_de(const FusedDecision& d) const {
-    return library_.slower +
-           passes_over_sums(kLibraryFlopsPerByte, divide_up(V_, d.sizes.gradient_slab), V_);
+  double with_library_de(const FusedDecision& d) const {
+    const Wanted& wanted = facts_.problem.wanted;
+    const std::int64_t slab = d.sizes.gradient_slab;
+    double time = 0;
+    if (wanted.dc.wanted) time += idle(slab, head_of(facts_.problem).D);
+    if (wanted.de.wanted) {
+      time += library_.slower + passes_over_sums(kLibraryFlopsPerByte, divide_up(V_, slab), V_);
+    }
+    return time;
   }
 
   double predicted_time(const FusedDecision& d) const {
@@ -378,16 +392,11 @@ class Search {
     if (dc && !d.one_chunk) time += passes_over_sums(kFlopsPerByte, divide_up(rows_, chunk), rows_);
     if (way_.schedule != Schedule::vocabulary) return time;
     const std::int64_t last = V_ - d.last.begin;
-    // What is idle of a product, in products.
-    const auto idle = [&](std::int64_t rows, std::int64_t columns) {
-      return in_tiles(rows, columns) - 1;
-    };
     const double again = static_cast<double>(last) / static_cast<double>(V_);
     time += again + (1 + again) * idle(chunk, slab);
-    if (dc) time += idle(slab, D);
+    time += std::min(with_own_de(d), with_library_de(d));
     const std::int64_t slabs = divide_up(d.last.begin, slab) + 2 * divide_up(last, slab);
     const double all_slabs = static_cast<double>(slabs * divide_up(rows_, chunk));
-    if (de) time += std::min(own_de(d), library_de(d));
     return time + all_slabs * kFlopsOfLaunches /
                       (2.0 * static_cast<double>(rows_) * static_cast<double>(V_) *
                        static_cast<double>(D));

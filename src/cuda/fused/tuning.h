@@ -42,7 +42,7 @@ inline constexpr LibraryMemory kLibraryMemory[] = {{32 * kMiB, 0}, {4 * kMiB, 0.
 // launches of a slab. Fitted to slabs of 768 to 50,000 columns on an H200.
 inline constexpr double kLibraryFlopsPerByte = 163;
 inline constexpr double kOwnFlopsPerByte = 60;
-inline constexpr double kFlopsOfLaunches = 1e10;
+inline constexpr double kFlopsOfLaunches = 1.6e10;
 // tanh is good to an absolute 2^-22, so a logit to 2^-22 of the softcap.
 inline constexpr double kMostSoftcap = 256;
 
