@@ -76,6 +76,8 @@ struct CudaDecision : Decision {
   bool converts_bias = false;
   // One chunk holds every row.
   bool one_chunk = false;
+  // cuda/library: rows and columns of one product of logits in forward, where no g takes memory.
+  std::int64_t forward_rows = 0, forward_slab = 0;
   // Where sums have no place of their own they lie in their output.
   bool de_in_place = false;
   bool dc_in_place = false;
