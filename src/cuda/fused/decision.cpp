@@ -287,8 +287,7 @@ class Search {
     return found;
   }
 
-  // Gradients a slab of columns at a time, of all rows; or, where dC is not wanted, of some after
-  // the others. dE's sums at home where there is room for them and a wide slab, else in dC.
+  // Gradients a slab of columns at a time, the widest that fits.
   FusedDecision by_slabs(std::int64_t slab) const {
     if (way_.schedule == Schedule::none) return attempt({rows_, rows_, slab, rows_, slab}, V_);
     const auto of = [&](std::int64_t most_rows, std::int64_t wide, std::int64_t last_begin) {
@@ -302,20 +301,11 @@ class Search {
       FusedDecision d = of(most_rows, std::max(wide, kLeastSlab), last_begin);
       return of(most_rows, quickest_slab(d), last_begin);
     };
-    FusedDecision own = widest(rows_, V_);
-    if (!facts_.problem.wanted.dc.wanted) {
-      if (peak_bytes(own) <= budget_) return own;
-      const std::int64_t chunk = largest_that_fits(
-          kLeastChunk, std::max(rows_, kLeastChunk), kBlockRows, budget_,
-          [&](std::int64_t size) { return peak_bytes(of(size, kLeastSlab, V_)); });
-      return chunk == 0 ? std::move(own) : widest(chunk, V_);
-    }
-    const std::int64_t begin = begin_of_last_columns(facts_, facts_.de_in_place, tile_);
-    if (begin == V_) return own;
-    FusedDecision in_dc = widest(rows_, begin);
-    if (peak_bytes(in_dc) > budget_) return own;
-    const bool better = peak_bytes(own) > budget_ || predicted_time(in_dc) < predicted_time(own);
-    return better ? std::move(in_dc) : std::move(own);
+    return with_sums_placed(
+        facts_, {budget_, facts_.de_in_place, tile_, kLeastChunk, kBlockRows}, widest,
+        [&](std::int64_t rows) { return peak_bytes(of(rows, kLeastSlab, V_)); },
+        [](const FusedDecision& d) { return peak_bytes(d); },
+        [&](const FusedDecision& d) { return predicted_time(d); });
   }
 
   // Notes the least that was tried.

@@ -1,7 +1,6 @@
 #include "cuda/library/decision.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "core/dtype.h"
@@ -249,8 +248,7 @@ class Search {
     s.gradient_slab = even_piece(V_, std::max<std::int64_t>(count, 1) * s.slab, s.slab);
   }
 
-  // Gradients a slab of columns at a time, of all rows; or, where dC is not wanted, of some after
-  // the others. dE's sums at home where there is room for them and a wide slab, else in dC.
+  // Gradients a slab of columns at a time, the widest that fits.
   Trial find_slab(std::size_t room) const {
     const std::int64_t unit = attempt(rows_, 0, V_, room).d.sizes.slab;
     const std::int64_t least = std::min(round_up(step_.least_slab, unit), round_up(V_, unit));
@@ -261,23 +259,12 @@ class Search {
           [&](std::int64_t size) { return attempt(chunk, size, last_begin, room).bytes.peak(); });
       return attempt(chunk, std::max(slab, least), last_begin, room);
     };
-    Trial own = widest(rows_, V_);
-    if (way_.keeps_logits) return own;
-    const Problem& p = facts_.problem;
-    if (!p.wanted.dc.wanted) {
-      if (own.bytes.peak() <= budget_) return own;
-      const std::int64_t chunk = largest_that_fits(
-          step_.least_chunk, std::max(rows_, step_.least_chunk), 128, budget_,
-          [&](std::int64_t size) { return attempt(size, least, V_, room).bytes.peak(); });
-      return chunk == 0 ? std::move(own) : widest(chunk, V_);
-    }
-    const std::int64_t begin = begin_of_last_columns(facts_, facts_.de_in_place, 128);
-    if (begin == V_) return own;
-    Trial in_dc = widest(rows_, begin);
-    if (in_dc.bytes.peak() > budget_) return own;
-    const bool better =
-        own.bytes.peak() > budget_ || predicted_time(in_dc.d) < predicted_time(own.d);
-    return better ? std::move(in_dc) : std::move(own);
+    if (way_.keeps_logits) return widest(rows_, V_);
+    return with_sums_placed(
+        facts_, {budget_, facts_.de_in_place, 128, step_.least_chunk, 128}, widest,
+        [&](std::int64_t rows) { return attempt(rows, least, V_, room).bytes.peak(); },
+        [](const Trial& t) { return t.bytes.peak(); },
+        [&](const Trial& t) { return predicted_time(t.d); });
   }
 
   double predicted_time(const CudaDecision& d) const {
