@@ -8,6 +8,7 @@
 
 #include "api/algorithms.h"
 #include "core/text.h"
+#include "cuda/decision.h"
 #include "plan/plan.h"
 #include "problems.h"
 #ifdef CUTLOSS_CUDA_SM90
@@ -94,6 +95,17 @@ TEST(CudaPlans, NeedNoMoreThan16MiBWithDcWritten) {
       EXPECT_LE(plan.predicted_time, device.sm == 90 ? 7 : 16) << describe(plan);
       EXPECT_LE(plan_in(p, 32 * kMiB, device).predicted_time, device.sm == 90 ? 5.2 : 8);
     }
+  }
+}
+
+// Where memory is short forward has no g beside its logits, so its blocks are larger.
+TEST(CudaPlans, ForwardOfTheLibraryTakesLargerBlocks) {
+  for (const Problem& p : models()) {
+    const Plan plan = plan_in(p, 16 * kMiB, ampere());
+    const auto& d = static_cast<const cuda::CudaDecision&>(*plan.decision);
+    EXPECT_GT(d.forward_rows * d.forward_slab, d.sizes.block_rows * d.sizes.slab);
+    EXPECT_GE(plan.forward_workspace_bytes, d.forward_rows * d.forward_slab * 4);
+    EXPECT_LE(plan.forward_workspace_bytes, 16 * kMiB);
   }
 }
 

@@ -21,9 +21,10 @@ struct Step {
   std::int64_t gradient_rows;  // of gradients by vocabulary, at most; 0: all
   double slower;               // the time of a product, in those of the first step
 };
-// dC's product of a slab of 1024 columns has too few tiles for the device: on an H200, (4096, 2048,
-// 151936) in 32 MiB took 7.3 GEMMs with blocks of 16 MiB beside it, 6.6 with blocks of 8 MiB beside
-// 2048 columns.
+// dC's product of a slab of 1024 columns has too few tiles for the device. With blocks of 8 MiB
+// beside 2048 columns instead of 16 MiB beside 1024, and forward's larger blocks, (4096, 2048,
+// 151936) in 32 MiB takes 6.4 GEMMs on an H200 instead of 6.9 (2026-11-29-h200-narrow.json and
+// -memory.json in benchmarks/results).
 inline constexpr Step kSteps[] = {
     {128 * kMiB, 32 * kMiB, 8192, 1024, 2048, 0, 1.0},
     {32 * kMiB, 32 * kMiB, 4096, 1024, 2048, 0, 1.0},
