@@ -357,7 +357,7 @@ class Search {
         d.operand == DType::bf16 && way_.schedule == Schedule::vocabulary && wanted.de.wanted;
     if (!can) return std::numeric_limits<double>::infinity();
     const std::int64_t D = head_of(facts_.problem).D, slab = std::min(d.sizes.gradient_slab, V_);
-    return passes_over_sums(kOwnFlopsPerByte, divide_up(V_, slab), V_) +
+    return kOwnSlower + passes_over_sums(kOwnFlopsPerByte, divide_up(V_, slab), V_) +
            (wanted.dc.wanted
                 ? d.kernels->dc_and_de_time(facts_.multiprocessors, d.sizes.chunk_rows, slab, D) - 2
                 : idle(d.sizes.chunk_rows, D));
@@ -368,14 +368,15 @@ class Search {
     double time = 0;
     if (wanted.dc.wanted) time += idle(slab, head_of(facts_.problem).D);
     if (wanted.de.wanted) {
-      time += library_.slower + passes_over_sums(kLibraryFlopsPerByte, divide_up(V_, slab), V_);
+      const std::int64_t slabs = divide_up(V_, slab);
+      time += library_.slower + passes_over_sums(kLibraryFlopsPerByte, slabs, V_) + launches(slabs);
     }
     return time;
   }
 
   double predicted_time(const FusedDecision& d) const {
     const Problem& p = facts_.problem;
-    const std::int64_t D = head_of(p).D, chunk = d.sizes.chunk_rows, slab = d.sizes.gradient_slab;
+    const std::int64_t chunk = d.sizes.chunk_rows, slab = d.sizes.gradient_slab;
     const bool de = p.wanted.de.wanted, dc = p.wanted.dc.wanted;
     double time = products_of(p, way_);
     if (de && way_.schedule == Schedule::rows) time += library_.slower;
@@ -386,10 +387,14 @@ class Search {
     time += again + (1 + again) * idle(chunk, slab);
     time += std::min(with_own_de(d), with_library_de(d));
     const std::int64_t slabs = divide_up(d.last.begin, slab) + 2 * divide_up(last, slab);
-    const double all_slabs = static_cast<double>(slabs * divide_up(rows_, chunk));
-    return time + all_slabs * kFlopsOfLaunches /
-                      (2.0 * static_cast<double>(rows_) * static_cast<double>(V_) *
-                       static_cast<double>(D));
+    return time + launches(2 * slabs * divide_up(rows_, chunk));
+  }
+
+  // So many kernels, in products.
+  double launches(std::int64_t count) const {
+    return static_cast<double>(count) * kFlopsOfLaunch /
+           (2.0 * static_cast<double>(rows_) * static_cast<double>(V_) *
+            static_cast<double>(head_of(facts_.problem).D));
   }
 
   const FusedDecision& facts_;
