@@ -165,17 +165,16 @@ std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem
           !fits || (chunk >= std::min(rows, kMostChunk) && peak_bytes(*parts) < peak_bytes(*whole));
       return in_parts ? parts : whole;
     }
-    if (fits) return whole;
-    if (way.schedule != Schedule::vocabulary) continue;
-    if (!p.wanted.dc.wanted) {  // dE of some rows after the other
-      const std::int64_t chunk = largest_that_fits(kLeastChunk, rows, kUnit, budget, bytes);
-      if (chunk > 0) return attempt(tile, chunk, V);
+    if (way.schedule != Schedule::vocabulary) {
+      if (fits) return whole;
       continue;
     }
-    const std::int64_t begin = begin_of_last_columns(facts, facts.de_in_place, kUnit);
-    if (begin == V) continue;
-    const auto in_dc = attempt(tile, rows, begin);
-    if (peak_bytes(*in_dc) <= budget) return in_dc;
+    const auto found = with_sums_placed(
+        facts, {budget, facts.de_in_place, kUnit, kLeastChunk, kUnit},
+        [&](std::int64_t chunk, std::int64_t begin) { return attempt(tile, chunk, begin); }, bytes,
+        [](const auto& trial) { return peak_bytes(*trial); },
+        [](const auto& trial) { return trial->predicted_time; });
+    if (peak_bytes(*found) <= budget) return found;
   }
   return nullptr;
 }

@@ -5,37 +5,23 @@
 #include <memory>
 
 #include "plan/algorithm.h"
+#include "plan/buffers.h"
 
 namespace cutloss::cpu {
 
 // The dtype of the products' operands on a machine for a problem.
 DType product_type(const Problem& problem, const DeviceFacts& device);
 
-// The names of the buffers.
 namespace buffer {
+using namespace cutloss::buffer;
 // int64: how many rows count, then which.
 inline constexpr std::string_view kRowList = "row list";
-// RowState of the chunk's rows.
-inline constexpr std::string_view kStates = "states";
 // E of a block, gathered and converted.
 inline constexpr std::string_view kE = "E of a block";
 // C of a slab, converted.
 inline constexpr std::string_view kC = "C of a slab";
-// The bias in the stat dtype.
-inline constexpr std::string_view kBias = "bias";
-// Logits of a block.
-inline constexpr std::string_view kZ = "logits";
-// g of a block.
-inline constexpr std::string_view kG = "g";
-// dE of a chunk in the stat dtype.
-inline constexpr std::string_view kDeSums = kDeSumsName;
-// dC of a slab, or of the whole vocabulary, in the stat dtype.
-inline constexpr std::string_view kDcSums = "dC's sums";
-// fp64.
-inline constexpr std::string_view kDbiasSums = "dbias's sums";
-// Kept: logits or exponentials, slab after slab, each a packed (chunk rows, slab columns) matrix.
-inline constexpr std::string_view kKept = "kept logits";
-// Of the same, those of the chunk's first rows.
+// What is kept lies slab after slab, each a packed (chunk rows, slab columns) matrix; of the
+// chunk's first rows it may lie elsewhere.
 inline constexpr std::string_view kKeptInDc = "kept logits of the first rows";
 // The maxima of kept exponentials, (chunk rows, slabs).
 inline constexpr std::string_view kMaxima = "slab maxima";

@@ -6,14 +6,15 @@
 
 #include "core/ledger.h"
 #include "plan/algorithm.h"
+#include "plan/buffers.h"
 
 namespace cutloss::cuda {
 
 // The dtype of the products' operands on a device for a problem.
 DType product_type(const Problem& problem, const DeviceFacts& device);
 
-// The names of the buffers. Matrices are row-major.
 namespace buffer {
+using namespace cutloss::buffer;
 // RowTable, an array each; int64, int[2]: count and mismatch, int, int, stat dtype.
 inline constexpr std::string_view kRows = "rows";
 inline constexpr std::string_view kCounts = "counts";
@@ -22,30 +23,19 @@ inline constexpr std::string_view kTargets = "targets";
 inline constexpr std::string_view kInvTemperature = "inverse temperatures";
 // DeviceScalars, with fp16 operands.
 inline constexpr std::string_view kScalars = "scalars";
-// RowState of the chunk's rows.
-inline constexpr std::string_view kStates = "states";
-// In the stat dtype.
-inline constexpr std::string_view kBias = "bias";
 // E gathered and converted.
 inline constexpr std::string_view kE = "E";
 // C converted.
 inline constexpr std::string_view kC = "C";
-// Logits of a block.
-inline constexpr std::string_view kZ = "logits";
 // RowGradient of the chunk.
 inline constexpr std::string_view kCoefficients = "coefficients";
-inline constexpr std::string_view kG = "g";
-// dE of the chunk, dC of a slab or of the vocabulary, in the stat dtype; dbias in fp64.
-inline constexpr std::string_view kDeSums = kDeSumsName;
-inline constexpr std::string_view kDcSums = "dC's sums";
-inline constexpr std::string_view kDbiasSums = "dbias's sums";
 // cuBLASLt's own memory.
 inline constexpr std::string_view kLibrary = "cuBLASLt";
 // Of dC's last rows, once dE's sums have left: E of a block of rows, dC's sums of a slab.
 inline constexpr std::string_view kLastE = "E of the last columns";
 inline constexpr std::string_view kLastDcSums = "dC's sums of the last columns";
-// Kept: (chunk rows, padded vocabulary), and the maxima of exponentials, (chunk rows, pieces).
-inline constexpr std::string_view kKept = "kept logits";
+// What is kept is (chunk rows, padded vocabulary); beside exponentials their maxima, (chunk rows,
+// pieces).
 inline constexpr std::string_view kMaxima = "maxima";
 }  // namespace buffer
 
@@ -76,6 +66,8 @@ struct CudaDecision : Decision {
   bool converts_bias = false;
   // One chunk holds every row.
   bool one_chunk = false;
+  // cuda/library: rows and columns of one product of logits in forward, where no g takes memory.
+  std::int64_t forward_rows = 0, forward_slab = 0;
   // Where sums have no place of their own they lie in their output.
   bool de_in_place = false;
   bool dc_in_place = false;

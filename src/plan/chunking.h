@@ -1,9 +1,11 @@
-// How large a size may be, and what its passes over memory cost.
+// How large a size may be, what its passes over memory cost, and where dE's sums lie.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/sizes.h"
+#include "plan/decision.h"
 
 namespace cutloss {
 
@@ -26,6 +28,41 @@ std::int64_t largest_that_fits(std::int64_t least, std::int64_t most, std::int64
     (bytes(least + middle * unit) <= budget ? fits : fails) = middle;
   }
   return least + fits * unit;
+}
+
+// What the choice of a place for dE's sums goes by.
+struct SumsSearch {
+  std::int64_t budget;
+  // dE's sums have a place already.
+  bool in_place;
+  // What the first column whose rows of dC may hold them is a multiple of.
+  std::int64_t column_unit;
+  // The rows of a chunk: at least, and a multiple of.
+  std::int64_t least_chunk, chunk_unit;
+};
+
+// The gradients of a slab of columns at a time: of all rows, dE's sums with memory of their own or
+// in dC's last rows, whichever fits, or the quicker of two; or, where dC is not wanted and all rows
+// are too much, of as many rows as fit. `attempt(rows, last_begin)` makes a trial, which may not
+// fit, with bytes(trial) and time(trial); `chunk_bytes(rows)`: the least that a chunk takes.
+template <class Attempt, class ChunkBytes, class BytesOf, class TimeOf>
+auto with_sums_placed(const Decision& facts, const SumsSearch& s, Attempt attempt,
+                      ChunkBytes chunk_bytes, BytesOf bytes, TimeOf time) {
+  const std::int64_t rows = std::max<std::int64_t>(row_count(facts.problem), 1);
+  const std::int64_t V = classes_of(facts.problem).count;
+  auto own = attempt(rows, V);
+  const bool fits = bytes(own) <= s.budget;
+  if (!facts.problem.wanted.dc.wanted) {
+    if (fits) return own;
+    const std::int64_t chunk = largest_that_fits(s.least_chunk, std::max(rows, s.least_chunk),
+                                                 s.chunk_unit, s.budget, chunk_bytes);
+    return chunk == 0 ? own : attempt(chunk, V);
+  }
+  const std::int64_t begin = begin_of_last_columns(facts, s.in_place, s.column_unit);
+  if (begin == V) return own;
+  auto in_dc = attempt(rows, begin);
+  const bool better = bytes(in_dc) <= s.budget && (!fits || time(in_dc) < time(own));
+  return better ? in_dc : own;
 }
 
 }  // namespace cutloss

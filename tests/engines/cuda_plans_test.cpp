@@ -8,6 +8,7 @@
 
 #include "api/algorithms.h"
 #include "core/text.h"
+#include "cuda/decision.h"
 #include "plan/plan.h"
 #include "problems.h"
 #ifdef CUTLOSS_CUDA_SM90
@@ -97,6 +98,17 @@ TEST(CudaPlans, NeedNoMoreThan16MiBWithDcWritten) {
   }
 }
 
+// Where memory is short forward has no g beside its logits, so its blocks are larger.
+TEST(CudaPlans, ForwardOfTheLibraryTakesLargerBlocks) {
+  for (const Problem& p : models()) {
+    const Plan plan = plan_in(p, 16 * kMiB, ampere());
+    const auto& d = static_cast<const cuda::CudaDecision&>(*plan.decision);
+    EXPECT_GT(d.forward_rows * d.forward_slab, d.sizes.block_rows * d.sizes.slab);
+    EXPECT_GE(plan.forward_workspace_bytes, d.forward_rows * d.forward_slab * 4);
+    EXPECT_LE(plan.forward_workspace_bytes, 16 * kMiB);
+  }
+}
+
 // What is added to is never scratch: dE's sums need memory of their own then.
 TEST(CudaPlans, SayWhatAnAddedDcCosts) {
   for (Problem p : models()) {
@@ -172,6 +184,39 @@ TEST(CudaPlans, PartialStatisticsFitForEveryNumberOfRows) {
         most = std::max(most, entries);
       }
       EXPECT_EQ(cuda::fused::partial_entries(grid, rows), most) << multiprocessors << ", " << rows;
+    }
+  }
+}
+
+// Every tile of two products in one kernel is taken once, and no cluster ends after the time that
+// plans foretell.
+TEST(CudaPlans, TwoProductsInOneKernelShareTheClusters) {
+  using cuda::fused::TileWalk;
+  using cuda::fused::TwoWalks;
+  for (const int clusters : {1, 5, 66}) {
+    for (const int longs : {0, 1, 24, 66, 71, 176}) {
+      for (const int shorts : {0, 3, 256, 704}) {
+        for (const auto& [long_time, short_time] : {std::pair{129, 13}, {129, 33}, {17, 49}}) {
+          const auto walk = [&](int tiles) { return TileWalk::make(tiles, 1, clusters, 1); };
+          const TwoWalks walks = TwoWalks::make(walk(longs), walk(shorts), long_time, short_time);
+          std::vector<int> taken[2] = {std::vector<int>(shorts), std::vector<int>(longs)};
+          std::int64_t most = 0;
+          for (int cluster = 0; cluster < clusters; ++cluster) {
+            std::int64_t time = 0;
+            for (int number = 0;; ++number) {
+              const TwoWalks::Item item = walks.at(cluster, number);
+              if (item.tile < 0) break;
+              ++taken[item.is_long].at(static_cast<std::size_t>(item.tile));
+              time += item.is_long ? long_time : short_time;
+            }
+            most = std::max(most, time);
+          }
+          EXPECT_EQ(taken[0], std::vector<int>(shorts, 1));
+          EXPECT_EQ(taken[1], std::vector<int>(longs, 1));
+          EXPECT_EQ(walks.time(long_time, short_time), most)
+              << clusters << " clusters, " << longs << " and " << shorts << " tiles";
+        }
+      }
     }
   }
 }

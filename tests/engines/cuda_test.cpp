@@ -58,8 +58,12 @@ TEST_P(OwnDe, IsWithinBounds) {
     auto decision = std::make_shared<cuda::fused::FusedDecision>(
         static_cast<const cuda::fused::FusedDecision&>(*plan.decision));
     decision->makes_de_itself = true;
-    plan.decision = decision;
-    expect_accurate(plan, data, truth);
+    // With few multiprocessors each cluster has tiles of dC and of dE.
+    for (const int multiprocessors : {decision->multiprocessors, 10, 2}) {
+      decision->multiprocessors = multiprocessors;
+      plan.decision = decision;
+      expect_accurate(plan, data, truth);
+    }
   }
 }
 

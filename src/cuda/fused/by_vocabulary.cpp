@@ -35,11 +35,7 @@ BlockGradient make_g(Components& parts, const Block& block) {
   return g;
 }
 
-void add_dc(Components& parts, const Block& block, const BlockGradient& g) {
-  if (parts.d.operand != DType::bf16) {
-    parts.sums.add_dc(block, g);
-    return;
-  }
+DcProduct dc_product(Components& parts, const Block& block, const BlockGradient& g) {
   const Call& call = parts.call;
   const Head& head = call.head;
   const bool has_sums = parts.sums.dc_has_sums();
@@ -61,7 +57,35 @@ void add_dc(Components& parts, const Block& block, const BlockGradient& g) {
   product.count = parts.rows.table().count;
   product.first = static_cast<int>(block.rows.begin);
   product.add = parts.sums.adds_to_dc(block);
-  parts.d.kernels->dc(product, logits_grid(parts.d, block.rows.count), call.stream);
+  return product;
+}
+
+// Some of a block's columns.
+DeProduct de_product(Components& parts, const Block& block, const BlockGradient& g,
+                     Columns columns) {
+  const Call& call = parts.call;
+  DeProduct product;
+  product.g = {at(g.data, DType::bf16, columns.begin - block.columns.begin), g.stride};
+  product.c = parts.operands.c(columns);
+  product.sums =
+      parts.sums.de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * call.head.D;
+  product.rows = static_cast<int>(block.rows.count);
+  product.columns = static_cast<int>(columns.count);
+  product.D = static_cast<int>(call.head.D);
+  product.count = parts.rows.table().count;
+  product.first = static_cast<int>(block.rows.begin);
+  product.add = columns.begin > 0;
+  product.scale = static_cast<float>(call.p.transform.logit_scale);
+  return product;
+}
+
+void add_dc(Components& parts, const Block& block, const BlockGradient& g) {
+  if (parts.d.operand != DType::bf16) {
+    parts.sums.add_dc(block, g);
+    return;
+  }
+  parts.d.kernels->dc(dc_product(parts, block, g), logits_grid(parts.d, block.rows.count),
+                      parts.call.stream);
 }
 
 void add_de(Components& parts, const Block& block, const BlockGradient& g) {
@@ -69,25 +93,23 @@ void add_de(Components& parts, const Block& block, const BlockGradient& g) {
     parts.sums.add_de(block, g);
     return;
   }
-  const Call& call = parts.call;
   const std::int64_t most = parts.operands.most_columns();
   const std::int64_t end = block.columns.begin + block.columns.count;
   for (std::int64_t v = block.columns.begin; v < end; v += most) {
-    const Columns columns{v, std::min(most, end - v)};
-    DeProduct product;
-    product.g = {at(g.data, DType::bf16, v - block.columns.begin), g.stride};
-    product.c = parts.operands.c(columns);
-    product.sums =
-        parts.sums.de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * call.head.D;
-    product.rows = static_cast<int>(block.rows.count);
-    product.columns = static_cast<int>(columns.count);
-    product.D = static_cast<int>(call.head.D);
-    product.count = parts.rows.table().count;
-    product.first = static_cast<int>(block.rows.begin);
-    product.add = v > 0;
-    product.scale = static_cast<float>(call.p.transform.logit_scale);
-    parts.d.kernels->de(product, logits_grid(parts.d, block.rows.count), call.stream);
+    parts.d.kernels->de(de_product(parts, block, g, {v, std::min(most, end - v)}),
+                        logits_grid(parts.d, block.rows.count), parts.call.stream);
   }
+}
+
+void add_dc_and_de(Components& parts, const Block& block, const BlockGradient& g) {
+  if (!parts.d.makes_de_itself || block.columns.count > parts.operands.most_columns()) {
+    add_de(parts, block, g);
+    add_dc(parts, block, g);
+    return;
+  }
+  parts.d.kernels->dc_and_de(dc_product(parts, block, g),
+                             de_product(parts, block, g, block.columns),
+                             logits_grid(parts.d, block.rows.count), parts.call.stream);
 }
 
 struct Steps {
@@ -100,8 +122,14 @@ struct Steps {
         [&](const Block& block, Which which) {
           const BlockGradient g = make_g(parts, block);
           if (wanted.dbias.wanted && which.dc) parts.sums.add_dbias(block, g);
-          if (wanted.de.wanted && which.de) add_de(parts, block, g);
-          if (wanted.dc.wanted && which.dc) add_dc(parts, block, g);
+          const bool de = wanted.de.wanted && which.de, dc = wanted.dc.wanted && which.dc;
+          if (de && dc) {
+            add_dc_and_de(parts, block, g);
+          } else if (de) {
+            add_de(parts, block, g);
+          } else if (dc) {
+            add_dc(parts, block, g);
+          }
         },
         [&](Columns columns) {
           if (last_chunk) parts.sums.store_columns(columns);

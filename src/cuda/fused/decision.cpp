@@ -287,8 +287,7 @@ class Search {
     return found;
   }
 
-  // Gradients a slab of columns at a time, of all rows; or, where dC is not wanted, of some after
-  // the others. dE's sums at home where there is room for them and a wide slab, else in dC.
+  // Gradients a slab of columns at a time, the widest that fits.
   FusedDecision by_slabs(std::int64_t slab) const {
     if (way_.schedule == Schedule::none) return attempt({rows_, rows_, slab, rows_, slab}, V_);
     const auto of = [&](std::int64_t most_rows, std::int64_t wide, std::int64_t last_begin) {
@@ -302,20 +301,11 @@ class Search {
       FusedDecision d = of(most_rows, std::max(wide, kLeastSlab), last_begin);
       return of(most_rows, quickest_slab(d), last_begin);
     };
-    FusedDecision own = widest(rows_, V_);
-    if (!facts_.problem.wanted.dc.wanted) {
-      if (peak_bytes(own) <= budget_) return own;
-      const std::int64_t chunk = largest_that_fits(
-          kLeastChunk, std::max(rows_, kLeastChunk), kBlockRows, budget_,
-          [&](std::int64_t size) { return peak_bytes(of(size, kLeastSlab, V_)); });
-      return chunk == 0 ? std::move(own) : widest(chunk, V_);
-    }
-    const std::int64_t begin = begin_of_last_columns(facts_, facts_.de_in_place, tile_);
-    if (begin == V_) return own;
-    FusedDecision in_dc = widest(rows_, begin);
-    if (peak_bytes(in_dc) > budget_) return own;
-    const bool better = peak_bytes(own) > budget_ || predicted_time(in_dc) < predicted_time(own);
-    return better ? std::move(in_dc) : std::move(own);
+    return with_sums_placed(
+        facts_, {budget_, facts_.de_in_place, tile_, kLeastChunk, kBlockRows}, widest,
+        [&](std::int64_t rows) { return peak_bytes(of(rows, kLeastSlab, V_)); },
+        [](const FusedDecision& d) { return peak_bytes(d); },
+        [&](const FusedDecision& d) { return predicted_time(d); });
   }
 
   // Notes the least that was tried.
@@ -323,7 +313,7 @@ class Search {
     FusedDecision trial = facts_;
     trial.sizes = sizes;
     trial.last.begin = last_begin;
-    trial.makes_de_itself = own_de(trial) < library_de(trial);
+    trial.makes_de_itself = with_own_de(trial) < with_library_de(trial);
     book(trial, way_, library_.bytes, budget_);
     least_ = std::min(least_, peak_bytes(trial));
     return trial;
@@ -356,41 +346,55 @@ class Search {
            (static_cast<double>(rows) * static_cast<double>(columns));
   }
 
-  // What dE's product takes beyond its own time: ours, where it can be, and the library's.
-  double own_de(const FusedDecision& d) const {
-    const bool can = d.operand == DType::bf16 && way_.schedule == Schedule::vocabulary &&
-                     facts_.problem.wanted.de.wanted;
+  // What is idle of a product, in products.
+  double idle(std::int64_t rows, std::int64_t columns) const { return in_tiles(rows, columns) - 1; }
+
+  // What dC's and dE's products take beyond their own time: where dE's is ours, if it can be, and
+  // where it is the library's.
+  double with_own_de(const FusedDecision& d) const {
+    const Wanted& wanted = facts_.problem.wanted;
+    const bool can =
+        d.operand == DType::bf16 && way_.schedule == Schedule::vocabulary && wanted.de.wanted;
     if (!can) return std::numeric_limits<double>::infinity();
-    return in_tiles(d.sizes.chunk_rows, head_of(facts_.problem).D) - 1 +
-           passes_over_sums(kOwnFlopsPerByte, divide_up(V_, d.sizes.gradient_slab), V_);
+    const std::int64_t D = head_of(facts_.problem).D, slab = std::min(d.sizes.gradient_slab, V_);
+    return kOwnSlower + passes_over_sums(kOwnFlopsPerByte, divide_up(V_, slab), V_) +
+           (wanted.dc.wanted
+                ? d.kernels->dc_and_de_time(facts_.multiprocessors, d.sizes.chunk_rows, slab, D) - 2
+                : idle(d.sizes.chunk_rows, D));
   }
-  double library_de(const FusedDecision& d) const {
-    return library_.slower +
-           passes_over_sums(kLibraryFlopsPerByte, divide_up(V_, d.sizes.gradient_slab), V_);
+  double with_library_de(const FusedDecision& d) const {
+    const Wanted& wanted = facts_.problem.wanted;
+    const std::int64_t slab = d.sizes.gradient_slab;
+    double time = 0;
+    if (wanted.dc.wanted) time += idle(slab, head_of(facts_.problem).D);
+    if (wanted.de.wanted) {
+      const std::int64_t slabs = divide_up(V_, slab);
+      time += library_.slower + passes_over_sums(kLibraryFlopsPerByte, slabs, V_) + launches(slabs);
+    }
+    return time;
   }
 
   double predicted_time(const FusedDecision& d) const {
     const Problem& p = facts_.problem;
-    const std::int64_t D = head_of(p).D, chunk = d.sizes.chunk_rows, slab = d.sizes.gradient_slab;
+    const std::int64_t chunk = d.sizes.chunk_rows, slab = d.sizes.gradient_slab;
     const bool de = p.wanted.de.wanted, dc = p.wanted.dc.wanted;
     double time = products_of(p, way_);
     if (de && way_.schedule == Schedule::rows) time += library_.slower;
     if (dc && !d.one_chunk) time += passes_over_sums(kFlopsPerByte, divide_up(rows_, chunk), rows_);
     if (way_.schedule != Schedule::vocabulary) return time;
     const std::int64_t last = V_ - d.last.begin;
-    // What is idle of a product, in products.
-    const auto idle = [&](std::int64_t rows, std::int64_t columns) {
-      return in_tiles(rows, columns) - 1;
-    };
     const double again = static_cast<double>(last) / static_cast<double>(V_);
     time += again + (1 + again) * idle(chunk, slab);
-    if (dc) time += idle(slab, D);
+    time += std::min(with_own_de(d), with_library_de(d));
     const std::int64_t slabs = divide_up(d.last.begin, slab) + 2 * divide_up(last, slab);
-    const double all_slabs = static_cast<double>(slabs * divide_up(rows_, chunk));
-    if (de) time += std::min(own_de(d), library_de(d));
-    return time + all_slabs * kFlopsOfLaunches /
-                      (2.0 * static_cast<double>(rows_) * static_cast<double>(V_) *
-                       static_cast<double>(D));
+    return time + launches(2 * slabs * divide_up(rows_, chunk));
+  }
+
+  // So many kernels, in products.
+  double launches(std::int64_t count) const {
+    return static_cast<double>(count) * kFlopsOfLaunch /
+           (2.0 * static_cast<double>(rows_) * static_cast<double>(V_) *
+            static_cast<double>(head_of(facts_.problem).D));
   }
 
   const FusedDecision& facts_;

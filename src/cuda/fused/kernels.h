@@ -153,6 +153,12 @@ struct LogitKernels {
                        cudaStream_t stream);
   void (*dc)(const DcProduct& product, const Grid& grid, cudaStream_t stream);
   void (*de)(const DeProduct& product, const Grid& grid, cudaStream_t stream);
+  // Both of one g, whose rows of E lie in the order of the list.
+  void (*dc_and_de)(const DcProduct& dc, const DeProduct& de, const Grid& grid,
+                    cudaStream_t stream);
+  // What that takes, in products whose tiles leave no multiprocessor idle.
+  double (*dc_and_de_time)(int multiprocessors, std::int64_t rows, std::int64_t columns,
+                           std::int64_t D);
 };
 
 namespace sm90 {

@@ -6,6 +6,8 @@
 // registers. docs/kernels.md, "Order of tiles".
 #pragma once
 
+#include <cstdint>
+
 #ifdef __CUDACC__
 #define CUTLOSS_WALK __host__ __device__
 #else
@@ -77,6 +79,68 @@ struct TileWalk {
   // The clusters that share a row block, and which of them a cluster is.
   CUTLOSS_WALK int sharers(int r) const { return clusters / run[r].group; }
   CUTLOSS_WALK int sharer(int r, int cluster) const { return cluster / run[r].group; }
+};
+
+// The same of two products in one kernel, whose tiles take different times: few long ones, and many
+// short ones, of which the clusters that have one long tile less take so many first that all end
+// together. Clusters of an odd number take their short tiles before the long ones: what short tiles
+// read and write of memory passes beside the others' multiplications.
+struct TwoWalks {
+  TileWalk long_tiles, short_tiles;
+  int heavy = 0;  // the first so many clusters have one long tile more than the others ...
+  int ahead = 0;  // ... which have so many short tiles more
+
+  struct Item {
+    bool is_long;
+    int tile;  // of its walk; -1: the cluster has no more
+  };
+
+  // `long_time` and `short_time`: what a tile takes, in any unit.
+  CUTLOSS_WALK static TwoWalks make(const TileWalk& long_tiles, const TileWalk& short_tiles,
+                                    int long_time, int short_time) {
+    TwoWalks walks{long_tiles, short_tiles, long_tiles.tiles % long_tiles.clusters};
+    if (walks.heavy > 0) walks.ahead = long_time / short_time;
+    return walks;
+  }
+
+  CUTLOSS_WALK int long_count(int cluster) const {
+    return every(long_tiles.tiles - cluster, long_tiles.clusters);
+  }
+  CUTLOSS_WALK int short_count(int cluster) const {
+    const int clusters = long_tiles.clusters, light = clusters - heavy;
+    const int extra = light * ahead < short_tiles.tiles ? light * ahead : short_tiles.tiles;
+    return (cluster < heavy ? 0 : every(extra - (cluster - heavy), light)) +
+           every(short_tiles.tiles - extra - (clusters - 1 - cluster), clusters);
+  }
+
+  CUTLOSS_WALK Item at(int cluster, int number) const {
+    const int clusters = long_tiles.clusters;
+    const int longs = long_count(cluster), shorts = short_count(cluster);
+    if (number >= longs + shorts) return {false, -1};
+    const bool short_first = cluster % 2 == 1;
+    const bool is_long = short_first ? number >= shorts : number < longs;
+    const int n = is_long == short_first ? number - (is_long ? shorts : longs) : number;
+    if (is_long) return {true, cluster + n * clusters};
+    const int light = clusters - heavy, more = cluster < heavy ? 0 : ahead;
+    if (n < more) return {false, cluster - heavy + n * light};
+    return {false, light * ahead + (n - more) * clusters + clusters - 1 - cluster};
+  }
+
+  // When the last cluster ends.
+  CUTLOSS_WALK std::int64_t time(int long_time, int short_time) const {
+    std::int64_t most = 0;
+    const int latest[] = {heavy > 0 ? heavy - 1 : 0, heavy, long_tiles.clusters - 1};
+    for (const int cluster : latest) {
+      const std::int64_t end = std::int64_t{long_count(cluster)} * long_time +
+                               std::int64_t{short_count(cluster)} * short_time;
+      if (end > most) most = end;
+    }
+    return most;
+  }
+
+ private:
+  // How many of 0, step, 2 step, ... lie below `end`.
+  CUTLOSS_WALK static int every(int end, int step) { return end > 0 ? (end + step - 1) / step : 0; }
 };
 
 }  // namespace cutloss::cuda::fused

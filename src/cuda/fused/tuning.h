@@ -38,11 +38,13 @@ struct LibraryMemory {
 };
 inline constexpr LibraryMemory kLibraryMemory[] = {{32 * kMiB, 0}, {4 * kMiB, 0.01}, {0, 0.02}};
 // By vocabulary: how many operations take as long as reading or writing a byte of dE's sums, which
-// the library does when it has multiplied and our own product while it multiplies; and as the
-// launches of a slab. Fitted to slabs of 768 to 50,000 columns on an H200.
+// the library does when it has multiplied and our own product while it multiplies; and as a
+// kernel's launch, its first loads and its last stores. What our own product costs more beside wide
+// slabs, in products. Fitted to slabs of 768 to 50,000 columns on an H200.
 inline constexpr double kLibraryFlopsPerByte = 163;
 inline constexpr double kOwnFlopsPerByte = 60;
-inline constexpr double kFlopsOfLaunches = 1e10;
+inline constexpr double kFlopsOfLaunch = 8e9;
+inline constexpr double kOwnSlower = 0.05;
 // tanh is good to an absolute 2^-22, so a logit to 2^-22 of the softcap.
 inline constexpr double kMostSoftcap = 256;
 

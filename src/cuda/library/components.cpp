@@ -13,9 +13,8 @@ void Components<T>::begin() {
 
 template <class T>
 void Components<T>::make_statistics(RowRange chunk, bool keep) {
-  const Sizes& s = call.d.sizes;
   sweep(
-      Columns{0, call.head.classes.count}, s.slab, chunk, s.block_rows,
+      Columns{0, call.head.classes.count}, call.d.forward_slab, chunk, call.d.forward_rows,
       [&](const Block& block) { add_statistics(block, keep); }, [](Columns) {});
   finish_rows<T>(rows.table(), chunk.begin, chunk.count, call.buffer<RowState<T>>(buffer::kStates),
                  operands.class_weight(0), rows.wanted_outputs(), call.head.classes, call.stream);
@@ -24,7 +23,7 @@ void Components<T>::make_statistics(RowRange chunk, bool keep) {
 template <class T>
 void Components<T>::add_statistics(const Block& block, bool keep) {
   T* z = call.buffer<T>(buffer::kZ);
-  const std::int64_t stride = padded(call.d.sizes.slab, call.d.stat);
+  const std::int64_t stride = padded(call.d.forward_slab, call.d.stat);
   products.multiply_logits(operands.e(block.rows, block.chunk), operands.c(block.columns),
                            block.rows.count, block.columns.count, z, stride);
   const std::int64_t in_chunk = block.rows.begin - block.chunk.begin;

@@ -1,7 +1,6 @@
 #include "cuda/library/decision.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "core/dtype.h"
@@ -23,9 +22,9 @@ struct Room {
 
 // The roomiest choice first; the last is the least. For every decision of a problem there are as
 // many.
-std::vector<Room> rooms(const CudaDecision& d) {
+std::vector<Room> rooms(const CudaDecision& d, Pass pass) {
   const std::int64_t V = classes_of(d.problem).count;
-  const std::int64_t least = std::min(d.sizes.slab, V);
+  const std::int64_t least = std::min(pass == Pass::backward ? d.sizes.slab : d.forward_slab, V);
   if (!d.converts_c) return {{true, least}, {false, least}};
   return {{true, V}, {true, std::clamp(kSomeColumns, least, V)}, {true, least}, {false, least}};
 }
@@ -47,6 +46,9 @@ Ledger workspace(const CudaDecision& d, Way way, Pass pass, const Reads& reads) 
   const std::int64_t operand = size_of(d.operand), stat = size_of(d.stat);
   const std::int64_t e_bytes = e_stride(p, d.operand) * operand;
   const bool from_kept = way.schedule == Schedule::rows;
+  const bool again = pass == Pass::backward;
+  const std::int64_t block_rows = again ? s.block_rows : d.forward_rows;
+  const std::int64_t slab = again ? s.slab : d.forward_slab;
   const std::int64_t state =
       d.stat == DType::f64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
   Ledger ledger(kAlign);
@@ -54,7 +56,7 @@ Ledger workspace(const CudaDecision& d, Way way, Pass pass, const Reads& reads) 
   if (makes_statistics(pass)) ledger.book(buffer::kStates, s.chunk_rows * state);
   if (d.converts_bias) ledger.book(buffer::kBias, classes_of(p).count * stat, Lifetime::call);
   if (!reads.e_in_place && !reads.e_in_de) {
-    const std::int64_t block = std::max(s.block_rows, makes_gradients(pass) ? s.gradient_rows : 0);
+    const std::int64_t block = std::max(block_rows, makes_gradients(pass) ? s.gradient_rows : 0);
     const std::int64_t rows = reads.whole_e ? s.chunk_rows : std::min(block, s.chunk_rows);
     ledger.book(buffer::kE, rows * e_bytes);
   }
@@ -66,7 +68,7 @@ Ledger workspace(const CudaDecision& d, Way way, Pass pass, const Reads& reads) 
     ledger.share(buffer::kE, s.chunk_rows * head_of(p).D * operand, "dE", "dE is written");
   }
   if (makes_statistics(pass) || !from_kept) {
-    ledger.book(buffer::kZ, s.block_rows * padded(s.slab, d.stat) * stat);
+    ledger.book(buffer::kZ, block_rows * padded(slab, d.stat) * stat);
   }
   if (!makes_gradients(pass)) return ledger;
   if (d.operand == DType::f16) ledger.book(buffer::kScalars, sizeof(DeviceScalars));
@@ -94,17 +96,20 @@ struct Bytes {
   std::int64_t kept = 0, forward = 0, backward = 0;
   std::int64_t peak() const { return kept + std::max(forward, backward); }
 };
-Bytes bytes_of(const CudaDecision& d, Way way, Room room, std::int64_t library_bytes) {
-  const auto of = [&](Pass pass) {
-    return workspace(d, way, pass, reads_of(d, way, pass, room)).bytes() + library_bytes;
-  };
+std::int64_t bytes_of(const CudaDecision& d, Way way, Pass pass, std::size_t room,
+                      std::int64_t library_bytes) {
+  const Reads reads = reads_of(d, way, pass, rooms(d, pass)[room]);
+  return workspace(d, way, pass, reads).bytes() + library_bytes;
+}
+Bytes bytes_of(const CudaDecision& d, Way way, std::size_t room, std::int64_t library_bytes) {
+  const auto of = [&](Pass pass) { return bytes_of(d, way, pass, room, library_bytes); };
   return {kept(d, way).bytes(), of(first_pass(way)), has_backward(way) ? of(Pass::backward) : 0};
 }
 
 // Books a pass in so many bytes: the roomiest choice that fits, and the rest for the matrix
 // library.
 Ledger settle(CudaDecision& d, Way way, Pass pass, std::int64_t bytes, Reads& reads) {
-  for (const Room room : rooms(d)) {
+  for (const Room room : rooms(d, pass)) {
     reads = reads_of(d, way, pass, room);
     Ledger ledger = workspace(d, way, pass, reads);
     if (ledger.bytes() > bytes) continue;
@@ -131,14 +136,21 @@ void set_block(CudaDecision& d, const Step& step) {
   const std::int64_t unit = beside >= 1024 ? 1024 : 128;
   s.slab = even_piece(classes_of(d.problem).count,
                       std::max<std::int64_t>(beside / unit * unit, 128), unit);
+  d.forward_rows = s.block_rows;
+  d.forward_slab = s.slab;
+}
+
+bool has_quick_enough_memory(const Step& step, const DeviceFacts& device) {
+  return step.logit_bytes <= kL2Block || device.memory_rate >= kQuickMemory;
 }
 
 // One step of the table, in one of its rooms.
 class Search {
  public:
-  Search(const CudaDecision& facts, Way way, const Step& step, std::int64_t budget,
-         std::int64_t& least)
+  Search(const CudaDecision& facts, const DeviceFacts& device, Way way, const Step& step,
+         std::int64_t budget, std::int64_t& least)
       : facts_(facts),
+        device_(device),
         way_(way),
         step_(step),
         budget_(budget),
@@ -149,15 +161,17 @@ class Search {
   // Null where nothing fits.
   std::shared_ptr<const Decision> find() const {
     if (in_one_call(way_) && step_.gradient_rows != 0) return nullptr;  // as the step before
-    const std::size_t choices = rooms(attempt(rows_, 0, V_, 0).d).size();
+    const std::size_t choices = rooms(attempt(rows_, 0, V_, 0).d, first_pass(way_)).size();
     for (std::size_t room = 0; room < choices; ++room) {
-      const Trial found = in_one_call(way_)                 ? find_chunk(room)
-                          : way_.schedule == Schedule::none ? attempt(rows_, 0, V_, room)
-                                                            : find_slab(room);
+      Trial found = in_one_call(way_)                 ? find_chunk(room)
+                    : way_.schedule == Schedule::none ? attempt(rows_, 0, V_, room)
+                                                      : find_slab(room);
       if (found.bytes.peak() > budget_) continue;
+      const double slower =
+          way_.schedule == Schedule::vocabulary ? widen_forward(found, room) : step_.slower;
       auto d = std::make_shared<CudaDecision>(found.d);
       settle(*d, way_, found.bytes);
-      d->predicted_time = predicted_time(*d);
+      d->predicted_time = predicted_time(*d) + slower - step_.slower;
       return d;
     }
     return nullptr;
@@ -189,9 +203,26 @@ class Search {
     if (in_one_call(way_) && !t.d.g_in_kept) set_chunk_slab(t.d);
     set_last(t.d, way_);
     set_places(t.d, way_);
-    t.bytes = bytes_of(t.d, way_, rooms(t.d)[room], step_.library_bytes);
+    t.bytes = bytes_of(t.d, way_, room, step_.library_bytes);
     least_ = std::min(least_, t.bytes.peak());
     return t;
+  }
+
+  // Forward takes the largest blocks of logits that fit: g is not there yet. Its product's time.
+  double widen_forward(Trial& t, std::size_t room) const {
+    for (const Step& step : kSteps) {
+      if (step.logit_bytes <= step_.logit_bytes) break;
+      if (!has_quick_enough_memory(step, device_)) continue;
+      CudaDecision wide = t.d;
+      set_block(wide, step);
+      const std::int64_t bytes = bytes_of(wide, way_, Pass::forward, room, step.library_bytes);
+      if (bytes > budget_) continue;
+      t.d.forward_rows = wide.forward_rows;
+      t.d.forward_slab = wide.forward_slab;
+      t.bytes.forward = bytes;
+      return step.slower;
+    }
+    return step_.slower;
   }
 
   // Gradients are made with the forward, a chunk at a time.
@@ -217,8 +248,7 @@ class Search {
     s.gradient_slab = even_piece(V_, std::max<std::int64_t>(count, 1) * s.slab, s.slab);
   }
 
-  // Gradients a slab of columns at a time, of all rows; or, where dC is not wanted, of some after
-  // the others. dE's sums at home where there is room for them and a wide slab, else in dC.
+  // Gradients a slab of columns at a time, the widest that fits.
   Trial find_slab(std::size_t room) const {
     const std::int64_t unit = attempt(rows_, 0, V_, room).d.sizes.slab;
     const std::int64_t least = std::min(round_up(step_.least_slab, unit), round_up(V_, unit));
@@ -229,23 +259,12 @@ class Search {
           [&](std::int64_t size) { return attempt(chunk, size, last_begin, room).bytes.peak(); });
       return attempt(chunk, std::max(slab, least), last_begin, room);
     };
-    Trial own = widest(rows_, V_);
-    if (way_.keeps_logits) return own;
-    const Problem& p = facts_.problem;
-    if (!p.wanted.dc.wanted) {
-      if (own.bytes.peak() <= budget_) return own;
-      const std::int64_t chunk = largest_that_fits(
-          step_.least_chunk, std::max(rows_, step_.least_chunk), 128, budget_,
-          [&](std::int64_t size) { return attempt(size, least, V_, room).bytes.peak(); });
-      return chunk == 0 ? std::move(own) : widest(chunk, V_);
-    }
-    const std::int64_t begin = begin_of_last_columns(facts_, facts_.de_in_place, 128);
-    if (begin == V_) return own;
-    Trial in_dc = widest(rows_, begin);
-    if (in_dc.bytes.peak() > budget_) return own;
-    const bool better =
-        own.bytes.peak() > budget_ || predicted_time(in_dc.d) < predicted_time(own.d);
-    return better ? std::move(in_dc) : std::move(own);
+    if (way_.keeps_logits) return widest(rows_, V_);
+    return with_sums_placed(
+        facts_, {budget_, facts_.de_in_place, 128, step_.least_chunk, 128}, widest,
+        [&](std::int64_t rows) { return attempt(rows, least, V_, room).bytes.peak(); },
+        [](const Trial& t) { return t.bytes.peak(); },
+        [&](const Trial& t) { return predicted_time(t.d); });
   }
 
   double predicted_time(const CudaDecision& d) const {
@@ -262,6 +281,7 @@ class Search {
   }
 
   const CudaDecision& facts_;
+  const DeviceFacts& device_;
   const Way way_;
   const Step& step_;
   const std::int64_t budget_;
@@ -286,10 +306,9 @@ std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem
   const Way way = algorithm.way;
   CudaDecision facts;
   set_facts(facts, algorithm, p, device);
-  const bool quick = device.memory_rate >= kQuickMemory;
   for (const Step& step : kSteps) {
-    if (step.logit_bytes > kL2Block && !quick) continue;
-    if (auto found = Search(facts, way, step, budget, least).find()) return found;
+    if (!has_quick_enough_memory(step, device)) continue;
+    if (auto found = Search(facts, device, way, step, budget, least).find()) return found;
   }
   return nullptr;
 }

@@ -8,27 +8,31 @@
 
 namespace cutloss::cuda::fused::sm90 {
 
+struct AccumulateParams {
+  bool add;  // fp32 only; else the output is overwritten
+  float scale;
+  const int* sum_of_row;  // null: no sums
+  const float* sums;
+  int sums_stride;
+};
+
+struct AccumulateFacts {
+  int sum[kTileRows];  // the row of `sums` that belongs to the tile's row, or -1
+};
+
 template <class Out>
 class AccumulateEpilogue {
  public:
   static constexpr int kWarpBytes = kStripBytes;
 
-  struct Facts {
-    int sum[kTileRows];  // the row of `sums` that belongs to the tile's row, or -1
-  };
-
-  struct Params {
-    bool add;  // fp32 only; else the output is overwritten
-    float scale;
-    const int* sum_of_row;  // null: no sums
-    const float* sums;
-    int sums_stride;
-  };
+  using Facts = AccumulateFacts;
+  using Params = AccumulateParams;
 
   __device__ AccumulateEpilogue(const Params& params, const CUtensorMap* out, char* buffer,
                                 Facts& facts, const TileWalk&, int, int, int)
       : p_(params), out_(out), buffer_(buffer), facts_(facts) {}
 
+  // Not needed where there are no sums.
   __device__ __forceinline__ void prepare(int first_row, int, int rows, int) {
     const int thread = threadIdx.x % 128;
     const int row = first_row + thread;
@@ -47,7 +51,9 @@ class AccumulateEpilogue {
         CUTE_UNROLL
         for (int k = 0; k < kRowSums; ++k) z[k] *= p_.scale;
       }
-      add_sum(z, facts_.sum[at.row(i)], first_column, last_column);
+      if (p_.sum_of_row != nullptr) {
+        add_sum(z, facts_.sum[at.row(i)], first_column, last_column);
+      }
     }
     CUTE_UNROLL
     for (int m = 0; m < kTileRows / 64; ++m) {

@@ -29,5 +29,7 @@ void launch_exponentials(const Logits& logits, const Exponentials& exponentials,
                          cudaStream_t stream);
 void launch_dc(const DcProduct& product, const Grid& grid, cudaStream_t stream);
 void launch_de(const DeProduct& product, const Grid& grid, cudaStream_t stream);
+void launch_dc_and_de(const DcProduct& dc, const DeProduct& de, const Grid& grid,
+                      cudaStream_t stream);
 
 }  // namespace cutloss::cuda::fused::sm90

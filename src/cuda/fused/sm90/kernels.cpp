@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/fused/sm90/dc_and_de.h"
 #include "cuda/fused/sm90/instances.h"
 #include "cuda/fused/sm90/tuning.h"
 
@@ -22,6 +23,16 @@ Grid grid_for(int multiprocessors, int rows, int columns, bool may_share_rows) {
   const int width = (columns + tiles * grid.blocks - 1) / (tiles * grid.blocks);
   grid.width = (width + 7) / 8 * 8;
   return grid;
+}
+
+double dc_and_de_time(int multiprocessors, std::int64_t rows, std::int64_t columns,
+                      std::int64_t D) {
+  const int clusters = multiprocessors / 2;
+  const DcAndDe both = DcAndDe::make(static_cast<int>(rows), static_cast<int>(columns),
+                                     static_cast<int>(D), clusters);
+  constexpr double kStep = 2.0 * kTileRows * kTileColumns * kTileDepth;
+  return static_cast<double>(both.time() * clusters) * kStep /
+         (static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(D));
 }
 
 void launch_statistics(const Logits& logits, const Statistics& statistics, const Grid& grid,
@@ -63,7 +74,7 @@ void launch_gradient(const Logits& logits, const GradientOfLogits& gradient, con
 }  // namespace
 
 constinit const LogitKernels kernels{
-    kTileColumns,        grid_for,  launch_statistics, launch_gradient,
-    launch_exponentials, launch_dc, launch_de};
+    kTileColumns, grid_for,  launch_statistics, launch_gradient, launch_exponentials,
+    launch_dc,    launch_de, launch_dc_and_de,  dc_and_de_time};
 
 }  // namespace cutloss::cuda::fused::sm90

@@ -8,20 +8,16 @@
 
 namespace cutloss::cuda::fused::sm90 {
 
-template <class Config, class Epilogue>
-void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& out,
-                    const typename Config::MapOfRow& row_of_b, const ProductParams& params,
-                    const typename Epilogue::Params& epilogue, int blocks, cudaStream_t stream) {
-  static_assert(kSharedBytes<Config, Epilogue> <= kMostSharedBytes);
-  const auto kernel = product_kernel<Config, Epilogue>;
+template <int kBytes, class Kernel, class... Arguments>
+void launch_blocks(Kernel* kernel, int blocks, cudaStream_t stream, const Arguments&... arguments) {
+  static_assert(kBytes <= kMostSharedBytes);
   // A property of the kernel on the current device; setting it again costs a microsecond.
-  cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   (kSharedBytes<Config, Epilogue>)),
+  cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
               "the Hopper kernel's shared memory");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = (kSharedBytes<Config, Epilogue>);
+  config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   cudaLaunchAttribute attribute[1];
   attribute[0].id = cudaLaunchAttributeClusterDimension;
@@ -29,8 +25,15 @@ void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMa
   attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
   config.attrs = attribute;
   config.numAttrs = 1;
-  cuda::check(cudaLaunchKernelEx(&config, kernel, a, b, out, row_of_b, params, epilogue),
-              "launch of the Hopper kernel");
+  cuda::check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch of the Hopper kernel");
+}
+
+template <class Config, class Epilogue>
+void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& out,
+                    const typename Config::MapOfRow& row_of_b, const ProductParams& params,
+                    const typename Epilogue::Params& epilogue, int blocks, cudaStream_t stream) {
+  launch_blocks<kSharedBytes<Config, Epilogue>>(product_kernel<Config, Epilogue>, blocks, stream, a,
+                                                b, out, row_of_b, params, epilogue);
 }
 
 // The operands of a block of logits: E and C, the depth contiguous in both.

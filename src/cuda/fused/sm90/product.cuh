@@ -38,6 +38,7 @@ struct Multiply<cute::half_t, a, b> {
 };
 
 inline constexpr int kCluster = 2;
+inline constexpr int kStages = 5;
 enum class Share { columns, rows };
 
 // Operands whose rows lie anywhere. a: all threads that load copy rows of A. b: rows of B are the
@@ -55,7 +56,6 @@ struct Config {
   static constexpr bool kGather = kGather_ == Gather::a;
   static constexpr bool kGatherB = kGather_ == Gather::b;
   using MapOfRow = std::conditional_t<kGatherB, CUtensorMap, NoMap>;
-  static constexpr int kStages = 5;
   // Of a cluster's tile.
   static constexpr int kBlockRows = kShare == Share::columns ? kCluster * kTileRows : kTileRows;
   // Registers a thread: of the warp group that loads, of those that multiply.
@@ -76,16 +76,16 @@ struct Config {
   }
 };
 
-template <class Config, class Epilogue>
+template <class Config, class Epilogue, class Walk = TileWalk>
 struct Shared {
   using Element = typename Config::Element;
-  alignas(1024) Element a[Config::kStages * kTileRows * kTileDepth];
-  alignas(1024) Element b[Config::kStages * kTileColumns * kTileDepth];
+  alignas(1024) Element a[kStages * kTileRows * kTileDepth];
+  alignas(1024) Element b[kStages * kTileColumns * kTileDepth];
   alignas(1024) char epilogue[8 * Epilogue::kWarpBytes];  // of each warp that multiplies
   typename Epilogue::Facts facts[2];                      // of each group that multiplies
-  alignas(8) std::uint64_t full[Config::kStages];
-  alignas(8) std::uint64_t empty[Config::kStages];
-  TileWalk walk;
+  alignas(8) std::uint64_t full[kStages];
+  alignas(8) std::uint64_t empty[kStages];
+  Walk walk;
 };
 template <class Config, class Epilogue>
 inline constexpr int kSharedBytes = sizeof(Shared<Config, Epilogue>);
@@ -117,6 +117,150 @@ __device__ inline int clamp_count(const ProductParams& p, int most) {
   return left < 0 ? 0 : (left < most ? left : most);
 }
 
+// Where a thread is in the ring of stages. Those that load begin with parity 1: the stages are
+// empty.
+struct Ring {
+  int stage = 0, parity = 0;
+  // After so many steps.
+  static __device__ Ring at(unsigned steps) {
+    return {static_cast<int>(steps % kStages), static_cast<int>(steps / kStages) & 1};
+  }
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+template <class Config, class SharedOf>
+__device__ __forceinline__ void init_barriers(SharedOf& shared) {
+  for (int i = 0; i < kStages; ++i) {
+    ptx::barrier_init(&shared.full[i], Config::kGather ? 129 : 1);
+    ptx::barrier_init(&shared.empty[i], kCluster);
+  }
+  ptx::barrier_init_fence();
+}
+
+// Loads the operands of a tile, a step of its depth at a time. `row`: the tile's first in A as it
+// lies. `from`: with Gather::a, where this thread's 16 bytes of rows of the tile come from.
+template <class Config, class SharedOf>
+__device__ __forceinline__ void load_operands(SharedOf& shared, Ring& ring,
+                                              const CUtensorMap& map_a, const CUtensorMap& map_b,
+                                              const typename Config::MapOfRow& map_row_of_b,
+                                              const ProductParams& p, int depth, int row,
+                                              int column, int rank,
+                                              const char* const* from = nullptr) {
+  using namespace cute;
+  using Element = typename Config::Element;
+  constexpr bool kSharesColumns = Config::kShare == Share::columns;
+  constexpr int kABytes = kTileRows * kTileDepth * 2;
+  constexpr std::uint16_t kBoth = 3;  // blocks of the cluster
+  const int thread = threadIdx.x;
+  // With Gather::b a lane has a row of the block's half. Beyond the depth, where A is zero, it
+  // takes the last row again: what lies there may be no number. Positions are read a step ahead.
+  const auto position_at = [&](int d) {
+    const int r = d + kTileDepth / 2 * rank + thread;
+    return p.positions[p.first + (r < depth ? r : depth - 1)];
+  };
+  [[maybe_unused]] int next_position = 0;
+  if constexpr (Config::kGatherB) next_position = position_at(0);
+  for (int d = 0; d < depth; d += kTileDepth, ring.advance()) {
+    [[maybe_unused]] const int position = next_position;
+    if constexpr (Config::kGatherB) next_position = position_at(d + kTileDepth);
+    ptx::barrier_wait(&shared.empty[ring.stage], ring.parity);
+    std::uint64_t* full = &shared.full[ring.stage];
+    Element* a = shared.a + ring.stage * kTileRows * kTileDepth;
+    Element* b = shared.b + ring.stage * kTileColumns * kTileDepth;
+    if (thread == 0) {
+      ptx::barrier_expect(full, (Config::kGather ? 0 : kABytes) + p.width * kTileDepth * 2);
+      if constexpr (!kSharesColumns) {
+        ptx::load_tile(&map_b, full, b, d, column);
+      } else if constexpr (Config::kMajorB == Major::K) {
+        // Each block brings half of the columns, for both.
+        const int half = kTileColumns / 2 * rank;
+        ptx::load_tile_multicast(&map_b, full, b + half * kTileDepth, d, column + half, kBoth);
+      } else {
+        if constexpr (!Config::kGatherB) {
+          const int half = kTileDepth / 2 * rank;
+          for (int i = 0; i < kTileColumns; i += 64) {
+            ptx::load_tile_multicast(&map_b, full, b + i * kTileDepth + half * 64, column + i,
+                                     d + half, kBoth);
+          }
+        }
+      }
+    }
+    if constexpr (Config::kGatherB) {
+      __syncwarp();  // the barrier expects these bytes
+      const int half = kTileDepth / 2 * rank;
+      const int first = __shfl_sync(~0u, position, 0);
+      const bool together = __all_sync(~0u, position - first == thread);
+      for (int i = 0; i < kTileColumns; i += 64) {
+        Element* to = b + i * kTileDepth + half * 64;
+        if (!together) {
+          ptx::load_tile_multicast(&map_row_of_b, full, to + thread * 64, column + i, position,
+                                   kBoth);
+        } else if (thread == 0) {
+          ptx::load_tile_multicast(&map_b, full, to, column + i, first, kBoth);
+        }
+      }
+    }
+    if constexpr (Config::kGather) {
+      const int chunk = thread % 8, first = thread / 8;
+      const std::uint32_t to = ptx::shared_address(a) + first * 128 + ((chunk ^ (first % 8)) * 16);
+      const int bytes = d + chunk * 8 < depth ? 16 : 0;
+      CUTE_UNROLL
+      for (int j = 0; j < kTileRows / 16; ++j) {
+        ptx::copy_16_bytes(to + j * 16 * 128, from[j] + (bytes == 0 ? 0 : d * 2), bytes);
+      }
+      ptx::arrive_after_copies(full);
+    } else if constexpr (!kSharesColumns) {
+      const int half = kTileRows / 2 * rank;
+      ptx::load_tile_multicast(&map_a, full, a + half * kTileDepth, d, row + half, kBoth);
+    } else if constexpr (Config::kMajorA == Major::K) {
+      ptx::load_tile(&map_a, full, a, d, row);
+    } else if (!Config::kGatherB || thread == 0) {
+      for (int i = 0; i < kTileRows; i += 64) {
+        ptx::load_tile(&map_a, full, a + i * kTileDepth, row + i, d);
+      }
+    }
+  }
+}
+
+// The sums of a tile: waits for its stages and hands them back.
+template <class Config, class SharedOf, class Sums>
+__device__ __forceinline__ void multiply_tile(SharedOf& shared, Ring ring, int steps, Sums& sums) {
+  using namespace cute;
+  const int in_group = threadIdx.x % 128;
+  typename Config::Mma mma;
+  const Tensor sA = make_tensor(make_smem_ptr(shared.a),
+                                Config::template tile_layout<Config::kMajorA, kTileRows>());
+  const Tensor sB = make_tensor(make_smem_ptr(shared.b),
+                                Config::template tile_layout<Config::kMajorB, kTileColumns>());
+  const auto slice = mma.get_thread_slice(in_group);
+  const Tensor tCrA = slice.make_fragment_A(slice.partition_A(sA));  // (MMA,MMA_M,MMA_K,PIPE)
+  const Tensor tCrB = slice.make_fragment_B(slice.partition_B(sB));  // (MMA,MMA_N,MMA_K,PIPE)
+  int previous = 0;
+  mma.accumulate_ = GMMA::ScaleOut::Zero;
+  warpgroup_fence_operand(sums);
+  for (int k = 0; k < steps; ++k) {
+    ptx::barrier_wait(&shared.full[ring.stage], ring.parity);
+    if constexpr (Config::kGather) ptx::fence_async_proxy();
+    warpgroup_arrive();
+    CUTE_UNROLL
+    for (int kk = 0; kk < kTileDepth / 16; ++kk) {
+      cute::gemm(mma, tCrA(_, _, kk, ring.stage), tCrB(_, _, kk, ring.stage), sums);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_wait<1>();
+    if (k > 0 && in_group < kCluster) ptx::barrier_arrive(&shared.empty[previous], in_group);
+    previous = ring.stage;
+    ring.advance();
+  }
+  ptx::named_arrive(2 - (threadIdx.x / 128 - 1), 256);
+  warpgroup_wait<0>();
+  warpgroup_fence_operand(sums);
+  if (in_group < kCluster) ptx::barrier_arrive(&shared.empty[previous], in_group);
+}
+
 template <class Config, class Epilogue>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap map_a,
@@ -126,11 +270,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                    const __grid_constant__ ProductParams p,
                    const __grid_constant__ typename Epilogue::Params epilogue_params) {
   using namespace cute;
-  using Element = typename Config::Element;
-  constexpr int kStages = Config::kStages;
   constexpr bool kSharesColumns = Config::kShare == Share::columns;
-  constexpr int kABytes = kTileRows * kTileDepth * 2;
-  constexpr std::uint16_t kBoth = 3;  // blocks of the cluster
 
   // Aligned by hand it would no longer be known as shared memory, and every access be a slow one.
   extern __shared__ __align__(1024) char raw_shared[];
@@ -165,11 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int width = kSharesColumns ? p.width : kCluster * p.width;
     shared.walk = TileWalk::make((rows + Config::kBlockRows - 1) / Config::kBlockRows,
                                  (p.columns + width - 1) / width, clusters, p.largest_group);
-    for (int i = 0; i < kStages; ++i) {
-      ptx::barrier_init(&shared.full[i], Config::kGather ? 129 : 1);
-      ptx::barrier_init(&shared.empty[i], kCluster);
-    }
-    ptx::barrier_init_fence();
+    init_barriers<Config>(shared);
   }
   cluster_arrive();
   cluster_wait();
@@ -177,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp_group == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kLoaderRegisters>();
     if (Config::kGather || thread < (Config::kGatherB ? 32 : 1)) {
-      int stage = 0, parity = 1;
+      Ring ring{0, 1};
       // Where this thread's 16 bytes of a row of the tile come from: eight threads copy a row.
       [[maybe_unused]] const char* from[kTileRows / 16];
       [[maybe_unused]] int found_block = -1;
@@ -195,89 +331,15 @@ __global__ void __launch_bounds__(kThreads, 1)
             found_block = tile.row_block;
           }
         }
-        for (int k = 0; k < steps; ++k) {
-          ptx::barrier_wait(&shared.empty[stage], parity);
-          std::uint64_t* full = &shared.full[stage];
-          Element* a = shared.a + stage * kTileRows * kTileDepth;
-          Element* b = shared.b + stage * kTileColumns * kTileDepth;
-          const int d = k * kTileDepth;
-          if (thread == 0) {
-            ptx::barrier_expect(full, (Config::kGather ? 0 : kABytes) + p.width * kTileDepth * 2);
-            if constexpr (!kSharesColumns) {
-              ptx::load_tile(&map_b, full, b, d, column);
-            } else if constexpr (Config::kMajorB == Major::K) {
-              // Each block brings half of the columns, for both.
-              const int half = kTileColumns / 2 * rank;
-              ptx::load_tile_multicast(&map_b, full, b + half * kTileDepth, d, column + half,
-                                       kBoth);
-            } else {
-              if constexpr (!Config::kGatherB) {
-                const int half = kTileDepth / 2 * rank;
-                for (int i = 0; i < kTileColumns; i += 64) {
-                  ptx::load_tile_multicast(&map_b, full, b + i * kTileDepth + half * 64, column + i,
-                                           d + half, kBoth);
-                }
-              }
-            }
-          }
-          if constexpr (Config::kGatherB) {
-            // A lane has a row of the block's half. Beyond the depth, where A is zero, it takes the
-            // last row again: what lies there may be no number.
-            __syncwarp();  // the barrier expects these bytes
-            const int half = kTileDepth / 2 * rank;
-            const int r = d + half + thread;
-            const int position = p.positions[p.first + (r < depth ? r : depth - 1)];
-            const int first = __shfl_sync(~0u, position, 0);
-            const bool together = __all_sync(~0u, position - first == thread);
-            for (int i = 0; i < kTileColumns; i += 64) {
-              Element* to = b + i * kTileDepth + half * 64;
-              if (!together) {
-                ptx::load_tile_multicast(&map_row_of_b, full, to + thread * 64, column + i,
-                                         position, kBoth);
-              } else if (thread == 0) {
-                ptx::load_tile_multicast(&map_b, full, to, column + i, first, kBoth);
-              }
-            }
-          }
-          if constexpr (Config::kGather) {
-            const int chunk = thread % 8, first = thread / 8;
-            const std::uint32_t to =
-                ptx::shared_address(a) + first * 128 + ((chunk ^ (first % 8)) * 16);
-            const int bytes = d + chunk * 8 < depth ? 16 : 0;
-            CUTE_UNROLL
-            for (int j = 0; j < kTileRows / 16; ++j) {
-              ptx::copy_16_bytes(to + j * 16 * 128, from[j] + (bytes == 0 ? 0 : d * 2), bytes);
-            }
-            ptx::arrive_after_copies(full);
-          } else if constexpr (!kSharesColumns) {
-            const int half = kTileRows / 2 * rank;
-            ptx::load_tile_multicast(&map_a, full, a + half * kTileDepth, d,
-                                     first_position + row + half, kBoth);
-          } else if constexpr (Config::kMajorA == Major::K) {
-            ptx::load_tile(&map_a, full, a, d, first_position + row);
-          } else if (!Config::kGatherB || thread == 0) {
-            for (int i = 0; i < kTileRows; i += 64) {
-              ptx::load_tile(&map_a, full, a + i * kTileDepth, row + i, d);
-            }
-          }
-          if (++stage == kStages) stage = 0, parity ^= 1;
-        }
+        load_operands<Config>(shared, ring, map_a, map_b, map_row_of_b, p, depth,
+                              first_position + row, column, rank, from);
       }
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kMultiplierRegisters>();
     const int turn = warp_group - 1;
-    const int in_group = thread % 128;
-    typename Config::Mma mma;
-    const Tensor sA = make_tensor(make_smem_ptr(shared.a),
-                                  Config::template tile_layout<Config::kMajorA, kTileRows>());
-    const Tensor sB = make_tensor(make_smem_ptr(shared.b),
-                                  Config::template tile_layout<Config::kMajorB, kTileColumns>());
-    const auto slice = mma.get_thread_slice(in_group);
-    const Tensor tCrA = slice.make_fragment_A(slice.partition_A(sA));  // (MMA,MMA_M,MMA_K,PIPE)
-    const Tensor tCrB = slice.make_fragment_B(slice.partition_B(sB));  // (MMA,MMA_N,MMA_K,PIPE)
-    Tensor sums =
-        partition_fragment_C(mma, Shape<Int<kTileRows>, Int<kTileColumns>>{});  // ((2,2,24),2,1)
+    Tensor sums = partition_fragment_C(
+        typename Config::Mma{}, Shape<Int<kTileRows>, Int<kTileColumns>>{});  // ((2,2,24),2,1)
 
     Epilogue epilogue(epilogue_params, &map_out,
                       shared.epilogue + (thread / 32 - 4) * Epilogue::kWarpBytes,
@@ -289,36 +351,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int t = cluster; t < walk.tiles; t += clusters, ++number) {
       if ((number & 1) != turn) continue;
       const TilePosition tile = walk.at(t);
-      const unsigned before = static_cast<unsigned>(number) * static_cast<unsigned>(steps);
-      int stage = static_cast<int>(before % kStages);
-      int parity = static_cast<int>(before / kStages) & 1;
-      int previous = 0;
-      mma.accumulate_ = GMMA::ScaleOut::Zero;
       const int row = first_row(tile), column = first_column(tile);
       const int last_column = column + p.width < p.columns ? column + p.width : p.columns;
       ptx::named_sync(3 + turn, 128);  // the whole group is done with the last tile's facts
       epilogue.prepare(row, column, rows, last_column);
       ptx::named_sync(1 + turn, 256);
-      warpgroup_fence_operand(sums);
-      for (int k = 0; k < steps; ++k) {
-        ptx::barrier_wait(&shared.full[stage], parity);
-        if constexpr (Config::kGather) ptx::fence_async_proxy();
-        warpgroup_arrive();
-        CUTE_UNROLL
-        for (int kk = 0; kk < kTileDepth / 16; ++kk) {
-          cute::gemm(mma, tCrA(_, _, kk, stage), tCrB(_, _, kk, stage), sums);
-          mma.accumulate_ = GMMA::ScaleOut::One;
-        }
-        warpgroup_commit_batch();
-        warpgroup_wait<1>();
-        if (k > 0 && in_group < kCluster) ptx::barrier_arrive(&shared.empty[previous], in_group);
-        previous = stage;
-        if (++stage == kStages) stage = 0, parity ^= 1;
-      }
-      ptx::named_arrive(2 - turn, 256);
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(sums);
-      if (in_group < kCluster) ptx::barrier_arrive(&shared.empty[previous], in_group);
+      const unsigned before = static_cast<unsigned>(number) * static_cast<unsigned>(steps);
+      multiply_tile<Config>(shared, Ring::at(before), steps, sums);
 
       ptx::named_sync(3 + turn, 128);
       epilogue.tile(sums, tile, row, column, rows, last_column);
