@@ -208,7 +208,8 @@ Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bo
 
 Tensor Call::make_de() const {
   const Problem& p = plan_->problem;
-  return make({p.rows.sequences, p.rows.length, head_of(p).D}, p.wanted.de.type ? stats() : operands_.e.scalar_type(), p.wanted.de.wanted);
+  return make({p.rows.sequences, p.rows.length, head_of(p).D},
+              p.wanted.de.type ? stats() : operands_.e.scalar_type(), p.wanted.de.wanted);
 }
 
 Tensor Call::make_dc() const {

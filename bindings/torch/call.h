@@ -53,7 +53,7 @@ struct Options {
   "ScalarType compute_dtype, int shift, int ignore_index, float? softcap, float logit_scale, " \
   "float temperature, bool wants_entropy, bool wants_zbar, bool wants_argmax, bool needs_de, " \
   "bool needs_dc, bool needs_dbias, int schedule, int? max_workspace, int kept_bytes, "        \
-  "SymInt? num_valid=None, bool allow_tf32=False, int first_class=0, int total_classes=0, "     \
+  "SymInt? num_valid=None, bool allow_tf32=False, int first_class=0, int total_classes=0, "    \
   "bool de_in_sums=False"
 
 Operands read_operands(Stack& stack);

@@ -278,7 +278,8 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
   m.def("empty_states(Tensor like, SymInt rows, ScalarType stat_dtype) -> Tensor");
   m.def(
       "close_rows(Tensor states, Tensor targets, Tensor? class_weight, Tensor? is_right, "
-      "int before, ScalarType stat_dtype, SymInt V, int shift, int ignore_index, bool wants_entropy, bool wants_zbar, "
+      "int before, ScalarType stat_dtype, SymInt V, int shift, int ignore_index, bool "
+      "wants_entropy, bool wants_zbar, "
       "bool wants_argmax) -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, "
       "Tensor entropy, Tensor zbar_centred, Tensor argmax)");
   m.def("chunks_begin(" CUTLOSS_OPERANDS ", *, " CUTLOSS_OPTIONS

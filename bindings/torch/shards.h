@@ -6,8 +6,8 @@
 
 namespace cutloss::binding {
 
-// open_statistics(operands, before, *, options) -> (states, kept): states (before + rows, bytes of a
-// state), of which the first `before` records are the caller's to write
+// open_statistics(operands, before, *, options) -> (states, kept): states (before + rows, bytes of
+// a state), of which the first `before` records are the caller's to write
 void open_statistics(Stack& stack);
 // empty_states(like, rows, stat_dtype) -> states: those of a shard without classes, where `like` is
 void empty_states(Stack& stack);

@@ -11,9 +11,9 @@ namespace cutloss {
 struct Inputs {
   const void* e = nullptr;
   const void* c = nullptr;
-  const void* bias = nullptr;          // (V)
-  const void* targets = nullptr;       // (sequences, length)
-  const void* temperature = nullptr;   // (rows), stat dtype, each > 0
+  const void* bias = nullptr;         // (V)
+  const void* targets = nullptr;      // (sequences, length)
+  const void* temperature = nullptr;  // (rows), stat dtype, each > 0
   // Of the whole vocabulary, (total), stat dtype; zbar = sum_v weight_v z_v / total.
   const void* class_weight = nullptr;
 };

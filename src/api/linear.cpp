@@ -72,8 +72,9 @@ void backward(const Plan& plan, const Args& args) {
 
 void forward_backward(const Plan& plan, const Args& args) {
   if (plan.problem.wanted.state) {
-    refuse("forward_backward closes the rows between its passes, but wanted.state leaves them "
-           "open: open a session, and call close_rows between statistics and gradients");
+    refuse(
+        "forward_backward closes the rows between its passes, but wanted.state leaves them "
+        "open: open a session, and call close_rows between statistics and gradients");
   }
   const CallReport report("forward_backward", plan);
   const auto session = open_checked(plan, args, Pass::both);

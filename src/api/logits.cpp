@@ -98,12 +98,13 @@ Problem validated_logits(Problem p) {
   check_product("N x V", p.rows.sequences * p.rows.length, logits.classes.count);
   settle_classes(logits.classes);
   if (is_shard(logits.classes) || p.wanted.state) {
-    throw Error(ErrorCode::unsupported,
-                text("losses over logits take a whole vocabulary and close its rows, but classes "
-                     "are {first ", logits.classes.first, ", count ", logits.classes.count,
-                     ", total ", logits.classes.total, "} and wanted.state is ",
-                     p.wanted.state ? "true" : "false",
-                     ": gather the logits, or take a Linear source, which can be sharded"));
+    throw Error(
+        ErrorCode::unsupported,
+        text("losses over logits take a whole vocabulary and close its rows, but classes "
+             "are {first ",
+             logits.classes.first, ", count ", logits.classes.count, ", total ",
+             logits.classes.total, "} and wanted.state is ", p.wanted.state ? "true" : "false",
+             ": gather the logits, or take a Linear source, which can be sharded"));
   }
   settle_strides(p, {logits.sequence_stride, logits.row_stride}, "");
   const RowStrides gradient{p.wanted.dlogits_sequence_stride, p.wanted.dlogits_row_stride};

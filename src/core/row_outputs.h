@@ -42,7 +42,8 @@ CUTLOSS_HOST_DEVICE void clear_row(const RowOutputs& out, std::int64_t n, T valu
   static_cast<RowState<T>*>(out.state)[n] = state;
 }
 
-// close, also of a row without a target (a negative column): what does not depend on it stays right.
+// close, also of a row without a target (a negative column): what does not depend on it stays
+// right.
 template <class T>
 CUTLOSS_HOST_DEVICE RowResult<T> closed(RowState<T> state, std::int64_t column, T target_weight,
                                         std::int64_t V) {

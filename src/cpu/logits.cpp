@@ -185,8 +185,8 @@ void cpu::logits(const Problem& p, const LogitsArgs& args, Pass pass) {
 }
 
 const DeviceCalls& cpu_calls() {
-  static constexpr DeviceCalls calls{cpu::loss_terms, cpu::sum_loss, cpu::close_rows,
-                                     cpu::empty_states, cpu::logits, nullptr};
+  static constexpr DeviceCalls calls{cpu::loss_terms,   cpu::sum_loss, cpu::close_rows,
+                                     cpu::empty_states, cpu::logits,   nullptr};
   return calls;
 }
 

@@ -68,9 +68,9 @@ RowTransform<T> Operands<T>::transform(std::int64_t n, Columns columns) {
 
 template <class T>
 const T* Operands<T>::class_weight(Columns columns) const {
-  return call_.p.has_class_weight
-             ? static_cast<const T*>(call_.args.in.class_weight) + call_.head.classes.first + columns.begin
-             : nullptr;
+  return call_.p.has_class_weight ? static_cast<const T*>(call_.args.in.class_weight) +
+                                        call_.head.classes.first + columns.begin
+                                  : nullptr;
 }
 
 template <class T>

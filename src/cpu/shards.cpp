@@ -32,8 +32,9 @@ void close_all(const LossRows& given, const RowStates& s, const RowOutputs& out)
     if (!is_right || own == rows.ignore_index) {
       clear_row(out, n, is_right ? T(0) : std::numeric_limits<T>::quiet_NaN());
     } else {
-      write_row(out, n, closed(merged<T>(s, n), own, weight == nullptr ? T(1) : weight[own],
-                               given.classes));
+      write_row(
+          out, n,
+          closed(merged<T>(s, n), own, weight == nullptr ? T(1) : weight[own], given.classes));
     }
   }
 }

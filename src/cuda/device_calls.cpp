@@ -44,8 +44,8 @@ void scale_by(DType type, void* values, std::int64_t count, DType factor_type, c
 }  // namespace cuda
 
 const DeviceCalls& cuda_calls() {
-  static constexpr DeviceCalls calls{cuda::loss_terms_of, cuda::sum_of,   cuda::close_of,
-                                     cuda::empty_of,      cuda::logits,   cuda::scale_by};
+  static constexpr DeviceCalls calls{cuda::loss_terms_of, cuda::sum_of, cuda::close_of,
+                                     cuda::empty_of,      cuda::logits, cuda::scale_by};
   return calls;
 }
 

@@ -119,9 +119,9 @@ const T* Operands<T>::bias(std::int64_t column) const {
 
 template <class T>
 const T* Operands<T>::class_weight(std::int64_t column) const {
-  return call_.p.has_class_weight ? static_cast<const T*>(call_.args.in.class_weight) +
-                                         call_.head.classes.first + column
-                                  : nullptr;
+  return call_.p.has_class_weight
+             ? static_cast<const T*>(call_.args.in.class_weight) + call_.head.classes.first + column
+             : nullptr;
 }
 
 template class Operands<float>;

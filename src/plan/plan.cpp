@@ -248,9 +248,8 @@ std::string describe(const Plan& plan) {
   const Sizes& sizes = d.sizes;
   std::string out =
       text("N ", row_count(p), "  V ", head.classes.count, shard_text(head.classes), "  D ", head.D,
-           "  E ",
-           name(head.e_type), "  C ", name(head.c_type), "  compute ", name(p.compute_type), "\n",
-           gaps(p), "engine ", plan.engine, "  schedule ", name(plan.schedule),
+           "  E ", name(head.e_type), "  C ", name(head.c_type), "  compute ", name(p.compute_type),
+           "\n", gaps(p), "engine ", plan.engine, "  schedule ", name(plan.schedule),
            plan.keeps_logits ? " (logits kept for backward)" : "", "  products ", plan.products,
            "  predicted ", rounded(plan.predicted_time), "\n", "algorithm ", plan.algorithm, ": ");
   if (plan.schedule == Schedule::rows) out += text("chunk of ", plan.chunk_rows, " rows, ");

@@ -191,17 +191,20 @@ const Refusal kRefusals[] = {
      [](Problem& p) { p.upstream.zbar = true; },
      ErrorCode::invalid_value,
      {"upstream.zbar", "wanted.zbar"}},
-    {"classes_after_the_first",
+    {"shard_whose_rows_are_to_be_closed",
      [](Problem& p) {
        classes_of(p).first = 50;
        classes_of(p).total = 150;
      },
-     ErrorCode::unsupported,
-     {"first 50", "count 100", "total 150", "first = 0", "total = count"}},
-    {"classes_before_the_last",
-     [](Problem& p) { classes_of(p).total = 101; },
-     ErrorCode::unsupported,
-     {"first 0", "count 100", "total 101"}},
+     ErrorCode::invalid_value,
+     {"first 50", "count 100", "total 150", "wanted.state", "close_rows"}},
+    {"classes_beyond_the_total",
+     [](Problem& p) {
+       classes_of(p).first = 2;
+       classes_of(p).total = 101;
+     },
+     ErrorCode::invalid_value,
+     {"first 2", "count 100", "total 101", "at most total"}},
     {"gradient_that_adds",
      [](Problem& p) { p.wanted.de.add = true; },
      ErrorCode::unsupported,

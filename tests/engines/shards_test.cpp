@@ -90,7 +90,8 @@ struct Shard {
 class States {
  public:
   States(const Problem& p, std::int64_t shards)
-      : device_(p.device), each_(row_count(p) * row_state_bytes(reference::stat_type(p))),
+      : device_(p.device),
+        each_(row_count(p) * row_state_bytes(reference::stat_type(p))),
         memory_(shards * each_) {}
   void* of(std::int64_t shard) { return memory_.on(device_) + shard * each_; }
 
@@ -265,11 +266,13 @@ TEST(Shard, RefusesWhatIsNone) {
   p.wanted.state = false;  // a shard's rows can't be closed
   EXPECT_EQ(code_of(p), ErrorCode::invalid_value);
 
-  const Plan plan = plan_for([&] {
-    Problem open = data.problem;
-    open.wanted.state = true;
-    return open;
-  }(), "cpu", kModes[0]);
+  const Plan plan = plan_for(
+      [&] {
+        Problem open = data.problem;
+        open.wanted.state = true;
+        return open;
+      }(),
+      "cpu", kModes[0]);
   Outputs out = outputs_for(plan.problem);
   Scratch scratch(plan);
   Args args = args_for(data, out, scratch, true);

@@ -170,8 +170,8 @@ __global__ void __launch_bounds__(kScanThreads)
     // p |log p + H| <= 1 + H
     const float lse = read<float>(c.rows.row_max, n) + read<float>(c.rows.log_sum, n);
     const RowUpstream<float> up = row_upstream<float>(c.upstream, n, lse);
-    float g =
-        fabsf(up.d_nll) + fabsf(up.d_lse) + fabsf(up.d_zbar) / static_cast<float>(c.classes.total) * weight;
+    float g = fabsf(up.d_nll) + fabsf(up.d_lse) +
+              fabsf(up.d_zbar) / static_cast<float>(c.classes.total) * weight;
     if (c.upstream.d_entropy != nullptr) {
       g += fabsf(up.d_entropy) * (1 + read<float>(c.rows.entropy, n));
     }
