@@ -16,6 +16,7 @@ from ._core.operands import (
 )
 from ._core.options import Options
 from ._implementations import LinearCrossEntropyImpl, is_plain
+from ._sharded import is_dtensor
 from ._torch import autograd, library, operators, private, shards
 from ._torch.plain import statistics as plain_statistics
 from .sharded import VocabParallelOptions
@@ -126,9 +127,10 @@ def linear_cross_entropy(
         what was asked for: lse, entropy, predictions.
     """
     plain = is_plain(impl)
-    e, c, bias, targets, vocab_parallel_options = sharded.local(
-        e, c, bias, targets, vocab_parallel_options
-    )
+    if is_dtensor(c):
+        e, c, bias, targets, vocab_parallel_options = sharded.local(
+            e, c, bias, targets, vocab_parallel_options
+        )
     shard = None if vocab_parallel_options is None else sharded.resolved(vocab_parallel_options)
     with shards.call(shard, e, targets, shift) as of_shard:
         if of_shard is not None:

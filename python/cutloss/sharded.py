@@ -213,11 +213,9 @@ class Local(NamedTuple):
 
 
 def local(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, options: Any) -> Local:
-    """Of a c that is a DTensor with Shard(0) on its mesh of one dimension, and of an e, a bias and
-    targets that are DTensors on the same mesh, whose gradients come back as DTensors placed alike.
-    Everything else is left as it is: a DTensor that is left will be refused."""
-    if not _sharded.is_dtensor(c):
-        return Local(e, c, bias, targets, options)
+    """`c` is a DTensor. Where it is placed Shard(0) on a mesh of one dimension, it is taken for a
+    shard, with an e, a bias and targets that may be DTensors on the same mesh; gradients come back
+    as DTensors placed alike. Otherwise all are left as they are, and will be refused."""
     mesh = c.device_mesh
     if mesh.ndim != 1 or not _is_shard(c, 0):
         return Local(e, c, bias, targets, options)
