@@ -213,9 +213,11 @@ class Local(NamedTuple):
 
 
 def local(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, options: Any) -> Local:
-    """`c` is a DTensor. Where it is placed Shard(0) on a mesh of one dimension, it is taken for a
-    shard, with an e, a bias and targets that may be DTensors on the same mesh; gradients come back
-    as DTensors placed alike. Otherwise all are left as they are, and will be refused."""
+    """Where c is a DTensor placed Shard(0) on a mesh of one dimension, it is taken for a shard, with
+    an e, a bias and targets that may be DTensors on the same mesh; gradients come back as DTensors
+    placed alike. Otherwise all are left as they are, and a DTensor will be refused."""
+    if not _sharded.is_dtensor(c):
+        return Local(e, c, bias, targets, options)
     mesh = c.device_mesh
     if mesh.ndim != 1 or not _is_shard(c, 0):
         return Local(e, c, bias, targets, options)
