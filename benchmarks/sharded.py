@@ -11,6 +11,7 @@ it is installed, are measured beside.
 
 import argparse
 import json
+import math
 import os
 import statistics
 
@@ -90,9 +91,11 @@ def step(method, e, c, y, own, mesh):
 
 
 def milliseconds(run, calls):
+    """Of a call among others: the GPU is at work on the first when the clock starts."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     dist.barrier()
     torch.cuda.synchronize()
+    run()
     start.record()
     for _ in range(calls):
         run()
@@ -132,10 +135,11 @@ def measure(method, shape, args, mesh):
 
     loss, other = whole().item(), sharded()
     other = (other.full_tensor() if isinstance(other, DTensor) else other).item()
+    calls = max(over_ranks(math.ceil(args.round_ms / milliseconds(sharded, 3))))
     whole_ms, sharded_ms = [], []
     for _ in range(args.rounds):
-        whole_ms.append(milliseconds(whole, args.calls))
-        sharded_ms.append(milliseconds(sharded, args.calls))
+        whole_ms.append(milliseconds(whole, calls))
+        sharded_ms.append(milliseconds(sharded, calls))
     e.grad = c.grad = part.grad = None
     peaks = peak_mib(whole), peak_mib(sharded)
     whole_ms = over_ranks(statistics.median(whole_ms))
@@ -161,7 +165,7 @@ def main():
     parser.add_argument("--shape", default=SHAPES, help="N,D,V; more of them after a semicolon")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=5, help="queued back to back in a round")
+    parser.add_argument("--round-ms", type=float, default=200, help="of calls queued back to back")
     parser.add_argument("--json", help="append a line for each result")
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -227,15 +227,25 @@ class ShardedLinear(Linear):
         else:
             made = _zeros(whole, self.options), torch.zeros_like(c), _zeros_like(bias)
         de, dc, dbias = self.wanted(made)
-        return None if de is None else self._summed(de).to(e.dtype), dc, dbias
+        return None if de is None else self._summed(de, e.dtype), dc, dbias
 
-    def _summed(self, de: Tensor) -> Tensor:
+    def _summed(self, de: Tensor, dtype: torch.dtype) -> Tensor:
         """The gradient of the caller's e, of this rank's part of it."""
+        shard, ranks = self.shard, len(self.shard.ranges)
         if self.tokens is not None:
-            return self.tokens.sum_of_own(de, self.shard)
-        if self.shard.reduce_e_grad:
-            dist.all_reduce(de, group=self.shard.group)
-        return de
+            return self.tokens.sum_of_own(de, shard).to(dtype)
+        if not shard.reduce_e_grad:
+            return de
+        if de.dtype == dtype or de.numel() % ranks != 0:
+            dist.all_reduce(de, group=shard.group)
+            return de.to(dtype)
+        # What an all-reduce does in two steps; the second has less to carry once its numbers are
+        # rounded.
+        own = de.new_empty((de.numel() // ranks,))
+        _reduce_scatter(own, de.view(-1), group=shard.group)
+        summed = torch.empty_like(de, dtype=dtype)
+        _all_gather(summed.view(-1), own.to(dtype), group=shard.group)
+        return summed
 
 
 def _zeros(e: Tensor, options: Options) -> Tensor:
