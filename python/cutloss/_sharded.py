@@ -52,6 +52,14 @@ def replicated(t: Tensor, mesh: Any) -> Tensor:
     return DTensor.from_local(t, mesh, [Replicate()], run_check=False)
 
 
+def whole(t: Tensor) -> tuple[Tensor, Any]:
+    """A plain tensor, of one or of a DTensor that is whole on every rank, whose gradient is then
+    the whole one; and the DTensor's mesh."""
+    if not (is_dtensor(t) and all(p.is_replicate() for p in t.placements)):
+        return t, None
+    return t.to_local(grad_placements=t.placements), t.device_mesh
+
+
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether fully_shard was given this very module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
