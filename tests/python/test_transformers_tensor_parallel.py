@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
     PrepareModuleOutput,
     parallelize_module,
 )
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import cutloss
 
@@ -108,6 +109,11 @@ def check_refusals(world):
     # Logits of some classes, of which the model's own loss can not be right.
     local = parallelize_module(untied(LLAMA), world.mesh, {"lm_head": ColwiseParallel()})
     refused(RuntimeError, "which the model itself can not take", local)
+    # Of Transformers' own plan, which puts a forward over the layer's.
+    of_plan = untied(LLAMA)
+    for name in ("lm_head", "lm_head.weight"):
+        apply_tensor_parallelism(of_plan, world.mesh, {name: "colwise_gather_output"})
+    refused(NotImplementedError, "tp_plan.*by .*parallelize_module", of_plan)
     # A weight that somebody sharded without a plan for what goes in.
     by_hand = untied(LLAMA).train()
     sharded = distribute_tensor(by_hand.lm_head.weight.detach(), world.mesh, [Shard(0)])

@@ -303,6 +303,14 @@ def _check(module: nn.Module, owner: str) -> Cast | None:
             f"the classifier of {owner} has a weight of {module.weight.dtype}: load the model with "
             f"this layer in bf16, fp16 or fp32"
         )
+    if own is not None and cast is None and _sharded.is_dtensor(module.weight):
+        raise NotImplementedError(
+            f"the classifier of {owner} is a DTensor, placed {module.weight.placements}, and has a "
+            f"forward of its own on the instance, as Transformers' tp_plan puts there, which makes "
+            f"the logits of what it is given: leave the classifier out of the tp_plan, and shard "
+            f"it by torch.distributed.tensor.parallel.parallelize_module(model, mesh, "
+            f"{{'lm_head': ColwiseParallel(output_layouts=Replicate())}})"
+        )
     if own is not None and cast is None:
         raise NotImplementedError(
             f"the classifier of {owner} has a forward of its own on the instance, which would not "
