@@ -66,6 +66,24 @@ class VocabParallelOptions:
         return options
 
 
+def equal(
+    rows: int,
+    group: "ProcessGroup",
+    reduce_e_grad: bool = True,
+    *,
+    sequence_parallel: bool = False,
+) -> VocabParallelOptions:
+    """Of shards that have the same number of rows on all ranks; that they do is checked with
+    everything else, in the calls."""
+    rank, size = _place_in(group)
+    ranges = tuple((i * rows, (i + 1) * rows) for i in range(size))
+    own = VocabParallelOptions(
+        *ranges[rank], group, reduce_e_grad, sequence_parallel=sequence_parallel
+    )
+    _remember(own, ranges)
+    return own
+
+
 class Shard(NamedTuple):
     """What the options say of this rank, checked, and of the others."""
 

@@ -1,0 +1,1 @@
+"""Frameworks whose models the rest of cutloss does not know by itself."""
