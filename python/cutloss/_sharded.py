@@ -60,6 +60,11 @@ def whole(t: Tensor) -> tuple[Tensor, Any]:
     return t.to_local(grad_placements=t.placements), t.device_mesh
 
 
+def gathered(t: Tensor) -> Tensor:
+    """The whole of a DTensor, on every rank; another tensor as it is."""
+    return t.full_tensor() if is_dtensor(t) else t
+
+
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether fully_shard was given this very module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -364,9 +364,7 @@ class CausalLMHead(_Head):
             z = z * how.logit_scale
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
-        if _sharded.is_dtensor(z):
-            z = z.full_tensor()
-        z = capped(z, how.softcap)
+        z = capped(_sharded.gathered(z), how.softcap)
         return z if how.temperature == 1.0 else z / how.temperature
 
     def extra_repr(self) -> str:

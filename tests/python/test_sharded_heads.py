@@ -27,8 +27,10 @@ from cutloss import (
     LinearCrossEntropy,
     LinearCrossEntropyLoss,
     VocabParallelOptions,
+    compat,
     get_loss,
     linear_cross_entropy,
+    torch_compat,
 )
 
 
@@ -173,6 +175,31 @@ def check_own_bias(world):
     refused(ValueError, "bias must be a DTensor placed as c is", lambda: late(e, targets))
 
 
+def check_calls_of_others(world):
+    """Those of other packages come to the same function."""
+    e, targets = problem(world)
+    e, targets = e.flatten(0, 1), targets.flatten()
+    c = torch.randn(V, D, generator=torch.Generator().manual_seed(3)).to(world.device)
+    calls = (
+        lambda c: compat.liger.LigerFusedLinearCrossEntropyLoss()(c, e, targets),
+        lambda c: torch_compat.linear_cross_entropy(e, c, targets),
+    )
+    for call in calls:
+        one, parts = c.clone().requires_grad_(), distribute_tensor(c, world.mesh, [Shard(0)])
+        loss, want = call(parts.requires_grad_()), call(one)
+        loss.backward(), want.backward()
+        assert_near(loss, want, "loss", torch.float32)
+        assert_near(parts.grad.full_tensor(), one.grad, "c.grad", torch.float32)
+
+
+def check_tied_weight_that_fsdp_left_sharded(world):
+    """A head outside of what fully_shard was given, each process with a batch of its own."""
+    model = make(True, world.device)
+    fully_shard(model.body, mesh=world.mesh, reshard_after_forward=True)
+    x, labels = batch(10 + world.rank)
+    refused(ValueError, "other targets .* in the forward of the module", lambda: model(x, labels))
+
+
 def check_other_placements(world):
     e, targets = problem(world)
     for placement in (Replicate(), Shard(1)):
@@ -236,6 +263,8 @@ CHECKS = [
     *checks(check_logits_are_whole, (False, True)),
     *checks(check_own_bias),
     *checks(check_other_placements),
+    *checks(check_calls_of_others),
+    *checks(check_tied_weight_that_fsdp_left_sharded),
 ]
 OF_FOUR = [
     *checks(check_fsdp_and_tensor_parallel, (False, True), [(), ("head",), ("body.mid",)]),

@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import (
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import cutloss
+from cutloss import _trl_head
 
 LLAMA = "LlamaForCausalLM"
 
@@ -101,6 +102,23 @@ def check_options(world):
     assert abs(loss - want) < 1e-5
 
 
+def check_head_of_trl(world, kind):
+    """What TRL's trainers ask of a model: every number of every token."""
+    inputs = {k: v for k, v in batch().items() if k != "attention_mask"}
+    results = []
+    for plan in (None, PLANS["gathered"]):
+        model = untied(kind).train()
+        if plan is not None:
+            parallelize_module(model, world.mesh, plan)
+        _trl_head.add_fused_lm_head(model, temperature=0.8, outputs=_trl_head._OUTPUTS)
+        made = model(**inputs, fused_lm_head=True)
+        made.loss.backward()
+        results.append([made.loss, *(getattr(made, name) for name in _trl_head._OUTPUTS)])
+        results[-1].append(whole(model.lm_head.weight.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
 def check_refusals(world):
     def refused(error, match, model, **options):
         with pytest.raises(error, match=match):
@@ -158,6 +176,7 @@ CHECKS = [
     *checks(check_loss, (LLAMA,), PLANS, ("patched first", "patched last")),
     *checks(check_loss, ("Gemma2ForCausalLM", "CohereForCausalLM"), ("gathered",), ("patched last",)),
     *checks(check_options),
+    *checks(check_head_of_trl, (LLAMA, "Gemma2ForCausalLM")),
     *checks(check_refusals),
 ]
 OF_FOUR = checks(check_fsdp, ("root", "head"))

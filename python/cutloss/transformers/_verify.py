@@ -51,7 +51,7 @@ def verify(model: nn.Module, switch: Switch, stock) -> None:
             ) from error
         got_grads = torch.autograd.grad(got, switch.now.probes)
 
-    want_grads, got_grads = (list(map(_whole, grads)) for grads in (want_grads, got_grads))
+    want_grads, got_grads = (list(map(_sharded.gathered, grads)) for grads in (want_grads, got_grads))
     # A classifier that casts its input may be in fewer bits than that.
     dtypes = {want_grads[0].dtype, switch.layers[0].weight.dtype}
     of_loss, of_grads = max(_TOLERANCE.get(dtype, _OF_16_BITS) for dtype in dtypes)
@@ -75,10 +75,6 @@ def verify(model: nn.Module, switch: Switch, stock) -> None:
 
 def _loss(output) -> Tensor:
     return output[0] if isinstance(output, tuple) else output["loss"]
-
-
-def _whole(grad: Tensor) -> Tensor:
-    return grad.full_tensor() if _sharded.is_dtensor(grad) else grad
 
 
 def _norm(t: Tensor) -> float:
