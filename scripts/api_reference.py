@@ -10,7 +10,14 @@ import re
 import sys
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "api.md"
-MODULES = ["cutloss", "cutloss.losses", "cutloss.trl", "cutloss.torch_compat", "cutloss.compat.liger"]
+MODULES = [
+    "cutloss",
+    "cutloss.losses",
+    "cutloss.trl",
+    "cutloss.torch_compat",
+    "cutloss.compat.liger",
+    "cutloss.integrations.megatron",
+]
 
 HEAD = """# Python reference
 

@@ -29,7 +29,7 @@ __all__ = [
 __version__ = library.version()
 
 # What most programs do not use is imported where it is: cutloss.torch_compat.linear_cross_entropy.
-_LAZY_MODULES = ("compat", "losses", "torch_compat", "transformers", "trl")
+_LAZY_MODULES = ("compat", "integrations", "losses", "torch_compat", "transformers", "trl")
 _LAZY_NAMES = {
     "CausalLMLoss": ".logits",
     "cross_entropy": ".logits",

@@ -55,7 +55,10 @@ class _Head(nn.Module):
         own_bias = None
         if bias and getattr(output_embeddings, "bias", None) is None:
             weight = output_embeddings.weight
-            own_bias = nn.Parameter(weight.new_zeros(weight.shape[0]).detach())
+            zeros = weight.new_zeros(weight.shape[0]).detach()
+            if _sharded.is_dtensor(zeros):  # placed otherwise
+                zeros = zeros.redistribute(placements=weight.placements)
+            own_bias = nn.Parameter(zeros)
         self.register_parameter("own_bias", own_bias)
 
     @property
@@ -70,10 +73,24 @@ class _Head(nn.Module):
             return self.own_bias
         return getattr(self.output_embeddings, "bias", None)
 
-    def _check_whole(self) -> None:
+    def _check_weight(self) -> None:
         _check_classifier(self.output_embeddings)
-        if _sharded.is_dtensor(self.weight):
+        if not _sharded.is_dtensor(self.weight):
+            return
+        is_of_fsdp = _sharded.is_fully_sharded(self.output_embeddings)
+        if is_of_fsdp or not _sharded.has_classes(self.weight):
             raise ValueError(_sharded.refusal_of_head(type(self).__name__, self.weight))
+
+    def _placed(self, e: Tensor) -> Tensor:
+        """As the plan that parallelize_module was given for output_embeddings says that e lies
+        (whole, or a share of the tokens): its hooks run where the module is called, and it never
+        is."""
+        module = self.output_embeddings
+        if _sharded.is_dtensor(module.weight) and isinstance(module, nn.Linear):
+            for hook in filter(_sharded.only_places, private.forward_pre_hooks(module)):
+                e = hook(module, (e,))
+                e = e[0] if isinstance(e, tuple) else e
+        return e
 
     def reset_parameters(self) -> None:
         """Of what is its own, as modules made on the meta device need: the bias is zero."""
@@ -83,6 +100,7 @@ class _Head(nn.Module):
     def _loss(
         self, e: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None, more: dict
     ) -> tuple[Tensor, ...]:
+        e = self._placed(e)
         if num_items_in_batch is None:
             result = self.loss(e, self.weight, targets, self.bias, **more)
             return result if isinstance(result, tuple) else (result,)
@@ -121,7 +139,7 @@ def _check_classifier(module: nn.Module) -> None:
     hooks = private.forward_pre_hooks(module)
     if isinstance(module, nn.Linear):
         hooks += private.forward_hooks(module)
-    if not all(map(_sharded.only_gathers, hooks)):
+    if not all(_sharded.only_gathers(hook) or _sharded.only_places(hook) for hook in hooks):
         raise TypeError(
             f"output_embeddings, of type {type(module).__name__}, has forward hooks or forward "
             f"pre-hooks (as nn.utils.weight_norm has), which would not be called: remove them, use "
@@ -159,7 +177,9 @@ class LinearCrossEntropyLoss(_Head):
         loss = criterion(hidden, targets)
 
     :param output_embeddings: An nn.Linear or nn.Embedding, whose weight (V, D) and bias are used
-        and trained; or in_features, for a classifier of its own.
+        and trained; or in_features, for a classifier of its own. Its weight may be a DTensor that
+        tensor parallelism has sharded by its rows (ColwiseParallel of parallelize_module): then e
+        is as its plan says, whole or a share of the tokens, and targets are whole.
     :param out_features: V.
     :param in_features: D.
     :param bias: Whether there is a bias. Where output_embeddings has one it is used anyway; where
@@ -198,7 +218,7 @@ class LinearCrossEntropyLoss(_Head):
     ) -> Tensor | tuple[Tensor, ...]:
         """As :func:`linear_cross_entropy` returns it; with num_items_in_batch the sum over that
         number, as in :class:`CausalLMHead`."""
-        self._check_whole()
+        self._check_weight()
         more = dict(token_weight=token_weight, temperature=temperature, num_valid=num_valid)
         result = self._loss(e, targets, num_items_in_batch, more)
         return result if len(result) > 1 else result[0]
@@ -298,7 +318,7 @@ class CausalLMHead(_Head):
         :param token_weight: (...), of each label.
         :param num_valid: As in :func:`linear_cross_entropy`.
         """
-        self._check_whole()
+        self._check_weight()
         if return_logits is None:
             return_logits = self.return_logits
         if return_logits is None:
@@ -306,7 +326,8 @@ class CausalLMHead(_Head):
         if labels is None and not return_logits:
             raise ValueError("neither a loss, without labels, nor logits, by return_logits=False")
         if labels is not None:
-            checks.tensors(hidden=hidden, labels=labels)
+            is_placed = _sharded.is_dtensor(self.weight) and self.projection is None
+            checks.tensors(labels=labels, **{} if is_placed else {"hidden": hidden})
         logits = self.logits(self._projected(hidden)) if return_logits else None
         if labels is None:
             return CausalLMHeadOutput(logits=logits)
@@ -331,14 +352,19 @@ class CausalLMHead(_Head):
         return self.projection(hidden)
 
     def logits(self, e: Tensor) -> Tensor:
-        """(..., V), of what comes out of the projection; with gradients, where they are wanted."""
+        """(..., V), of what comes out of the projection; with gradients, where they are wanted.
+        Where the weight is a DTensor the logits of all classes are gathered, on every rank."""
         how = self.loss
-        z = F.linear(e, self.weight)
+        weight = self.weight
+        e = self._placed(e)
+        if _sharded.is_dtensor(weight):
+            e = _sharded.replicated(e, weight.device_mesh)
+        z = F.linear(e, weight)
         if how.logit_scale != 1.0:
             z = z * how.logit_scale
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
-        z = capped(z, how.softcap)
+        z = capped(_sharded.gathered(z), how.softcap)
         return z if how.temperature == 1.0 else z / how.temperature
 
     def extra_repr(self) -> str:

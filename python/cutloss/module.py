@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ._core import checks
 from ._implementations import LinearCrossEntropyImpl, is_plain
 from .functional import linear_cross_entropy
+from .sharded import VocabParallelOptions
 
 
 def _class_weights(values: Sequence[float]) -> Tensor:
@@ -106,8 +107,12 @@ class LinearCrossEntropy(nn.Module):
         temperature: float | Tensor | None = None,
         reduction: str | None = None,
         num_valid: int | None = None,
+        vocab_parallel_options: VocabParallelOptions | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """``temperature`` and ``reduction`` given here take the place of the module's."""
+        """``temperature`` and ``reduction`` given here take the place of the module's;
+        ``vocab_parallel_options`` says what is whose where ``c`` is a shard, which a DTensor with
+        Shard(0) says itself (see :class:`VocabParallelOptions`). The module's class weights are
+        those of the whole vocabulary in any case."""
         return linear_cross_entropy(
             e,
             c,
@@ -135,6 +140,7 @@ class LinearCrossEntropy(nn.Module):
             max_workspace=self.max_workspace,
             schedule=self.schedule,
             num_valid=num_valid,
+            vocab_parallel_options=vocab_parallel_options,
         )
 
     def extra_repr(self) -> str:

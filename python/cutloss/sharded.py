@@ -67,6 +67,24 @@ class VocabParallelOptions:
         return options
 
 
+def equal(
+    rows: int,
+    group: "ProcessGroup",
+    reduce_e_grad: bool = True,
+    *,
+    sequence_parallel: bool = False,
+) -> VocabParallelOptions:
+    """Of shards that have the same number of rows on all ranks; that they do is checked with
+    everything else, in the calls."""
+    rank, size = _place_in(group)
+    ranges = tuple((i * rows, (i + 1) * rows) for i in range(size))
+    own = VocabParallelOptions(
+        *ranges[rank], group, reduce_e_grad, sequence_parallel=sequence_parallel
+    )
+    _remember(own, ranges)
+    return own
+
+
 class Shard(NamedTuple):
     """What the options say of this rank, checked, and of the others."""
 
@@ -216,18 +234,16 @@ def local(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, options: A
     """Where c is a DTensor placed Shard(0) on a mesh of one dimension, it is taken for a shard, with
     an e, a bias and targets that may be DTensors on the same mesh; gradients come back as DTensors
     placed alike. Otherwise all are left as they are, and a DTensor will be refused."""
-    if not _sharded.is_dtensor(c):
+    if not _sharded.has_classes(c):
         return Local(e, c, bias, targets, options)
     mesh = c.device_mesh
-    if mesh.ndim != 1 or not _is_shard(c, 0):
-        return Local(e, c, bias, targets, options)
     if options is not None:
         raise ValueError(
             "c is a DTensor, which says what is whose: leave vocab_parallel_options out, or pass "
             "c.to_local()"
         )
     if bias is not None:
-        if not (_sharded.is_dtensor(bias) and bias.device_mesh == mesh and _is_shard(bias, 0)):
+        if not (_sharded.is_dtensor(bias) and bias.device_mesh == mesh and _sharded.is_shard(bias, 0)):
             raise ValueError(
                 f"bias must be a DTensor placed as c is, {c.placements} on {mesh}: got "
                 f"{_described(bias)}"
@@ -257,7 +273,7 @@ def _local_e(e: Tensor, c: Tensor, mesh: Any) -> tuple[Tensor, bool]:
     if placement is not None and placement.is_replicate():
         # Every rank gets the whole sum.
         return e.to_local(grad_placements=e.placements), False
-    if any(_is_shard(e, dim) for dim in range(e.dim() - 1)) and e.device_mesh == mesh:
+    if any(_sharded.is_shard(e, dim) for dim in range(e.dim() - 1)) and e.device_mesh == mesh:
         return e.to_local(grad_placements=e.placements), True
     raise ValueError(
         f"e must be plain, or a DTensor on the mesh of c that is whole on every rank (Replicate) or "
@@ -265,13 +281,6 @@ def _local_e(e: Tensor, c: Tensor, mesh: Any) -> tuple[Tensor, bool]:
         f"beside c {_described(c)}; pass e.redistribute(placements=[Replicate()]), or "
         f"e.full_tensor() where its mesh is another"
     )
-
-
-def _is_shard(t: Any, dim: int) -> bool:
-    """Shard itself, not the strided kind, which FSDP makes of a shard of a shard."""
-    from torch.distributed.tensor import Shard as Sharded
-
-    return len(t.placements) == 1 and type(t.placements[0]) is Sharded and t.placements[0].dim == dim
 
 
 def _described(t: Tensor) -> str:

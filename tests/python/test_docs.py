@@ -115,9 +115,9 @@ PAGES = [p.name for p in sorted(COMING_FROM.parent.glob("*.md")) if snippets(p)]
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ("api.md", COMING_FROM.name)])
 def test_a_page_runs_from_top_to_bottom(page, monkeypatch):
-    """Its snippets make all that they use; those of training stacks in one process, which torchrun
-    might have started."""
-    if page == "training-stacks.md":
+    """Its snippets make all that they use; those of training stacks and shards in one process, which
+    torchrun might have started."""
+    if page in ("training-stacks.md", "sharded.md"):
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -1,11 +1,14 @@
 """Changing the import is the whole migration from cut_cross_entropy."""
 
+import dataclasses
 import enum
+import importlib
 import inspect
 
 import problems
 import pytest
 import torch
+import torch.distributed as dist
 
 import cutloss
 from cutloss import LinearCrossEntropy, LinearCrossEntropyImpl, linear_cross_entropy
@@ -188,11 +191,56 @@ def test_module_keeps_class_weights_with_it():
     )
 
 
-def test_vocabulary_shards_are_refused():
+@dataclasses.dataclass
+class LookAlike:
+    """The fields of theirs, in order."""
+
+    start: int
+    stop: int
+    group: object = None
+    reduce_e_grad: bool = True
+
+
+def their_options():
+    try:
+        return importlib.import_module("cut_cross_entropy").VocabParallelOptions
+    except (ImportError, AttributeError):
+        return LookAlike
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    dist.init_process_group(
+        "nccl" if problems.device == "cuda" else "gloo",
+        init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1,
+    )  # fmt: skip
+    yield
+    dist.destroy_process_group()
+
+
+def test_their_options_of_a_shard_are_taken(group_of_one):
+    """By their class and by ours, whose fields come in the same order; in more processes they are
+    tested by test_sharded."""
+    ours = [f.name for f in dataclasses.fields(cutloss.VocabParallelOptions) if not f.kw_only]
+    assert ours == [f.name for f in dataclasses.fields(LookAlike)]
     p = problems.make()
-    with pytest.raises(NotImplementedError, match="is not supported.*gather c first"):
+    V = p.c.shape[0]
+    expected = linear_cross_entropy(p.e, p.c, p.targets)
+    grads = torch.autograd.grad(expected, (p.e, p.c))
+    theirs = their_options()
+    for own in (theirs(0, V), theirs(0, V, None, True), cutloss.VocabParallelOptions(0, V),
+                cutloss.VocabParallelOptions.from_vocab(V)):  # fmt: skip
+        loss = linear_cross_entropy(p.e, p.c, p.targets, vocab_parallel_options=own)
+        torch.testing.assert_close(loss, expected)
+        for got, want in zip(torch.autograd.grad(loss, (p.e, p.c)), grads, strict=True):
+            torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match="stop - start rows"):
+        linear_cross_entropy(p.e, p.c, p.targets, vocab_parallel_options=theirs(0, V - 1))
+
+
+def test_what_has_not_their_fields_is_no_shard():
+    p = problems.make()
+    with pytest.raises(TypeError, match="without start, stop, group, reduce_e_grad"):
         linear_cross_entropy(p.e, p.c, p.targets, vocab_parallel_options=object())
-    with pytest.raises(NotImplementedError, match="gather c first"):
-        cutloss.VocabParallelOptions(0, 10)
-    with pytest.raises(NotImplementedError, match="gather c first"):
+    with pytest.raises(RuntimeError, match="init_process_group first"):
         cutloss.VocabParallelOptions.from_vocab(100)

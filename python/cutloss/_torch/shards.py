@@ -249,7 +249,8 @@ class ShardedLinear(Linear):
 
 
 def _zeros(e: Tensor, options: Options) -> Tensor:
-    return torch.zeros_like(e, dtype=options.stats if options.de_in_sums else e.dtype)
+    # Packed, as the operators make it, whatever the strides of e: a collective adds up memory.
+    return e.new_zeros(e.shape, dtype=options.stats if options.de_in_sums else e.dtype)
 
 
 def _zeros_like(bias: Tensor | None) -> Tensor | None:

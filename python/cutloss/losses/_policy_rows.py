@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core import decide, weighting
-from .._core.operands import checked_options, make_operands, shape_of_rows
 from .._core.weighting import Rows
-from .._torch import autograd, by_rows, operators
+from .._torch import by_rows
+from ..sharded import VocabParallelOptions
+from . import _rows
 from ._arguments import Loss
 from .log_probs import TokenLogProbs
 from .policy import policy_loss
@@ -40,20 +40,18 @@ def loss(
     logits: dict[str, Any],
     options: dict[str, Any],
     needs_entropy: bool,
+    vocab_parallel_options: VocabParallelOptions | None = None,
 ) -> Loss:
     """policy_loss, by rows where the plan says so. `logits`: token_log_probs' options."""
-    call = checked_options(e, c, targets, bias, return_entropy=needs_entropy, **logits)
-    operands = make_operands(e, c, targets, bias, logits["temperature"], None, call)
-    known = not autograd.is_differentiated_by_others(e, c, bias)
-    call, immediate = decide.decided(operands, call, known)
-    shape = shape_of_rows(targets, call.shift)
-    counts = weighting.of_rows(operands[3], call.shift) != call.ignore_index
-    of_rows = _PolicyRows(counts.reshape(shape), options)
-    if not immediate:
-        return of_rows.evaluate(operators.statistics(operators.Linear(call), operands))
-    given = [getattr(t, "log_probs", t) for t in options.values()]
-    reads = [t for t in given if isinstance(t, Tensor)]
-    value, _ = by_rows.loss(operands, call, lambda: of_rows, reads=reads)
+    given = _rows.given(e, c, bias, targets, vocab_parallel_options)
+    with given.exchange(logits["shift"]) as of_shard:
+        call = _rows.RowCall.of(given, of_shard, return_entropy=needs_entropy, **logits)
+        of_rows = _PolicyRows(call.counts().reshape(call.shape), options)
+        if not call.immediate:
+            return of_rows.evaluate(call.statistics())
+    read = [getattr(t, "log_probs", t) for t in options.values()]
+    reads = [t for t in read if isinstance(t, Tensor)]
+    value, _ = by_rows.loss(call.operands, call.options, lambda: of_rows, reads=reads)
     return Loss(value, of_rows.metrics)
 
 

@@ -6,9 +6,11 @@ import enum
 import torch
 from torch import Tensor
 
+from .. import sharded
 from .._core import checks
 from .._implementations import LinearCrossEntropyImpl
 from ..functional import linear_cross_entropy
+from ..sharded import VocabParallelOptions
 from . import _arguments as args
 
 
@@ -58,16 +60,22 @@ def evaluate(
     max_workspace: int | None = None,
     num_valid: int | None = None,
     impl: str | enum.Enum = LinearCrossEntropyImpl.CCE,
+    vocab_parallel_options: VocabParallelOptions | None = None,
 ) -> Evaluation:
     """Loss and accuracy of a batch, without the logits and without gradients.
 
     The arguments are those of :func:`cutloss.linear_cross_entropy`; token_weight, in the shape of
-    targets, weighs each token in every sum.
+    targets, weighs each token in every sum. Of a classifier in shards every rank gets the whole
+    sums: add them up over ranks that have other tokens, not over those that have other classes.
     """
+    e, c, bias, targets, vocab_parallel_options = sharded.local(
+        e, c, bias, targets, vocab_parallel_options
+    )
     nll, predictions = linear_cross_entropy(
         e, c, targets, bias, ignore_index=ignore_index, shift=shift, temperature=temperature,
         softcap=softcap, logit_scale=logit_scale, max_workspace=max_workspace,
         num_valid=num_valid, impl=impl, reduction="none", return_predictions=True,
+        vocab_parallel_options=vocab_parallel_options,
     )  # fmt: skip
     shift = int(shift)
     scored = targets[..., shift:] if shift else targets

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._core import checks
 from .._implementations import LinearCrossEntropyImpl, is_plain
+from ..sharded import VocabParallelOptions
 from . import _policy_rows
 from ._arguments import Loss
 from ._dpo_table import DPO
@@ -62,6 +63,7 @@ def linear_loss(
     num_valid: int | None = None,
     impl: str | enum.Enum = LinearCrossEntropyImpl.CCE,
     schedule: str = "auto",
+    vocab_parallel_options: VocabParallelOptions | None = None,
     **options: Any,
 ) -> Loss:
     """A loss of the table LOSSES from hidden states, without logits; differentiable in e, c, bias.
@@ -73,15 +75,19 @@ def linear_loss(
     :param targets: (B, L), ignore_index at prompt and padding.
     :param reference: The reference model's (e, c) or (e, c, bias), of which log-probabilities are
         made with the same targets and the same options of the logits, without a gradient; or what
-        the loss itself takes as reference.
+        the loss itself takes as reference. With vocab_parallel_options its c and bias are shards of
+        the same classes.
     :param options: Those of the loss, such as loss_type, beta, advantages; those above, from
-        ignore_index to schedule, are token_log_probs'. Entropy is made where an option needs it.
+        ignore_index to vocab_parallel_options, are token_log_probs'. Entropy is made where an
+        option needs it.
     :return: What the loss returns.
 
     "policy" costs three matrix products, two with a frozen c, where each token's term is a function
     of its own log-probability: ratios of tokens, and none of "vespo", off_policy_mask_threshold,
     top_entropy_quantile, or a "sequence_..." sampling_correction without old_log_probs. Those, and
-    the other losses, need every token's before the first gradient: four, or memory for the logits.
+    the other losses, need every token's before the first gradient: four, or memory for the logits;
+    so does a classifier in shards. Of one every rank gets the same loss, and must be given the same
+    reference, advantages and masks, of all tokens.
     """
     for other, types in _TYPES.items():
         if name in types and name not in LOSSES:
@@ -114,15 +120,21 @@ def linear_loss(
             )
         with torch.no_grad():
             of_e, of_c, *of_bias = reference
-            reference = token_log_probs(of_e, of_c, targets, *of_bias, **logits)
+            reference = token_log_probs(
+                of_e, of_c, targets, *of_bias, **logits,
+                vocab_parallel_options=vocab_parallel_options,
+            )  # fmt: skip
     if name in _WITH_REFERENCE:
         options["reference"] = reference
     needs_entropy = _asks(options, entropy_coef=0.0, top_entropy_quantile=1.0)
     if name == "policy" and not is_plain(impl) and _policy_rows.keeps_tokens_apart(options):
         del logits["impl"]
-        return _policy_rows.loss(e, c, targets, bias, logits, options, needs_entropy)
+        return _policy_rows.loss(
+            e, c, targets, bias, logits, options, needs_entropy, vocab_parallel_options
+        )
     policy = token_log_probs(
         e, c, targets, bias, **logits,
+        vocab_parallel_options=vocab_parallel_options,
         return_entropy=needs_entropy,
         return_log_sum_sq_probs=_asks(options, use_weighting=False),
     )  # fmt: skip

@@ -6,9 +6,11 @@ import enum
 import torch
 from torch import Tensor
 
+from .. import sharded
 from .._core import checks
 from .._implementations import LinearCrossEntropyImpl
 from ..functional import linear_cross_entropy
+from ..sharded import VocabParallelOptions
 
 
 @dataclasses.dataclass(eq=False)
@@ -90,6 +92,7 @@ def token_log_probs(
     schedule: str = "auto",
     return_entropy: bool = False,
     return_log_sum_sq_probs: bool = False,
+    vocab_parallel_options: VocabParallelOptions | None = None,
 ) -> TokenLogProbs:
     """log p(target) of each token, without storing the logits; differentiable in e, c and bias.
 
@@ -106,6 +109,10 @@ def token_log_probs(
     checks.flags(
         return_entropy=return_entropy, return_log_sum_sq_probs=return_log_sum_sq_probs
     )
+    # Once, for all that follows: a DTensor's gradient goes through what is made of it here.
+    e, c, bias, targets, vocab_parallel_options = sharded.local(
+        e, c, bias, targets, vocab_parallel_options
+    )
     options = dict(
         ignore_index=ignore_index,
         shift=shift,
@@ -116,6 +123,7 @@ def token_log_probs(
         impl=impl,
         schedule=schedule,
         reduction="none",
+        vocab_parallel_options=vocab_parallel_options,
     )
     results = linear_cross_entropy(
         e, c, targets, bias, temperature=temperature, return_entropy=return_entropy,

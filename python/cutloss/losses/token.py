@@ -6,12 +6,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .._core import checks, decide, weighting
-from .._core.operands import checked_options, make_operands, shape_of_rows
-from .._core.options import Options
+from .._core import checks
+from .._core.operands import shape_of_rows
 from .._core.weighting import Rows
-from .._torch import autograd, by_rows, operators, private
-from . import _arguments, _row_function
+from .._torch import by_rows, private
+from ..sharded import VocabParallelOptions
+from . import _arguments, _row_function, _rows
 from ._row_function import RowFunction
 from .log_probs import TokenLogProbs
 
@@ -36,6 +36,7 @@ def linear_token_loss(
     max_workspace: int | None = None,
     num_valid: int | None = None,
     schedule: str = "auto",
+    vocab_parallel_options: VocabParallelOptions | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """The sum of ``fn(nll)`` over tokens, divided by one number, without storing the logits.
 
@@ -74,46 +75,41 @@ def linear_token_loss(
 
     The other arguments are those of :func:`cutloss.linear_cross_entropy`. fp16 gradients are made
     in backward, as everywhere, which takes a fourth product or memory for the logits; so does
-    torch.compile, under which fn is traced.
+    torch.compile, under which fn is traced; and so does a classifier in shards
+    (vocab_parallel_options, DTensor), for which fn and per_token must be the same on all ranks.
     """
-    options = checked_options(
-        e, c, targets, bias, ignore_index=ignore_index, softcap=softcap, shift=shift,
-        logit_scale=logit_scale, temperature=temperature, max_workspace=max_workspace,
-        schedule=schedule, num_valid=num_valid, return_entropy=entropy, return_lse=lse,
-        normalizer=normalizer if isinstance(normalizer, Tensor) else None,
-    )  # fmt: skip
-    checks.flags(return_rows=return_rows)
-    if private.is_in_vmap():
-        raise NotImplementedError(
-            "linear_token_loss does not work inside torch.vmap: loop over the batch, or pass it as "
-            "more rows of e and targets; cutloss.losses.token_log_probs works there"
-        )
-    if not callable(fn):
-        raise TypeError(f"fn must be a function of nll, got {type(fn).__name__}")
-    slices = _slices(per_token, targets, options)
-    names = tuple(name for name, is_taken in (("entropy", entropy), ("lse", lse)) if is_taken)
-    if not torch.compiler.is_compiling():
-        _row_function.check_parameters(fn, (*names, *slices))
-    operands = make_operands(e, c, targets, bias, temperature, None, options)
-    of_fn = FunctionOfRows(
-        fn,
-        names,
-        slices,
-        weighting.of_rows(operands[3], options.shift) != ignore_index,
-        _normalizer(normalizer),
-    )
-    known = not autograd.is_differentiated_by_others(e, c, bias)
-    options, immediate = decide.decided(operands, options, known)
-    if immediate:
-        reads = [t for t in (*slices.values(), normalizer) if isinstance(t, Tensor)]
-        loss, rows = by_rows.loss(operands, options, of_fn.begin, of_fn.undefined(), reads)
-    else:
-        rows = operators.statistics(operators.Linear(options), operands)
-        loss = of_fn.of_all(rows, any(options.needs))
+    given = _rows.given(e, c, bias, targets, vocab_parallel_options)
+    with given.exchange(shift) as of_shard:
+        call = _rows.RowCall.of(
+            given, of_shard, temperature, ignore_index=ignore_index, softcap=softcap, shift=shift,
+            logit_scale=logit_scale, max_workspace=max_workspace, schedule=schedule,
+            num_valid=num_valid, return_entropy=entropy, return_lse=lse,
+            normalizer=normalizer if isinstance(normalizer, Tensor) else None,
+        )  # fmt: skip
+        checks.flags(return_rows=return_rows)
+        if private.is_in_vmap():
+            raise NotImplementedError(
+                "linear_token_loss does not work inside torch.vmap: loop over the batch, or pass "
+                "it as more rows of e and targets; cutloss.losses.token_log_probs works there"
+            )
+        if not callable(fn):
+            raise TypeError(f"fn must be a function of nll, got {type(fn).__name__}")
+        slices = _slices(per_token, given.targets, call.options.shift)
+        names = tuple(name for name, is_taken in (("entropy", entropy), ("lse", lse)) if is_taken)
+        if not torch.compiler.is_compiling():
+            _row_function.check_parameters(fn, (*names, *slices))
+        of_fn = FunctionOfRows(fn, names, slices, call.counts(), _normalizer(normalizer))
+        if call.immediate:
+            reads = [t for t in (*slices.values(), normalizer) if isinstance(t, Tensor)]
+            loss, rows = by_rows.loss(
+                call.operands, call.options, of_fn.begin, of_fn.undefined(), reads
+            )
+        else:
+            rows = call.statistics()
+            loss = of_fn.of_all(rows, any(call.options.needs))
     if not return_rows:
         return loss
-    shape = shape_of_rows(targets, options.shift)
-    return loss, {k: t.detach().reshape(shape) for k, t in of_fn.statistics(rows).items()}
+    return loss, {k: t.detach().reshape(call.shape) for k, t in of_fn.statistics(rows).items()}
 
 
 class FunctionOfRows:
@@ -187,7 +183,7 @@ class FunctionOfRows:
 
 
 def _slices(
-    per_token: Mapping[str, Tensor] | None, targets: Tensor, options: Options
+    per_token: Mapping[str, Tensor] | None, targets: Tensor, shift: int
 ) -> dict[str, Tensor]:
     """By name, (N, ...)."""
     if per_token is None:
@@ -196,7 +192,6 @@ def _slices(
         raise TypeError(
             f"per_token must be a dict of tensors by name, got {type(per_token).__name__}"
         )
-    shift = options.shift
     shapes = tuple(targets.shape), shape_of_rows(targets, shift)
     slices = {}
     for name, t in per_token.items():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .. import _sharded
 from . import _product
 from ._product import DTYPES, equal, rows
 
@@ -44,17 +45,20 @@ class Cast:
 
 
 class Result(dict):
-    """What comes out of a layer in place of logits, through hooks that would cast them."""
+    """What comes out of a layer in place of logits, through hooks that would cast or place them."""
+
+    placements = None
 
     def _itself(self, *args, **kwargs) -> "Result":
         return self
 
-    to = type = float = double = half = bfloat16 = _itself
+    to = type = float = double = half = bfloat16 = redistribute = to_local = _itself
 
 
 def result(layer: nn.Linear, value: object) -> dict:
     # In a dict, so that a hook that changes an output cannot take this for logits.
-    return (Result if layer.__dict__.get(_HOOKS) else dict)(cutloss=value)
+    is_changed = layer.__dict__.get(_HOOKS) or _sharded.is_dtensor(layer.weight)
+    return (Result if is_changed else dict)(cutloss=value)
 
 
 def has_forward_of(layer: nn.Module, cast: Cast | None) -> bool:

@@ -1,11 +1,12 @@
 """From logits that are not made to linear_cross_entropy: what it is given, and where."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import _sharded
 from .._torch import private
 from ..functional import linear_cross_entropy
 
@@ -16,6 +17,7 @@ class Term(NamedTuple):
     hidden: Tensor  # D where logits have V
     linear: nn.Linear  # weight (V,D), bias (V) or None
     scale: float | Tensor  # a tensor has no dimensions, and fp32 or fp64
+    mesh: Any = None  # on which the hidden states came as a DTensor, whole on every rank
 
 
 class Operands(NamedTuple):
@@ -58,8 +60,8 @@ def evaluate(logits, function: Callable[..., object]) -> object:
     logits = logits.movedim(logits.class_dim, -1)
 
     def of(terms: tuple[Term, ...]) -> object:
+        check_sharded(terms, logits.vector)
         given = operands(terms, logits.vector)
-        check(given.c)
         e, c, bias, scale = given
         return function(e, c, bias, logit_scale=scale, softcap=logits.softcap)
 
@@ -70,12 +72,16 @@ def evaluate(logits, function: Callable[..., object]) -> object:
     made = []
 
     def inside(hidden: Tensor, linear: nn.Linear) -> object:
-        made.append(of((Term(hidden, linear, term.scale),)))
+        made.append(of((term._replace(hidden=hidden),)))
         return made[0]
+
+    # As a DTensor they are left alone by the hook that would take them for a share of the tokens.
+    hidden = term.hidden
+    hidden = hidden if term.mesh is None else _sharded.replicated(hidden, term.mesh)
 
     # In a dict, so that a hook that changes an output cannot take this for logits.
     try:
-        result = term.linear(term.hidden, cutloss_inside=inside)["cutloss"]
+        result = term.linear(hidden, cutloss_inside=inside)["cutloss"]
     except Exception as error:
         if not made:  # it is not from a hook of the output
             raise
@@ -103,6 +109,26 @@ def loss(logits, target: Tensor, options: dict) -> Tensor:
         )
 
     return evaluate(logits, of).to(logits.device)
+
+
+def is_column_parallel(layer: nn.Module) -> bool:
+    """Whether parallelize_module has sharded a layer by its classes (ColwiseParallel)."""
+    placed = any(map(_sharded.only_places, private.forward_pre_hooks(layer)))
+    return placed and _sharded.has_classes(layer.weight)
+
+
+def check_sharded(terms: tuple[Term, ...], vector: Tensor | None) -> None:
+    """That the classifier's weights are whole, or it has one and all ranks have its classes."""
+    if not any(is_column_parallel(t.linear) for t in terms):
+        for t in terms:
+            check(t.linear.weight)
+    elif len(terms) > 1 or vector is not None:
+        what = "an adapter" if len(terms) > 1 else "a vector that the forward adds to its logits"
+        raise NotImplementedError(
+            f"the classifier is sharded by its classes (ColwiseParallel), and has {what}, which "
+            f"cutloss.patch knows for a whole classifier only: leave the head out of the "
+            f"tensor-parallel plan"
+        )
 
 
 def check(c: Tensor) -> None:

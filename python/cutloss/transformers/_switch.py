@@ -81,7 +81,7 @@ def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
     cast: Cast | None = self.__dict__.get(_casts.NAME)
     if cutloss_inside is not None:
         with cast.autocast(hidden.device) if cast else contextlib.nullcontext():
-            return _casts.result(self, cutloss_inside(hidden, self))
+            return _casts.result(self, cutloss_inside(_sharded.whole(hidden)[0], self))
     switch = self.__dict__.get(NAME)
     if switch is None:  # what wraps this forward kept it after it was removed
         return cast.logits(self, hidden) if cast else F.linear(hidden, self.weight, self.bias)
@@ -91,8 +91,9 @@ def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
         now.probes.append(hidden)
     if not now.on:
         return cast.logits(self, hidden) if cast else F.linear(hidden, self.weight, self.bias)
+    hidden, mesh = _sharded.whole(hidden)
     hidden = cast.operand(self, hidden) if cast else hidden
-    return UnmadeLogits((Term(hidden, self, 1.0),), switch.loss)
+    return UnmadeLogits((Term(hidden, self, 1.0, mesh),), switch.loss)
 
 
 def prepare(model: nn.Module, switch: Switch) -> None:
@@ -122,13 +123,14 @@ def _is_installed(module: nn.Linear, switch: Switch) -> bool:
 def _check_hooks(layers: list[nn.Linear], owner: str) -> None:
     """The layers are called once for their promise and once for the loss, whose inputs and outputs
     are not logits: hooks would run twice, or not see what they are for. Casts do no harm. Those
-    that gather weights are for both calls, and must see no other."""
+    that gather weights are for both calls, and must see no other; and those that place what goes
+    in and comes out leave what is placed already."""
     for module in layers:
         hooks = [(hook, True) for hook in private.forward_pre_hooks(module)]
         hooks += [(hook, False) for hook in private.forward_hooks(module)]
         hooks += [(hook, None) for hook in private.backward_hooks(module)]
         for hook, of_input in hooks:
-            if _sharded.only_gathers(hook):
+            if _sharded.only_gathers(hook) or _sharded.only_places(hook):
                 continue
             if of_input is not None and _casts.is_cast(module, hook, of_input):
                 continue
@@ -300,6 +302,14 @@ def _check(module: nn.Module, owner: str) -> Cast | None:
         raise NotImplementedError(
             f"the classifier of {owner} has a weight of {module.weight.dtype}: load the model with "
             f"this layer in bf16, fp16 or fp32"
+        )
+    if own is not None and cast is None and _sharded.is_dtensor(module.weight):
+        raise NotImplementedError(
+            f"the classifier of {owner} is a DTensor, placed {module.weight.placements}, and has a "
+            f"forward of its own on the instance, as Transformers' tp_plan puts there, which makes "
+            f"the logits of what it is given: leave the classifier out of the tp_plan, and shard "
+            f"it by torch.distributed.tensor.parallel.parallelize_module(model, mesh, "
+            f"{{'lm_head': ColwiseParallel(output_layouts=Replicate())}})"
         )
     if own is not None and cast is None:
         raise NotImplementedError(

@@ -112,6 +112,17 @@ class UnmadeLogits:
             return True
         raise LogitsNotMadeError("a comparison (!=)")
 
+    # What a hook of parallelize_module asks of what comes out of a layer ---------------------------
+
+    placements = None  # none is the right one, so that it redistributes
+
+    def redistribute(self, *args, **kwargs) -> "UnmadeLogits":
+        """They stand for the logits of all classes, wherever these lie."""
+        return self
+
+    def to_local(self, **kwargs) -> "UnmadeLogits":
+        return self
+
     # What changes no number: logits are in fp32 wherever they exist ------------------------------
 
     def contiguous(self, **memory_format) -> "UnmadeLogits":
@@ -217,7 +228,7 @@ class UnmadeLogits:
         return self._of_hidden(lambda h: h.reshape(*before, h.shape[features], *after), at)
 
     def _of_hidden(self, change: Callable[[Tensor], Tensor], class_dim: int) -> "UnmadeLogits":
-        terms = tuple(Term(change(t.hidden), t.linear, t.scale) for t in self.terms)
+        terms = tuple(t._replace(hidden=change(t.hidden)) for t in self.terms)
         return self._with(terms=terms, class_dim=class_dim)
 
     # Positions ------------------------------------------------------------------------------------
@@ -261,7 +272,7 @@ class UnmadeLogits:
         of_terms = [cut(t.hidden, dim) for t in self.terms]
         pieces = []
         for hidden in zip(*of_terms):
-            terms = tuple(Term(h, t.linear, t.scale) for h, t in zip(hidden, self.terms))
+            terms = tuple(t._replace(hidden=h) for h, t in zip(hidden, self.terms))
             pieces.append(self._with(terms=terms, class_dim=class_dim))
         return tuple(pieces)
 
@@ -286,7 +297,7 @@ class UnmadeLogits:
             raise LogitsNotMadeError(f"the product of tanh with {other}")
         else:
             factor = other
-        terms = tuple(Term(t.hidden, t.linear, t.scale * factor) for t in self.terms)
+        terms = tuple(t._replace(scale=t.scale * factor) for t in self.terms)
         vector = None if self.vector is None else _operands.scaled(self.vector, factor)
         # factor · cap · tanh(z / cap) = new · tanh(factor · z / new) for new = factor · cap
         softcap = None if self.softcap is None else self.softcap * factor

@@ -6,6 +6,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from .. import _sharded
 from .._torch import private
 from . import _switch
 from ._switch import Switch, shape
@@ -50,6 +51,7 @@ def verify(model: nn.Module, switch: Switch, stock) -> None:
             ) from error
         got_grads = torch.autograd.grad(got, switch.now.probes)
 
+    want_grads, got_grads = (list(map(_sharded.gathered, grads)) for grads in (want_grads, got_grads))
     # A classifier that casts its input may be in fewer bits than that.
     dtypes = {want_grads[0].dtype, switch.layers[0].weight.dtype}
     of_loss, of_grads = max(_TOLERANCE.get(dtype, _OF_16_BITS) for dtype in dtypes)
