@@ -70,7 +70,8 @@ class RowCall:
         # Of a shard no row is known before all ranks have told theirs.
         known = of_shard is None and not autograd.is_differentiated_by_others(e, c, bias)
         shape = shape_of_rows(targets, options.shift)
-        return cls(operands, *decide.decided(operands, options, known), of_shard, shape)
+        own_e = None if of_shard is None else of_shard.own_e
+        return cls(operands, *decide.decided(operands, options, known, own_e), of_shard, shape)
 
     def counts(self) -> Tensor:
         """Which rows count, (N), bool."""
