@@ -91,10 +91,10 @@ def refusal_of_head(name: str, weight: Tensor) -> str:
     """Of a head whose own forward runs, and does not call output_embeddings, which was wrapped."""
     return (
         f"the weight of output_embeddings is a DTensor, placed {weight.placements}, in the forward "
-        f"of {name}, which takes one that is whole, or that tensor parallelism has sharded, Shard(0) "
-        f"on a mesh of one dimension: fully_shard gathers it for the module that it was given, so give it the whole "
-        f"{name} or the model, not output_embeddings alone; one that is tied to the model's "
-        f"embedding leave to the fully_shard of the model"
+        f"of {name}, which takes one that is whole, or that tensor parallelism has sharded, "
+        f"Shard(0) on a mesh of one dimension: fully_shard gathers it for the module that it was "
+        f"given, so give it the whole {name} or the model, not output_embeddings alone; one that "
+        f"is tied to the model's embedding leave to the fully_shard of the model"
     )
 
 

@@ -65,15 +65,16 @@ def check_module_with_options(world):
     want = plain(linear, e, targets, shift=1)
     own = VocabParallelOptions.from_vocab(V)
     shard = slice(own.start, own.stop)
-    of_liger = {"liger": lambda **o: get_loss("liger", **{k: v for k, v in o.items() if k != "shift"})}
-    makers = (LinearCrossEntropy, lambda **o: get_loss("cce", **o), of_liger["liger"])
-    for make_loss in makers:
+    shifted = F.pad(targets[:, 1:], (0, 1), value=-100)
+    modules = (  # liger's names have no shift
+        (LinearCrossEntropy(shift=1), targets),
+        (get_loss("cce", shift=1), targets),
+        (get_loss("liger"), shifted),
+    )
+    for module, labels in modules:
         mine = e.clone().requires_grad_()
         c, bias = (t.detach()[shard].clone().requires_grad_() for t in (linear.weight, linear.bias))
-        given = (mine, c, targets)
-        if make_loss is of_liger["liger"]:
-            given = (mine, c, F.pad(targets[:, 1:], (0, 1), value=-100))
-        loss = make_loss(shift=1)(*given, bias, vocab_parallel_options=own)
+        loss = module(mine, c, labels, bias, vocab_parallel_options=own)
         loss.backward()
         assert_near(loss, want[0], "loss", torch.float32)
         assert_near(mine.grad, want[1], "e.grad", torch.float32)
@@ -196,7 +197,7 @@ def check_tied_weight_that_fsdp_left_sharded(world):
     """A head outside of what fully_shard was given, each process with a batch of its own."""
     model = make(True, world.device)
     fully_shard(model.body, mesh=world.mesh, reshard_after_forward=True)
-    x, labels = batch(10 + world.rank)
+    x, labels = batch(10 + world.rank, device=world.device)
     refused(ValueError, "other targets .* in the forward of the module", lambda: model(x, labels))
 
 
@@ -204,7 +205,8 @@ def check_other_placements(world):
     e, targets = problem(world)
     for placement in (Replicate(), Shard(1)):
         layer = nn.Linear(D, V, bias=False, device=world.device)
-        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), world.mesh, [placement]))
+        placed = distribute_tensor(layer.weight.detach(), world.mesh, [placement])
+        layer.weight = nn.Parameter(placed)
         head = LinearCrossEntropyLoss(layer)
         refused(ValueError, "of LinearCrossEntropyLoss, which takes", lambda: head(e, targets))
 
@@ -230,7 +232,8 @@ def check_fsdp_and_tensor_parallel(world, tied, wrapped):
     if tied and "head" in wrapped:
         return  # a parameter of two groups, which fully_shard itself refuses
     model, mesh = in_both(world, tied, wrapped)
-    batches = [batch(10), batch(11)]  # one for each dp; ranks of one tp group have the same
+    # One for each rank of dp; those of a tp group have the same.
+    batches = [batch(i, device=world.device) for i in (10, 11)]
     single = make(tied, world.device)
     expected = plain_gradients(single, batches)
     mine = batches[mesh.get_local_rank("dp")]
@@ -248,7 +251,7 @@ def check_outside_of_forward_is_refused(world):
     e, targets = problem(world)
     match = "on a mesh of 2 dimensions.* in the forward of the module"
     refused(ValueError, match, lambda: linear_cross_entropy(e, model.head.weight, targets))
-    head = LinearCrossEntropyLoss(D, V)
+    head = LinearCrossEntropyLoss(D, V, device=world.device)
     mesh = init_device_mesh(world.device.type, (2, 2), mesh_dim_names=("dp", "tp"))
     parallelize_module(head, mesh["tp"], {"output_embeddings": ColwiseParallel()})
     fully_shard(head.output_embeddings, mesh=mesh["dp"])

@@ -211,6 +211,29 @@ def check_nothing_counts(world):
     assert loss.isnan() and (e.grad == 0).all() and (c.grad == 0).all()
 
 
+def check_compiled(world):
+    """The gradient is there, or an error says that it is not: beside another loss nobody would see
+    that it is missing."""
+    p, own = small(world), ranges_of(world, "balanced")
+
+    def step(e, c):
+        more = dict(vocab_parallel_options=own)
+        return losses.linear_token_loss(e, c, p.targets, dft, **more) + 0 * e.sum()
+
+    results = []
+    for run in (step, torch.compile(step, backend="aot_eager")):
+        e = p.e.clone().requires_grad_()
+        c = p.c[own.start : own.stop].clone().requires_grad_()
+        try:
+            run(e, c).backward()
+        except NotImplementedError as error:
+            assert run is not step and "torch.compiler.disable" in str(error)
+            return
+        results.append((e.grad, c.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def check_refusals(world):
     """On all ranks, also where only one of them is wrong."""
     p, own = small(world), ranges_of(world, "balanced")
@@ -248,6 +271,7 @@ CHECKS = [
     *checks(check_sequence_parallel, FEW),
     *checks(check_evaluation, SPLITS),
     *checks(check_nothing_counts),
+    *checks(check_compiled),
     *checks(check_refusals),
 ]
 SIZES = (2, 3)

@@ -139,8 +139,8 @@ class _IntoMainGrad(torch.autograd.Function):
         if not hasattr(ctx.weight, "grad_added_to_main_grad"):
             return None, None
         ctx.weight.grad_added_to_main_grad = True
-        # Megatron's hooks wait for a gradient, and what else uses the weight (a tied embedding) adds
-        # its own to this one.
+        # Megatron's hooks wait for a gradient, and what else uses the weight (a tied embedding)
+        # adds its own to this one.
         return gradient.zero_(), None
 
 

@@ -38,6 +38,12 @@ def given(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, options: A
     return Given(*tensors, shard=None if options is None else sharded.resolved(options))
 
 
+_NO_GRADIENT = (
+    "torch.compile traced this loss of a classifier in shards without its gradient: call it "
+    "outside of what is compiled, in a function under torch.compiler.disable"
+)
+
+
 @dataclasses.dataclass
 class RowCall:
     operands: tuple
@@ -81,5 +87,8 @@ class RowCall:
     def statistics(self) -> Rows:
         """Of the whole vocabulary, with gradients that are made in backward."""
         if self.of_shard is not None:
-            return self.of_shard.statistics(self.operands, self.options)
+            rows = self.of_shard.statistics(self.operands, self.options)
+            if any(self.options.needs) and not rows.nll.requires_grad:
+                raise NotImplementedError(_NO_GRADIENT)
+            return rows
         return operators.statistics(operators.Linear(self.options), self.operands)
