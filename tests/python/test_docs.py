@@ -141,7 +141,7 @@ CPP_SNIPPETS = snippets(CPP, "cpp") + snippets(CPP, "cmake") + snippets(README, 
 def test_cpp_snippets_are_lines_of_the_examples(where, code):
     """Which are built and run by ctest (tests/CMakeLists.txt)."""
     wanted = lines_of(code)
-    sources = [path for folder in ("cpp_cpu", "cpp_cuda", "cpp_libtorch")
+    sources = [path for folder in ("cpp_cpu", "cpp_cuda", "cpp_libtorch", "cpp_nccl")
                for path in (ROOT / "examples" / folder).iterdir()]  # fmt: skip
     for source in sources:
         lines = lines_of(source.read_text())
