@@ -15,6 +15,7 @@ from processes import checks
 from tolerance import assert_near
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from cutloss import VocabParallelOptions, linear_cross_entropy
 from cutloss._torch import library
@@ -32,6 +33,7 @@ class Problem:
     targets: torch.Tensor
     weight: torch.Tensor
     token_weight: torch.Tensor
+    temperature: torch.Tensor
 
 
 def make(world, dtype=torch.float32, shape=(N,), ignored=0.2, seed=0):
@@ -45,6 +47,7 @@ def make(world, dtype=torch.float32, shape=(N,), ignored=0.2, seed=0):
         targets=targets,
         weight=torch.rand(V, generator=g) + 0.5,
         token_weight=torch.rand(shape, generator=g),
+        temperature=torch.rand(shape, generator=g) + 0.5,
     )
     moved = {f.name: getattr(made, f.name).to(world.device) for f in dataclasses.fields(made)}
     return Problem(**moved)
@@ -73,6 +76,8 @@ OPTIONS = {
         "token_weight": "token_weight", "temperature": 1.7, "return_lse": True,
         "return_entropy": True, "return_predictions": True, "z_loss": 1e-3,
     },
+    "a temperature for each token": {"temperature": "temperature", "softcap": 4.0},
+    "num_valid": {"num_valid": "count"},
     "lse and entropy": {"return_lse": True, "return_entropy": True},
     "predictions": {"return_predictions": True, "reduction": "none"},
     "by rows": {"schedule": "rows"},
@@ -81,8 +86,11 @@ OPTIONS = {
 
 
 def given_by_name(p, options):
-    return {k: getattr(p, v) if v in ("bias", "weight", "token_weight") else v
+    args = {k: getattr(p, v) if v in ("bias", "weight", "token_weight", "temperature") else v
             for k, v in options.items()}  # fmt: skip
+    if "num_valid" in args:
+        args["num_valid"] = int((p.targets != -100).sum())
+    return args
 
 
 def total_of(results):
@@ -270,6 +278,45 @@ def check_plans_may_differ(world):
     assert_near(results[0], want[0][0], "loss", torch.float32)
     assert_near(de, want[1], "e.grad", torch.float32)
     same_on_all(world, results[0].detach(), de)
+
+
+def check_a_group_of_some_ranks(world):
+    """Ranks that are not in it make no call."""
+    ranks = [0, world.size - 1]
+    group = dist.new_group(ranks)
+    if world.rank not in ranks:
+        refused(ValueError, "not in the group", lambda: VocabParallelOptions.from_vocab(V, group))
+        return
+    p = make(world)
+    own = VocabParallelOptions.from_vocab(V, group)
+    results, de, dc, _ = sharded(p, {}, own)
+    want = whole(p, {})
+    assert_near(results[0], want[0][0], "loss", torch.float32)
+    assert_near(de, want[1], "e.grad", torch.float32)
+    assert_near(dc, want[2][own.start : own.stop], "c.grad", torch.float32)
+
+
+def check_other_ways_of_calling(world):
+    """Under autocast, under activation checkpointing, and backward twice."""
+    p, own = make(world), ranges_of(world, "uneven")
+    e = p.e.clone().requires_grad_()
+    c = p.c[own.start : own.stop].clone().requires_grad_()
+
+    def loss(e, c):
+        return linear_cross_entropy(e, c, p.targets, vocab_parallel_options=own)
+
+    _, de, dc, _ = whole(p, {})
+    value = checkpoint(loss, e, c, use_reentrant=False)
+    for times in (1, 2):
+        value.backward(retain_graph=True)
+        assert_near(e.grad, times * de, "e.grad", torch.float32)
+        if own.stop > own.start:
+            assert_near(c.grad, times * dc[own.start : own.stop], "c.grad", torch.float32)
+    e.grad = c.grad = None
+    with torch.autocast(world.device.type, torch.bfloat16):
+        loss(e, c).backward()
+    assert e.grad.dtype == torch.float32
+    assert_near(e.grad, de, "e.grad", torch.bfloat16)
 
 
 def check_repeatable(world):
@@ -479,6 +526,8 @@ CHECKS = [
     *checks(check_nobody_asks_for_e),
     *checks(check_random_splits),
     *checks(check_plans_may_differ),
+    *checks(check_a_group_of_some_ranks),
+    *checks(check_other_ways_of_calling),
     *checks(check_repeatable),
     *checks(check_sequence_parallel, (0, 1)),
     *checks(check_dtensors),
