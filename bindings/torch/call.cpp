@@ -107,6 +107,7 @@ Options read_options(Stack& s) {
   o.first_class = s.next<std::int64_t>();
   o.total_classes = s.next<std::int64_t>();
   o.de_in_sums = s.next<bool>();
+  o.dc_adds = s.next<bool>();
   return o;
 }
 
@@ -130,8 +131,11 @@ Problem problem_of(const Options& options, Upstream upstream) {
   p.wanted.state = options.total_classes != 0;
   classes_of(p).first = options.first_class;
   classes_of(p).total = options.total_classes;
-  if (options.de_in_sums) {
-    p.wanted.de.type = p.compute_type == DType::f64 ? DType::f64 : DType::f32;
+  const DType sums = p.compute_type == DType::f64 ? DType::f64 : DType::f32;
+  if (options.de_in_sums) p.wanted.de.type = sums;
+  if (options.dc_adds) {
+    p.wanted.dc.type = sums;
+    p.wanted.dc.add = true;
   }
   const bool gradient = wants_gradient(p);
   p.upstream.when = gradient ? upstream : Upstream::none;
@@ -214,8 +218,23 @@ Tensor Call::make_de() const {
 
 Tensor Call::make_dc() const {
   const Head& head = head_of(plan_->problem);
+  if (plan_->problem.wanted.dc.add) {
+    throw Error(ErrorCode::invalid_value,
+                "dC is to be added to a tensor, which `gradients` alone takes");
+  }
   return make({head.classes.count, head.D}, operands_.c.scalar_type(),
               plan_->problem.wanted.dc.wanted);
+}
+
+Tensor Call::added_dc(const std::optional<Tensor>& given) const {
+  const Head& head = head_of(plan_->problem);
+  if (!given || given->dim() != 2 || given->size(0) != head.classes.count ||
+      given->size(1) != head.D || given->scalar_type() != stats() || !given->is_contiguous()) {
+    refuse("dC is to be added to a contiguous tensor of c's shape " + shape(operands_.c) +
+           " in the dtype of its sums, got " + (given ? "shape " + shape(*given) : "none"));
+  }
+  device_.require_here(*given, "the tensor that dC is added to");
+  return *given;
 }
 
 Tensor Call::make_dbias() const {

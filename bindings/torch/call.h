@@ -44,6 +44,7 @@ struct Options {
   std::int64_t first_class;
   std::int64_t total_classes;
   bool de_in_sums;  // dE in the dtype of its sums
+  bool dc_adds;     // dC is added, in the dtype of its sums, to a tensor that `gradients` is given
 };
 
 #define CUTLOSS_OPERANDS                                                                \
@@ -54,7 +55,7 @@ struct Options {
   "float temperature, bool wants_entropy, bool wants_zbar, bool wants_argmax, bool needs_de, " \
   "bool needs_dc, bool needs_dbias, int schedule, int? max_workspace, int kept_bytes, "        \
   "SymInt? num_valid=None, bool allow_tf32=False, int first_class=0, int total_classes=0, "    \
-  "bool de_in_sums=False"
+  "bool de_in_sums=False, bool dc_adds=False"
 
 Operands read_operands(Stack& stack);
 Options read_options(Stack& stack);
@@ -82,6 +83,8 @@ class Call {
   RowTensors make_rows() const { return {operands_.e, rows(), stats(), plan_->problem.wanted}; }
   Tensor make_de() const;
   Tensor make_dc() const;
+  // What dC is to be added to.
+  Tensor added_dc(const std::optional<Tensor>& given) const;
   Tensor make_dbias() const;
   Workspace scratch(std::int64_t bytes) const { return {operands_.e, bytes}; }
 

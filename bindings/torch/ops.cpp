@@ -41,13 +41,15 @@ void statistics(Stack& stack) {
 }
 
 // gradients(operands, nll, row_max, log_sum, entropy, kept, d_nll, d_lse, d_lse_squared,
-//           d_entropy, d_zbar, *, options) -> (de, dc, dbias)
+//           d_entropy, d_zbar, dc_into, *, options) -> (de, dc, dbias); with dc_adds dC is added to
+// dc_into, and what is returned for it has no elements
 void gradients(Stack& stack) {
   Operands operands = read_operands(stack);
   std::array<Tensor, 5> saved;
   for (Tensor& t : saved) t = stack.next<Tensor>();
   std::array<std::optional<Tensor>, 5> upstream;
   for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
+  const auto dc_into = stack.next<std::optional<Tensor>>();
   const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
@@ -72,14 +74,16 @@ void gradients(Stack& stack) {
   up.d_entropy = call.inputs().row(upstream[3], "d_entropy");
   up.d_zbar = call.inputs().row(upstream[4], "d_zbar");
 
+  const bool adds = plan.problem.wanted.dc.wanted && plan.problem.wanted.dc.add;
   const Tensor de = call.make_de();
-  const Tensor dc = call.make_dc();
+  const Tensor dc = adds ? call.added_dc(dc_into) : call.make_dc();
   const Tensor dbias = call.make_dbias();
   const Workspace workspace = call.scratch(plan.backward_workspace_bytes);
   call.args.gradients = {data(de), data(dc), data(dbias)};
   call.args.workspace = workspace.data();
   backward(plan, call.args);
-  for (const Tensor* t : {&de, &dc, &dbias}) stack.put(*t);
+  const Tensor none = call.make({0}, call.stats());
+  for (const Tensor* t : {&de, adds ? &none : &dc, &dbias}) stack.put(*t);
 }
 
 // loss_and_gradients(operands, terms, undefined, *, options) -> (loss, argmax, de, dc, dbias)
@@ -265,7 +269,8 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
   m.def("gradients(" CUTLOSS_OPERANDS
         ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
         "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
-        "Tensor? d_zbar, *, " CUTLOSS_OPTIONS ") -> (Tensor de, Tensor dc, Tensor dbias)");
+        "Tensor? d_zbar, Tensor(a!)? dc_into=None, *, " CUTLOSS_OPTIONS
+        ") -> (Tensor de, Tensor dc, Tensor dbias)");
   m.def("loss_and_gradients(" CUTLOSS_OPERANDS
         ", Tensor terms, Tensor? undefined=None, *, " CUTLOSS_OPTIONS
         ") -> (Tensor loss, Tensor argmax, Tensor de, Tensor dc, Tensor dbias)");

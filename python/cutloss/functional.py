@@ -21,6 +21,11 @@ from ._torch import autograd, library, operators, private, shards
 from ._torch.plain import statistics as plain_statistics
 from .sharded import VocabParallelOptions
 
+# The attribute of a c that names a tensor to which its gradient is to be added, in the dtype of the
+# sums, instead of being made (integrations/megatron.py).
+ADDS_TO = "_cutloss_adds_to"
+
+
 def linear_cross_entropy(
     e: Tensor,
     c: Tensor,
@@ -159,11 +164,14 @@ def linear_cross_entropy(
         )
         if how.label_smoothing > 0:
             options = options.but(wants_zbar=True)
+        dc_into = getattr(c, ADDS_TO, None)
+        if dc_into is not None:
+            options = options.but(dc_adds=True)
         if shard is not None:
             options = options.but(de_in_sums=shard.reduce_e_grad or shard.sequence_parallel)
         loss, rows = _evaluate(
             e, c, targets, bias, temperature, how, options, plain=plain, wants_lse=return_lse,
-            of_shard=of_shard,
+            of_shard=of_shard, dc_into=dc_into,
         )  # fmt: skip
 
     row_shape = shape_of_rows(targets, options.shift)
@@ -186,6 +194,7 @@ def _evaluate(
     plain: bool,
     wants_lse: bool,
     of_shard: shards.Call | None = None,
+    dc_into: Tensor | None = None,
 ) -> tuple[Tensor, weighting.Rows]:
     """The loss, per row where nothing is reduced, and the per-row outputs."""
     stats = options.stats
@@ -219,14 +228,16 @@ def _evaluate(
         and not options.wants_entropy
         and not weighs_in_torch
         and of_shard is None
+        and dc_into is None
     )
     own_e = None if of_shard is None else of_shard.own_e
     options, immediate = decide.decided(operands, options, known_at_forward, own_e)
-    computation = operators.Linear(options)
+    computation = operators.Linear(options, dc_into=dc_into)
 
     def statistics() -> weighting.Rows:
         if of_shard is None:
             return operators.statistics(computation, operands)
+        of_shard.dc_into = dc_into
         return of_shard.statistics(operands, options)
 
     if weighs_in_torch:

@@ -243,6 +243,21 @@ def check_main_grad_without_flag(world):
     assert_near(weight.main_grad - 1, plain(p)[2][p.shard], "main_grad", torch.float32)
 
 
+def check_main_grad_gets_the_sums(world):
+    """In fp32, as they are: nothing is rounded to the weight's 16 bits on the way."""
+    p = problem(world, torch.bfloat16)
+    weight = nn.Parameter(p.weight[p.shard].clone())
+    with_main_grad(weight)
+    weight.main_grad.zero_()
+    loss = linear_cross_entropy(
+        p.hidden, weight, p.labels, dist.group.WORLD, gradient_accumulation_fusion=True
+    )
+    (loss * p.mask).sum().backward()
+    rounded = weight.main_grad.bfloat16().float()
+    assert (rounded != weight.main_grad).float().mean() > 0.9
+    assert_near(weight.main_grad, plain(p)[2][p.shard], "main_grad", torch.bfloat16)
+
+
 def check_main_grad_is_left_alone(world):
     """Where the weight is frozen, and under no_grad."""
     p = problem(world)
@@ -346,6 +361,7 @@ CHECKS = [
     *checks(check_main_grad, (torch.float32, torch.bfloat16), BOTH),
     *checks(check_main_grad_of_tied),
     *checks(check_main_grad_without_flag),
+    *checks(check_main_grad_gets_the_sums),
     *checks(check_main_grad_is_left_alone),
     *checks(check_pre_hooks_are_called),
     *checks(check_another_group),

@@ -32,6 +32,7 @@ class Options:
     first_class: int = 0  # of a shard: where its classes begin
     total_classes: int = 0  # of a shard: how many the vocabulary has; 0: the vocabulary is whole
     de_in_sums: bool = False  # dE in the dtype of its sums
+    dc_adds: bool = False  # dC is added to a tensor in the dtype of its sums (integrations)
 
     def but(self, **changes: Any) -> "Options":
         """The same with other values: dataclasses.replace, in a fifth of its time, which counts in

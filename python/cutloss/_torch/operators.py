@@ -108,8 +108,12 @@ class ByOperators(autograd.Computation):
     def gradients(self, saved: Saved, needs: tuple[bool, ...], upstream: Tensors) -> Tensors:
         constants = Constants(*saved.constants)
         d_rows = of_rows(self.options, constants.terms, saved.undefined, *upstream)
-        inputs = (*saved.operands, *constants.without_terms(), *saved.made, *d_rows)
+        inputs = (*saved.operands, *constants.without_terms(), *saved.made, *d_rows, *self.into())
         return self.wanted(library.call(self.of_statistics, *inputs, **self.keywords()))
+
+    def into(self) -> Tensors:
+        """What gradients are added to, the operators' last arguments by position."""
+        return ()
 
     def loss_and_gradients(self, given: Saved, needs: tuple[bool, ...]) -> Made:
         inputs = (*given.operands, *given.constants, given.undefined)
@@ -117,8 +121,12 @@ class ByOperators(autograd.Computation):
         return Made(given, (loss,), (argmax,), self.wanted(made))
 
 
+@dataclasses.dataclass
 class Linear(ByOperators):
     """Operands e (sequences, length, D), c (V,D), bias (V)."""
+
+    # With Options.dc_adds, and then there is no gradient of c.
+    dc_into: Tensor | None = dataclasses.field(default=None, kw_only=True)
 
     statistics = _ops.statistics
     of_statistics = _ops.gradients
@@ -133,6 +141,9 @@ class Linear(ByOperators):
     def keywords(self) -> dict[str, Any]:
         return self.options.of_linear()
 
+    def into(self) -> Tensors:
+        return (self.dc_into,) if self.options.dc_adds else ()
+
     def is_differentiated(self, given: Saved) -> bool:
         """Whether a derivative may be asked for: one that is made, or one that is refused."""
         return any(self.options.needs) or private.is_in_forward_mode()
@@ -140,6 +151,7 @@ class Linear(ByOperators):
     def wanted(self, made: Any) -> Tensors:
         """Of what the operators make those gradients that are asked for."""
         (de, dc, dbias), (e_needs, c_needs, bias_needs) = made, self.options.needs
+        c_needs = c_needs and not self.options.dc_adds
         return de if e_needs else None, dc if c_needs else None, dbias if bias_needs else None
 
     def products_again(self, saved: Saved, needs: tuple[bool, ...]) -> list[flops.Product]:

@@ -181,7 +181,6 @@ class ShardedLinear(Linear):
     """Operands e, c (this rank's), bias (this rank's). Where tokens are sharded, the operand e is
     the caller's, and `made` of what forward is given is the whole e, (sequences, length, D)."""
 
-    options: Options
     shard: "Shard"
     tokens: Tokens | None = None
 
@@ -222,7 +221,8 @@ class ShardedLinear(Linear):
         if self.shard.count > 0:
             d_rows = of_rows(self.options, None, None, *upstream)
             made = library.call(
-                _ops.gradients, whole, c, bias, *constants, *saved.made, *d_rows, **self.keywords()
+                _ops.gradients, whole, c, bias, *constants, *saved.made, *d_rows, *self.into(),
+                **self.keywords(),
             )
         else:
             made = _zeros(whole, self.options), torch.zeros_like(c), _zeros_like(bias)
@@ -264,6 +264,7 @@ class Call:
     def __init__(self, shard: "Shard", e: Tensor, targets: Tensor, shift: bool | int):
         self.shard, self.own_e, self.targets, self.shift = shard, e, targets, shift
         self.tokens: Tokens | None = None
+        self.dc_into: Tensor | None = None  # as Linear has it
         self.has_exchanged = False
 
     def whole_e(self) -> Tensor:
@@ -278,7 +279,7 @@ class Call:
     def statistics(self, operands: tuple, options: Options) -> Rows:
         """Per-row outputs of the whole vocabulary, whose gradients are made in backward.
         `operands`: as operators.statistics has them, with the whole e."""
-        computation = ShardedLinear(options, self.shard, self.tokens)
+        computation = ShardedLinear(options, self.shard, self.tokens, dc_into=self.dc_into)
         given = computation.given((*operands, None, None))
         if self.tokens is not None:
             whole, *others = given.operands

@@ -60,9 +60,10 @@ def linear_cross_entropy(
     :param sequence_parallel: Whether hidden has the tokens of this rank alone.
     :param reduction: "none": (b, s). "sum" and "mean" are over all tokens of labels.
     :param gradient_accumulation_fusion: Adds the weight's gradient to ``weight.main_grad`` in
-        backward, in the dtype that this has (its own is rounded to the weight's dtype once a call),
-        and sets ``weight.grad_added_to_main_grad`` where the weight has that; what autograd leaves
-        in ``weight.grad`` is then zero.
+        backward (an fp32 one gets the fp32 sums as they are; under torch.compile, and for another
+        dtype, they are rounded to the weight's dtype first), and sets
+        ``weight.grad_added_to_main_grad`` where the weight has that; what autograd leaves in
+        ``weight.grad`` is then zero.
     :param reduce_hidden_grad: False leaves hidden's gradient as this rank's part of the sum.
     :param options: Those of :func:`cutloss.linear_cross_entropy`: ignore_index, logit_scale,
         temperature, label_smoothing, z_loss, max_workspace, return_lse, return_entropy, ...
@@ -82,7 +83,11 @@ def linear_cross_entropy(
             weight.shape[0], tp_group, reduce_hidden_grad, sequence_parallel=sequence_parallel
         )
     if gradient_accumulation_fusion and weight.requires_grad and torch.is_grad_enabled():
-        weight = _IntoMainGrad.apply(weight, _main_grad(weight))
+        main_grad = _main_grad(weight)
+        is_direct = _adds_directly(weight, main_grad, hidden)
+        weight = _IntoMainGrad.apply(weight, main_grad)
+        if is_direct:
+            setattr(weight, functional.ADDS_TO, main_grad)
     results = functional.linear_cross_entropy(
         hidden, weight, labels.transpose(0, 1).contiguous(), bias, reduction=reduction,
         softcap=softcap, vocab_parallel_options=own, **options,
@@ -124,24 +129,33 @@ def _main_grad(weight: Tensor) -> Tensor:
     return main_grad
 
 
+def _adds_directly(weight: Tensor, main_grad: Tensor, hidden: Tensor) -> bool:
+    """Whether the sums of the weight's gradient can be added to main_grad as they are, unrounded."""
+    sums = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    is_plain = main_grad.is_contiguous() and main_grad.device == weight.device
+    return main_grad.dtype == sums and is_plain and not torch.compiler.is_compiling()
+
+
 class _IntoMainGrad(torch.autograd.Function):
-    """The weight as it is, whose gradient is added to main_grad."""
+    """The weight as it is, whose gradient is added to main_grad, or was (ADDS_TO)."""
 
     @staticmethod
     def forward(ctx, weight, main_grad):
         ctx.weight, ctx.main_grad = weight, main_grad  # which others add to: it is not saved
+        ctx.set_materialize_grads(False)
         return weight.view_as(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        ctx.main_grad.add_(gradient)
+        if gradient is not None:
+            ctx.main_grad.add_(gradient)
         if not hasattr(ctx.weight, "grad_added_to_main_grad"):
             return None, None
         ctx.weight.grad_added_to_main_grad = True
         # Megatron's hooks wait for a gradient, and what else uses the weight (a tied embedding)
         # adds its own to this one.
-        return gradient.zero_(), None
+        return torch.zeros_like(ctx.weight) if gradient is None else gradient.zero_(), None
 
 
 # The output layer ---------------------------------------------------------------------------------
