@@ -134,7 +134,7 @@ def lines_of(code):
     return [line.strip() for line in code.splitlines() if line.strip()]
 
 
-CPP_SNIPPETS = snippets(CPP, "cpp") + snippets(CPP, "cmake") + snippets(README, "cpp")
+CPP_SNIPPETS = snippets(CPP, "cpp") + snippets(CPP, "cmake")
 
 
 @pytest.mark.parametrize("where, code", CPP_SNIPPETS, ids=[where for where, _ in CPP_SNIPPETS])
