@@ -10,10 +10,10 @@ it is installed, are measured beside.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
+import sys
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
 import cutloss
+from cutloss._bench import record
 
 SHAPES = "8192,4096,131072;8192,4096,262144;8192,2048,131072;2048,4096,131072"
-METHODS = ("vocabulary", "rows", "forward", "loss_parallel", "cut_cross_entropy")
+METHODS = {  # and whose they are
+    "vocabulary": "cutloss",
+    "rows": "cutloss",
+    "forward": "cutloss",
+    "loss_parallel": "loss_parallel",
+    "cut_cross_entropy": "cut_cross_entropy",
+}
 
 
 def make(shape, device):
@@ -147,17 +154,19 @@ def measure(method, shape, args, mesh):
     mean_ms = statistics.mean(whole_ms)
     N, D, V = shape
     line = {
-        "method": method, "N": N, "D": D, "V": V, "dtype": "bf16", "ranks": size,
-        "unsharded_ms": [round(ms, 4) for ms in whole_ms], "sharded_ms": round(sharded_ms, 4),
+        "N": N, "D": D, "V": V, "dtype": "bf16", "data": "randn", "method": METHODS[method],
+        "schedule": method if method in ("rows", "vocabulary") else "none",
+        "pass": "fw" if method == "forward" else "fwbw", "ranks": size,
+        "ms": round(sharded_ms, 4), "unsharded_ms": [round(ms, 4) for ms in whole_ms],
         "efficiency": round(mean_ms / (size * sharded_ms), 4),
-        "unsharded_mib": round(peaks[0], 1), "sharded_mib": round(peaks[1], 1),
-        "loss": loss, "loss_sharded": other, "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__, "cutloss": cutloss.__version__,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "peak_mib": round(peaks[1], 1), "unsharded_mib": round(peaks[0], 1),
+        "loss": other, "unsharded_loss": loss,
     }  # fmt: skip
     if rank == 0:
-        print(" ".join(f"{k}={line[k]}" for k in list(line)[:12]), flush=True)
-    return line
+        print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
+    around = record.surroundings("cuda", 1)
+    around["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return {**around, **line, "command": " ".join(["torchrun", "benchmarks/sharded.py", *sys.argv[1:]])}
 
 
 def main():
@@ -177,8 +186,7 @@ def main():
             line = measure(method, shape, args, mesh)
             torch.cuda.empty_cache()
             if dist.get_rank() == 0 and args.json:
-                with open(args.json, "a") as file:
-                    print(json.dumps(line), file=file)
+                record.append(args.json, [line])
     dist.destroy_process_group()
 
 

@@ -68,12 +68,25 @@ LOGITS_KEYS = {
     "copies": NUMBER,
     "gradient_err": MEASURED,  # over a few rows
 }
+# Of a classifier in shards, benchmarks/sharded.py; a line that has ranks is one. `ms` is of the call
+# in which each rank has a shard.
+SHARDED_KEYS = {
+    **{key: KEYS[key] for key in ("device", "date", "commit", "versions", "N", "D", "V", "dtype")},
+    **{key: KEYS[key] for key in ("data", "method", "schedule", "pass", "ms", "command")},
+    "ranks": (int,),
+    "unsharded_ms": (list,),  # of each rank, all at once
+    "efficiency": NUMBER,  # their mean over ranks * ms
+    "peak_mib": NUMBER,
+    "unsharded_mib": NUMBER,
+    "loss": NUMBER,
+    "unsharded_loss": NUMBER,
+}
 CHOICES = {
     "gradient": ("exact", "sampled", "filtered"),
     "schedule": ("rows", "vocabulary", "none"),
     "pass": ("fw", "bw", "fwbw", "fwbw_frozen", "step"),
 }
-POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms", "copy_ms", "copies")
+POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms", "copy_ms", "copies", "ranks")
 NOT_NEGATIVE = (
     *("workspace_mib", "peak_mib", "de_err", "dc_err", "first_ms", "total_mib", "outside_mib"),
     *("kept_mib", "loss_err", "nll_err", "ignored", "gradient_err"),
@@ -82,10 +95,11 @@ NOT_NEGATIVE = (
 
 def problems(record):
     """What is wrong with a line, as a list of sentences; empty where nothing is."""
-    of_logits = "copy_ms" in record
-    needed = LOGITS_KEYS if of_logits else KEYS
+    needed, known = KEYS, {**KEYS, **OPTIONAL, **OF_A_PIPELINE}
+    for key, keys in (("copy_ms", LOGITS_KEYS), ("ranks", SHARDED_KEYS)):
+        if key in record:
+            needed = known = keys
     found = [f"{key} is missing" for key in needed if key not in record]
-    known = needed if of_logits else {**KEYS, **OPTIONAL, **OF_A_PIPELINE}
     found += [f"{key} is not a key of the format" for key in record if key not in known]
     for key, types in known.items():
         value = record.get(key)
