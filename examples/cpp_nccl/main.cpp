@@ -120,7 +120,7 @@ std::vector<Result> on_gpus(const Data& data, int ranks) {
         results[rank] = of_shard(data, rank, ranks, comms[rank]);
       } catch (const std::exception& error) {
         errors[rank] = error.what();
-        ncclCommAbort(comms[rank]);  // the others wait for this one
+        for (ncclComm_t comm : comms) ncclCommAbort(comm);  // the others wait for this one
       }
     });
   }

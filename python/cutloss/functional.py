@@ -139,8 +139,7 @@ def linear_cross_entropy(
     shard = None if vocab_parallel_options is None else sharded.resolved(vocab_parallel_options)
     with shards.call(shard, e, targets, shift) as of_shard:
         if of_shard is not None:
-            sharded.check(shard, c, plain)
-            e = of_shard.whole_e()
+            e = of_shard.whole_e(lambda: sharded.check(shard, c, plain))
         checks.choice("reduction", reduction, checks.REDUCTIONS)
         checks.filter_eps(filter_eps)
         options = checked_options(
@@ -238,6 +237,7 @@ def _evaluate(
         if of_shard is None:
             return operators.statistics(computation, operands)
         of_shard.dc_into = dc_into
+        of_shard.weighting = how.in_words()
         return of_shard.statistics(operands, options)
 
     if weighs_in_torch:

@@ -141,7 +141,12 @@ _RANGES = "_cutloss_ranges"
 
 
 def _remember(options: Any, ranges: Sequence[tuple[int, int]]) -> None:
-    object.__setattr__(options, _RANGES, ((options.start, options.stop), tuple(ranges)))
+    key = options.start, options.stop, _group_of(options).group_name
+    object.__setattr__(options, _RANGES, (key, tuple(ranges)))
+
+
+def _group_of(options: Any) -> "ProcessGroup":
+    return dist.group.WORLD if options.group is None else options.group
 
 
 def resolved(options: Any) -> Shard:
@@ -161,8 +166,10 @@ def resolved(options: Any) -> Shard:
             f"vocab_parallel_options must have 0 <= start <= stop, got start {start}, stop {stop}"
         )
     rank, size = _place_in(options.group)
-    own, ranges = getattr(options, _RANGES, (None, ()))
-    if own != (start, stop):
+    group = _group_of(options)
+    known, ranges = getattr(options, _RANGES, (None, ()))
+    is_known = known == (start, stop, group.group_name) and len(ranges) == size
+    if not is_known or ranges[rank] != (start, stop):
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "vocab_parallel_options are used for the first time in compiled code, where the "
@@ -174,7 +181,6 @@ def resolved(options: Any) -> Shard:
         ranges = tuple(found)
         check_tiling(ranges)
         _remember(options, ranges)
-    group = dist.group.WORLD if options.group is None else options.group
     return Shard(
         ranges,
         rank,

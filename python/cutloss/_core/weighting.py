@@ -31,6 +31,13 @@ class Weighting:
     weight: Tensor | None = None  # (V)
     token_weight: Tensor | None = None  # (sequences, length)
 
+    def in_words(self) -> str:
+        return (
+            f", reduction {self.reduction}, label_smoothing {self.label_smoothing}, z_loss "
+            f"{self.z_loss}, weight {self.weight is not None}, token_weight "
+            f"{self.token_weight is not None}"
+        )
+
     def changes_nothing(self) -> bool:
         """Whether the loss is nll as it is."""
         return (

@@ -108,10 +108,10 @@ class ByOperators(autograd.Computation):
     def gradients(self, saved: Saved, needs: tuple[bool, ...], upstream: Tensors) -> Tensors:
         constants = Constants(*saved.constants)
         d_rows = of_rows(self.options, constants.terms, saved.undefined, *upstream)
-        inputs = (*saved.operands, *constants.without_terms(), *saved.made, *d_rows, *self.into())
+        inputs = (*saved.operands, *constants.without_terms(), *saved.made, *d_rows, *self.into(saved))
         return self.wanted(library.call(self.of_statistics, *inputs, **self.keywords()))
 
-    def into(self) -> Tensors:
+    def into(self, saved: Saved) -> Tensors:
         """What gradients are added to, the operators' last arguments by position."""
         return ()
 
@@ -141,8 +141,23 @@ class Linear(ByOperators):
     def keywords(self) -> dict[str, Any]:
         return self.options.of_linear()
 
-    def into(self) -> Tensors:
-        return (self.dc_into,) if self.options.dc_adds else ()
+    def into(self, saved: Saved) -> Tensors:
+        if not self.options.dc_adds:
+            return ()
+        _, c, _ = saved.operands
+        # A backward that was asked for other gradients alone adds nothing.
+        is_asked_for = private.will_go_on_to(c.grad_fn)
+        return (self.dc_into if is_asked_for else torch.zeros_like(self.dc_into),)
+
+    @property
+    def no_batches(self) -> str | None:
+        if not self.options.dc_adds:
+            return None
+        return (
+            "the gradient of the weight is added to its main_grad (gradient_accumulation_fusion), "
+            "and here comes a batch of upstream gradients (is_grads_batched, or torch.vmap around "
+            "autograd.grad), each of which would be added"
+        )
 
     def is_differentiated(self, given: Saved) -> bool:
         """Whether a derivative may be asked for: one that is made, or one that is refused."""

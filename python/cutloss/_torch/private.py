@@ -115,6 +115,11 @@ def has_hooks_of_saved_tensors() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # 2.11, 2.13
 
 
+def will_go_on_to(node: Any) -> bool:
+    """In backward: whether it goes on to that node, or was asked for other gradients alone."""
+    return torch._C._will_engine_execute_node(node)  # 2.11, 2.13
+
+
 def version_of(t: Tensor) -> int:
     """A number that changes when the tensor is changed in place."""
     return t._version  # 2.11, 2.13

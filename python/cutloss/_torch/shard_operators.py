@@ -30,21 +30,25 @@ def in_words(computation: ShardedLinear) -> str:
         whole = ", ".join([f"{n}" for n in tokens.whole])
         lies = f"({tokens.dim}, {tokens.ranks}, ({own},), ({whole},))"
     return (
-        f"('{dtype}', ({values},), ({ranges},), {shard.rank}, '{shard.group_name}', {flags}, {lies})"
+        f"('{dtype}', ({values},), ({ranges},), {shard.rank}, '{shard.group_name}', {flags}, {lies}, "
+        f"'{computation.weighting}')"
     )
 
 
-@functools.lru_cache(maxsize=64)
+# A group of that name is looked for in each call: one that was destroyed may have had it before.
+_parsed = functools.lru_cache(maxsize=64)(ast.literal_eval)
+
+
 def _of_words(words: str) -> ShardedLinear:
-    dtype, values, ranges, rank, group_name, reduces, shares_tokens, lies = ast.literal_eval(words)
+    dtype, values, ranges, rank, name, reduces, shares_tokens, lies, weighting = _parsed(words)
     options = Options(getattr(torch, dtype), **dict(zip(_FIELDS, values, strict=True)))
-    group = private.group_named(group_name)
-    shard = Shard(ranges, rank, group, group_name, reduces, shares_tokens)
+    group = private.group_named(name)
+    shard = Shard(ranges, rank, group, name, reduces, shares_tokens)
     tokens = None
     if lies is not None:
         dim, ranks, own, whole = lies
         tokens = Tokens(dim, ranks, torch.Size(own), torch.Size(whole))
-    return ShardedLinear(options, shard, tokens)
+    return ShardedLinear(options, shard, tokens, weighting)
 
 
 @torch.library.custom_op("cutloss::sharded_tokens", mutates_args=())
@@ -125,9 +129,9 @@ def _(e, c, bias, *rest):
     de, dc, dbias = _of_words(rest[-1]).options.needs
     none = e.new_empty((0,))
     return (
-        torch.empty_like(e) if de else none,
-        torch.empty_like(c) if dc else none,
-        torch.empty_like(bias) if dbias else none,
+        e.new_empty(e.shape) if de else none,
+        c.new_empty(c.shape) if dc else none,
+        bias.new_empty(bias.shape) if dbias else none,
     )
 
 

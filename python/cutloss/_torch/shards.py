@@ -12,6 +12,9 @@ import dataclasses
 import functools
 import math
 import struct
+import weakref
+import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,46 +54,69 @@ def _gathered(t: Tensor, shard: "Shard") -> Tensor:
 def _digest(targets: Tensor) -> Tensor:
     """A number that hardly two batches of targets share: (1), int64, on their device."""
     flat = targets.reshape(-1).to(torch.int64)
-    return (flat * _odd_numbers(flat.numel(), flat.device)).sum().view(1)
+    mixed = flat * 0x5851F42D4C957F2D + torch.arange(flat.numel(), device=flat.device)
+    mixed = (mixed ^ (mixed >> 29)) * 0x14057B7EF767814F
+    return (mixed ^ (mixed >> 32)).sum().view(1)
 
 
-@functools.lru_cache(maxsize=16)
-def _odd_numbers(count: int, device: torch.device) -> Tensor:
-    return torch.arange(1, 2 * count + 1, 2, device=device)
+class Facts(NamedTuple):
+    """What a rank tells of itself, beside the digest of its targets."""
+
+    first: int
+    count: int
+    total: int
+    failed: int
+    call: int  # a number made of what must be the same on all ranks: what is computed of a row
+
+    @classmethod
+    def of(cls, shard: "Shard", call: str, rank: int | None = None) -> "Facts":
+        start, stop = shard.ranges[shard.rank if rank is None else rank]
+        return cls(start, stop - start, shard.total, 0, zlib.crc32(call.encode()))
 
 
-_FACTS = struct.Struct("6q")  # first, count, total, failed, rows, digest of the targets
+_FACTS = struct.Struct("7q")  # Facts, rows, digest of the targets
 
 
-def _tell(shard: "Shard", rows: int, targets: Tensor, error: Exception | None) -> None:
-    """Raises on every rank where one of them has failed, or has other classes or tokens than the
-    others know of. Waits for the device."""
+def _tell(
+    shard: "Shard", call: str, rows: int, targets: Tensor, error: Exception | None
+) -> None:
+    """Raises on every rank where one of them has failed, or has other classes, options or tokens
+    than the others know of. Waits for the device."""
     words = "" if error is None else f"{type(error).__name__}: {error}"
     message = words.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
     digest = _digest(targets).item()
-    facts = _FACTS.pack(shard.first, shard.count, shard.total, error is not None, rows, digest)
-    own = torch.frombuffer(bytearray(facts + message), dtype=torch.uint8).to(targets.device)
-    all_of_them = [bytes(told) for told in _gathered(own, shard).tolist()]
+    own = Facts.of(shard, call)._replace(failed=int(error is not None))
+    told = _FACTS.pack(*own, rows, digest) + message
+    told = torch.frombuffer(bytearray(told), dtype=torch.uint8).to(targets.device)
+    all_of_them = [bytes(each) for each in _gathered(told, shard).tolist()]
     if error is not None:
         raise error
-    for rank, told in enumerate(all_of_them):
-        first, count, total, failed, its_rows, its_digest = _FACTS.unpack(told[: _FACTS.size])
-        if failed:
-            said = told[_FACTS.size :].rstrip(b"\0").decode(errors="replace")
+    for rank, each in enumerate(all_of_them):
+        *facts, its_rows, its_digest = _FACTS.unpack(each[: _FACTS.size])
+        its, expected = Facts(*facts), Facts.of(shard, call, rank)
+        if its.failed:
+            said = each[_FACTS.size :].rstrip(b"\0").decode(errors="replace")
             raise RuntimeError(f"rank {rank} of the sharded classifier's group failed: {said}")
-        start, stop = shard.ranges[rank]
-        if (first, count, total) != (start, stop - start, shard.total):
+        if its[:3] != expected[:3]:
             raise ValueError(
-                f"rank {rank} has the classes [{first}, {first + count}) of {total}, where rank "
-                f"{shard.rank} expected [{start}, {stop}) of {shard.total}: every rank must make "
-                f"the same calls, for shards of the same classifier"
+                f"rank {rank} has the classes [{its.first}, {its.first + its.count}) of "
+                f"{its.total}, where rank {shard.rank} expected [{expected.first}, "
+                f"{expected.first + expected.count}) of {shard.total}: every rank must make the "
+                f"same calls, for shards of the same classifier"
             )
         if (its_rows, its_digest) != (rows, digest):
+            counts = "" if its_rows == rows else f" ({its_rows} tokens, not {rows})"
             raise ValueError(
-                f"rank {rank} has other targets ({its_rows} tokens) than rank {shard.rank} ({rows} "
-                f"tokens), and the ranks of a sharded classifier must have the same e and targets. "
-                f"If each has a batch of its own (c is a DTensor that FSDP has sharded, not tensor "
-                f"parallelism), {_sharded.IN_FORWARD}"
+                f"rank {rank} has other targets than rank {shard.rank}{counts}, and the ranks of a "
+                f"sharded classifier must have the same e and targets, which are classes of the "
+                f"whole vocabulary on every rank. If each has a batch of its own (c is a DTensor "
+                f"that FSDP has sharded, not tensor parallelism), {_sharded.IN_FORWARD}"
+            )
+        if its.call != expected.call:
+            raise ValueError(
+                f"rank {rank} makes the call with other options than rank {shard.rank}, which has "
+                f"{call}: the ranks of a sharded classifier must have the same dtype and options, "
+                f"results asked for included, and e must want a gradient on all of them or on none"
             )
 
 
@@ -99,36 +125,42 @@ _HEADERS = 2  # records of states that a header takes
 
 @functools.lru_cache(maxsize=256)
 def _known(ranges: tuple, device: torch.device) -> Tensor:
-    """The numbers that the ranks' headers begin with, (ranks, 4): on the device once, since to
-    bring them there would wait."""
+    """The classes that the ranks' headers begin with, (ranks, 4): on the device once, by a call
+    that waits anyway, since to bring them there would wait."""
     total = ranges[-1][1]
     table = [(start, stop - start, total, 0) for start, stop in ranges]
     return torch.tensor(table, dtype=torch.int64, device=device)
 
 
-# Of which groups and shards a first call has been seen, in which every rank looks at what the
-# others have; later ones on CUDA would wait.
-_seen: set[tuple] = set()
+# The shards of which a group has made a first call, in which every rank looks at what the others
+# have; later ones on CUDA would wait.
+_seen: "weakref.WeakKeyDictionary[ProcessGroup, set[tuple]]" = weakref.WeakKeyDictionary()
 
 
-def _key(shard: "Shard") -> tuple:
-    return shard.group_name, shard.ranges
+def _looks(shard: "Shard", device: torch.device) -> bool:
+    return shard.ranges not in _seen.get(shard.group, ()) or checks.may_look(device)
+
+
+def _has_looked(shard: "Shard", device: torch.device) -> None:
+    _known(shard.ranges, device)
+    _seen.setdefault(shard.group, set()).add(shard.ranges)
 
 
 def _exchanged(
-    states: Tensor, targets: Tensor, shard: "Shard", error: Exception | None
+    states: Tensor, targets: Tensor, shard: "Shard", call: str, error: Exception | None
 ) -> tuple[Tensor, Tensor | None]:
     """The states of all ranks, (ranks, _HEADERS + rows, bytes), and whether all of them are what
     they should be: None where that was looked at, else one bool on the device. `states` has room
     for the header."""
-    records, record = states.shape
-    if _key(shard) not in _seen or checks.may_look(states.device):
-        _tell(shard, records - _HEADERS, targets, error)
-        _seen.add(_key(shard))
+    records, _ = states.shape
+    if _looks(shard, states.device):
+        _tell(shard, call, records - _HEADERS, targets, error)
+        _has_looked(shard, states.device)
         return _gathered(states, shard), None
-    known, digest = _known(shard.ranges, states.device), _digest(targets)
+    known = _known(shard.ranges, states.device)
+    digest = _digest(targets) ^ Facts.of(shard, call).call
     expected = torch.cat((known, digest.expand(len(shard.ranges), 1)), dim=1)
-    own = expected[shard.rank] if error is None else torch.full_like(digest.expand(5), -1)
+    own = expected[shard.rank] if error is None else torch.full_like(expected[0], -1)
     size = own.numel() * own.itemsize
     states.view(-1)[:size] = own.view(torch.uint8)
     told = _gathered(states, shard)
@@ -157,7 +189,8 @@ class Tokens(NamedTuple):
             raise ValueError(
                 f"sequence_parallel: e must have 1/{ranks} of the tokens of targets along one "
                 f"dimension, and all of them along the others: got e {tuple(e.shape)} and targets "
-                f"{want}; pad the sequence to a multiple of {ranks}"
+                f"{want}; pad the sequence to a multiple of {ranks}, or leave sequence_parallel "
+                f"out where e is whole"
             )
         return cls(dim, ranks, e.shape, torch.Size((*want, e.shape[-1])))
 
@@ -183,6 +216,20 @@ class ShardedLinear(Linear):
 
     shard: "Shard"
     tokens: Tokens | None = None
+    # What else must be the same on all ranks, in words.
+    weighting: str = ""
+    call: "Call | None" = None
+
+    def in_words(self) -> str:
+        """What must be the same on all ranks. What each of them has of memory, plans, and gradients
+        of c and bias need not be."""
+        o = self.options
+        return (
+            f"{o.compute_dtype}, shift {o.shift}, ignore_index {o.ignore_index}, softcap "
+            f"{o.softcap}, logit_scale {o.logit_scale}, temperature {o.temperature}, entropy "
+            f"{o.wants_entropy}, mean logit {o.wants_zbar}, predictions {o.wants_argmax}, gradient "
+            f"of e {o.needs_de}{self.weighting}"
+        )
 
     def outputs(self, given: Saved) -> Outputs:
         e, c, bias = given.operands
@@ -203,7 +250,9 @@ class ShardedLinear(Linear):
             error = failure
         if states is None:
             states = library.call(_ops.empty_states, e, _HEADERS + rows, options.stats)
-        told, is_right = _exchanged(states, targets, shard, error)
+        if self.call is not None:
+            self.call.has_exchanged = True
+        told, is_right = _exchanged(states, targets, shard, self.in_words(), error)
         made = library.call(
             _ops.close_rows, told, targets, class_weight, is_right, _HEADERS, options.stats,
             shard.total, options.shift, options.ignore_index, options.wants_entropy,
@@ -221,7 +270,7 @@ class ShardedLinear(Linear):
         if self.shard.count > 0:
             d_rows = of_rows(self.options, None, None, *upstream)
             made = library.call(
-                _ops.gradients, whole, c, bias, *constants, *saved.made, *d_rows, *self.into(),
+                _ops.gradients, whole, c, bias, *constants, *saved.made, *d_rows, *self.into(saved),
                 **self.keywords(),
             )
         else:
@@ -264,30 +313,60 @@ class Call:
     def __init__(self, shard: "Shard", e: Tensor, targets: Tensor, shift: bool | int):
         self.shard, self.own_e, self.targets, self.shift = shard, e, targets, shift
         self.tokens: Tokens | None = None
+        self.weighting = ""  # as ShardedLinear has it
         self.dc_into: Tensor | None = None  # as Linear has it
         self.has_exchanged = False
 
-    def whole_e(self) -> Tensor:
-        """The e of all tokens."""
-        if not self.shard.sequence_parallel:
+    def whole_e(self, check: Callable[[], None]) -> Tensor:
+        """The e of all tokens. `check` raises where something is wrong with this rank's shard."""
+        try:
+            check()
+            if self.shard.sequence_parallel:
+                ranks = len(self.shard.ranges)
+                self.tokens = Tokens.of(self.own_e, self.targets, ranks)
+        except Exception as error:
+            self._fail_where_e_is_gathered(error)
+            raise
+        if self.tokens is None:
             return self.own_e
-        self.tokens = Tokens.of(self.own_e, self.targets, len(self.shard.ranges))
         if torch.compiler.is_compiling():
             return _traced_tokens(self.own_e, self.shard, self.tokens)
+        if _looks(self.shard, self.own_e.device):
+            self._tell(None)
         return self.tokens.gathered(self.own_e, self.shard)
+
+    def _tell(self, error: Exception | None) -> None:
+        self.has_exchanged = True  # where it raises all ranks do
+        _tell(self.shard, "tokens", self._rows(), self.targets, error)
+        self.has_exchanged = False
+
+    def _fail_where_e_is_gathered(self, error: Exception) -> None:
+        if not self.shard.sequence_parallel or torch.compiler.is_compiling():
+            return
+        if _looks(self.shard, self.own_e.device):
+            self._tell(error)
+        share = self.targets.numel() // len(self.shard.ranges) * self.own_e.shape[-1]
+        _gathered(self.own_e.new_zeros((share,)), self.shard)
 
     def statistics(self, operands: tuple, options: Options) -> Rows:
         """Per-row outputs of the whole vocabulary, whose gradients are made in backward.
         `operands`: as operators.statistics has them, with the whole e."""
-        computation = ShardedLinear(options, self.shard, self.tokens, dc_into=self.dc_into)
+        computation = ShardedLinear(
+            options, self.shard, self.tokens, self.weighting, self, dc_into=self.dc_into
+        )
         given = computation.given((*operands, None, None))
         if self.tokens is not None:
             whole, *others = given.operands
             given = given._replace(operands=(self.own_e, *others), made=(whole,))
-        self.has_exchanged = True  # it will, whatever happens
         if torch.compiler.is_compiling():
             return _traced(computation, given)
         return deferred(computation, given)[1]
+
+    def _rows(self) -> int:
+        shape = self.targets.shape
+        if shape and 0 < int(self.shift) <= shape[-1]:
+            return math.prod(shape[:-1]) * (shape[-1] - int(self.shift))
+        return math.prod(shape)
 
     def __enter__(self) -> "Call":
         return self
@@ -295,12 +374,9 @@ class Call:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if not isinstance(error, Exception) or self.has_exchanged:
             return
-        shape, stats = self.targets.shape, stat_dtype(self.own_e.dtype)
-        rows = math.prod(shape)
-        if shape and 0 < int(self.shift) <= shape[-1]:
-            rows = math.prod(shape[:-1]) * (shape[-1] - int(self.shift))
-        states = library.call(_ops.empty_states, self.own_e, _HEADERS + rows, stats)
-        _exchanged(states, self.targets, self.shard, error)
+        stats = stat_dtype(self.own_e.dtype)
+        states = library.call(_ops.empty_states, self.own_e, _HEADERS + self._rows(), stats)
+        _exchanged(states, self.targets, self.shard, "", error)
 
 
 def _traced_tokens(e: Tensor, shard: "Shard", tokens: Tokens) -> Tensor:

@@ -66,7 +66,8 @@ def linear_cross_entropy(
         ``weight.grad`` is then zero.
     :param reduce_hidden_grad: False leaves hidden's gradient as this rank's part of the sum.
     :param options: Those of :func:`cutloss.linear_cross_entropy`: ignore_index, logit_scale,
-        temperature, label_smoothing, z_loss, max_workspace, return_lse, return_entropy, ...
+        temperature, label_smoothing, z_loss, max_workspace, return_lse, return_entropy, ...;
+        token_weight, and a temperature for each token, are (b, s). There is no shift.
     :return: As :func:`cutloss.linear_cross_entropy` has it, fp32, per token as (b, s), the same
         bits on all ranks of the group.
     """
@@ -76,6 +77,14 @@ def linear_cross_entropy(
             "megatron.core.parallel_state.get_tensor_model_parallel_group()"
         )
     _check_shapes(hidden, labels)
+    if options.get("shift"):
+        raise ValueError(
+            f"shift is {options['shift']}, and Megatron's labels are shifted already, with the "
+            f"sequence as their last dimension: leave shift out"
+        )
+    for name in ("token_weight", "temperature"):
+        if isinstance(options.get(name), Tensor):
+            options[name] = _sequence_first(name, options[name], labels)
     size = dist.get_world_size(tp_group)
     own = None
     if size > 1:
@@ -103,6 +112,18 @@ def _check_shapes(hidden: Tensor, labels: Tensor) -> None:
             f"hidden must be (s, b, h), and labels (b, s), as Megatron has them: got hidden "
             f"{tuple(hidden.shape)} and labels {tuple(labels.shape)}"
         )
+
+
+def _sequence_first(name: str, t: Tensor, labels: Tensor) -> Tensor:
+    """What has a number for each token, in the order of hidden."""
+    if t.dim() == 0:
+        return t
+    if t.shape != labels.shape:
+        raise ValueError(
+            f"{name} must be (b, s), as labels are: got {tuple(t.shape)} and labels "
+            f"{tuple(labels.shape)}"
+        )
+    return t.transpose(0, 1)
 
 
 def _batch_first(t: Tensor) -> Tensor:

@@ -64,8 +64,7 @@ class RowCall:
         e, c, bias, targets, shard = given.e, given.c, given.bias, given.targets, given.shard
         classes = None
         if of_shard is not None:
-            sharded.check(shard, c, plain=False)
-            e = of_shard.whole_e()
+            e = of_shard.whole_e(lambda: sharded.check(shard, c, plain=False))
             classes = shard.first, shard.total
         options = checked_options(
             e, c, targets, bias, temperature=temperature, classes=classes, **described
