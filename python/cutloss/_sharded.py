@@ -14,7 +14,8 @@ IN_FORWARD = (
     "weight is whole"
 )
 _OF_A_WEIGHT = (
-    IN_FORWARD + "; or pass {0}.full_tensor(grad_placements=[Partial('avg')]) if each process has "
+    "where tensor parallelism has placed it, take ColwiseParallel for the layer, or pass "
+    "{0}.redistribute(placements=[Shard(0)]); where fully_shard has, " + IN_FORWARD + "; or pass {0}.full_tensor(grad_placements=[Partial('avg')]) if each process has "
     "a batch of its own, {0}.full_tensor() if all have the same"
 )
 _OF_ROWS = (

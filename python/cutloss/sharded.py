@@ -37,8 +37,8 @@ class VocabParallelOptions:
         dimension of targets, which are whole. They are gathered for the call (and once more in
         backward), and each rank gets the gradient of its own tokens.
 
-    Make one object for a classifier and keep it: where it was not made by ``from_vocab``, its first
-    use asks all ranks for their ranges, once.
+    Make one object for a classifier, in the same way on all ranks, and keep it: where it was not
+    made by ``from_vocab``, its first use asks all ranks for their ranges.
     """
 
     start: int
@@ -158,28 +158,12 @@ def resolved(options: Any) -> Shard:
             f"{options!r}, without {', '.join(missing)}"
         )
     start, stop = options.start, options.stop
-    for name, value in (("start", start), ("stop", stop)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"vocab_parallel_options.{name} must be an int, got {value!r}")
-    if not 0 <= start <= stop:
-        raise ValueError(
-            f"vocab_parallel_options must have 0 <= start <= stop, got start {start}, stop {stop}"
-        )
     rank, size = _place_in(options.group)
     group = _group_of(options)
     known, ranges = getattr(options, _RANGES, (None, ()))
     is_known = known == (start, stop, group.group_name) and len(ranges) == size
     if not is_known or ranges[rank] != (start, stop):
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "vocab_parallel_options are used for the first time in compiled code, where the "
-                "ranks cannot be asked for their ranges: make them by from_vocab, or make one call "
-                "that is not compiled before"
-            )
-        found: list[Any] = [None] * size
-        dist.all_gather_object(found, (start, stop), group=options.group)
-        ranges = tuple(found)
-        check_tiling(ranges)
+        ranges = _asked_of_all(options, rank, size)
         _remember(options, ranges)
     return Shard(
         ranges,
@@ -188,6 +172,38 @@ def resolved(options: Any) -> Shard:
         group.group_name,
         bool(options.reduce_e_grad),
         bool(getattr(options, "sequence_parallel", False)),
+    )
+
+
+def _asked_of_all(options: Any, rank: int, size: int) -> tuple[tuple[int, int], ...]:
+    """The ranges of all ranks; where those of one are none, an error on all of them."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "vocab_parallel_options are used for the first time in compiled code, where the "
+            "ranks cannot be asked for their ranges: make them by from_vocab, or make one call "
+            "that is not compiled before"
+        )
+    error = _range_error(options.start, options.stop)
+    told: list[Any] = [None] * size
+    own = (options.start, options.stop) if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(told, own, group=options.group)
+    if error is not None:
+        raise error
+    for other, each in enumerate(told):
+        if isinstance(each, str):
+            raise RuntimeError(f"rank {other} of the sharded classifier's group failed: {each}")
+    check_tiling(told)
+    return tuple(told)
+
+
+def _range_error(start: Any, stop: Any) -> Exception | None:
+    for name, value in (("start", start), ("stop", stop)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            return TypeError(f"vocab_parallel_options.{name} must be an int, got {value!r}")
+    if 0 <= start <= stop:
+        return None
+    return ValueError(
+        f"vocab_parallel_options must have 0 <= start <= stop, got start {start}, stop {stop}"
     )
 
 
@@ -262,6 +278,11 @@ def local(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, options: A
                 f"targets.full_tensor()"
             )
         targets = targets.to_local()
+    if mesh.get_local_rank() != dist.get_rank(mesh.get_group()):
+        raise ValueError(
+            f"c is a DTensor on {mesh}, whose ranks do not lie in the order of their group, so that "
+            f"its shards would be taken for each other's: make a mesh of ascending ranks"
+        )
     e, shares_tokens = _local_e(e, c, mesh)
     ranges = _chunks(c.shape[0], mesh.size())
     own = VocabParallelOptions(

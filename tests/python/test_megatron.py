@@ -258,6 +258,47 @@ def check_main_grad_gets_the_sums(world):
     assert_near(weight.main_grad, plain(p)[2][p.shard], "main_grad", torch.bfloat16)
 
 
+def check_options_of_each_token(world):
+    """(b, s), as labels are, where b and s are the same number too."""
+    torch.manual_seed(4)
+    n = 4
+    hidden, labels = torch.randn(n, n, 8), torch.randint(12 * world.size, (n, n))
+    whole = torch.randn(12 * world.size, 8) / 3
+    weights, temperatures = torch.rand(n, n) + 0.5, torch.rand(n, n) + 0.5
+    for t in (hidden, labels, whole, weights, temperatures):
+        dist.broadcast(t, 0)
+    own = whole.chunk(world.size)[world.rank]
+    got = linear_cross_entropy(
+        hidden, own, labels, dist.group.WORLD, token_weight=weights, temperature=temperatures
+    )
+    z = (hidden.transpose(0, 1) @ whole.T) / temperatures[..., None]
+    want = weights * F.cross_entropy(z.flatten(0, 1), labels.flatten(), reduction="none").view(n, n)
+    torch.testing.assert_close(got, want)
+    refused(ValueError, "shifted already", lambda: linear_cross_entropy(
+        hidden, own, labels, dist.group.WORLD, shift=1))  # fmt: skip
+    refused(ValueError, "token_weight must be", lambda: linear_cross_entropy(
+        hidden, own, labels, dist.group.WORLD, token_weight=weights[0]))  # fmt: skip
+
+
+def check_main_grad_of_others_gradients(world):
+    """A backward that is asked for the hidden state's gradient alone adds nothing."""
+    p = problem(world)
+    weight = nn.Parameter(p.weight[p.shard].clone())
+    with_main_grad(weight)
+    hidden = mine(world, p, False)
+    loss = linear_cross_entropy(
+        hidden, weight, p.labels, dist.group.WORLD, gradient_accumulation_fusion=True
+    )
+    loss = (loss * p.mask).sum()
+    (alone,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    assert (weight.main_grad == 1).all() and not weight.grad_added_to_main_grad
+    refused(NotImplementedError, "each of which would be added", lambda: torch.autograd.grad(
+        loss, hidden, torch.ones(2), is_grads_batched=True, retain_graph=True))  # fmt: skip
+    loss.backward()
+    assert torch.equal(hidden.grad, alone)
+    assert_near(weight.main_grad - 1, plain(p)[2][p.shard], "main_grad", torch.float32)
+
+
 def check_main_grad_is_left_alone(world):
     """Where the weight is frozen, and under no_grad."""
     p = problem(world)
@@ -362,6 +403,8 @@ CHECKS = [
     *checks(check_main_grad_of_tied),
     *checks(check_main_grad_without_flag),
     *checks(check_main_grad_gets_the_sums),
+    *checks(check_options_of_each_token),
+    *checks(check_main_grad_of_others_gradients),
     *checks(check_main_grad_is_left_alone),
     *checks(check_pre_hooks_are_called),
     *checks(check_another_group),

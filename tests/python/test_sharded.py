@@ -381,6 +381,7 @@ def check_compiled(world, name, backend):
     for shares_tokens in (False, True):
         own = VocabParallelOptions.from_vocab(V, sequence_parallel=shares_tokens)
         e = p.e.chunk(world.size, 1)[world.rank] if shares_tokens else p.e
+        e = e.transpose(0, 1).contiguous().transpose(0, 1)  # strides that are not packed
         given = given_by_name(p, OPTIONS[name])
         given.pop("bias", None)
 
@@ -393,7 +394,8 @@ def check_compiled(world, name, backend):
 
         found = []
         for f in (loss, torch.compile(loss, backend=backend, fullgraph=True)):
-            e, c = e.detach().clone(), p.c[own.start : own.stop].clone()
+            e = e.detach().clone(memory_format=torch.preserve_format)
+            c = p.c[own.start : own.stop].T.contiguous().T
             value = f(e.requires_grad_(), c.requires_grad_())
             value.backward()
             found.append((value, e.grad, c.grad))
@@ -486,6 +488,114 @@ def check_ranks_disagree(world):
     os.environ.pop("CUTLOSS_CHECK", None)
 
 
+def check_options_differ(world):
+    """What would be a loss of nobody's model."""
+    p, own = make(world, ignored=0.0), ranges_of(world, "balanced")
+    c = p.c[own.start : own.stop]
+    here = world.rank == 0
+    different = (
+        {"softcap": 1.0 + here},
+        {"temperature": 1.0 + here},
+        {"return_entropy": here},
+        {"label_smoothing": 0.1 * here},
+        {"ignore_index": -100 - here},
+        {"reduction": "sum" if here else "mean"},
+    )
+    os.environ["CUTLOSS_CHECK"] = "1"
+    for options in different:
+        refused(ValueError, "with other options than", lambda: linear_cross_entropy(
+            p.e, c, p.targets, vocab_parallel_options=own, **options))  # fmt: skip
+    e = p.e.clone().requires_grad_(here)
+    refused(ValueError, "want a gradient", lambda: linear_cross_entropy(
+        e, c, p.targets, vocab_parallel_options=own))  # fmt: skip
+    for mine, others in (([0, 1], [3, 0]), ([0, 1, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0])):
+        y = torch.tensor(mine if here else others, device=world.device)
+        refused(ValueError, "other targets", lambda: linear_cross_entropy(
+            p.e[: len(y)], c, y, vocab_parallel_options=own))  # fmt: skip
+    os.environ.pop("CUTLOSS_CHECK")
+
+
+def check_one_rank_fails_before_e_is_gathered(world):
+    p = make(world, shape=(2, 6 * world.size))
+    own = dataclasses.replace(ranges_of(world, "balanced"), sequence_parallel=True)
+    c = p.c[own.start : own.stop]
+    e = p.e.chunk(world.size, 1)[world.rank]
+    last = world.rank == world.size - 1
+    for wrong in ({"c": c[:-1]}, {"e": e[:, :-1]}):
+        given = {"e": e, "c": c, **(wrong if last else {})}
+
+        def call():
+            return linear_cross_entropy(
+                given["e"], given["c"], p.targets, vocab_parallel_options=own
+            )
+
+        if world.device.type == "cuda" and not last and _has_looked(own):
+            assert call().isnan()
+        else:
+            refused(ValueError if last else RuntimeError, "stop - start|1/|failed", call)
+
+
+def _has_looked(own):
+    from cutloss import sharded
+    from cutloss._torch import shards
+
+    shard = sharded.resolved(own)
+    return not shards._looks(shard, torch.device("cuda"))
+
+
+def check_ranges_are_wrong_on_one_rank(world):
+    p = make(world)
+    own = ranges_of(world, "balanced")
+    for start, stop, error in ((5, 3, ValueError), (0.0, 5, TypeError)):
+        wrong = world.rank == 0
+        options = VocabParallelOptions(*((start, stop) if wrong else (own.start, own.stop)))
+        refused(error if wrong else RuntimeError, "start|failed", lambda: linear_cross_entropy(
+            p.e, p.c[own.start : own.stop], p.targets, vocab_parallel_options=options))  # fmt: skip
+
+
+def check_another_group(world):
+    """Options that are given another group ask its ranks again."""
+    p, own = make(world), ranges_of(world, "balanced")
+    c = p.c[own.start : own.stop]
+    want = linear_cross_entropy(p.e, c, p.targets, vocab_parallel_options=own)
+    own.group = dist.new_group(list(range(world.size)))
+    assert torch.equal(linear_cross_entropy(p.e, c, p.targets, vocab_parallel_options=own), want)
+
+
+def check_a_graph(world):
+    """Captured in a CUDA graph, after two steps."""
+    if world.device.type != "cuda":
+        return
+    p, own = make(world, torch.bfloat16, seed=3), ranges_of(world, "balanced")
+    own = dataclasses.replace(own, group=dist.new_group(list(range(world.size))))
+    e = p.e.clone().requires_grad_()
+    c = p.c[own.start : own.stop].clone().requires_grad_()
+
+    def step():
+        e.grad = c.grad = None
+        loss = linear_cross_entropy(e, c, p.targets, vocab_parallel_options=own)
+        loss.backward()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for n in range(N + 1, N + 20):  # other sizes between
+        q = make(world, torch.bfloat16, shape=(n,))
+        linear_cross_entropy(q.e, c.detach(), q.targets, vocab_parallel_options=own)
+    graph.replay()
+    (want, *_), de, dc, _ = whole(p, {})
+    assert_near(loss, want, "loss", torch.bfloat16)
+    assert_near(e.grad, de, "e.grad", torch.bfloat16)
+    assert_near(c.grad, dc[own.start : own.stop], "c.grad", torch.bfloat16)
+
+
 def check_the_first_call_looks(world):
     """On CUDA too: what is wrong from the start is said in words, once."""
     p = make(world)
@@ -502,6 +612,7 @@ def check_nothing_waits_for_the_device(world):
     if world.device.type != "cuda":
         return
     p, own = make(world, torch.bfloat16), ranges_of(world, "balanced")
+    own = dataclasses.replace(own, group=dist.new_group(list(range(world.size))))
     e = p.e.clone().requires_grad_()
     c = p.c[own.start : own.stop].clone().requires_grad_()
 
@@ -534,7 +645,12 @@ CHECKS = [
     *checks(check_refusals),
     *checks(check_one_rank_fails),
     *checks(check_ranks_disagree),
+    *checks(check_options_differ),
+    *checks(check_one_rank_fails_before_e_is_gathered),
+    *checks(check_ranges_are_wrong_on_one_rank),
+    *checks(check_another_group),
     *checks(check_the_first_call_looks),
+    *checks(check_a_graph),
     *checks(check_nothing_waits_for_the_device),
 ]
 OF_TWO = [*CHECKS, *checks(check_compiled, ("everything",), ("aot_eager", "inductor"))]
