@@ -220,15 +220,16 @@ Tensor Call::make_dc() const {
   const Head& head = head_of(plan_->problem);
   if (plan_->problem.wanted.dc.add) {
     throw Error(ErrorCode::invalid_value,
-                "dC is to be added to a tensor, which `gradients` alone takes");
+                "dC is to be added to a tensor, which `gradients_` alone takes");
   }
   return make({head.classes.count, head.D}, operands_.c.scalar_type(),
               plan_->problem.wanted.dc.wanted);
 }
 
 Tensor Call::added_dc(const std::optional<Tensor>& given) const {
-  const Head& head = head_of(plan_->problem);
-  if (!given || given->dim() != 2 || given->size(0) != head.classes.count ||
+  const Problem& p = plan_->problem;
+  const Head& head = head_of(p);
+  if (!p.wanted.dc.wanted || !p.wanted.dc.add || !given || given->dim() != 2 || given->size(0) != head.classes.count ||
       given->size(1) != head.D || given->scalar_type() != stats() || !given->is_contiguous()) {
     refuse("dC is to be added to a contiguous tensor of c's shape " + shape(operands_.c) +
            " in the dtype of its sums, got " + (given ? "shape " + shape(*given) : "none"));

@@ -44,7 +44,7 @@ struct Options {
   std::int64_t first_class;
   std::int64_t total_classes;
   bool de_in_sums;  // dE in the dtype of its sums
-  bool dc_adds;     // dC is added, in the dtype of its sums, to a tensor that `gradients` is given
+  bool dc_adds;     // dC is added, in the dtype of its sums, to a tensor that `gradients_` is given
 };
 
 #define CUTLOSS_OPERANDS                                                                \

@@ -41,15 +41,17 @@ void statistics(Stack& stack) {
 }
 
 // gradients(operands, nll, row_max, log_sum, entropy, kept, d_nll, d_lse, d_lse_squared,
-//           d_entropy, d_zbar, dc_into, *, options) -> (de, dc, dbias); with dc_adds dC is added to
-// dc_into, and what is returned for it has no elements
+//           d_entropy, d_zbar, *, options) -> (de, dc, dbias)
+// gradients_(the same, dc_into, *, options) -> (de, dbias): dC is added to dc_into
+template <bool adds>
 void gradients(Stack& stack) {
   Operands operands = read_operands(stack);
   std::array<Tensor, 5> saved;
   for (Tensor& t : saved) t = stack.next<Tensor>();
   std::array<std::optional<Tensor>, 5> upstream;
   for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
-  const auto dc_into = stack.next<std::optional<Tensor>>();
+  std::optional<Tensor> dc_into;
+  if (adds) dc_into = stack.next<Tensor>();
   const Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
@@ -74,7 +76,6 @@ void gradients(Stack& stack) {
   up.d_entropy = call.inputs().row(upstream[3], "d_entropy");
   up.d_zbar = call.inputs().row(upstream[4], "d_zbar");
 
-  const bool adds = plan.problem.wanted.dc.wanted && plan.problem.wanted.dc.add;
   const Tensor de = call.make_de();
   const Tensor dc = adds ? call.added_dc(dc_into) : call.make_dc();
   const Tensor dbias = call.make_dbias();
@@ -82,8 +83,9 @@ void gradients(Stack& stack) {
   call.args.gradients = {data(de), data(dc), data(dbias)};
   call.args.workspace = workspace.data();
   backward(plan, call.args);
-  const Tensor none = call.make({0}, call.stats());
-  for (const Tensor* t : {&de, adds ? &none : &dc, &dbias}) stack.put(*t);
+  stack.put(de);
+  if (!adds) stack.put(dc);
+  stack.put(dbias);
 }
 
 // loss_and_gradients(operands, terms, undefined, *, options) -> (loss, argmax, de, dc, dbias)
@@ -269,8 +271,11 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
   m.def("gradients(" CUTLOSS_OPERANDS
         ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
         "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
-        "Tensor? d_zbar, Tensor(a!)? dc_into=None, *, " CUTLOSS_OPTIONS
-        ") -> (Tensor de, Tensor dc, Tensor dbias)");
+        "Tensor? d_zbar, *, " CUTLOSS_OPTIONS ") -> (Tensor de, Tensor dc, Tensor dbias)");
+  m.def("gradients_(" CUTLOSS_OPERANDS
+        ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
+        "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
+        "Tensor? d_zbar, Tensor(a!) dc_into, *, " CUTLOSS_OPTIONS ") -> (Tensor de, Tensor dbias)");
   m.def("loss_and_gradients(" CUTLOSS_OPERANDS
         ", Tensor terms, Tensor? undefined=None, *, " CUTLOSS_OPTIONS
         ") -> (Tensor loss, Tensor argmax, Tensor de, Tensor dc, Tensor dbias)");
@@ -308,7 +313,8 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(cutloss, CPU, m) {
   m.impl("statistics", &boxed<statistics>);
-  m.impl("gradients", &boxed<gradients>);
+  m.impl("gradients", &boxed<gradients<false>>);
+  m.impl("gradients_", &boxed<gradients<true>>);
   m.impl("loss_and_gradients", &boxed<loss_and_gradients>);
   m.impl("loss_terms", &boxed<loss_terms>);
   m.impl("open_statistics", &boxed<open_statistics>);
@@ -325,7 +331,8 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CPU, m) {
 // In every build: one without CUDA says that no engine takes the problem, and why.
 STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) {
   m.impl("statistics", &boxed<statistics, Device::cuda>);
-  m.impl("gradients", &boxed<gradients, Device::cuda>);
+  m.impl("gradients", &boxed<gradients<false>, Device::cuda>);
+  m.impl("gradients_", &boxed<gradients<true>, Device::cuda>);
   m.impl("loss_and_gradients", &boxed<loss_and_gradients, Device::cuda>);
   m.impl("loss_terms", &boxed<loss_terms, Device::cuda>);
   m.impl("open_statistics", &boxed<open_statistics, Device::cuda>);

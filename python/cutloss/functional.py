@@ -151,7 +151,7 @@ def linear_cross_entropy(
             weight=weight, token_weight=token_weight,
         )  # fmt: skip
         if weight is not None:
-            checks.weight(weight, options.vocabulary(c))
+            checks.weight(weight, c, options.vocabulary(c))
         if token_weight is not None:
             checks.token_weight(token_weight, targets)
         how = weighting.Weighting(

@@ -245,13 +245,18 @@ def constant(name: str, t: Tensor) -> None:
         raise ValueError(f"cutloss makes no gradient for {name}: pass {name}.detach()")
 
 
-def weight(value: Tensor, V: int | None = None) -> None:
+def weight(value: Tensor, c: Tensor | None = None, V: int | None = None) -> None:
+    """`V`: of the whole vocabulary, of which c may be a shard."""
     if not isinstance(value, Tensor):
         raise TypeError(f"weight must be a tensor (V) or None, got {value!r}")
     constant("weight", value)
-    if value.dim() != 1 or (V is not None and value.shape[0] != V):
-        known = "" if V is None else f" with V = {V}"
-        raise ValueError(f"weight must be (V){known}, got weight {shape(value)}")
+    if c is None:
+        if value.dim() != 1:
+            raise ValueError(f"weight must be (V), got {shape(value)}")
+        return
+    if value.shape != (V,):
+        whole = "" if V == c.shape[0] else f" of the whole vocabulary, V = {V}"
+        raise ValueError(f"weight must be (V){whole}: got weight {shape(value)} and c {shape(c)}")
 
 
 def token_weight(value: Tensor, targets: Tensor) -> None:

@@ -108,12 +108,11 @@ class ByOperators(autograd.Computation):
     def gradients(self, saved: Saved, needs: tuple[bool, ...], upstream: Tensors) -> Tensors:
         constants = Constants(*saved.constants)
         d_rows = of_rows(self.options, constants.terms, saved.undefined, *upstream)
-        inputs = (*saved.operands, *constants.without_terms(), *saved.made, *d_rows, *self.into(saved))
-        return self.wanted(library.call(self.of_statistics, *inputs, **self.keywords()))
+        inputs = (*saved.operands, *constants.without_terms(), *saved.made, *d_rows)
+        return self.wanted(self.call_of_gradients(saved, inputs))
 
-    def into(self, saved: Saved) -> Tensors:
-        """What gradients are added to, the operators' last arguments by position."""
-        return ()
+    def call_of_gradients(self, saved: Saved, inputs: tuple) -> Any:
+        return library.call(self.of_statistics, *inputs, **self.keywords())
 
     def loss_and_gradients(self, given: Saved, needs: tuple[bool, ...]) -> Made:
         inputs = (*given.operands, *given.constants, given.undefined)
@@ -141,13 +140,16 @@ class Linear(ByOperators):
     def keywords(self) -> dict[str, Any]:
         return self.options.of_linear()
 
-    def into(self, saved: Saved) -> Tensors:
+    def call_of_gradients(self, saved: Saved, inputs: tuple) -> tuple:
+        """What the operator makes: de, dc, dbias."""
         if not self.options.dc_adds:
-            return ()
+            return library.call(self.of_statistics, *inputs, **self.keywords())
         _, c, _ = saved.operands
         # A backward that was asked for other gradients alone adds nothing.
         is_asked_for = private.will_go_on_to(c.grad_fn)
-        return (self.dc_into if is_asked_for else torch.zeros_like(self.dc_into),)
+        into = self.dc_into if is_asked_for else torch.zeros_like(self.dc_into)
+        de, dbias = library.call(_ops.gradients_, *inputs, into, **self.keywords())
+        return de, None, dbias
 
     @property
     def no_batches(self) -> str | None:

@@ -269,10 +269,8 @@ class ShardedLinear(Linear):
             whole = self.tokens.gathered(e, self.shard).view(*targets.shape, e.shape[-1])
         if self.shard.count > 0:
             d_rows = of_rows(self.options, None, None, *upstream)
-            made = library.call(
-                _ops.gradients, whole, c, bias, *constants, *saved.made, *d_rows, *self.into(saved),
-                **self.keywords(),
-            )
+            inputs = (whole, c, bias, *constants, *saved.made, *d_rows)
+            made = self.call_of_gradients(saved, inputs)
         else:
             made = _zeros(whole, self.options), torch.zeros_like(c), _zeros_like(bias)
         de, dc, dbias = self.wanted(made)
