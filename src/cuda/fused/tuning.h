@@ -56,7 +56,10 @@ inline std::vector<std::string> tuning() {
       text("columns of C converted at a time: in forward ", kForwardSlab, " or ", kSmallForwardSlab,
            ", else ", kSomeColumns[0], " or ", kSomeColumns[1]),
       text("softcap to ", kMostSoftcap),
-      text("operations for a byte of sums: ", kFlopsPerByte)};
+      text("operations for a byte of sums: ", kFlopsPerByte, ", by vocabulary ",
+           kLibraryFlopsPerByte, " in the library and ", kOwnFlopsPerByte,
+           " in our own product, which costs ", kOwnSlower, " products more beside wide slabs"),
+      text("operations that a launch takes as long as: ", kFlopsOfLaunch)};
   for (const LibraryMemory& library : kLibraryMemory) {
     lines.push_back(
         text("cuBLASLt's ", library.bytes / kMiB, " MiB: ", library.slower, " products slower"));
