@@ -251,7 +251,8 @@ class ShardedLinear(Linear):
         if states is None:
             states = library.call(_ops.empty_states, e, _HEADERS + rows, options.stats)
         if self.call is not None:
-            self.call.has_exchanged = True
+            # And let go of: it has tensors, which until backward are autograd's alone to keep.
+            self.call.has_exchanged, self.call = True, None
         told, is_right = _exchanged(states, targets, shard, self.in_words(), error)
         made = library.call(
             _ops.close_rows, told, targets, class_weight, is_right, _HEADERS, options.stats,
