@@ -67,7 +67,7 @@ def test_ligers_options():
         ({"name": "exact", "return_lse": "no"}, TypeError, "must be a bool, got 'no'"),
         ({"name": "exact", "weight": "1, 2"}, TypeError, "a tensor .*got '1, 2'"),
         ({"name": "exact", "weight": [1.0, "2"]}, TypeError, r"weight\[1\] must be a number"),
-        ({"name": "exact", "weight": torch.ones(2, 3)}, ValueError, r"\(V\), got weight \(2, 3\)"),
+        ({"name": "exact", "weight": torch.ones(2, 3)}, ValueError, r"\(V\), got \(2, 3\)"),
         ({"name": "exact", "weight": torch.ones(3).long()}, TypeError, "got torch.int64"),
         ({"name": "cce", "reduction": "avg"}, ValueError, "'mean', 'sum', 'none', got 'avg'"),
     ],
