@@ -229,8 +229,9 @@ Tensor Call::make_dc() const {
 Tensor Call::added_dc(const std::optional<Tensor>& given) const {
   const Problem& p = plan_->problem;
   const Head& head = head_of(p);
-  if (!p.wanted.dc.wanted || !p.wanted.dc.add || !given || given->dim() != 2 || given->size(0) != head.classes.count ||
-      given->size(1) != head.D || given->scalar_type() != stats() || !given->is_contiguous()) {
+  if (!p.wanted.dc.wanted || !p.wanted.dc.add || !given || given->dim() != 2 ||
+      given->size(0) != head.classes.count || given->size(1) != head.D ||
+      given->scalar_type() != stats() || !given->is_contiguous()) {
     refuse("dC is to be added to a contiguous tensor of c's shape " + shape(operands_.c) +
            " in the dtype of its sums, got " + (given ? "shape " + shape(*given) : "none"));
   }
