@@ -44,7 +44,7 @@ class Series:
     limit: int | None = None
 
 
-SWEEP = "2026-11-29-h200-narrow.json"
+SWEEP = "2026-11-29-h200-budgets.json"
 AFTER = "2026-11-29-h200-after.json"
 PYTORCH = "2026-11-21-h200-bf16.json"
 RIVALS = "2026-11-21-h200-rivals.json"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import checks
 from test_distributed import refused
-from test_sharded import same_on_all
+from sharded_problems import same_on_all
 from tolerance import assert_near
 from torch import nn
 

@@ -8,7 +8,7 @@ import processes
 import pytest
 import torch
 from processes import checks
-from test_sharded import make, ranges_of, refused, same_on_all
+from sharded_problems import make, ranges_of, refused, same_on_all
 from tolerance import assert_near
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from processes import checks
-from test_sharded import D, V, compare, make, ranges_of, refused, sharded, whole
+from sharded_problems import D, V, compare, make, ranges_of, refused, sharded, whole
 from tolerance import assert_near
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
