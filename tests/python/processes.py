@@ -142,8 +142,36 @@ def _collected(
     return results
 
 
-def passed(results: dict[str, str | None], check: Check) -> None:
-    """Fails the test with the traceback of the process in which the check failed."""
-    error = results[str(check)]
-    if error:
-        pytest.fail(error, pytrace=False)
+class Results:
+    """What checks gave, of each number of processes. They are run when a test first asks."""
+
+    def __init__(self, folder, checks_of_size, device, seconds):
+        self._folder, self._checks, self._device = folder, checks_of_size, device
+        self._seconds, self._found = seconds, {}
+
+    def passed(self, size: int, check: Check) -> None:
+        """Fails the test with the traceback of the process in which the check failed."""
+        if size not in self._found:
+            folder = self._folder / str(size)
+            folder.mkdir()
+            checks = self._checks[size]
+            self._found[size] = run(checks, folder, size, self._device, self._seconds)
+        error = self._found[size][str(check)]
+        if error:
+            pytest.fail(error, pytrace=False)
+
+
+def results_of(checks_of_size: dict[int, list[Check]], device: str = "cpu", seconds: int = 120):
+    """A fixture of a test file: the Results of its checks."""
+
+    @pytest.fixture(scope="module")
+    def results(tmp_path_factory):
+        return Results(tmp_path_factory.mktemp(device), checks_of_size, device, seconds)
+
+    return results
+
+
+def each(checks_of_size: dict[int, list[Check]]):
+    """Parametrizes a test by size and check."""
+    pairs = [(size, check) for size, checks in checks_of_size.items() for check in checks]
+    return pytest.mark.parametrize("size, check", pairs, ids=str)

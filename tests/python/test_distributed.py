@@ -415,20 +415,14 @@ CHECKS = [
 ON_CUDA = [*CHECKS, *checks(check_fsdp1, BOTH, SCHEDULES)]
 
 
-@pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory):
-    return processes.run(CHECKS, tmp_path_factory.mktemp("cpu"))
-
-
-@pytest.fixture(scope="module")
-def on_cuda(tmp_path_factory):
-    size = min(2, torch.cuda.device_count())
-    return processes.run(ON_CUDA, tmp_path_factory.mktemp("cuda"), size, "cuda")
+on_cpu = processes.results_of({2: CHECKS})
+DEVICES_TAKEN = min(2, torch.cuda.device_count())
+on_cuda = processes.results_of({DEVICES_TAKEN: ON_CUDA}, "cuda")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=str)
 def test_cpu(check, on_cpu):
-    processes.passed(on_cpu, check)
+    on_cpu.passed(2, check)
 
 
 @pytest.mark.skipif(
@@ -438,4 +432,4 @@ def test_cpu(check, on_cpu):
 @pytest.mark.parametrize("check", ON_CUDA, ids=str)
 def test_cuda(check, on_cuda):
     """By nccl in two processes where there are two devices, else in one."""
-    processes.passed(on_cuda, check)
+    on_cuda.passed(DEVICES_TAKEN, check)

@@ -413,14 +413,10 @@ CHECKS = [
 SIZES = (2, 3)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return {
-        size: processes.run(CHECKS, tmp_path_factory.mktemp(f"cpu{size}"), size) for size in SIZES
-    }
+BY_SIZE = {size: CHECKS for size in SIZES}
+results = processes.results_of(BY_SIZE)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=str)
-@pytest.mark.parametrize("size", SIZES)
+@processes.each(BY_SIZE)
 def test_cpu(results, size, check):
-    processes.passed(results[size], check)
+    results.passed(size, check)

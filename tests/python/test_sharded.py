@@ -524,20 +524,14 @@ CHECKS = [
 ]
 OF_TWO = [*CHECKS, *checks(check_compiled, ("everything",), ("aot_eager", "inductor"))]
 BY_SIZE = {2: OF_TWO, 3: CHECKS, 4: CHECKS}
-CASES = [(size, check) for size, of_size in BY_SIZE.items() for check in of_size]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return {
-        size: processes.run(of_size, tmp_path_factory.mktemp(f"cpu{size}"), size)
-        for size, of_size in BY_SIZE.items()
-    }
+results = processes.results_of(BY_SIZE)
 
 
-@pytest.mark.parametrize("size, check", CASES, ids=lambda value: str(value))
+@processes.each(BY_SIZE)
 def test_cpu(results, size, check):
-    processes.passed(results[size], check)
+    results.passed(size, check)
 
 
 needs_two_devices = pytest.mark.skipif(
@@ -546,15 +540,13 @@ needs_two_devices = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def on_cuda(tmp_path_factory):
-    return processes.run(OF_TWO, tmp_path_factory.mktemp("cuda"), 2, "cuda", seconds=240)
+on_cuda = processes.results_of({2: OF_TWO}, "cuda", seconds=240)
 
 
 @needs_two_devices
 @pytest.mark.parametrize("check", OF_TWO, ids=str)
 def test_cuda(on_cuda, check):
-    processes.passed(on_cuda, check)
+    on_cuda.passed(2, check)
 
 
 def test_without_a_group():

@@ -1,10 +1,7 @@
 """A patched model under DistributedDataParallel and fully_shard, in two processes on the CPU."""
 
-import os
-import socket
-
+import processes
 import pytest
-import torch
 import torch.distributed as dist
 from architectures import batch, make
 from test_transformers import NoLogits
@@ -26,15 +23,14 @@ def wrapped(model, how):
     return fully_shard(model, mesh=mesh)
 
 
-def largest_difference(how):
-    """Of loss and gradients, from one process with all sequences."""
-    rank = dist.get_rank()
+def check_like_one_process(world, how):
+    """Loss and gradients are those of one process with all sequences."""
     stock, inputs = make("LlamaForCausalLM"), batch()
     items = (inputs["labels"][:, 1:] != -100).sum().item()
     loss = stock(**inputs, num_items_in_batch=items).loss
     loss.backward()
     model = wrapped(cutloss.patch(make("LlamaForCausalLM")), how)
-    mine = {k: v[rank : rank + 1] for k, v in inputs.items()}
+    mine = {k: v[world.rank : world.rank + 1] for k, v in inputs.items()}
     with NoLogits():
         part = model(**mine, num_items_in_batch=items / 2).loss  # gradients are averaged over two
         part.backward()
@@ -44,15 +40,11 @@ def largest_difference(how):
     for p, q in zip(model.parameters(), stock.parameters(), strict=True):
         grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         worst = max(worst, (grad - q.grad).abs().max().item())
-    return worst
+    assert worst < 1e-5
 
 
-def process(rank, port, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    for how in ("ddp", "fsdp_root", "fsdp_head"):
-        results[f"{how}, rank {rank}"] = largest_difference(how)
-    dist.destroy_process_group()
+CHECKS = processes.checks(check_like_one_process, ("ddp", "fsdp_root", "fsdp_head"))
+results = processes.results_of({2: CHECKS})
 
 
 @pytest.mark.parametrize(
@@ -82,14 +74,6 @@ def test_hooks_that_gather_are_called_for_the_layer_alone(module):
         assert calls == [inputs["input_ids"].numel() * 32] * 4
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
-def test_two_processes():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(process, (port, results), nprocs=2)
-        results = dict(results)
-    assert len(results) == 6
-    assert max(results.values()) < 1e-5, results
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_two_processes(results, check):
+    results.passed(2, check)

@@ -183,21 +183,10 @@ CHECKS = [
 OF_FOUR = checks(check_fsdp, ("root", "head"))
 
 
-@pytest.fixture(scope="module")
-def on_two(tmp_path_factory):
-    return processes.run(CHECKS, tmp_path_factory.mktemp("two"), 2)
+BY_SIZE = {2: CHECKS, 4: OF_FOUR}
+results = processes.results_of(BY_SIZE)
 
 
-@pytest.fixture(scope="module")
-def on_four(tmp_path_factory):
-    return processes.run(OF_FOUR, tmp_path_factory.mktemp("four"), 4)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=str)
-def test_two_processes(on_two, check):
-    processes.passed(on_two, check)
-
-
-@pytest.mark.parametrize("check", OF_FOUR, ids=str)
-def test_four_processes(on_four, check):
-    processes.passed(on_four, check)
+@processes.each(BY_SIZE)
+def test_cpu(results, size, check):
+    results.passed(size, check)
