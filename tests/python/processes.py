@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from cutloss._torch import library
+
 _COLLECTIVE_SECONDS = 60  # how long one process waits for another that has failed
 
 
@@ -169,6 +171,12 @@ def results_of(checks_of_size: dict[int, list[Check]], device: str = "cpu", seco
         return Results(tmp_path_factory.mktemp(device), checks_of_size, device, seconds)
 
     return results
+
+
+needs_two_devices = pytest.mark.skipif(
+    not library.HAS_CUDA or torch.cuda.device_count() < 2,
+    reason="fewer than two CUDA devices, or a build without CUDA",
+)
 
 
 def each(checks_of_size: dict[int, list[Check]]):

@@ -265,8 +265,8 @@ def check_options_of_each_token(world):
     hidden, labels = torch.randn(n, n, 8), torch.randint(12 * world.size, (n, n))
     whole = torch.randn(12 * world.size, 8) / 3
     weights, temperatures = torch.rand(n, n) + 0.5, torch.rand(n, n) + 0.5
-    for t in (hidden, labels, whole, weights, temperatures):
-        dist.broadcast(t, 0)
+    made = hidden, labels, whole, weights, temperatures
+    hidden, labels, whole, weights, temperatures = (t.to(world.device) for t in made)
     own = whole.chunk(world.size)[world.rank]
     got = linear_cross_entropy(
         hidden, own, labels, dist.group.WORLD, token_weight=weights, temperature=temperatures
@@ -293,7 +293,7 @@ def check_main_grad_of_others_gradients(world):
     (alone,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     assert (weight.main_grad == 1).all() and not weight.grad_added_to_main_grad
     refused(NotImplementedError, "each of which would be added", lambda: torch.autograd.grad(
-        loss, hidden, torch.ones(2), is_grads_batched=True, retain_graph=True))  # fmt: skip
+        loss, hidden, loss.new_ones(2), is_grads_batched=True, retain_graph=True))  # fmt: skip
     loss.backward()
     assert torch.equal(hidden.grad, alone)
     assert_near(weight.main_grad - 1, plain(p)[2][p.shard], "main_grad", torch.float32)
@@ -364,7 +364,7 @@ def check_refusals(world):
     trained = nn.Parameter(weight.clone())
     fused = dict(gradient_accumulation_fusion=True)
     refused(ValueError, "needs weight.main_grad", lambda: function(w=trained, **fused))
-    trained.main_grad = torch.zeros(1)
+    trained.main_grad = torch.zeros(1, device=weight.device)
     refused(ValueError, r"got \(1,\)", lambda: function(w=trained, **fused))
     setattr(trained, "__fsdp_param__", True)
     refused(NotImplementedError, "Megatron-FSDP", lambda: function(w=trained, **fused))
@@ -420,3 +420,12 @@ results = processes.results_of(BY_SIZE)
 @processes.each(BY_SIZE)
 def test_cpu(results, size, check):
     results.passed(size, check)
+
+
+on_cuda = processes.results_of({2: BY_SIZE[2]}, "cuda", seconds=240)
+
+
+@processes.needs_two_devices
+@pytest.mark.parametrize("check", BY_SIZE[2], ids=str)
+def test_cuda(on_cuda, check):
+    on_cuda.passed(2, check)

@@ -22,7 +22,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from cutloss import VocabParallelOptions, linear_cross_entropy
-from cutloss._torch import library
 
 SPLITS = ("balanced", "uneven", "one_has_all")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -534,16 +533,10 @@ def test_cpu(results, size, check):
     results.passed(size, check)
 
 
-needs_two_devices = pytest.mark.skipif(
-    not library.HAS_CUDA or torch.cuda.device_count() < 2,
-    reason="fewer than two CUDA devices, or a build without CUDA",
-)
-
-
 on_cuda = processes.results_of({2: OF_TWO}, "cuda", seconds=240)
 
 
-@needs_two_devices
+@processes.needs_two_devices
 @pytest.mark.parametrize("check", OF_TWO, ids=str)
 def test_cuda(on_cuda, check):
     on_cuda.passed(2, check)

@@ -137,7 +137,7 @@ def check_num_items(world):
         head.weight.fill_(0.1)
     want = head(e, targets, num_items_in_batch=7).loss
     parallelize_module(head, world.mesh, {"output_embeddings": ColwiseParallel()})
-    got = head(e, targets, num_items_in_batch=torch.tensor(7)).loss
+    got = head(e, targets, num_items_in_batch=torch.tensor(7, device=world.device)).loss
     assert_near(got, want, "loss", torch.float32)
 
 
@@ -282,3 +282,12 @@ results = processes.results_of(BY_SIZE)
 @processes.each(BY_SIZE)
 def test_cpu(results, size, check):
     results.passed(size, check)
+
+
+on_cuda = processes.results_of({2: BY_SIZE[2]}, "cuda", seconds=240)
+
+
+@processes.needs_two_devices
+@pytest.mark.parametrize("check", BY_SIZE[2], ids=str)
+def test_cuda(on_cuda, check):
+    on_cuda.passed(2, check)

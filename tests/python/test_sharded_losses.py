@@ -55,7 +55,7 @@ def token_loss_of_everything(p, e, c, bias, **more):
 
 
 def token_loss_of_sum(p, e, c, bias, **more):
-    normalizer = torch.tensor(3.0)
+    normalizer = torch.tensor(3.0, device=e.device)
     return losses.linear_token_loss(e, c, p.targets, dft, normalizer=normalizer, **more)
 
 
@@ -284,3 +284,12 @@ results = processes.results_of(BY_SIZE)
 @processes.each(BY_SIZE)
 def test_cpu(results, size, check):
     results.passed(size, check)
+
+
+on_cuda = processes.results_of({2: BY_SIZE[2]}, "cuda", seconds=240)
+
+
+@processes.needs_two_devices
+@pytest.mark.parametrize("check", BY_SIZE[2], ids=str)
+def test_cuda(on_cuda, check):
+    on_cuda.passed(2, check)
