@@ -5,8 +5,8 @@
 #include <memory>
 
 #include "core/dtype.h"
-#include "cpu/convert.h"
 #include "cpu/decision.h"
+#include "cpu/rows/convert.h"
 
 namespace cutloss::cpu {
 

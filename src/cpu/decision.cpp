@@ -4,7 +4,7 @@
 
 #include "core/dtype.h"
 #include "core/logit_math.h"
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
 #include "cpu/tuning.h"
 #include "plan/chunking.h"
 

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
 #include "cpu/tuning.h"
 
 namespace cutloss::cpu {

@@ -14,9 +14,9 @@
 #include "core/row_map.h"
 #include "core/row_outputs.h"
 #include "core/validate.h"
-#include "cpu/convert.h"
 #include "cpu/device_calls.h"
-#include "cpu/row_ops.h"
+#include "cpu/rows/convert.h"
+#include "cpu/rows/row_ops.h"
 
 namespace cutloss {
 namespace {

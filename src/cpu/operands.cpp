@@ -1,6 +1,6 @@
 #include "cpu/operands.h"
 
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
 
 namespace cutloss::cpu {
 

@@ -1,8 +1,8 @@
 // E, C and the bias as the products and the row work read them: where they lie, or converted.
 #pragma once
 
-#include "cpu/listed_rows.h"
-#include "cpu/row_ops.h"
+#include "cpu/rows/listed_rows.h"
+#include "cpu/rows/row_ops.h"
 
 namespace cutloss::cpu {
 

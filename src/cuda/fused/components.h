@@ -7,7 +7,7 @@
 #include "cuda/fused/decision.h"
 #include "cuda/fused/rows.h"
 #include "cuda/gradient_sums.h"
-#include "cuda/row_coefficients.h"
+#include "cuda/rows/row_coefficients.h"
 #include "loops/sweep.h"
 #include "plan/sessions.h"
 

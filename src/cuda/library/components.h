@@ -6,7 +6,8 @@
 
 #include "cuda/gradient_sums.h"
 #include "cuda/library/decision.h"
-#include "cuda/row_coefficients.h"
+#include "cuda/library/kernels.h"
+#include "cuda/rows/row_coefficients.h"
 #include "loops/sweep.h"
 
 namespace cutloss::cuda::library {

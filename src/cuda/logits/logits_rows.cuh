@@ -17,10 +17,10 @@
 #include "core/loss_terms.h"
 #include "core/row_outputs.h"
 #include "core/transform.h"
-#include "cuda/common/cluster.cuh"
-#include "cuda/common/device_math.cuh"
-#include "cuda/common/logits_rows.h"
-#include "cuda/common/row_facts.cuh"
+#include "cuda/logits/cluster.cuh"
+#include "cuda/logits/logits_rows.h"
+#include "cuda/math.cuh"
+#include "cuda/rows/row_facts.cuh"
 
 namespace cutloss::cuda {
 namespace {

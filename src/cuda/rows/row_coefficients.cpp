@@ -1,4 +1,4 @@
-#include "cuda/row_coefficients.h"
+#include "cuda/rows/row_coefficients.h"
 
 namespace cutloss::cuda {
 

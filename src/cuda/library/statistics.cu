@@ -3,7 +3,7 @@
 // each a run of pieces, joined in order.
 #include <algorithm>
 
-#include "cuda/common/logits.cuh"
+#include "cuda/library/piece.cuh"
 
 namespace cutloss::cuda {
 namespace {

@@ -3,11 +3,11 @@
 
 #include "core/dtype.h"
 #include "core/folded_softcap.h"
-#include "cuda/common/logits_rows.h"
 #include "cuda/device.h"
 #include "cuda/device_calls.h"
+#include "cuda/logits/logits_rows.h"
 #include "cuda/refusal.h"
-#include "cuda/row_facts.h"
+#include "cuda/rows/row_facts.h"
 
 namespace cutloss {
 namespace {

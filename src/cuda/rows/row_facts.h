@@ -4,7 +4,7 @@
 #include <limits>
 #include <string>
 
-#include "cuda/common/kernels.h"
+#include "cuda/rows/kernels.h"
 
 namespace cutloss::cuda {
 

@@ -3,7 +3,7 @@
 
 #include "core/row_outputs.h"
 #include "cuda/call.h"
-#include "cuda/row_facts.h"
+#include "cuda/rows/row_facts.h"
 
 namespace cutloss::cuda {
 

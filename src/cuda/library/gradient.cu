@@ -1,5 +1,5 @@
-// Backward's row pass: g of a block, from logits or from what forward kept; and column sums of g.
-#include "cuda/common/logits.cuh"
+// Backward's row pass: g of a block, from logits or from what forward kept.
+#include "cuda/library/piece.cuh"
 
 namespace cutloss::cuda {
 namespace {
@@ -146,54 +146,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The threads of a row of column_sums: narrow strips, so that a slab has work for a whole device.
-constexpr int kStripLanes = 8;
-
-// Eight threads sum a strip of columns over every 32nd row; those sums are joined in order. A
-// few rows at a time are summed in fp32, those sums in fp64: where all rows are alike, a long sum
-// in fp32 would lose digits that no product loses.
-template <class G>
-__global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums s) {
-  constexpr int kVector = 16 / sizeof(G);
-  constexpr int kFewRows = 32;
-  using Sum = std::conditional_t<std::is_same_v<G, double>, double, float>;
-  using Vector = Pack<G, kVector>;
-  constexpr int kRowsAtOnce = kThreads / kStripLanes;
-  constexpr int kColumns = kStripLanes * kVector;
-  __shared__ double sums[kRowsAtOnce][kColumns];
-  const int lane = threadIdx.x % kStripLanes, own = threadIdx.x / kStripLanes;
-  const std::int64_t first = std::int64_t{blockIdx.x} * kColumns;
-  const std::int64_t column = first + lane * kVector;
-  double total[kVector] = {};
-  if (column < s.columns) {
-    const G* g = static_cast<const G*>(s.g) + column;
-    for (std::int64_t begin = own; begin < s.rows; begin += kRowsAtOnce * kFewRows) {
-      Sum few[kVector] = {};
-      const std::int64_t end =
-          begin + kRowsAtOnce * kFewRows < s.rows ? begin + kRowsAtOnce * kFewRows : s.rows;
-#pragma unroll 8
-      for (std::int64_t r = begin; r < end; r += kRowsAtOnce) {
-        const Vector vector = *reinterpret_cast<const Vector*>(g + r * s.stride);
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) few[i] += widen<Sum>(vector.value[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) total[i] += static_cast<double>(few[i]);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) sums[own][lane * kVector + i] = total[i];
-  __syncthreads();
-  const double unscale = s.scalars != nullptr ? static_cast<double>(s.scalars->inv_scale) : 1.0;
-  for (int i = threadIdx.x; i < kColumns; i += kThreads) {
-    if (first + i >= s.columns) continue;
-    double sum = 0;
-    for (int w = 0; w < kRowsAtOnce; ++w) sum += sums[w][i];
-    sum *= unscale;
-    s.sums[first + i] = s.accumulate ? s.sums[first + i] + sum : sum;
-  }
-}
-
 // A warp to a piece, counted in 32 bits: 2^41 logits.
 std::int64_t blocks_for(std::int64_t rows, std::int64_t pieces) {
   if (rows * pieces > 0x7fffffff) {
@@ -255,14 +207,6 @@ template <>
 void row_gradient_from_exponentials<double>(const GradientOf<double>& s, const Kept<double>& kept,
                                             std::int64_t slab, cudaStream_t stream) {
   run<double, double>(s, kept, slab, stream);
-}
-
-void column_sums(const ColumnSums& what, cudaStream_t stream) {
-  for_type(what.type, [&]<class G>(G*) {
-    launch(column_sums_kernel<G>, "column_sums",
-           divide_up(what.columns, kStripLanes * 16 / static_cast<std::int64_t>(sizeof(G))),
-           kThreads, stream, what);
-  });
 }
 
 }  // namespace cutloss::cuda

@@ -9,8 +9,8 @@
 
 #include "core/row_map.h"
 #include "core/row_state.h"
-#include "cuda/common/row_table.h"
 #include "cuda/cublaslt.h"
+#include "cuda/rows/row_table.h"
 #include "cutloss/cutloss.h"
 
 namespace cutloss::cuda {
@@ -83,83 +83,6 @@ template <class T>
 void sum_loss(const RowFacts& facts, const RowOutputs& out, const RowGradients& upstream,
               const bool* undefined, void* loss, cudaStream_t stream);
 
-// --- statistics.cu ----------------------------------------------------------------------------
-
-// Columns that one warp takes at a time; what is kept has a maximum for each such piece.
-template <class T>
-inline constexpr int kPieceColumns = 4096 / sizeof(T);
-
-// A block of logits in memory: before bias, softcap and temperature.
-template <class T>
-struct LogitBlock {
-  T* z = nullptr;
-  std::int64_t stride = 0;  // a multiple of 16 bytes
-  int rows = 0;
-  int columns = 0;
-  RowTable table;
-  std::int64_t first_entry = 0;
-  int first_column = 0;     // of the vocabulary
-  const T* bias = nullptr;  // of these columns, or null
-  T softcap = 0;            // 0: none
-};
-
-// What forward keeps for backward: a row-major matrix of the chunk's rows.
-template <class T>
-struct Kept {
-  void* data = nullptr;  // the block's first row and column, or null
-  std::int64_t stride = 0;
-  DType type = DType::f32;
-  bool exponentials = false;
-  T* maxima = nullptr;  // of the block's first row and piece
-  std::int64_t maxima_stride = 0;
-};
-
-// What e^(z - maximum) is multiplied with before it is kept: fp16 then holds 2^-38 of a maximum.
-constexpr float kept_scale(DType type) { return type == DType::f16 ? 0x1p14f : 1.0f; }
-
-template <class T>
-struct StatisticsOf {
-  LogitBlock<T> block;
-  RowState<T>* states = nullptr;  // of the block's first row
-  bool entropy = false, argmax = false, zbar = false;
-  const T* class_weight = nullptr;  // of these columns, or null: ones
-  Kept<T> kept;
-};
-template <class T>
-void row_statistics(const StatisticsOf<T>& what, cudaStream_t stream);
-
-// --- gradient.cu ------------------------------------------------------------------------------
-
-template <class T>
-struct GradientOf {
-  LogitBlock<T> block;                        // z: logits, or what is kept (as T)
-  const RowGradient<T>* gradients = nullptr;  // of the block's first row
-  const T* class_weight = nullptr;
-  bool transformed = false;  // z is final: kept, without a softcap
-  void* g = nullptr;
-  std::int64_t g_stride = 0;
-  DType g_type = DType::f32;
-};
-// g from logits.
-template <class T>
-void row_gradient(const GradientOf<T>& what, cudaStream_t stream);
-
-// g from kept exponentials; columns begin at a slab, `slab` columns to a slab. May be in place.
-template <class T>
-void row_gradient_from_exponentials(const GradientOf<T>& what, const Kept<T>& kept,
-                                    std::int64_t slab, cudaStream_t stream);
-
-struct ColumnSums {
-  const void* g = nullptr;
-  std::int64_t stride = 0;
-  DType type = DType::f32;
-  std::int64_t rows = 0, columns = 0;
-  double* sums = nullptr;
-  bool accumulate = false;
-  const DeviceScalars* scalars = nullptr;  // where not null: times inv_scale
-};
-void column_sums(const ColumnSums& what, cudaStream_t stream);
-
 // --- matrix.cu --------------------------------------------------------------------------------
 
 // Copies rows, converting. Rows of the table may be gathered or scattered.
@@ -192,6 +115,18 @@ void clear_unpredicted(const RowFacts& facts, std::int64_t positions, void* de, 
 // to[i] += from[i]: sums in fp64 of what is there in another dtype.
 void add_flat(const void* from, DType from_type, double* to, std::int64_t count,
               cudaStream_t stream);
+
+// Sums of the columns of a row-major matrix.
+struct ColumnSums {
+  const void* g = nullptr;
+  std::int64_t stride = 0;
+  DType type = DType::f32;
+  std::int64_t rows = 0, columns = 0;
+  double* sums = nullptr;
+  bool accumulate = false;
+  const DeviceScalars* scalars = nullptr;  // where not null: times inv_scale
+};
+void column_sums(const ColumnSums& what, cudaStream_t stream);
 
 // NaN throughout, where the table says that num_valid is wrong.
 void poison_where_wrong(const RowTable& table, void* values, DType type, std::int64_t count,

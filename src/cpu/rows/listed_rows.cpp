@@ -1,4 +1,4 @@
-#include "cpu/listed_rows.h"
+#include "cpu/rows/listed_rows.h"
 
 #include "core/validate.h"
 

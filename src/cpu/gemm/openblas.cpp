@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "core/text.h"
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
 
 namespace cutloss::cpu {
 namespace {

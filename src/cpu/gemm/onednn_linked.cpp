@@ -1,6 +1,6 @@
 // oneDNN's functions where the linker finds them.
-#include "cpu/gemm.h"
-#include "cpu/onednn.h"
+#include "cpu/gemm/gemm.h"
+#include "cpu/gemm/onednn.h"
 
 namespace cutloss::cpu {
 

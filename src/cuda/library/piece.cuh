@@ -5,8 +5,8 @@
 #include <cmath>
 
 #include "core/transform.h"
-#include "cuda/common/device_math.cuh"
-#include "cuda/common/kernels.h"
+#include "cuda/library/kernels.h"
+#include "cuda/math.cuh"
 
 namespace cutloss::cuda {
 

@@ -1,11 +1,11 @@
-#include "cpu/convert.h"
+#include "cpu/rows/convert.h"
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 
 #include "core/text.h"
-#include "cpu/row_ops.h"
+#include "cpu/rows/row_ops.h"
 
 namespace cutloss::cpu {
 namespace {

@@ -2,7 +2,7 @@
 // read and one write. As kernels.h says: launches on a stream, no atomics, a fixed order.
 #pragma once
 
-#include "cuda/common/kernels.h"
+#include "cuda/rows/kernels.h"
 
 namespace cutloss::cuda {
 

@@ -1,9 +1,9 @@
 // From targets to the loss: its coefficients, and the sum of the rows' outputs times them. One
 // block each, in fp64 and in a fixed order: each thread every 1024th row, then the threads.
 #include "core/loss_terms.h"
-#include "cuda/common/device_math.cuh"
-#include "cuda/common/kernels.h"
-#include "cuda/common/row_facts.cuh"
+#include "cuda/math.cuh"
+#include "cuda/rows/kernels.h"
+#include "cuda/rows/row_facts.cuh"
 
 namespace cutloss::cuda {
 namespace {

@@ -8,8 +8,8 @@
 #include <type_traits>
 
 #include "core/text.h"
-#include "cpu/gemm.h"
-#include "cpu/onednn.h"
+#include "cpu/gemm/gemm.h"
+#include "cpu/gemm/onednn.h"
 
 namespace cutloss::cpu {
 namespace {

@@ -1,4 +1,4 @@
-#include "cuda/common/logits_rows.cuh"
+#include "cuda/logits/logits_rows.cuh"
 
 namespace cutloss::cuda {
 

@@ -1,4 +1,4 @@
-#include "cuda/listed_rows.h"
+#include "cuda/rows/listed_rows.h"
 
 #include <algorithm>
 

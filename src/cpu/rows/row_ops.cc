@@ -1,4 +1,4 @@
-#include "cpu/row_ops.h"
+#include "cpu/rows/row_ops.h"
 
 #include <cstring>
 #include <limits>
@@ -6,7 +6,7 @@
 #include "core/dtype.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "cpu/row_ops.cc"
+#define HWY_TARGET_INCLUDE "cpu/rows/row_ops.cc"
 #include <hwy/foreach_target.h>  // compiles the section below once for each instruction set
 
 #include <hwy/highway.h>

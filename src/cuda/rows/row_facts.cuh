@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cuda/common/device_math.cuh"
-#include "cuda/common/kernels.h"
+#include "cuda/math.cuh"
+#include "cuda/rows/kernels.h"
 
 namespace cutloss::cuda {
 

@@ -4,9 +4,9 @@
 
 #include "core/loss_terms.h"
 #include "core/row_outputs.h"
-#include "cuda/common/device_math.cuh"
-#include "cuda/common/kernels.h"
-#include "cuda/common/row_facts.cuh"
+#include "cuda/math.cuh"
+#include "cuda/rows/kernels.h"
+#include "cuda/rows/row_facts.cuh"
 
 namespace cutloss::cuda {
 namespace {

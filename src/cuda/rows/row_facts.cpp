@@ -1,4 +1,4 @@
-#include "cuda/row_facts.h"
+#include "cuda/rows/row_facts.h"
 
 #include "core/dtype.h"
 #include "core/text.h"
