@@ -6,7 +6,6 @@
 
 #include "api/algorithms.h"
 #include "core/dtype.h"
-#include "core/row_state.h"
 #include "core/text.h"
 #include "core/validate.h"
 
@@ -90,14 +89,6 @@ void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* u
   }
   calls_of(p.device, "weighted_loss")
       .sum_loss({loss_rows(p), args.in.targets, args.rows, up, undefined}, loss, args.stream);
-}
-
-std::int64_t row_state_bytes(DType stat) {
-  if (stat == DType::f64) return sizeof(RowState<double>);
-  if (stat == DType::f32) return sizeof(RowState<float>);
-  throw Error(ErrorCode::invalid_type,
-              text("row_state_bytes: stat must be f32 or f64, the dtypes of per-row numbers, got ",
-                   name(stat)));
 }
 
 void close_rows(const LossRows& given, const RowStates& s, const RowOutputs& out, void* stream) {

@@ -6,6 +6,7 @@
 
 #include "core/dtype.h"
 #include "core/row_map.h"
+#include "core/row_state.h"
 #include "core/text.h"
 
 namespace cutloss {
@@ -207,6 +208,14 @@ void need_state(const void* state, const char* args, const char* what) {
   need_pointer(state, args, what);
   if (reinterpret_cast<std::uintptr_t>(state) % 8 == 0) return;
   refuse_value(text(args, "::", what, " must be aligned to 8 bytes, got address ", state));
+}
+
+std::int64_t row_state_bytes(DType stat) {
+  if (stat == DType::f64) return sizeof(RowState<double>);
+  if (stat == DType::f32) return sizeof(RowState<float>);
+  throw Error(ErrorCode::invalid_type,
+              text("row_state_bytes: stat must be f32 or f64, the dtypes of per-row numbers, got ",
+                   name(stat)));
 }
 
 void check_target(std::int64_t target, std::int64_t V, std::int64_t ignore_index, Position at) {

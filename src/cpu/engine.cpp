@@ -6,7 +6,6 @@
 #include <omp.h>
 
 #include "core/text.h"
-#include "cpu/algorithms/algorithms.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/rows/row_ops.h"
 #include "cpu/tuning.h"

@@ -5,16 +5,10 @@
 #include <string>
 #include <string_view>
 
+#include "core/matrix.h"
 #include "cutloss/cutloss.h"
 
 namespace cutloss::cpu {
-
-// A row-major matrix in memory, read as it lies or transposed.
-struct Operand {
-  const void* data;
-  std::int64_t stride;  // elements from row to row as it lies
-  bool transposed;
-};
 
 struct Product {
   std::int64_t M, N, K;

@@ -98,6 +98,44 @@ HWY_INLINE hn::Vec<D> from_bf16(D d, hn::Vec<hn::Rebind<std::uint16_t, D>> v) {
   return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, v)));
 }
 
+// Calls use(pointer to the element type) of a type that is T's own, or bf16 where T is float.
+template <class T, class Use>
+HWY_INLINE void for_element(DType type, Use use) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (type == DType::bf16) return use(static_cast<std::uint16_t*>(nullptr));
+  }
+  use(static_cast<T*>(nullptr));
+}
+
+template <class D, class E>
+HWY_INLINE hn::Vec<D> load_as(D d, const E* from, std::int64_t valid) {
+  if constexpr (std::is_same_v<E, std::uint16_t>) {
+    return from_bf16(d, load(hn::Rebind<std::uint16_t, D>(), from, valid, std::uint16_t{0}));
+  } else {
+    return load(d, from, valid, E(0));
+  }
+}
+
+template <class D, class E>
+HWY_INLINE void store_as(D d, hn::Vec<D> v, E* to, std::int64_t valid) {
+  if constexpr (std::is_same_v<E, std::uint16_t>) {
+    store(hn::Rebind<std::uint16_t, D>(), to_bf16(d, v), to, valid);
+  } else {
+    store(d, v, to, valid);
+  }
+}
+
+template <class T>
+void write_element(T* to, T value) {
+  *to = value;
+}
+void write_element(std::uint16_t* to, float value) { *to = cutloss::float_to_bf16(value); }
+float read_element(std::uint16_t value) { return cutloss::bf16_to_float(value); }
+template <class T>
+T read_element(T value) {
+  return value;
+}
+
 // The derivative of tanh at x, as transform.h has it.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V tanh_slope_of(D d, V x) {
@@ -233,16 +271,12 @@ void row_statistics_with(StatisticsRow<T>& row, RowState<T>& state, T* slopes) {
     return slopes == nullptr ? e : hn::Mul(e, load(d, slopes + i, valid, T(0)));
   };
   if (row.exponentials != nullptr) {
-    for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
-      store(d, kept_value(i, valid), row.exponentials + i, valid);
-    });
-  } else if (row.exponentials_bf16 != nullptr) {
-    if constexpr (std::is_same_v<T, float>) {
-      const hn::Rebind<std::uint16_t, Tag<T>> d16;
+    for_element<T>(row.exponentials_type, [&]<class E>(E*) {
+      E* kept = static_cast<E*>(row.exponentials);
       for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
-        store(d16, to_bf16(d, kept_value(i, valid)), row.exponentials_bf16 + i, valid);
+        store_as(d, kept_value(i, valid), kept + i, valid);
       });
-    }
+    });
   } else if (row.entropy) {
     for_each_vector(d, row.columns, with_entropy);
   } else {
@@ -255,11 +289,10 @@ void row_statistics_with(StatisticsRow<T>& row, RowState<T>& state, T* slopes) {
   if (here) {
     row.z[at] = part.target_logit;
     const T slope = (slopes == nullptr ? T(1) : slopes[at]) * row.transform.inv_temperature;
-    if (row.exponentials != nullptr) row.exponentials[at] = slope;
-    if constexpr (std::is_same_v<T, float>) {
-      if (row.exponentials_bf16 != nullptr) {
-        row.exponentials_bf16[at] = cutloss::float_to_bf16(slope);
-      }
+    if (row.exponentials != nullptr) {
+      for_element<T>(row.exponentials_type, [&]<class E>(E*) {
+        write_element(static_cast<E*>(row.exponentials) + at, slope);
+      });
     }
   }
   part.max = top;
@@ -276,8 +309,7 @@ HWY_NOINLINE void row_statistics_with_slopes(StatisticsRow<T>& row, RowState<T>&
 
 template <class T>
 void row_statistics_impl(StatisticsRow<T>& row, RowState<T>& state) {
-  const bool keeps = row.exponentials != nullptr || row.exponentials_bf16 != nullptr;
-  if (keeps && row.transform.softcap != T(0)) {
+  if (row.exponentials != nullptr && row.transform.softcap != T(0)) {
     row_statistics_with_slopes(row, state);
   } else {
     row_statistics_with<T>(row, state, nullptr);
@@ -346,27 +378,20 @@ HWY_INLINE T make_gradient(const GradientRow<T>& row, T* z, const RowTransform<T
 }
 
 template <class T>
-void row_gradient_impl(const GradientRow<T>& row, T* z, const RowTransform<T>* transform, T* g) {
-  const Tag<T> d;
-  const T at_target =
-      make_gradient(row, z, transform,
-                    [&](std::int64_t i, std::int64_t valid, auto v) { store(d, v, g + i, valid); });
-  if (row.target >= 0) g[row.target] = at_target;
+void row_gradient_impl(const GradientRow<T>& row, T* z, const RowTransform<T>* transform,
+                       DType type, void* g) {
+  for_element<T>(type, [&]<class E>(E*) {
+    E* to = static_cast<E*>(g);
+    const T at_target = make_gradient(
+        row, z, transform,
+        [&](std::int64_t i, std::int64_t valid, auto v) { store_as(Tag<T>(), v, to + i, valid); });
+    if (row.target >= 0) write_element(to + row.target, at_target);
+  });
 }
 
-void row_gradient_bf16_impl(const GradientRow<float>& row, float* z,
-                            const RowTransform<float>* transform, std::uint16_t* g) {
-  const Tag<float> d;
-  const hn::Rebind<std::uint16_t, Tag<float>> d16;
-  const float at_target = make_gradient(
-      row, z, transform,
-      [&](std::int64_t i, std::int64_t valid, auto v) { store(d16, to_bf16(d, v), g + i, valid); });
-  if (row.target >= 0) g[row.target] = cutloss::float_to_bf16(at_target);
-}
-
-// Calls write(i, valid, g) for each vector; read(i, valid) gives the kept exponentials.
-template <class T, class Read, class Write>
-HWY_INLINE void scale_exponentials(const GradientRow<T>& row, T slab_max, Read read, Write write) {
+template <class T>
+void row_gradient_from_exponentials_impl(const GradientRow<T>& row, const void* exponentials,
+                                         T slab_max, DType type, void* g) {
   const Tag<T> d;
   const RowCoefficients<T>& k = row.coefficients;
   const T p_scale = slab_max == -std::numeric_limits<T>::infinity()
@@ -374,114 +399,60 @@ HWY_INLINE void scale_exponentials(const GradientRow<T>& row, T slab_max, Read r
                         : std::exp((slab_max - k.row_max) - k.log_sum);
   const auto scale = hn::Set(d, p_scale * k.a * k.inv_temperature);
   const auto zbar = hn::Set(d, k.zbar * k.inv_temperature);
-  for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
-    auto v = hn::Mul(read(i, valid), scale);
-    if (k.zbar != T(0)) {
-      v = row.class_weight == nullptr
-              ? hn::Add(v, zbar)
-              : hn::MulAdd(zbar, load(d, row.class_weight + i, valid, T(0)), v);
-    }
-    write(i, valid, v);
+  for_element<T>(type, [&]<class E>(E*) {
+    const E* from = static_cast<const E*>(exponentials);
+    E* to = static_cast<E*>(g);
+    for_each_vector(d, row.columns, [&](std::int64_t i, std::int64_t valid) {
+      auto v = hn::Mul(load_as(d, from + i, valid), scale);
+      if (k.zbar != T(0)) {
+        v = row.class_weight == nullptr
+                ? hn::Add(v, zbar)
+                : hn::MulAdd(zbar, load(d, row.class_weight + i, valid, T(0)), v);
+      }
+      store_as(d, v, to + i, valid);
+    });
+    if (row.target < 0) return;
+    // Without a softcap the slope is known exactly, whatever it was rounded to.
+    const T slope = k.softcap == T(0) ? k.inv_temperature : T(read_element(from[row.target]));
+    write_element(to + row.target, row.target_g * slope);
   });
-}
-
-// Without a softcap the slope is known exactly, whatever it was rounded to.
-template <class T>
-T target_from_slope(const GradientRow<T>& row, T kept_slope) {
-  const RowCoefficients<T>& k = row.coefficients;
-  return row.target_g * (k.softcap == T(0) ? k.inv_temperature : kept_slope);
-}
-
-template <class T>
-void row_gradient_from_exponentials_impl(const GradientRow<T>& row, const T* exponentials,
-                                         T slab_max, T* g) {
-  const Tag<T> d;
-  scale_exponentials(
-      row, slab_max,
-      [&](std::int64_t i, std::int64_t valid) { return load(d, exponentials + i, valid, T(0)); },
-      [&](std::int64_t i, std::int64_t valid, auto v) { store(d, v, g + i, valid); });
-  if (row.target >= 0) g[row.target] = target_from_slope(row, exponentials[row.target]);
-}
-
-void row_gradient_from_exponentials_bf16_impl(const GradientRow<float>& row,
-                                              const std::uint16_t* exponentials, float slab_max,
-                                              std::uint16_t* g) {
-  const Tag<float> d;
-  const hn::Rebind<std::uint16_t, Tag<float>> d16;
-  scale_exponentials(
-      row, slab_max,
-      [&](std::int64_t i, std::int64_t valid) {
-        return from_bf16(d, load(d16, exponentials + i, valid, std::uint16_t{0}));
-      },
-      [&](std::int64_t i, std::int64_t valid, auto v) { store(d16, to_bf16(d, v), g + i, valid); });
-  if (row.target >= 0) {
-    const float slope = cutloss::bf16_to_float(exponentials[row.target]);
-    g[row.target] = cutloss::float_to_bf16(target_from_slope(row, slope));
-  }
 }
 
 void bf16_to_float_impl(const std::uint16_t* from, float* to, std::int64_t count) {
   const Tag<float> d;
-  const hn::Rebind<std::uint16_t, Tag<float>> d16;
   for_each_vector(d, count, [&](std::int64_t i, std::int64_t valid) {
-    store(d, from_bf16(d, load(d16, from + i, valid, std::uint16_t{0})), to + i, valid);
+    store(d, load_as(d, from + i, valid), to + i, valid);
   });
 }
 
 void float_to_bf16_impl(const float* from, std::uint16_t* to, std::int64_t count) {
   const Tag<float> d;
-  const hn::Rebind<std::uint16_t, Tag<float>> d16;
   for_each_vector(d, count, [&](std::int64_t i, std::int64_t valid) {
-    store(d16, to_bf16(d, load(d, from + i, valid, 0.0f)), to + i, valid);
+    store_as(d, load(d, from + i, valid, 0.0f), to + i, valid);
   });
 }
 
 template <class T>
-void add_impl(const T* values, T* sums, std::int64_t count) {
+void add_impl(DType type, const void* values, std::int64_t first, T* sums, std::int64_t count) {
   const Tag<T> d;
-  for_each_vector(d, count, [&](std::int64_t i, std::int64_t valid) {
-    const auto sum = hn::Add(load(d, sums + i, valid, T(0)), load(d, values + i, valid, T(0)));
-    store(d, sum, sums + i, valid);
+  for_element<T>(type, [&]<class E>(E*) {
+    const E* from = static_cast<const E*>(values) + first;
+    for_each_vector(d, count, [&](std::int64_t i, std::int64_t valid) {
+      const auto sum = hn::Add(load(d, sums + i, valid, T(0)), load_as(d, from + i, valid));
+      store(d, sum, sums + i, valid);
+    });
   });
 }
 
-void add_bf16_impl(const std::uint16_t* values, float* sums, std::int64_t count) {
-  const Tag<float> d;
-  const hn::Rebind<std::uint16_t, Tag<float>> d16;
-  for_each_vector(d, count, [&](std::int64_t i, std::int64_t valid) {
-    const auto v = from_bf16(d, load(d16, values + i, valid, std::uint16_t{0}));
-    store(d, hn::Add(load(d, sums + i, valid, 0.0f), v), sums + i, valid);
-  });
+template <class T>
+const RowOps<T>& row_ops_impl() {
+  static constexpr RowOps<T> ops{row_statistics_impl<T>, row_gradient_impl<T>,
+                                 row_gradient_from_exponentials_impl<T>, add_impl<T>};
+  return ops;
 }
+const RowOps<float>& row_ops_f32() { return row_ops_impl<float>(); }
+const RowOps<double>& row_ops_f64() { return row_ops_impl<double>(); }
 
-void row_statistics_f32(StatisticsRow<float>& row, RowState<float>& state) {
-  row_statistics_impl(row, state);
-}
-void row_statistics_f64(StatisticsRow<double>& row, RowState<double>& state) {
-  row_statistics_impl(row, state);
-}
-void row_gradient_f32(const GradientRow<float>& row, float* z, const RowTransform<float>* transform,
-                      float* g) {
-  row_gradient_impl(row, z, transform, g);
-}
-void row_gradient_f64(const GradientRow<double>& row, double* z,
-                      const RowTransform<double>* transform, double* g) {
-  row_gradient_impl(row, z, transform, g);
-}
-void from_exponentials_f32(const GradientRow<float>& row, const float* exponentials, float slab_max,
-                           float* g) {
-  row_gradient_from_exponentials_impl(row, exponentials, slab_max, g);
-}
-void from_exponentials_f64(const GradientRow<double>& row, const double* exponentials,
-                           double slab_max, double* g) {
-  row_gradient_from_exponentials_impl(row, exponentials, slab_max, g);
-}
-void add_f32(const float* values, float* sums, std::int64_t count) {
-  add_impl(values, sums, count);
-}
-void add_f64(const double* values, double* sums, std::int64_t count) {
-  add_impl(values, sums, count);
-}
 const char* vector_target_impl() { return hwy::TargetName(HWY_TARGET); }
 
 }  // namespace cutloss::cpu::HWY_NAMESPACE
@@ -490,57 +461,19 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace cutloss::cpu {
 
-HWY_EXPORT(row_statistics_f32);
-HWY_EXPORT(row_statistics_f64);
-HWY_EXPORT(row_gradient_f32);
-HWY_EXPORT(row_gradient_f64);
-HWY_EXPORT(row_gradient_bf16_impl);
-HWY_EXPORT(from_exponentials_f32);
-HWY_EXPORT(from_exponentials_f64);
-HWY_EXPORT(row_gradient_from_exponentials_bf16_impl);
+HWY_EXPORT(row_ops_f32);
+HWY_EXPORT(row_ops_f64);
 HWY_EXPORT(bf16_to_float_impl);
 HWY_EXPORT(float_to_bf16_impl);
-HWY_EXPORT(add_f32);
-HWY_EXPORT(add_f64);
-HWY_EXPORT(add_bf16_impl);
 HWY_EXPORT(vector_target_impl);
 
 template <>
-void row_statistics(StatisticsRow<float>& row, RowState<float>& state) {
-  HWY_DYNAMIC_DISPATCH(row_statistics_f32)(row, state);
+const RowOps<float>& row_ops() {
+  return HWY_DYNAMIC_DISPATCH(row_ops_f32)();
 }
 template <>
-void row_statistics(StatisticsRow<double>& row, RowState<double>& state) {
-  HWY_DYNAMIC_DISPATCH(row_statistics_f64)(row, state);
-}
-template <>
-void row_gradient(const GradientRow<float>& row, float* z, const RowTransform<float>* transform,
-                  float* g) {
-  HWY_DYNAMIC_DISPATCH(row_gradient_f32)(row, z, transform, g);
-}
-template <>
-void row_gradient(const GradientRow<double>& row, double* z, const RowTransform<double>* transform,
-                  double* g) {
-  HWY_DYNAMIC_DISPATCH(row_gradient_f64)(row, z, transform, g);
-}
-void row_gradient_bf16(const GradientRow<float>& row, float* z,
-                       const RowTransform<float>* transform, std::uint16_t* g) {
-  HWY_DYNAMIC_DISPATCH(row_gradient_bf16_impl)(row, z, transform, g);
-}
-template <>
-void row_gradient_from_exponentials(const GradientRow<float>& row, const float* exponentials,
-                                    float slab_max, float* g) {
-  HWY_DYNAMIC_DISPATCH(from_exponentials_f32)(row, exponentials, slab_max, g);
-}
-template <>
-void row_gradient_from_exponentials(const GradientRow<double>& row, const double* exponentials,
-                                    double slab_max, double* g) {
-  HWY_DYNAMIC_DISPATCH(from_exponentials_f64)(row, exponentials, slab_max, g);
-}
-void row_gradient_from_exponentials_bf16(const GradientRow<float>& row,
-                                         const std::uint16_t* exponentials, float slab_max,
-                                         std::uint16_t* g) {
-  HWY_DYNAMIC_DISPATCH(row_gradient_from_exponentials_bf16_impl)(row, exponentials, slab_max, g);
+const RowOps<double>& row_ops() {
+  return HWY_DYNAMIC_DISPATCH(row_ops_f64)();
 }
 void bf16_to_float(const std::uint16_t* from, float* to, std::int64_t count) {
   HWY_DYNAMIC_DISPATCH(bf16_to_float_impl)(from, to, count);
@@ -548,18 +481,6 @@ void bf16_to_float(const std::uint16_t* from, float* to, std::int64_t count) {
 void float_to_bf16(const float* from, std::uint16_t* to, std::int64_t count) {
   HWY_DYNAMIC_DISPATCH(float_to_bf16_impl)(from, to, count);
 }
-template <>
-void add(const float* values, float* sums, std::int64_t count) {
-  HWY_DYNAMIC_DISPATCH(add_f32)(values, sums, count);
-}
-template <>
-void add(const double* values, double* sums, std::int64_t count) {
-  HWY_DYNAMIC_DISPATCH(add_f64)(values, sums, count);
-}
-void add_bf16(const std::uint16_t* values, float* sums, std::int64_t count) {
-  HWY_DYNAMIC_DISPATCH(add_bf16_impl)(values, sums, count);
-}
-
 // f16 is only stored, never computed with: one value at a time is enough.
 void f16_to_float(const std::uint16_t* from, float* to, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = cutloss::f16_to_float(from[i]);

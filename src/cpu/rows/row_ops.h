@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/dtype.h"
 #include "core/logit_math.h"
 #include "core/transform.h"
 
@@ -34,15 +35,12 @@ struct StatisticsRow {
   bool argmax;
   bool zbar;
   const T* class_weight;  // of the slab's columns, or null for 1
-  // Where not null: e^(z - slab_max) times the softcap's slope, and at the target the slope of
-  // the whole transform; as T or bf16. At most kMostColumns then.
-  T* exponentials;
-  std::uint16_t* exponentials_bf16;
-  T slab_max;  // out
+  // Null, or where e^(z - slab_max) times the softcap's slope goes, and at the target the slope of
+  // the whole transform: as T, or as bf16 where T is float. There are at most kMostColumns then.
+  void* exponentials;
+  DType exponentials_type;
+  T slab_max;  // the largest logit but the target's: written
 };
-
-template <class T>
-void row_statistics(StatisticsRow<T>& row, RowState<T>& state);
 
 template <class T>
 struct GradientRow {
@@ -53,31 +51,31 @@ struct GradientRow {
   const T* class_weight;  // of the slab's columns, or null for 1
 };
 
-// g from products of E and C, or from z where `transform` is null: without a softcap that will do.
-// Writes T to `g` (which may be z), or bf16.
+// The functions for rows of one stat dtype. A `type` is T's own, or bf16 where T is float.
 template <class T>
-void row_gradient(const GradientRow<T>& row, T* z, const RowTransform<T>* transform, T* g);
-void row_gradient_bf16(const GradientRow<float>& row, float* z,
-                       const RowTransform<float>* transform, std::uint16_t* g);
+struct RowOps {
+  void (*statistics)(StatisticsRow<T>& row, RowState<T>& state);
+  // g from products of E and C, or from z where `transform` is null: without a softcap that will
+  // do. g may be z.
+  void (*gradient)(const GradientRow<T>& row, T* z, const RowTransform<T>* transform, DType type,
+                   void* g);
+  // g from the exponentials that `statistics` kept, whose slab maximum was `slab_max`. g has their
+  // type, and may be in their place.
+  void (*gradient_from_exponentials)(const GradientRow<T>& row, const void* exponentials,
+                                     T slab_max, DType type, void* g);
+  // sums[i] += values[first + i]
+  void (*add)(DType type, const void* values, std::int64_t first, T* sums, std::int64_t count);
+};
 
-// g from the exponentials that row_statistics kept, whose slab maximum was `slab_max`.
+// Those for the processor that runs them. T: float or double.
 template <class T>
-void row_gradient_from_exponentials(const GradientRow<T>& row, const T* exponentials, T slab_max,
-                                    T* g);
-void row_gradient_from_exponentials_bf16(const GradientRow<float>& row,
-                                         const std::uint16_t* exponentials, float slab_max,
-                                         std::uint16_t* g);
+const RowOps<T>& row_ops();
 
 // Conversions of contiguous values; bf16 and f16 as their bits.
 void bf16_to_float(const std::uint16_t* from, float* to, std::int64_t count);
 void float_to_bf16(const float* from, std::uint16_t* to, std::int64_t count);
 void f16_to_float(const std::uint16_t* from, float* to, std::int64_t count);
 void float_to_f16(const float* from, std::uint16_t* to, std::int64_t count);
-
-// sums[i] += values[i]
-template <class T>
-void add(const T* values, T* sums, std::int64_t count);
-void add_bf16(const std::uint16_t* values, float* sums, std::int64_t count);
 
 // Leaves AVX-512 out of the choice. To be called before any vector code has run.
 void forbid_avx512();

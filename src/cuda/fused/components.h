@@ -14,8 +14,6 @@
 namespace cutloss::cuda::fused {
 
 struct Components {
-  Components(const Components&) = delete;
-  Components& operator=(const Components&) = delete;
   // Throws Error(invalid_value) for pointers that the copy engine cannot read from.
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass);
 

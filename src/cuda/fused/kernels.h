@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
+#include "core/matrix.h"
 #include "cuda/fused/tile_walk.h"
-#include "cuda/matrix.h"
 #include "cuda/rows/row_table.h"
 #include "cutloss/cutloss.h"
 

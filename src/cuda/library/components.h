@@ -15,8 +15,6 @@ namespace cutloss::cuda::library {
 // T: the stat dtype.
 template <class T>
 struct Components {
-  Components(const Components&) = delete;
-  Components& operator=(const Components&) = delete;
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)
       : call(std::move(decision), args, pass),
         rows(call),
