@@ -1,8 +1,8 @@
 #include "cuda/decision.h"
 
 #include "core/dtype.h"
+#include "core/refuse.h"
 #include "core/sizes.h"
-#include "core/text.h"
 #include "cuda/device.h"
 #include "cuda/tuning.h"
 #include "plan/chunking.h"
@@ -66,9 +66,8 @@ bool packs_e_in_de(const CudaDecision& d, Way way, Pass pass) {
 void need_current_device(const CudaDecision& d) {
   const int now = current_device().index;
   if (now == d.device) return;
-  throw Error(ErrorCode::invalid_value,
-              text("the plan was made on CUDA device ", d.device, ", but the current device is ",
-                   now, ": make it current, or make a plan there"));
+  refuse_value("the plan was made on CUDA device ", d.device, ", but the current device is ", now,
+               ": make it current, or make a plan there");
 }
 
 void book_rows(Ledger& ledger, const CudaDecision& d) {

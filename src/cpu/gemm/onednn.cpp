@@ -11,6 +11,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "core/refuse.h"
 #include "core/text.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/gemm/onednn.h"
@@ -159,8 +160,8 @@ void multiply_onednn(const Product& p) {
                 text("oneDNN failed at a product of ", p.M, " x ", p.N, " x ", p.K, " (",
                      name(p.type), "): ", error.what()));
   } catch (const std::bad_alloc&) {
-    throw Error(ErrorCode::out_of_memory,
-                text("oneDNN ran out of memory at a product of ", p.M, " x ", p.N, " x ", p.K));
+    refuse(ErrorCode::out_of_memory, "oneDNN ran out of memory at a product of ", p.M, " x ", p.N,
+           " x ", p.K);
   }
 }
 

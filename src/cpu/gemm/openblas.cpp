@@ -2,7 +2,7 @@
 
 #include <limits>
 
-#include "core/text.h"
+#include "core/refuse.h"
 #include "cpu/gemm/gemm.h"
 
 namespace cutloss::cpu {
@@ -10,9 +10,8 @@ namespace {
 
 blasint checked(std::int64_t size) {
   if (size > std::numeric_limits<blasint>::max()) {
-    throw Error(ErrorCode::unsupported,
-                text("OpenBLAS takes sizes and strides up to ", std::numeric_limits<blasint>::max(),
-                     ", got ", size, "; use f32 or a packed layout"));
+    refuse(ErrorCode::unsupported, "OpenBLAS takes sizes and strides up to ",
+           std::numeric_limits<blasint>::max(), ", got ", size, "; use f32 or a packed layout");
   }
   return static_cast<blasint>(size);
 }

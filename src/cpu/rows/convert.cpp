@@ -4,7 +4,7 @@
 #include <array>
 #include <cstring>
 
-#include "core/text.h"
+#include "core/refuse.h"
 #include "cpu/rows/row_ops.h"
 
 namespace cutloss::cpu {
@@ -28,8 +28,7 @@ void convert(DType from_type, const void* from, DType to_type, void* to, std::in
     return;
   }
   if (from_type == DType::f64 || to_type == DType::f64) {
-    throw Error(ErrorCode::internal,
-                text("conversion from ", name(from_type), " to ", name(to_type)));
+    refuse(ErrorCode::internal, "conversion from ", name(from_type), " to ", name(to_type));
   }
   if (from_type == DType::f32) {
     from_float(static_cast<const float*>(from), to_type, to, count);

@@ -9,6 +9,8 @@
 #include "cuda/refusal.h"
 #include "cuda/rows/row_facts.h"
 
+#include "core/refuse.h"
+
 namespace cutloss {
 namespace {
 
@@ -17,7 +19,7 @@ cuda::RowFacts facts_of(const Problem& p, const LogitsArgs& args) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() - 64;
   std::string refusal = cuda::index_refusal(p, cuda::current_device());
   if (refusal.empty()) refusal = cuda::size_refusal(p.rows, classes_of(p).total, kMost);
-  if (!refusal.empty()) throw Error(ErrorCode::unsupported, refusal);
+  if (!refusal.empty()) refuse(ErrorCode::unsupported, refusal);
   return cuda::row_facts(p, args.targets, args.temperature);
 }
 

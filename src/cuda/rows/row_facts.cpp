@@ -1,6 +1,7 @@
 #include "cuda/rows/row_facts.h"
 
 #include "core/dtype.h"
+#include "core/refuse.h"
 #include "core/text.h"
 #include "core/validate.h"
 
@@ -14,7 +15,7 @@ std::string size_refusal(const Rows& rows, std::int64_t V, std::int64_t most_col
 
 RowFacts row_facts(const Rows& rows, const Classes& classes, const void* targets) {
   if (const std::string refusal = size_refusal(rows, classes.total); !refusal.empty()) {
-    throw Error(ErrorCode::unsupported, refusal);
+    refuse(ErrorCode::unsupported, refusal);
   }
   RowFacts facts;
   facts.targets = targets;
