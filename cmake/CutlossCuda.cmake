@@ -101,8 +101,10 @@ endfunction()
 # there where its header files are and Hopper is in the list.
 function(cutloss_add_cuda target)
   set(folder ${PROJECT_SOURCE_DIR}/src/cuda)
-  file(GLOB sources CONFIGURE_DEPENDS ${folder}/*.cpp ${folder}/library/*.cpp)
-  file(GLOB kernels CONFIGURE_DEPENDS ${folder}/common/*.cu)
+  file(GLOB sources CONFIGURE_DEPENDS ${folder}/*.cpp ${folder}/rows/*.cpp
+       ${folder}/logits/*.cpp ${folder}/library/*.cpp)
+  file(GLOB kernels CONFIGURE_DEPENDS ${folder}/rows/*.cu ${folder}/logits/*.cu
+       ${folder}/library/*.cu)
   file(GLOB hopper_kernels CONFIGURE_DEPENDS ${folder}/fused/*.cu ${folder}/fused/sm90/*.cu)
   file(GLOB hopper_sources CONFIGURE_DEPENDS ${folder}/fused/*.cpp ${folder}/fused/sm90/*.cpp)
 

@@ -3,7 +3,7 @@
 #include <array>
 
 #include "api/algorithms.h"
-#include "core/text.h"
+#include "core/refuse.h"
 #include "cpu/device_calls.h"
 #include "cpu/engine.h"
 #ifdef CUTLOSS_CUDA_SM90
@@ -34,10 +34,8 @@ const DeviceCalls& calls_of(Device device, [[maybe_unused]] const char* call) {
 #ifdef CUTLOSS_CUDA
   return cuda_calls();
 #else
-  throw Error(ErrorCode::unsupported,
-              text(call,
-                   ": the memory is a CUDA device's, but this build of cutloss has no CUDA "
-                   "engine"));
+  refuse(ErrorCode::unsupported, call,
+         ": the memory is a CUDA device's, but this build of cutloss has no CUDA engine");
 #endif
 }
 

@@ -14,4 +14,7 @@ std::span<const Engine* const> engines();
 // build has nothing for the device.
 const DeviceCalls& calls_of(Device device, const char* call);
 
+// weighted_loss of either source. Throws Error(invalid_value) where it misses a pointer.
+void sum_loss(const LossSum& sum, void* loss, void* stream);
+
 }  // namespace cutloss

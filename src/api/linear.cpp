@@ -1,5 +1,6 @@
 // The calls of a plan: check the pointers, open a session, run it over all chunks.
 #include "api/algorithms.h"
+#include "core/refuse.h"
 #include "core/text.h"
 #include "core/validate.h"
 #include "core/verbose.h"
@@ -9,28 +10,24 @@ namespace {
 
 Way way_of(const Plan& plan) { return {plan.schedule, plan.keeps_logits}; }
 
-[[noreturn]] void refuse(const std::string& message) {
-  throw Error(ErrorCode::invalid_value, message);
-}
-
 // Every plan has forward; what else depends on where its gradients are made.
 void need_pass(const Plan& plan, Pass pass) {
   const std::string has = text("; this plan has schedule ", name(plan.schedule),
                                plan.keeps_logits ? " with kept logits" : "");
   if (pass == Pass::both && !in_one_call(way_of(plan))) {
-    refuse(
-        text("gradients with the statistics (forward_backward, a session of both) need a plan "
-             "with schedule rows and upstream at_forward",
-             has, ": call forward, then backward"));
+    refuse_value(
+        "gradients with the statistics (forward_backward, a session of both) need a plan with "
+        "schedule rows and upstream at_forward",
+        has, ": call forward, then backward");
   }
   if (pass == Pass::backward && (in_one_call(way_of(plan)) || plan.schedule == Schedule::none)) {
-    refuse(text("backward needs a plan that makes gradients in backward", has,
-                in_one_call(way_of(plan)) ? ": call forward_backward" : ""));
+    refuse_value("backward needs a plan that makes gradients in backward", has,
+                 in_one_call(way_of(plan)) ? ": call forward_backward" : "");
   }
 }
 
 const Decision& decision_of(const Plan& plan) {
-  if (plan.decision == nullptr) refuse("the plan is empty: make_plan makes plans");
+  if (plan.decision == nullptr) refuse_value("the plan is empty: make_plan makes plans");
   return *plan.decision;
 }
 
@@ -72,9 +69,9 @@ void backward(const Plan& plan, const Args& args) {
 
 void forward_backward(const Plan& plan, const Args& args) {
   if (plan.problem.wanted.state) {
-    refuse(
-        "forward_backward closes the rows between its passes, but wanted.state leaves them "
-        "open: open a session, and call close_rows between statistics and gradients");
+    refuse_value(
+        "forward_backward closes the rows between its passes, but wanted.state leaves them open: "
+        "open a session, and call close_rows between statistics and gradients");
   }
   const CallReport report("forward_backward", plan);
   const auto session = open_checked(plan, args, Pass::both);

@@ -4,15 +4,11 @@
 #include "api/algorithms.h"
 #include "core/dtype.h"
 #include "core/folded_softcap.h"
-#include "core/text.h"
+#include "core/refuse.h"
 #include "core/validate.h"
 
 namespace cutloss {
 namespace {
-
-[[noreturn]] void refuse(const std::string& message) {
-  throw Error(ErrorCode::invalid_value, message);
-}
 
 void need(const void* pointer, const char* what) { need_pointer(pointer, "LogitsArgs", what); }
 
@@ -24,13 +20,13 @@ void check_numbers(const Problem& p) {
   const auto [least, most] = usable_range(stat);
   const auto check_quotient = [least = least, most = most](const char* what, double value) {
     if (std::fabs(value) >= least && std::fabs(value) <= most) return;
-    refuse(text(what, " must be between ", least, " and ", most, " in size, got ", value));
+    refuse_value(what, " must be between ", least, " and ", most, " in size, got ", value);
   };
   check_quotient("logit_scale / temperature", t.logit_scale / t.temperature);
   if (t.softcap) check_quotient("softcap / logit_scale", folded_softcap(p));
   const int blocks = logits_of(p).blocks_per_row;
   if (blocks != 0 && blocks != 1 && blocks != 2 && blocks != 4 && blocks != 8) {
-    refuse(text("blocks_per_row must be 0, 1, 2, 4 or 8, got ", blocks));
+    refuse_value("blocks_per_row must be 0, 1, 2, 4 or 8, got ", blocks);
   }
 }
 
@@ -38,27 +34,27 @@ void check_numbers(const Problem& p) {
 void refuse_what_plans_take(const Problem& p) {
   const DType type = logits_of(p).type;
   if (p.compute_type != DType::f32 && p.compute_type != type) {
-    throw Error(ErrorCode::invalid_type,
-                text("compute_type is ", name(p.compute_type), ", but the logits are ", name(type),
-                     ": no product is made of them; leave compute_type f32"));
+    refuse(ErrorCode::invalid_type, "compute_type is ", name(p.compute_type),
+           ", but the logits are ", name(type),
+           ": no product is made of them; leave compute_type f32");
   }
   if (p.wanted.de.wanted || p.wanted.dc.wanted || p.wanted.dbias.wanted) {
-    refuse(
-        "wanted.de, dc or dbias is set, but the source of the problem is Logits: its gradient "
-        "is wanted.dlogits");
+    refuse_value(
+        "wanted.de, dc or dbias is set, but the source of the problem is Logits: its gradient is "
+        "wanted.dlogits");
   }
   if (p.rows.num_valid) {
-    refuse(text("rows.num_valid is ", *p.rows.num_valid,
-                ", but calls over logits find out themselves which rows count: leave it unset"));
+    refuse_value("rows.num_valid is ", *p.rows.num_valid,
+                 ", but calls over logits find out themselves which rows count: leave it unset");
   }
   if (p.max_workspace) {
-    refuse(text("max_workspace is ", *p.max_workspace,
-                ", but calls over logits need no workspace: leave it unset"));
+    refuse_value("max_workspace is ", *p.max_workspace,
+                 ", but calls over logits need no workspace: leave it unset");
   }
   if (p.schedule != Schedule::automatic || !p.engine.empty()) {
-    refuse(text("schedule is ", name(p.schedule), " and engine '", p.engine,
-                "', but calls over logits have no plan that could choose: leave them automatic and "
-                "empty"));
+    refuse_value(
+        "schedule is ", name(p.schedule), " and engine '", p.engine,
+        "', but calls over logits have no plan that could choose: leave them automatic and empty");
   }
 }
 
@@ -85,26 +81,24 @@ void settle_place(const Problem& p, RowStrides gradient) {
       (one_sequence || gradient.sequence == logits.sequence_stride)) {
     return;
   }
-  refuse(text("the gradient takes the place of the logits (overwrite), but its strides are ",
-              gradient.sequence, " and ", gradient.row, ", those of the logits ",
-              logits.sequence_stride, " and ", logits.row_stride, ": they must be the same, or 0"));
+  refuse_value("the gradient takes the place of the logits (overwrite), but its strides are ",
+               gradient.sequence, " and ", gradient.row, ", those of the logits ",
+               logits.sequence_stride, " and ", logits.row_stride, ": they must be the same, or 0");
 }
 
 // The problem with its strides and classes filled in and its shift settled.
 Problem validated_logits(Problem p) {
   Logits& logits = logits_of(p);
   settle_rows(p.rows);
-  if (logits.classes.count < 1) refuse(text("V must be >= 1, got ", logits.classes.count));
+  if (logits.classes.count < 1) refuse_value("V must be >= 1, got ", logits.classes.count);
   check_product("N x V", p.rows.sequences * p.rows.length, logits.classes.count);
   settle_classes(logits.classes);
   if (is_shard(logits.classes) || p.wanted.state) {
-    throw Error(
-        ErrorCode::unsupported,
-        text("losses over logits take a whole vocabulary and close its rows, but classes "
-             "are {first ",
-             logits.classes.first, ", count ", logits.classes.count, ", total ",
-             logits.classes.total, "} and wanted.state is ", p.wanted.state ? "true" : "false",
-             ": gather the logits, or take a Linear source, which can be sharded"));
+    refuse(ErrorCode::unsupported,
+           "losses over logits take a whole vocabulary and close its rows, but classes are {first ",
+           logits.classes.first, ", count ", logits.classes.count, ", total ", logits.classes.total,
+           "} and wanted.state is ", p.wanted.state ? "true" : "false",
+           ": gather the logits, or take a Linear source, which can be sharded");
   }
   settle_strides(p, {logits.sequence_stride, logits.row_stride}, "");
   const RowStrides gradient{p.wanted.dlogits_sequence_stride, p.wanted.dlogits_row_stride};
@@ -134,16 +128,16 @@ void check_overlap(const Problem& p, const LogitsArgs& args) {
   const Logits& logits = logits_of(p);
   if (logits.overwrite) {
     if (args.gradient == args.logits) return;
-    refuse(text("logits.overwrite is set, but gradient is at ", args.gradient, ", the logits at ",
-                args.logits, ": give the logits' address, or leave overwrite false"));
+    refuse_value("logits.overwrite is set, but gradient is at ", args.gradient, ", the logits at ",
+                 args.logits, ": give the logits' address, or leave overwrite false");
   }
   const auto [a, a_end] = span_of(p, args.logits, logits.sequence_stride, logits.row_stride);
   const auto [b, b_end] =
       span_of(p, args.gradient, p.wanted.dlogits_sequence_stride, p.wanted.dlogits_row_stride);
   if (a < b_end && b < a_end) {
-    refuse(text("gradient, at ", args.gradient, ", overlaps the logits, at ", args.logits,
-                ": give it memory of its own, or set logits.overwrite and give the logits' own "
-                "address"));
+    refuse_value(
+        "gradient, at ", args.gradient, ", overlaps the logits, at ", args.logits,
+        ": give it memory of its own, or set logits.overwrite and give the logits' own address");
   }
 }
 
@@ -152,33 +146,15 @@ void check_args(const Problem& p, const LogitsArgs& args, Pass pass) {
   need(args.logits, "logits");
   need(args.targets, "targets");
   if (p.has_class_weight) need(args.class_weight, "class_weight");
-  if (row_count(p) > 0) {
-    need(args.rows.nll, "rows.nll");
-    need(args.rows.row_max, "rows.row_max");
-    need(args.rows.log_sum, "rows.log_sum");
-    if (p.rows.has_temperature) need(args.temperature, "temperature");
-    if (makes_statistics(pass) && p.wanted.entropy) need(args.rows.entropy, "rows.entropy");
-    if (makes_statistics(pass) && p.wanted.zbar && args.rows.zbar_centred == nullptr) {
-      need(args.rows.zbar, "rows.zbar");
-    }
-    if (makes_statistics(pass) && p.wanted.argmax) need(args.rows.argmax, "rows.argmax");
-  }
+  if (p.rows.has_temperature && row_count(p) > 0) need(args.temperature, "temperature");
+  check_row_pointers(p, {args.rows, args.upstream, "LogitsArgs"}, pass);
   if (!makes_gradients(pass)) return;
   if (!p.wanted.dlogits.wanted) {
-    refuse(
-        "the call makes a gradient, but the problem has wanted.dlogits.wanted = false: set it, "
-        "or call forward");
+    refuse_value(
+        "the call makes a gradient, but the problem has wanted.dlogits.wanted = false: set it, or "
+        "call forward");
   }
   need(args.gradient, "gradient");
-  if (args.upstream.d_entropy != nullptr) {
-    need(args.rows.entropy, "rows.entropy");
-    if (!p.upstream.entropy) {
-      refuse("upstream.d_entropy is given, but the problem has upstream.entropy = false");
-    }
-  }
-  if (args.upstream.d_zbar != nullptr && !p.upstream.zbar) {
-    refuse("upstream.d_zbar is given, but the problem has upstream.zbar = false");
-  }
   check_overlap(p, args);
 }
 
@@ -204,20 +180,7 @@ void forward_backward(const Problem& problem, const LogitsArgs& args) {
 void weighted_loss(const Problem& problem, const LogitsArgs& args, void* loss,
                    const bool* undefined) {
   const Problem p = validated_logits(problem);
-  const RowGradients& up = args.upstream;
-  if (loss == nullptr) refuse("loss is null");
-  if (row_count(p) > 0) {
-    need(args.targets, "targets");
-    if (up.d_nll != nullptr) need(args.rows.nll, "rows.nll");
-    const bool centred = args.rows.zbar_centred != nullptr;
-    if ((up.d_lse != nullptr && !centred) || up.d_lse_squared != nullptr) {
-      need(args.rows.lse, "rows.lse");
-    }
-    if (up.d_lse != nullptr && centred) need(args.rows.log_sum, "rows.log_sum");
-    if (up.d_zbar != nullptr && !centred) need(args.rows.zbar, "rows.zbar");
-  }
-  calls_of(p.device, "weighted_loss")
-      .sum_loss({loss_rows(p), args.targets, args.rows, up, undefined}, loss, args.stream);
+  sum_loss({loss_rows(p), args.targets, args.rows, args.upstream, undefined}, loss, args.stream);
 }
 
 }  // namespace cutloss

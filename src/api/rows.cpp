@@ -6,40 +6,35 @@
 
 #include "api/algorithms.h"
 #include "core/dtype.h"
-#include "core/row_state.h"
+#include "core/refuse.h"
 #include "core/text.h"
 #include "core/validate.h"
 
 namespace cutloss {
 namespace {
 
-[[noreturn]] void refuse(const std::string& message) {
-  throw Error(ErrorCode::invalid_value, "loss_terms: " + message);
-}
-
 void check_sizes(const char* call, const LossRows& rows) {
   if (rows.classes < 1) {
-    throw Error(ErrorCode::invalid_value, text(call, ": V must be >= 1, got ", rows.classes));
+    refuse_value(call, ": V must be >= 1, got ", rows.classes);
   }
   check_product("N x V", rows.rows.sequences * rows.rows.length, rows.classes);
   if (rows.type == DType::f32 || rows.type == DType::f64) return;
-  throw Error(ErrorCode::invalid_type,
-              text(call, ": type must be f32 or f64, the dtypes of per-row numbers, got ",
-                   name(rows.type)));
+  refuse(ErrorCode::invalid_type, call,
+         ": type must be f32 or f64, the dtypes of per-row numbers, got ", name(rows.type));
 }
 
 void check(const LossRows& rows, const Weighting& w, const void* targets, const LossTerms& terms) {
   check_sizes("loss_terms", rows);
   if (!(w.label_smoothing >= 0 && w.label_smoothing <= 1)) {
-    refuse(text("label_smoothing must be in [0, 1], got ", w.label_smoothing));
+    refuse_value("loss_terms: label_smoothing must be in [0, 1], got ", w.label_smoothing);
   }
   if (!(w.z_loss >= 0 && std::isfinite(w.z_loss))) {
-    refuse(text("z_loss must be finite and >= 0, got ", w.z_loss));
+    refuse_value("loss_terms: z_loss must be finite and >= 0, got ", w.z_loss);
   }
-  if (terms.undefined == nullptr) refuse("terms.undefined is null");
+  if (terms.undefined == nullptr) refuse_value("loss_terms: terms.undefined is null");
   const auto agrees = [&](const void* pointer, bool wanted, const char* what, const char* why) {
     if (row_count(rows.rows) == 0 || (pointer != nullptr) == wanted) return;
-    refuse(text(what, wanted ? " is null, but " : " is given, but ", why));
+    refuse_value("loss_terms: ", what, wanted ? " is null, but " : " is given, but ", why);
   };
   agrees(targets, true, "targets", "there are rows");
   agrees(terms.nll, true, "terms.nll", "there are rows");
@@ -67,37 +62,34 @@ void loss_terms(const LossRows& given, const Weighting& weighting, const void* t
   calls_of(rows.device, "loss_terms").loss_terms(rows, weighting, targets, terms, stream);
 }
 
-void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* undefined) {
-  const Problem& p = plan.problem;
-  const RowGradients& up = args.upstream;
-  const auto refuse_sum = [](const char* message) {
-    throw Error(ErrorCode::invalid_value, message);
+void sum_loss(const LossSum& sum, void* loss, void* stream) {
+  const DeviceCalls& calls = calls_of(sum.rows.device, "weighted_loss");
+  const RowGradients& up = sum.upstream;
+  if (loss == nullptr) refuse_value("loss is null");
+  const bool centred = sum.out.zbar_centred != nullptr;
+  const auto need = [&](const void* given, const void* rows, const char* message) {
+    if (given != nullptr && rows == nullptr && row_count(sum.rows.rows) > 0) refuse_value(message);
   };
-  if (loss == nullptr) refuse_sum("loss is null");
-  const bool centred = args.rows.zbar_centred != nullptr;
-  if (((up.d_lse != nullptr && !centred) || up.d_lse_squared != nullptr) &&
-      args.rows.lse == nullptr) {
-    refuse_sum("upstream.d_lse or d_lse_squared is given, but rows.lse is null");
+  need(loss, sum.targets, "weighted_loss: targets is null");
+  need(up.d_nll, sum.out.nll, "upstream.d_nll is given, but rows.nll is null");
+  need(up.d_lse_squared, sum.out.lse, "upstream.d_lse_squared is given, but rows.lse is null");
+  if (centred) {
+    need(up.d_lse, sum.out.log_sum,
+         "upstream.d_lse and rows.zbar_centred are given, but rows.log_sum is null");
+  } else {
+    need(up.d_lse, sum.out.lse, "upstream.d_lse is given, but rows.lse is null");
+    need(up.d_zbar, sum.out.zbar,
+         "upstream.d_zbar is given, but rows.zbar and rows.zbar_centred are null");
   }
-  if (up.d_lse != nullptr && centred && args.rows.log_sum == nullptr) {
-    refuse_sum("upstream.d_lse and rows.zbar_centred are given, but rows.log_sum is null");
-  }
-  if (up.d_zbar != nullptr && !p.wanted.zbar) {
-    refuse_sum("upstream.d_zbar is given, but the problem has wanted.zbar = false");
-  }
-  if (up.d_zbar != nullptr && !centred && args.rows.zbar == nullptr) {
-    refuse_sum("upstream.d_zbar is given, but rows.zbar and rows.zbar_centred are null");
-  }
-  calls_of(p.device, "weighted_loss")
-      .sum_loss({loss_rows(p), args.in.targets, args.rows, up, undefined}, loss, args.stream);
+  calls.sum_loss(sum, loss, stream);
 }
 
-std::int64_t row_state_bytes(DType stat) {
-  if (stat == DType::f64) return sizeof(RowState<double>);
-  if (stat == DType::f32) return sizeof(RowState<float>);
-  throw Error(ErrorCode::invalid_type,
-              text("row_state_bytes: stat must be f32 or f64, the dtypes of per-row numbers, got ",
-                   name(stat)));
+void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* undefined) {
+  if (args.upstream.d_zbar != nullptr && !plan.problem.wanted.zbar) {
+    refuse_value("upstream.d_zbar is given, but the problem has wanted.zbar = false");
+  }
+  sum_loss({loss_rows(plan.problem), args.in.targets, args.rows, args.upstream, undefined}, loss,
+           args.stream);
 }
 
 void close_rows(const LossRows& given, const RowStates& s, const RowOutputs& out, void* stream) {
@@ -105,7 +97,7 @@ void close_rows(const LossRows& given, const RowStates& s, const RowOutputs& out
   settle_rows(rows.rows);
   check_sizes("close_rows", rows);
   if (s.count < 1) {
-    throw Error(ErrorCode::invalid_value, text("close_rows: count must be >= 1, got ", s.count));
+    refuse_value("close_rows: count must be >= 1, got ", s.count);
   }
   if (row_count(rows.rows) == 0) return;
   need_pointer(s.targets, "RowStates", "targets");
@@ -116,9 +108,8 @@ void close_rows(const LossRows& given, const RowStates& s, const RowOutputs& out
   RowStates settled = s;
   if (s.stride == 0) settled.stride = row_count(rows.rows);
   if (settled.stride < row_count(rows.rows)) {
-    throw Error(ErrorCode::invalid_value,
-                text("close_rows: stride must be at least the number of rows, ",
-                     row_count(rows.rows), " (0 means as many), got ", s.stride));
+    refuse_value("close_rows: stride must be at least the number of rows, ", row_count(rows.rows),
+                 " (0 means as many), got ", s.stride);
   }
   calls_of(rows.device, "close_rows").close_rows(rows, settled, closed, stream);
 }
@@ -126,11 +117,11 @@ void close_rows(const LossRows& given, const RowStates& s, const RowOutputs& out
 void empty_states(Device device, DType stat, std::int64_t rows, void* states, void* stream) {
   row_state_bytes(stat);  // throws for other dtypes
   if (rows < 0) {
-    throw Error(ErrorCode::invalid_value, text("empty_states: rows must be >= 0, got ", rows));
+    refuse_value("empty_states: rows must be >= 0, got ", rows);
   }
   const DeviceCalls& calls = calls_of(device, "empty_states");
   if (rows == 0) return;
-  if (states == nullptr) throw Error(ErrorCode::invalid_value, "empty_states: states is null");
+  if (states == nullptr) refuse_value("empty_states: states is null");
   calls.empty_states(stat, rows, states, stream);
 }
 
@@ -138,15 +129,15 @@ void scale_in_place(Device device, DType type, void* values, std::int64_t count,
                     const void* factor, void* stream) {
   const DeviceCalls& calls = calls_of(device, "scale_in_place");
   if (calls.scale == nullptr) {
-    throw Error(ErrorCode::unsupported,
-                "scale_in_place: the factor is in host memory: read it, and multiply the values");
+    refuse(ErrorCode::unsupported,
+           "scale_in_place: the factor is in host memory: read it, and multiply the values");
   }
   if (count < 0) {
-    throw Error(ErrorCode::invalid_value, text("scale_in_place: count must be >= 0, got ", count));
+    refuse_value("scale_in_place: count must be >= 0, got ", count);
   }
   if (count == 0) return;
   if (values == nullptr || factor == nullptr) {
-    throw Error(ErrorCode::invalid_value, "scale_in_place: values or factor is null");
+    refuse_value("scale_in_place: values or factor is null");
   }
   calls.scale(type, values, count, factor_type, factor, stream);
 }

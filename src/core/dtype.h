@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "cutloss/problem.h"
@@ -20,6 +21,14 @@ constexpr std::int64_t size_of(DType type) {
       return 2;
   }
   return 0;
+}
+
+// The address `elements` past a base.
+inline const void* at(const void* base, DType type, std::int64_t elements) {
+  return static_cast<const std::byte*>(base) + elements * size_of(type);
+}
+inline void* at(void* base, DType type, std::int64_t elements) {
+  return static_cast<std::byte*>(base) + elements * size_of(type);
 }
 
 // Per-row statistics and accumulators.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/refuse.h"
 #include "core/sizes.h"
 #include "core/text.h"
 #include "cutloss/error.h"
@@ -26,9 +27,8 @@ void Ledger::share(std::string_view name, std::int64_t bytes, std::string_view l
   const auto host = named(bookings_, lies_in);
   const bool inside = host != bookings_.end();
   if (inside && host->bytes < from + bytes) {
-    throw Error(ErrorCode::internal,
-                text("the buffer '", name, "' of ", bytes, " bytes does not fit into '", lies_in,
-                     "' of ", host->bytes));
+    refuse(ErrorCode::internal, "the buffer '", name, "' of ", bytes, " bytes does not fit into '",
+           lies_in, "' of ", host->bytes);
   }
   bookings_.push_back({name, bytes, lifetime, lies_in, until, inside ? host->offset + from : -1});
 }
@@ -36,7 +36,7 @@ void Ledger::share(std::string_view name, std::int64_t bytes, std::string_view l
 std::int64_t Ledger::offset(std::string_view name) const {
   const Booking& b = booking(name);
   if (b.offset < 0) {
-    throw Error(ErrorCode::internal, text("the buffer '", name, "' lies in ", b.lies_in));
+    refuse(ErrorCode::internal, "the buffer '", name, "' lies in ", b.lies_in);
   }
   return b.offset;
 }
@@ -44,7 +44,7 @@ std::int64_t Ledger::offset(std::string_view name) const {
 const Booking& Ledger::booking(std::string_view name) const {
   const auto found = named(bookings_, name);
   if (found == bookings_.end()) {
-    throw Error(ErrorCode::internal, text("the call's memory has no buffer '", name, "'"));
+    refuse(ErrorCode::internal, "the call's memory has no buffer '", name, "'");
   }
   return *found;
 }

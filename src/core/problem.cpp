@@ -3,13 +3,15 @@
 #include "core/row_map.h"
 #include "cutloss/error.h"
 
+#include "core/refuse.h"
+
 namespace cutloss {
 namespace {
 
 template <class Kind, class P>
 auto& source_of(P& problem, const char* message) {
   if (auto* source = std::get_if<Kind>(&problem.source)) return *source;
-  throw Error(ErrorCode::invalid_value, message);
+  refuse_value(message);
 }
 
 constexpr const char* kNoHead =

@@ -5,15 +5,13 @@
 #include <tuple>
 
 #include "core/dtype.h"
+#include "core/refuse.h"
 #include "core/row_map.h"
+#include "core/row_state.h"
 #include "core/text.h"
 
 namespace cutloss {
 namespace {
-
-[[noreturn]] void refuse_value(const std::string& message) {
-  throw Error(ErrorCode::invalid_value, message);
-}
 
 // Largest element count that any product of sizes may reach: 2^62 bytes / 8.
 constexpr std::int64_t kMaxElements = std::int64_t{1} << 59;
@@ -21,8 +19,8 @@ constexpr std::int64_t kMaxElements = std::int64_t{1} << 59;
 void check_sizes(const Problem& p) {
   const Head& head = head_of(p);
   const std::int64_t V = head.classes.count;
-  if (V < 1) refuse_value(text("V (rows of C) must be >= 1, got ", V));
-  if (head.D < 1) refuse_value(text("D (columns of E and C) must be >= 1, got ", head.D));
+  if (V < 1) refuse_value("V (rows of C) must be >= 1, got ", V);
+  if (head.D < 1) refuse_value("D (columns of E and C) must be >= 1, got ", head.D);
   const std::int64_t positions = p.rows.sequences * p.rows.length;
   check_product("N x D", positions, head.D);
   check_product("N x V", positions, V);
@@ -30,9 +28,6 @@ void check_sizes(const Problem& p) {
 }
 
 void check_types(const Problem& p) {
-  const auto refuse = [](const std::string& message) {
-    throw Error(ErrorCode::invalid_type, message);
-  };
   const Head& head = head_of(p);
   const auto is_f64 = [](DType type) { return type == DType::f64; };
   const bool any = is_f64(head.e_type) || is_f64(head.c_type) ||
@@ -40,28 +35,28 @@ void check_types(const Problem& p) {
   const bool all = is_f64(head.e_type) && is_f64(head.c_type) &&
                    (!head.has_bias || is_f64(head.bias_type)) && is_f64(p.compute_type);
   if (any && !all) {
-    refuse(text("f64 does not mix with other dtypes: E is ", name(head.e_type), ", C ",
-                name(head.c_type), ", bias ", head.has_bias ? name(head.bias_type) : "absent",
-                ", compute_type ", name(p.compute_type), "; convert all of them to one dtype"));
+    refuse(ErrorCode::invalid_type, "f64 does not mix with other dtypes: E is ", name(head.e_type),
+           ", C ", name(head.c_type), ", bias ", head.has_bias ? name(head.bias_type) : "absent",
+           ", compute_type ", name(p.compute_type), "; convert all of them to one dtype");
   }
 }
 
 void check_linear_options(const Problem& p) {
   if (p.max_workspace && *p.max_workspace < 0) {
-    refuse_value(text("max_workspace must be >= 0 bytes, got ", *p.max_workspace));
+    refuse_value("max_workspace must be >= 0 bytes, got ", *p.max_workspace);
   }
   const Head& head = head_of(p);
   const Wanted& w = p.wanted;
   if (is_shard(head.classes) && !w.state) {
     const auto [first, count, total] = head.classes;
-    refuse_value(text("classes {first ", first, ", count ", count, ", total ", total,
-                      "} are a shard of a vocabulary, whose rows cannot be closed by itself: set "
-                      "wanted.state, and call close_rows with the states of all shards"));
+    refuse_value("classes {first ", first, ", count ", count, ", total ", total,
+                 "} are a shard of a vocabulary, whose rows cannot be closed by itself: set "
+                 "wanted.state, and call close_rows with the states of all shards");
   }
   if (w.dlogits.wanted) {
     refuse_value(
-        "wanted.dlogits is the gradient of Logits, but the source of the problem is "
-        "Linear: its gradients are wanted.de, dc and dbias");
+        "wanted.dlogits is the gradient of Logits, but the source of the problem is Linear: its "
+        "gradients are wanted.de, dc and dbias");
   }
   if (w.dbias.wanted && !head.has_bias) {
     refuse_value("wanted.dbias is set, but there is no bias");
@@ -77,22 +72,11 @@ void check_linear_options(const Problem& p) {
 
 void need(const void* pointer, const char* what) { need_pointer(pointer, "Args", what); }
 
-// Where the statistics of rows are closed, all outputs that are wanted; else what backward reads.
-void need_outputs(const Wanted& wanted, const RowOutputs& rows, bool closes) {
-  need(rows.nll, "rows.nll");
-  need(rows.row_max, "rows.row_max");
-  need(rows.log_sum, "rows.log_sum");
-  if (!closes) return;
-  if (wanted.entropy) need(rows.entropy, "rows.entropy");
-  if (wanted.zbar && rows.zbar_centred == nullptr) need(rows.zbar, "rows.zbar");
-  if (wanted.argmax) need(rows.argmax, "rows.argmax");
-}
-
 void need_aligned(const void* pointer, std::int64_t bytes, const char* what) {
   if (bytes == 0) return;
   need(pointer, what);
   if (reinterpret_cast<std::uintptr_t>(pointer) % 64 != 0) {
-    refuse_value(text("Args::", what, " must be aligned to 64 bytes, got address ", pointer));
+    refuse_value("Args::", what, " must be aligned to 64 bytes, got address ", pointer);
   }
 }
 
@@ -101,16 +85,16 @@ void need_aligned(const void* pointer, std::int64_t bytes, const char* what) {
 void settle_rows(Rows& rows) {
   const auto [sequences, length, shift] = std::tuple{rows.sequences, rows.length, rows.shift};
   if (sequences < 0 || length < 0) {
-    refuse_value(text("sequences and length must be >= 0, got ", sequences, " and ", length));
+    refuse_value("sequences and length must be >= 0, got ", sequences, " and ", length);
   }
-  if (shift < 0) refuse_value(text("shift must be >= 0, got ", shift));
+  if (shift < 0) refuse_value("shift must be >= 0, got ", shift);
   check_product("sequences x length", sequences, length);
   rows.shift = settled_shift(rows);
 }
 
 void check_product(const char* what, std::int64_t a, std::int64_t b) {
   if (a != 0 && b > kMaxElements / a) {
-    refuse_value(text(what, " = ", a, " x ", b, " elements is more than an address can hold"));
+    refuse_value(what, " = ", a, " x ", b, " elements is more than an address can hold");
   }
 }
 
@@ -118,7 +102,7 @@ void settle_stride(std::int64_t& stride, std::int64_t packed, std::int64_t count
                    const char* what) {
   if (stride == 0) stride = packed;
   if (count > 1 && stride < packed) {
-    refuse_value(text(what, " must be at least ", packed, " (0 means packed), got ", stride));
+    refuse_value(what, " must be at least ", packed, " (0 means packed), got ", stride);
   }
   if (count > 1) check_product(what, count, stride);
 }
@@ -127,44 +111,39 @@ void settle_classes(Classes& classes) {
   const auto [first, count, total] = classes;
   if (total == 0) classes.total = count;
   if (first >= 0 && count <= classes.total && first <= classes.total - count) return;
-  refuse_value(text("classes {first ", first, ", count ", count, ", total ", total,
-                    "} do not lie in a vocabulary: first must be >= 0, and first + count at most "
-                    "total"));
+  refuse_value("classes {first ", first, ", count ", count, ", total ", total,
+               "} do not lie in a vocabulary: first must be >= 0, and first + count at most total");
 }
 
 bool is_shard(const Classes& classes) { return classes.count != classes.total; }
 
 void check_gradient(const GradientWanted& gradient, const GradientRule& rule, const char* what) {
-  const auto refuse = [](const std::string& message) {
-    throw Error(ErrorCode::unsupported, message);
-  };
   const DType type = gradient.type.value_or(rule.own);
   if (type != rule.own && type != rule.sums) {
-    refuse(
-        text("wanted.", what, ".type is ", name(type), ", but this gradient can be written in ",
-             name(rule.own), ", the dtype of what it is the gradient of",
-             rule.sums == rule.own ? "" : text(", or in ", name(rule.sums), ", that of its sums"),
-             "; leave it unset, and convert the gradient yourself"));
+    refuse(ErrorCode::unsupported, "wanted.", what, ".type is ", name(type),
+           ", but this gradient can be written in ", name(rule.own),
+           ", the dtype of what it is the gradient of",
+           rule.sums == rule.own ? "" : text(", or in ", name(rule.sums), ", that of its sums"),
+           "; leave it unset, and convert the gradient yourself");
   }
   if (!gradient.add) return;
   if (!rule.may_add) {
-    refuse(text("wanted.", what,
-                ".add is set, but this gradient can only be written: leave it "
-                "false, and add the gradient yourself"));
+    refuse(ErrorCode::unsupported, "wanted.", what,
+           ".add is set, but this gradient can only be written: leave it false, and add the "
+           "gradient yourself");
   }
   if (type != rule.sums) {
-    refuse(text("wanted.", what, ".add is set with dtype ", name(type),
-                ", where each addition "
-                "would round what is there: set wanted.",
-                what, ".type to ", name(rule.sums), ", or leave add false"));
+    refuse(ErrorCode::unsupported, "wanted.", what, ".add is set with dtype ", name(type),
+           ", where each addition would round what is there: set wanted.", what, ".type to ",
+           name(rule.sums), ", or leave add false");
   }
 }
 
 void check_upstream(const Problem& p) {
   if (wants_gradient(p) && p.upstream.when == Upstream::none) {
     refuse_value(
-        "a gradient is wanted (in Problem::wanted), but upstream.when is none: set "
-        "at_forward or at_backward");
+        "a gradient is wanted (in Problem::wanted), but upstream.when is none: set at_forward or "
+        "at_backward");
   }
   if (p.upstream.entropy && !p.wanted.entropy) {
     refuse_value("upstream.entropy needs wanted.entropy");
@@ -175,9 +154,8 @@ void check_upstream(const Problem& p) {
 void check_device(const Problem& p) {
   if (p.device_index < -1 || (p.device == Device::cpu && p.device_index != -1)) {
     refuse_value(
-        text("device_index must be that of a CUDA device, or -1 (the current one, or the "
-             "CPU), got ",
-             p.device_index, " for a problem on ", p.device == Device::cpu ? "the CPU" : "CUDA"));
+        "device_index must be that of a CUDA device, or -1 (the current one, or the CPU), got ",
+        p.device_index, " for a problem on ", p.device == Device::cpu ? "the CPU" : "CUDA");
   }
 }
 
@@ -189,8 +167,8 @@ void check_transform(const Transform& transform, DType stat) {
   };
   const auto refuse_number = [&, least = least, most = most](const char* what, const char* rule,
                                                              double value) {
-    refuse_value(text(what, " must be a finite number ", rule, ", between ", least, " and ", most,
-                      " in size, got ", value));
+    refuse_value(what, " must be a finite number ", rule, ", between ", least, " and ", most,
+                 " in size, got ", value);
   };
   if (softcap && !(*softcap > 0 && is_usable(*softcap))) refuse_number("softcap", "> 0", *softcap);
   if (!is_usable(logit_scale)) refuse_number("logit_scale", "other than 0", logit_scale);
@@ -200,27 +178,35 @@ void check_transform(const Transform& transform, DType stat) {
 }
 
 void need_pointer(const void* pointer, const char* args, const char* what) {
-  if (pointer == nullptr) refuse_value(text(args, "::", what, " is null, but the call needs it"));
+  if (pointer == nullptr) refuse_value(args, "::", what, " is null, but the call needs it");
 }
 
 void need_state(const void* state, const char* args, const char* what) {
   need_pointer(state, args, what);
   if (reinterpret_cast<std::uintptr_t>(state) % 8 == 0) return;
-  refuse_value(text(args, "::", what, " must be aligned to 8 bytes, got address ", state));
+  refuse_value(args, "::", what, " must be aligned to 8 bytes, got address ", state);
+}
+
+std::int64_t row_state_bytes(DType stat) {
+  if (stat == DType::f64) return sizeof(RowState<double>);
+  if (stat == DType::f32) return sizeof(RowState<float>);
+  refuse(ErrorCode::invalid_type,
+         "row_state_bytes: stat must be f32 or f64, the dtypes of per-row numbers, got ",
+         name(stat));
 }
 
 void check_target(std::int64_t target, std::int64_t V, std::int64_t ignore_index, Position at) {
   if (target >= 0 && target < V) return;
-  refuse_value(text("the target at position (", at.sequence, ", ", at.column, ") is ", target,
-                    ", outside [0, V = ", V, ") and not ignore_index = ", ignore_index));
+  refuse_value("the target at position (", at.sequence, ", ", at.column, ") is ", target,
+               ", outside [0, V = ", V, ") and not ignore_index = ", ignore_index);
 }
 
 void check_row_temperature(double own, double in_all, DType stat, Position at) {
   const auto [least, most] = usable_range(stat);
   if (in_all >= least && in_all <= most) return;
-  refuse_value(text("the temperature at position (", at.sequence, ", ", at.column, ") is ", own,
-                    ", but every temperature must be a finite number > 0, between ", least, " and ",
-                    most));
+  refuse_value("the temperature at position (", at.sequence, ", ", at.column, ") is ", own,
+               ", but every temperature must be a finite number > 0, between ", least, " and ",
+               most);
 }
 
 Problem validated(Problem p) {
@@ -241,34 +227,57 @@ Problem validated(Problem p) {
   return p;
 }
 
-void check_args(const Plan& plan, const Args& args, Pass pass) {
+void check_row_pointers(const Problem& p, const RowPointers& given, Pass pass) {
   const bool forward = makes_statistics(pass), backward = makes_gradients(pass);
-  const Problem& p = plan.problem;
+  const auto& [rows, upstream, args] = given;
+  const auto need = [args = args](const void* pointer, const char* what) {
+    need_pointer(pointer, args, what);
+  };
   if (row_count(p) > 0) {
+    if (forward && p.wanted.state) need_state(rows.state, args, "rows.state");
+    if (backward || !p.wanted.state) {
+      need(rows.nll, "rows.nll");
+      need(rows.row_max, "rows.row_max");
+      need(rows.log_sum, "rows.log_sum");
+    }
+    if (forward && !p.wanted.state) {
+      if (p.wanted.entropy) need(rows.entropy, "rows.entropy");
+      if (p.wanted.zbar && rows.zbar_centred == nullptr) need(rows.zbar, "rows.zbar");
+      if (p.wanted.argmax) need(rows.argmax, "rows.argmax");
+    }
+    if (backward && upstream.d_entropy != nullptr) need(rows.entropy, "rows.entropy");
+  }
+  if (!backward) return;
+  if (upstream.d_entropy != nullptr && !p.upstream.entropy) {
+    refuse_value("upstream.d_entropy is given, but the problem has upstream.entropy = false");
+  }
+  if (upstream.d_zbar != nullptr && !p.upstream.zbar) {
+    refuse_value("upstream.d_zbar is given, but the problem has upstream.zbar = false");
+  }
+}
+
+void check_args(const Plan& plan, const Args& args, Pass pass) {
+  const Problem& p = plan.problem;
+  const bool has_rows = row_count(p) > 0;
+  if (has_rows) {
     need(args.in.e, "in.e");
     need(args.in.targets, "in.targets");
     if (p.rows.has_temperature) need(args.in.temperature, "in.temperature");
-    if (forward && p.wanted.state) need_state(args.rows.state, "Args", "rows.state");
-    if (backward || !p.wanted.state) need_outputs(p.wanted, args.rows, forward && !p.wanted.state);
-    if (backward && args.upstream.d_entropy != nullptr) need(args.rows.entropy, "rows.entropy");
   }
+  check_row_pointers(p, {args.rows, args.upstream, "Args"}, pass);
   need(args.in.c, "in.c");
   if (head_of(p).has_bias) need(args.in.bias, "in.bias");
   if (p.has_class_weight) need(args.in.class_weight, "in.class_weight");
-  if (backward) {
-    if (p.wanted.de.wanted && row_count(p) > 0) need(args.gradients.de, "gradients.de");
+  if (makes_gradients(pass)) {
+    if (p.wanted.de.wanted && has_rows) need(args.gradients.de, "gradients.de");
     if (p.wanted.dc.wanted) need(args.gradients.dc, "gradients.dc");
     if (p.wanted.dbias.wanted) need(args.gradients.dbias, "gradients.dbias");
-    if (args.upstream.d_entropy != nullptr && !p.upstream.entropy) {
-      refuse_value("upstream.d_entropy is given, but the problem has upstream.entropy = false");
-    }
-    if (args.upstream.d_zbar != nullptr && !p.upstream.zbar) {
-      refuse_value("upstream.d_zbar is given, but the problem has upstream.zbar = false");
-    }
   }
   need_aligned(args.kept, plan.kept_bytes, "kept");
-  need_aligned(args.workspace,
-               forward ? plan.forward_workspace_bytes : plan.backward_workspace_bytes, "workspace");
+  need_aligned(
+      args.workspace,
+      makes_statistics(pass) ? plan.forward_workspace_bytes : plan.backward_workspace_bytes,
+      "workspace");
 }
 
 }  // namespace cutloss

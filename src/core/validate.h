@@ -34,6 +34,15 @@ void need_pointer(const void* pointer, const char* args, const char* what);
 // The same of rows' states, which have an alignment.
 void need_state(const void* state, const char* args, const char* what);
 
+// The pointers of a call's rows: that those which a pass needs are given, and no upstream gradient
+// that the problem does not announce.
+struct RowPointers {
+  const RowOutputs& rows;
+  const RowGradients& upstream;
+  const char* args;  // the struct whose members they are
+};
+void check_row_pointers(const Problem& problem, const RowPointers& given, Pass pass);
+
 // A target and a temperature of a row, as only the data shows them.
 struct Position {
   std::int64_t sequence, column;  // of the target

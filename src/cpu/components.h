@@ -15,8 +15,6 @@ namespace cutloss::cpu {
 // T: the stat dtype.
 template <class T>
 struct Components {
-  Components(const Components&) = delete;
-  Components& operator=(const Components&) = delete;
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)
       : call(std::move(decision), args, pass),
         rows(call),
@@ -31,17 +29,18 @@ struct Components {
     if (makes_statistics(call.pass)) rows.clear_ignored();
   }
 
-  // Gradients of a chunk, of the g that make_g(block) makes.
-  template <class MakeG>
-  void add_gradients(RowRange chunk, MakeG make_g) {
-    const bool last_chunk = chunk.begin + chunk.count == rows.count();
+  void make_statistics(RowRange chunk, bool keep) {
+    statistics.make(chunk, keep ? &kept : nullptr);
+  }
+  void make_gradients(RowRange chunk, bool from_kept) {
     sweep_gradients(
-        call.d, chunk,
-        [&](const Block& block, Which which) { sums.add(block, make_g(block), which); },
-        [&](Columns columns) {
-          if (last_chunk) sums.store_columns(columns);
+        *this, chunk,
+        [&](const Block& block, Which which) {
+          sums.add(block,
+                   from_kept ? gradient.from_kept(block, kept) : gradient.from_product(block),
+                   which);
         },
-        [&] { sums.store_rows(chunk); }, [] {});
+        [] {});
   }
 
   const Call call;

@@ -3,9 +3,9 @@
 #include <algorithm>
 
 #include "core/dtype.h"
-#include "core/logit_math.h"
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
 #include "cpu/tuning.h"
+#include "cutloss/rows.h"
 #include "plan/chunking.h"
 
 namespace cutloss::cpu {
@@ -13,16 +13,9 @@ namespace {
 
 // What follows from the problem and the way alone.
 CpuDecision facts_of(const Algorithm& algorithm, const Problem& p, const DeviceFacts& device) {
-  const Head& head = head_of(p);
   CpuDecision d;
-  set_problem(d, algorithm, p);
-  d.operand = product_type(p, device);
-  d.converts_c = head.c_type != d.operand;
-  d.converts_bias = head.has_bias && head.bias_type != d.stat;
+  set_problem(d, algorithm, p, product_type(p, device));
   d.de_in_place = d.de_type == d.stat;
-  d.dc_in_place = d.dc_type == d.stat;
-  d.keeps_exponentials = !p.upstream.entropy && !(p.transform.softcap && p.upstream.zbar);
-  d.kept_type = d.keeps_exponentials ? d.operand : d.stat;
   return d;
 }
 
@@ -30,17 +23,14 @@ Ledger workspace(const CpuDecision& d, Way way, Pass pass) {
   const Problem& p = d.problem;
   const Head& head = head_of(p);
   const Sizes& s = d.sizes;
-  const std::int64_t V = head.classes.count;
   const std::int64_t operand = size_of(d.operand), stat = size_of(d.stat);
-  const std::int64_t state =
-      d.stat == DType::f64 ? sizeof(RowState<double>) : sizeof(RowState<float>);
   const bool from_kept = way.schedule == Schedule::rows;
   Ledger ledger(64);
   ledger.book(buffer::kRowList, (1 + row_count(p)) * 8, Lifetime::call);
-  if (makes_statistics(pass)) ledger.book(buffer::kStates, s.chunk_rows * state);
+  if (makes_statistics(pass)) ledger.book(buffer::kStates, s.chunk_rows * row_state_bytes(d.stat));
   ledger.book(buffer::kE, s.block_rows * head.D * operand);
   if (d.converts_c) ledger.book(buffer::kC, s.slab * head.D * operand);
-  if (d.converts_bias) ledger.book(buffer::kBias, V * stat);
+  if (d.converts_bias) ledger.book(buffer::kBias, head.classes.count * stat);
   if (makes_statistics(pass) || !from_kept) {
     ledger.book(buffer::kZ, s.block_rows * s.slab * stat);
   }
@@ -50,16 +40,7 @@ Ledger workspace(const CpuDecision& d, Way way, Pass pass) {
   } else {
     ledger.book(buffer::kG, s.block_rows * s.slab * operand);
   }
-  if (d.has_de_sums_in_dc()) {
-    ledger.share(buffer::kDeSums, s.chunk_rows * head.D * stat, "dC", "its last rows are made");
-  } else if (p.wanted.de.wanted && !d.de_in_place) {
-    ledger.book(buffer::kDeSums, s.chunk_rows * head.D * stat);
-  }
-  if (p.wanted.dc.wanted && !d.dc_in_place) {
-    ledger.book(buffer::kDcSums, (d.one_chunk ? s.slab : V) * head.D * stat,
-                d.one_chunk ? Lifetime::step : Lifetime::call);
-  }
-  if (p.wanted.dbias.wanted) ledger.book(buffer::kDbiasSums, V * 8, Lifetime::call);
+  book_sums(ledger, d, !d.de_in_place, !d.dc_in_place);
   return ledger;
 }
 

@@ -28,18 +28,6 @@ inline constexpr std::string_view kMaxima = "slab maxima";
 }  // namespace buffer
 
 struct CpuDecision : Decision {
-  // C and the bias are read where they lie, or converted.
-  bool converts_c = false;
-  bool converts_bias = false;
-  // A gradient of the accumulators' dtype accumulates in its output.
-  bool de_in_place = false;
-  bool dc_in_place = false;
-  // One chunk holds every row.
-  bool one_chunk = false;
-  // What is kept of logits: e^(z - slab maximum) times the softcap's slope in the products' dtype,
-  // or z in the stat dtype where g needs z itself.
-  bool keeps_exponentials = false;
-  DType kept_type = DType::f32;
   // A slab of dC is written when the slab's kept logits have been read for the last time, so where
   // one chunk holds every row, a slab's first rows wait in that slab of dC: memory that must exist
   // anyway (decision 0002). So many rows do.

@@ -6,9 +6,8 @@
 #include <omp.h>
 
 #include "core/text.h"
-#include "cpu/algorithms/algorithms.h"
-#include "cpu/gemm.h"
-#include "cpu/row_ops.h"
+#include "cpu/gemm/gemm.h"
+#include "cpu/rows/row_ops.h"
 #include "cpu/tuning.h"
 
 namespace cutloss {

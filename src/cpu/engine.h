@@ -1,3 +1,4 @@
+// The engine for processors, and its algorithms.
 #pragma once
 
 #include "plan/algorithm.h"
@@ -6,4 +7,9 @@ namespace cutloss {
 
 extern const Engine cpu_engine;
 
+namespace cpu {
+
+extern const Algorithm forward_algorithm, by_rows, stored, by_vocabulary;
+
+}  // namespace cpu
 }  // namespace cutloss

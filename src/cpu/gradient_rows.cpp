@@ -1,7 +1,5 @@
 #include "cpu/gradient_rows.h"
 
-#include <type_traits>
-
 #include "core/loss_terms.h"
 
 namespace cutloss::cpu {
@@ -20,10 +18,12 @@ const void* GradientRows<T>::from_kept(const Block& block, const KeptLogits<T>& 
     void* place = kept.row(in_chunk, block.columns);
     void* to = at(g, call_.d.operand, r * block.columns.count);
     if (call_.d.keeps_exponentials) {
-      from_exponentials(of_row, place, kept.slab_max(in_chunk, block.columns), to);
+      row_ops<T>().gradient_from_exponentials(of_row, place, kept.slab_max(in_chunk, block.columns),
+                                              call_.d.operand, to);
     } else {
       const RowTransform<T> transform = operands_.transform(n, block.columns);
-      from_logits(of_row, static_cast<T*>(place), transforms ? &transform : nullptr, to);
+      row_ops<T>().gradient(of_row, static_cast<T*>(place), transforms ? &transform : nullptr,
+                            call_.d.operand, to);
     }
   }
   return g;
@@ -38,8 +38,8 @@ const void* GradientRows<T>::from_product(const Block& block) {
   for (std::int64_t r = 0; r < block.rows.count; ++r) {
     const std::int64_t n = rows_.row(block.rows.begin + r);
     const RowTransform<T> transform = operands_.transform(n, block.columns);
-    from_logits(row(n, block.columns), z + r * block.columns.count, &transform,
-                at(g, call_.d.operand, r * block.columns.count));
+    row_ops<T>().gradient(row(n, block.columns), z + r * block.columns.count, &transform,
+                          call_.d.operand, at(g, call_.d.operand, r * block.columns.count));
   }
   return g;
 }
@@ -67,31 +67,6 @@ GradientRow<T> GradientRows<T>::row(std::int64_t n, Columns columns) const {
     out.target_g = target_gradient(k, nll, up.d_nll, up.d_lse, weight);
   }
   return out;
-}
-
-template <class T>
-void GradientRows<T>::from_logits(const GradientRow<T>& row, T* z, const RowTransform<T>* transform,
-                                  void* g) const {
-  if constexpr (std::is_same_v<T, float>) {
-    if (call_.d.operand == DType::bf16) {
-      row_gradient_bf16(row, z, transform, static_cast<std::uint16_t*>(g));
-      return;
-    }
-  }
-  row_gradient(row, z, transform, static_cast<T*>(g));
-}
-
-template <class T>
-void GradientRows<T>::from_exponentials(const GradientRow<T>& row, const void* kept, T slab_max,
-                                        void* g) const {
-  if constexpr (std::is_same_v<T, float>) {
-    if (call_.d.operand == DType::bf16) {
-      row_gradient_from_exponentials_bf16(row, static_cast<const std::uint16_t*>(kept), slab_max,
-                                          static_cast<std::uint16_t*>(g));
-      return;
-    }
-  }
-  row_gradient_from_exponentials(row, static_cast<const T*>(kept), slab_max, static_cast<T*>(g));
 }
 
 template class GradientRows<float>;

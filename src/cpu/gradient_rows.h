@@ -20,9 +20,6 @@ class GradientRows {
 
  private:
   GradientRow<T> row(std::int64_t n, Columns columns) const;
-  void from_logits(const GradientRow<T>& row, T* z, const RowTransform<T>* transform,
-                   void* g) const;
-  void from_exponentials(const GradientRow<T>& row, const void* kept, T slab_max, void* g) const;
 
   const Call& call_;
   const ListedRows<T>& rows_;

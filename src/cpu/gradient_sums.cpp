@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <type_traits>
 
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
+#include "cpu/rows/convert.h"
 #include "cpu/tuning.h"
 
 namespace cutloss::cpu {
@@ -34,64 +34,45 @@ void GradientSums<T>::add_dbias(const Block& block, const void* g) {
     for (std::int64_t r = 0; r < rows; r += kFewRows) {
       std::fill_n(few.begin(), count, T(0));
       for (std::int64_t i = r; i < std::min(r + kFewRows, rows); ++i) {
-        add_row(g, i * columns + v, few.data(), count);
+        row_ops<T>().add(call_.d.operand, g, i * columns + v, few.data(), count);
       }
       for (std::int64_t j = 0; j < count; ++j) sums[v + j] += static_cast<double>(few[j]);
     }
   }
 }
 
-// sums += g's elements from `offset` on.
-template <class T>
-void GradientSums<T>::add_row(const void* g, std::int64_t offset, T* sums,
-                              std::int64_t count) const {
-  if constexpr (std::is_same_v<T, float>) {
-    if (call_.d.operand == DType::bf16) {
-      add_bf16(static_cast<const std::uint16_t*>(g) + offset, sums, count);
-      return;
-    }
-  }
-  cpu::add(static_cast<const T*>(g) + offset, sums, count);
-}
-
 template <class T>
 void GradientSums<T>::add_de(const Block& block, const void* g) {
   const std::int64_t D = call_.head.D;
-  const Matrix c = operands_.c(block.columns);
-  Product product{};
-  product.M = block.rows.count;
-  product.N = D;
-  product.K = block.columns.count;
-  product.a = {g, block.columns.count, false};
-  product.b = {c.data, c.stride, false};
-  product.c = de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * D;
-  product.c_stride = D;
-  product.type = call_.d.operand;
-  product.c_type = call_.d.stat;
-  product.alpha = call_.p.transform.logit_scale;
-  product.accumulate = block.columns.begin > 0;
-  multiply(product);
+  T* sums = call_.de_sums<T>(block.chunk) + (block.rows.begin - block.chunk.begin) * D;
+  multiply({.M = block.rows.count,
+            .N = D,
+            .K = block.columns.count,
+            .a = {g, block.columns.count, false},
+            .b = {operands_.c(block.columns), false},
+            .c = sums,
+            .c_stride = D,
+            .type = call_.d.operand,
+            .c_type = call_.d.stat,
+            .alpha = call_.p.transform.logit_scale,
+            .accumulate = block.columns.begin > 0});
 }
 
 template <class T>
 void GradientSums<T>::add_dc(const Block& block, const void* g) {
-  const Head& head = call_.head;
-  const Matrix e = operands_.e(block.rows);
+  const std::int64_t D = call_.head.D;
   const bool whole = one_product_makes_dc();
-  Product product{};
-  product.M = block.columns.count;
-  product.N = head.D;
-  product.K = block.rows.count;
-  product.a = {g, block.columns.count, true};
-  product.b = {e.data, e.stride, false};
-  product.c = whole ? at(call_.args.gradients.dc, call_.d.dc_type, block.columns.begin * head.D)
-                    : dc_sums(block.columns);
-  product.c_stride = head.D;
-  product.type = call_.d.operand;
-  product.c_type = whole ? call_.d.dc_type : call_.d.stat;
-  product.alpha = call_.p.transform.logit_scale;
-  product.accumulate = block.rows.begin > 0 || call_.p.wanted.dc.add;
-  multiply(product);
+  multiply({.M = block.columns.count,
+            .N = D,
+            .K = block.rows.count,
+            .a = {g, block.columns.count, true},
+            .b = {operands_.e(block.rows), false},
+            .c = whole ? call_.dc(block.columns.begin) : dc_sums(block.columns),
+            .c_stride = D,
+            .type = call_.d.operand,
+            .c_type = whole ? call_.d.dc_type : call_.d.stat,
+            .alpha = call_.p.transform.logit_scale,
+            .accumulate = block.rows.begin > 0 || call_.p.wanted.dc.add});
 }
 
 template <class T>
@@ -101,8 +82,7 @@ void GradientSums<T>::store_columns(Columns columns) {
   const T* sums = dc_sums(columns);
 #pragma omp parallel for schedule(static)
   for (std::int64_t v = 0; v < columns.count; ++v) {
-    convert(call_.d.stat, sums + v * head.D, call_.d.dc_type,
-            at(call_.args.gradients.dc, call_.d.dc_type, (columns.begin + v) * head.D), head.D);
+    convert(call_.d.stat, sums + v * head.D, call_.d.dc_type, call_.dc(columns.begin + v), head.D);
   }
 }
 
@@ -111,7 +91,7 @@ void GradientSums<T>::store_rows(RowRange chunk) {
   const Head& head = call_.head;
   if (!call_.p.wanted.de.wanted || call_.d.de_in_place)
     return;  // finish moves them to their places
-  const T* sums = de_sums(chunk);
+  const T* sums = call_.de_sums<T>(chunk);
 #pragma omp parallel for schedule(static)
   for (std::int64_t r = 0; r < chunk.count; ++r) {
     const std::int64_t place = rows_.position(rows_.row(chunk.begin + r));
@@ -142,23 +122,10 @@ bool GradientSums<T>::one_product_makes_dc() const {
   return call_.d.dc_type == call_.d.operand && rows_.count() <= call_.d.sizes.block_rows;
 }
 
-// Where a chunk's dE accumulates: in the output, row after row of the list, or in the workspace.
-template <class T>
-T* GradientSums<T>::de_sums(RowRange chunk) const {
-  if (call_.d.de_in_place) {
-    return static_cast<T*>(call_.args.gradients.de) + chunk.begin * call_.head.D;
-  }
-  if (call_.d.has_de_sums_in_dc()) {
-    return static_cast<T*>(sums_in_dc(call_.d, call_.args.gradients.dc));
-  }
-  return call_.buffer<T>(buffer::kDeSums);
-}
-
 template <class T>
 T* GradientSums<T>::dc_sums(Columns columns) const {
-  const std::int64_t first = columns.begin * call_.head.D;
-  if (call_.d.dc_in_place) return static_cast<T*>(call_.args.gradients.dc) + first;
-  return call_.buffer<T>(buffer::kDcSums) + (call_.d.one_chunk ? 0 : first);
+  if (call_.d.dc_in_place) return static_cast<T*>(call_.dc(columns.begin));
+  return call_.dc_sums<T>(columns);
 }
 
 template <class T>

@@ -27,9 +27,7 @@ class GradientSums {
   void add_dbias(const Block& block, const void* g);
   void add_de(const Block& block, const void* g);
   void add_dc(const Block& block, const void* g);
-  void add_row(const void* g, std::int64_t offset, T* sums, std::int64_t count) const;
   bool one_product_makes_dc() const;
-  T* de_sums(RowRange chunk) const;
   T* dc_sums(Columns columns) const;
   void store_dbias(bool no_rows) const;
   void spread_de() const;

@@ -11,17 +11,17 @@ class KeptLogits {
  public:
   explicit KeptLogits(const Call& call) : call_(call) {
     if (call.d.kept.bytes() == 0) return;
-    logits_ = call.kept(buffer::kKept);
-    if (call.d.keeps_exponentials) maxima_ = reinterpret_cast<T*>(call.kept(buffer::kMaxima));
+    logits_ = call.kept<void>(buffer::kKept);
+    if (call.d.keeps_exponentials) maxima_ = call.kept<T>(buffer::kMaxima);
   }
 
   // A row of the chunk in a slab's columns: exponentials or logits, in the decision's kept_type.
   void* row(std::int64_t in_chunk, Columns columns) const {
     const CpuDecision& d = call_.d;
     const bool in_dc = in_chunk < d.rows_in_dc;
-    void* base = in_dc ? at(call_.args.gradients.dc, d.dc_type, columns.begin * call_.head.D)
-                       : at(static_cast<void*>(logits_), d.kept_type,
-                            columns.begin * (d.sizes.chunk_rows - d.rows_in_dc));
+    void* base =
+        in_dc ? call_.dc(columns.begin)
+              : at(logits_, d.kept_type, columns.begin * (d.sizes.chunk_rows - d.rows_in_dc));
     const std::int64_t of_base = in_dc ? in_chunk : in_chunk - d.rows_in_dc;
     return at(base, d.kept_type, of_base * columns.count);
   }
@@ -33,7 +33,7 @@ class KeptLogits {
 
  private:
   const Call& call_;
-  std::byte* logits_ = nullptr;
+  void* logits_ = nullptr;
   T* maxima_ = nullptr;
 };
 

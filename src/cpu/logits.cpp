@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <type_traits>
 
 #include "core/dtype.h"
 #include "core/folded_softcap.h"
@@ -14,9 +13,9 @@
 #include "core/row_map.h"
 #include "core/row_outputs.h"
 #include "core/validate.h"
-#include "cpu/convert.h"
 #include "cpu/device_calls.h"
-#include "cpu/row_ops.h"
+#include "cpu/rows/convert.h"
+#include "cpu/rows/row_ops.h"
 
 namespace cutloss {
 namespace {
@@ -78,11 +77,11 @@ class LogitRows {
   }
 
   const void* logits(std::int64_t sequence, std::int64_t at, std::int64_t column) const {
-    return cpu::at(args_.logits, logits_.type,
-                   sequence * logits_.sequence_stride + at * logits_.row_stride + column);
+    return cutloss::at(args_.logits, logits_.type,
+                       sequence * logits_.sequence_stride + at * logits_.row_stride + column);
   }
   void* gradient(std::int64_t sequence, std::int64_t at, std::int64_t column) const {
-    return cpu::at(
+    return cutloss::at(
         args_.gradient, logits_.type,
         sequence * p_.wanted.dlogits_sequence_stride + at * p_.wanted.dlogits_row_stride + column);
   }
@@ -106,7 +105,7 @@ class LogitRows {
       row.columns = std::min(kSegment, logits_.classes.count - v);
       row.class_weight = class_weight(v);
       convert(logits_.type, logits(sequence, at, v), stat_type(p_), z.data(), row.columns);
-      row_statistics(row, state);
+      row_ops<T>().statistics(row, state);
     }
     const T weight = args_.class_weight == nullptr ? T(1) : *class_weight(row.target);
     write(n, close(state, row.target, weight, logits_.classes.count));
@@ -140,16 +139,10 @@ class LogitRows {
 
   void store_gradient(const GradientRow<T>& row, T* z, const RowTransform<T>& transform,
                       void* g) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (logits_.type == DType::bf16) {
-        return row_gradient_bf16(row, z, &transform, static_cast<std::uint16_t*>(g));
-      }
-      if (logits_.type == DType::f16) {
-        row_gradient(row, z, &transform, z);
-        return convert(DType::f32, z, DType::f16, g, row.columns);
-      }
-    }
-    row_gradient(row, z, &transform, static_cast<T*>(g));
+    const bool through_f32 = logits_.type == DType::f16;
+    row_ops<T>().gradient(row, z, &transform, through_f32 ? DType::f32 : logits_.type,
+                          through_f32 ? z : g);
+    if (through_f32) convert(DType::f32, z, DType::f16, g, row.columns);
   }
 
   void clear(std::int64_t sequence, std::int64_t at) const {

@@ -1,6 +1,7 @@
 #include "cpu/operands.h"
 
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
+#include "cpu/rows/convert.h"
 
 namespace cutloss::cpu {
 
@@ -76,20 +77,16 @@ const T* Operands<T>::class_weight(Columns columns) const {
 template <class T>
 void Operands<T>::multiply_logits(const Block& block, T* z) {
   bias(block.columns);  // converted here, before threads ask for it
-  const Matrix of_rows = e(block.rows);
-  const Matrix of_columns = c(block.columns);
-  Product product{};
-  product.M = block.rows.count;
-  product.N = block.columns.count;
-  product.K = call_.head.D;
-  product.a = {of_rows.data, of_rows.stride, false};
-  product.b = {of_columns.data, of_columns.stride, true};
-  product.c = z;
-  product.c_stride = block.columns.count;
-  product.type = call_.d.operand;
-  product.c_type = call_.d.stat;
-  product.alpha = call_.p.transform.logit_scale;
-  multiply(product);
+  multiply({.M = block.rows.count,
+            .N = block.columns.count,
+            .K = call_.head.D,
+            .a = {e(block.rows), false},
+            .b = {c(block.columns), true},
+            .c = z,
+            .c_stride = block.columns.count,
+            .type = call_.d.operand,
+            .c_type = call_.d.stat,
+            .alpha = call_.p.transform.logit_scale});
 }
 
 template class Operands<float>;

@@ -1,16 +1,11 @@
 // E, C and the bias as the products and the row work read them: where they lie, or converted.
 #pragma once
 
-#include "cpu/listed_rows.h"
-#include "cpu/row_ops.h"
+#include "core/matrix.h"
+#include "cpu/rows/listed_rows.h"
+#include "cpu/rows/row_ops.h"
 
 namespace cutloss::cpu {
-
-// A read-only matrix, ready for a product; its stride in elements.
-struct Matrix {
-  const void* data = nullptr;
-  std::int64_t stride = 0;
-};
 
 template <class T>
 class Operands {

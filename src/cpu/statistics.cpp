@@ -32,6 +32,7 @@ void Statistics<T>::add(const Block& block, const KeptLogits<T>* kept) {
   shared.argmax = call_.p.wanted.argmax;
   shared.zbar = call_.p.wanted.zbar;
   shared.class_weight = operands_.class_weight(columns);
+  shared.exponentials_type = d.kept_type;
 #pragma omp parallel for schedule(static)
   for (std::int64_t r = 0; r < block.rows.count; ++r) {
     const std::int64_t n = rows_.row(block.rows.begin + r);
@@ -42,18 +43,14 @@ void Statistics<T>::add(const Block& block, const KeptLogits<T>* kept) {
     row.transform = operands_.transform(n, columns);
     void* place = kept == nullptr ? nullptr : kept->row(in_chunk, columns);
     const bool exponentials = kept != nullptr && d.keeps_exponentials;
-    if (exponentials && d.operand == DType::bf16) {
-      row.exponentials_bf16 = static_cast<std::uint16_t*>(place);
-    } else if (exponentials) {
-      row.exponentials = static_cast<T*>(place);
-    }
+    if (exponentials) row.exponentials = place;
     // With a softcap the products are kept as they are: its slope cannot be told from z.
     const auto keep_z = [&] {
       std::memcpy(place, row.z, static_cast<std::size_t>(columns.count) * sizeof(T));
     };
     const bool keeps_z = kept != nullptr && !exponentials;
     if (keeps_z && call_.p.transform.softcap) keep_z();
-    row_statistics(row, of_chunk[in_chunk]);
+    row_ops<T>().statistics(row, of_chunk[in_chunk]);
     if (exponentials) kept->slab_max(in_chunk, columns) = row.slab_max;
     if (keeps_z && !call_.p.transform.softcap) keep_z();
   }

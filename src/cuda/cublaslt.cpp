@@ -264,7 +264,7 @@ void run(const Product& p, cudaStream_t stream) {
 // Part of an operand, from a row and a column of it as the product reads it.
 Operand part_of(const Operand& o, DType type, std::int64_t row, std::int64_t column) {
   const std::int64_t elements = o.transposed ? column * o.stride + row : row * o.stride + column;
-  return {static_cast<const std::byte*>(o.data) + elements * size_of(type), o.stride, o.transposed};
+  return {at(o.data, type, elements), o.stride, o.transposed};
 }
 
 // Tensor cores' quick kernels want extents along which an operand is contiguous to be multiples of
@@ -298,12 +298,12 @@ void multiply(const Product& p, cudaStream_t stream) {
     first.N = whole(p.N);
     rest.N = p.N - first.N;
     rest.b = part_of(p.b, p.type, 0, first.N);
-    rest.c = static_cast<std::byte*>(p.c) + first.N * size_of(p.c_type);
+    rest.c = at(p.c, p.c_type, first.N);
   } else if (p.a.transposed && splits(p.M)) {
     first.M = whole(p.M);
     rest.M = p.M - first.M;
     rest.a = part_of(p.a, p.type, first.M, 0);
-    rest.c = static_cast<std::byte*>(p.c) + first.M * p.c_stride * size_of(p.c_type);
+    rest.c = at(p.c, p.c_type, first.M * p.c_stride);
   } else {
     run(p, stream);
     return;

@@ -7,16 +7,10 @@
 #include <cstdint>
 #include <string>
 
+#include "core/matrix.h"
 #include "cutloss/cutloss.h"
 
 namespace cutloss::cuda {
-
-// A row-major matrix in device memory, read as it lies or transposed.
-struct Operand {
-  const void* data;
-  std::int64_t stride;  // elements from row to row as it lies
-  bool transposed;
-};
 
 // c = alpha a b, or c += alpha a b.
 struct Product {

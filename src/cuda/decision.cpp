@@ -1,8 +1,8 @@
 #include "cuda/decision.h"
 
 #include "core/dtype.h"
+#include "core/refuse.h"
 #include "core/sizes.h"
-#include "core/text.h"
 #include "cuda/device.h"
 #include "cuda/tuning.h"
 #include "plan/chunking.h"
@@ -27,22 +27,16 @@ DType product_type(const Problem& p, const DeviceFacts& device) {
 void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& p,
                const DeviceFacts& device) {
   const Head& head = head_of(p);
-  set_problem(d, algorithm, p);
+  set_problem(d, algorithm, p, product_type(p, device));
   d.device = device.index;
   d.multiprocessors = device.multiprocessors;
-  d.operand = product_type(p, device);
   const bool one_run = p.rows.shift == 0 || p.rows.sequences == 1;
   d.identity = one_run && p.rows.num_valid == row_count(p);
   const bool even =
       p.rows.sequences == 1 ||
       (p.rows.shift == 0 && head.e_sequence_stride == p.rows.length * head.e_row_stride);
   d.evenly = even && head.e_type == d.operand;
-  d.converts_c = head.c_type != d.operand;
-  d.converts_bias = head.has_bias && head.bias_type != d.stat;
-  d.keeps_exponentials = !p.upstream.entropy && !(p.transform.softcap && p.upstream.zbar);
-  d.kept_type = d.keeps_exponentials ? d.operand : d.stat;
   d.de_in_place = d.identity && d.de_type == d.stat;
-  d.dc_in_place = d.dc_type == d.stat;
 }
 
 void set_places(CudaDecision& d, Way way) {
@@ -69,12 +63,11 @@ bool packs_e_in_de(const CudaDecision& d, Way way, Pass pass) {
          !d.de_in_place && size_of(d.de_type) >= size_of(d.operand) && d.one_chunk;
 }
 
-const CudaDecision& on_current_device(const CudaDecision& d) {
+void need_current_device(const CudaDecision& d) {
   const int now = current_device().index;
-  if (now == d.device) return d;
-  throw Error(ErrorCode::invalid_value,
-              text("the plan was made on CUDA device ", d.device, ", but the current device is ",
-                   now, ": make it current, or make a plan there"));
+  if (now == d.device) return;
+  refuse_value("the plan was made on CUDA device ", d.device, ", but the current device is ", now,
+               ": make it current, or make a plan there");
 }
 
 void book_rows(Ledger& ledger, const CudaDecision& d) {

@@ -62,23 +62,13 @@ struct CudaDecision : Decision {
   bool identity = false;
   // E may be read where it lies, for rows that follow each other.
   bool evenly = false;
-  bool converts_c = false;
-  bool converts_bias = false;
-  // One chunk holds every row.
-  bool one_chunk = false;
   // cuda/library: rows and columns of one product of logits in forward, where no g takes memory.
   std::int64_t forward_rows = 0, forward_slab = 0;
-  // Where sums have no place of their own they lie in their output.
-  bool de_in_place = false;
-  bool dc_in_place = false;
   // A single product makes a slab of dC and rounds it itself; and in the last columns.
   bool one_product_makes_dc = false;
   bool one_product_makes_last_dc = false;
   // g takes the place of what was kept.
   bool g_in_kept = false;
-  // What is kept: exponentials in the products' dtype, or z in the stat dtype.
-  bool keeps_exponentials = false;
-  DType kept_type = DType::f32;
   // In the last columns kernels find rows of E by their positions, where these lie. Else E is
   // packed once more, a block of rows at a time, unless it is where it was.
   bool finds_last_e = false;
@@ -109,9 +99,8 @@ std::int64_t padded(std::int64_t columns, DType type);         // to 16 bytes
 bool reads_e_in_place(const CudaDecision& d, Way way, Pass pass);
 bool packs_e_in_de(const CudaDecision& d, Way way, Pass pass);
 
-// The decision. Throws Error(invalid_value) where it was made for another device than the current
-// one.
-const CudaDecision& on_current_device(const CudaDecision& d);
+// Throws Error(invalid_value) where it was made for another device than the current one.
+void need_current_device(const CudaDecision& d);
 
 // Books the list of rows, the same for all algorithms.
 void book_rows(Ledger& ledger, const CudaDecision& d);

@@ -1,7 +1,7 @@
 // What CUDA devices do that takes no plan.
 #include "cuda/device_calls.h"
 
-#include "cuda/row_facts.h"
+#include "cuda/rows/row_facts.h"
 
 namespace cutloss {
 namespace cuda {

@@ -15,34 +15,20 @@ bool dc_has_sums_of(const CudaDecision& d, bool in_last_columns) {
 }  // namespace
 
 void book_sums(Ledger& ledger, const CudaDecision& d, bool always_de_sums) {
-  const Problem& p = d.problem;
-  const Head& head = head_of(p);
-  const std::int64_t stat = size_of(d.stat), V = head.classes.count;
-  if (d.has_de_sums_in_dc()) {
-    ledger.share(buffer::kDeSums, d.sizes.chunk_rows * head.D * stat, "dC",
-                 "its last rows are made");
-  } else if (p.wanted.de.wanted && (always_de_sums || !d.de_in_place)) {
-    ledger.book(buffer::kDeSums, d.sizes.chunk_rows * head.D * stat);
-  }
-  if (dc_has_sums_of(d, false)) {
-    ledger.book(buffer::kDcSums, (d.one_chunk ? d.sizes.gradient_slab : V) * head.D * stat,
-                d.one_chunk ? Lifetime::step : Lifetime::call);
-  }
-  if (p.wanted.dbias.wanted) ledger.book(buffer::kDbiasSums, V * 8, Lifetime::call);
+  cutloss::book_sums(ledger, d, always_de_sums || !d.de_in_place, dc_has_sums_of(d, false));
 }
 
 template <class T>
 void GradientSums<T>::add_dbias(const Block& block, const BlockGradient& g) const {
-  ColumnSums what;
-  what.g = g.data;
-  what.stride = g.stride;
-  what.type = call_.d.operand;
-  what.rows = block.rows.count;
-  what.columns = block.columns.count;
-  what.sums = call_.buffer<double>(buffer::kDbiasSums) + block.columns.begin;
-  what.accumulate = block.rows.begin > 0;
-  what.scalars = g.scalars;
-  column_sums(what, call_.stream);
+  column_sums({.g = g.data,
+               .stride = g.stride,
+               .type = call_.d.operand,
+               .rows = block.rows.count,
+               .columns = block.columns.count,
+               .sums = call_.buffer<double>(buffer::kDbiasSums) + block.columns.begin,
+               .accumulate = block.rows.begin > 0,
+               .scalars = g.scalars},
+              call_.stream);
 }
 
 template <class T>
@@ -51,60 +37,52 @@ void GradientSums<T>::add_de(const Block& block, const BlockGradient& g) {
   const std::int64_t end = block.columns.begin + block.columns.count;
   for (std::int64_t v = block.columns.begin; v < end; v += most) {
     const Columns columns{v, std::min(most, end - v)};
-    const Matrix c = operands_.c(columns);
-    Product product{};
-    product.M = block.rows.count;
-    product.N = D;
-    product.K = columns.count;
-    product.a = {at(g.data, call_.d.operand, v - block.columns.begin), g.stride, false};
-    product.b = {c.data, c.stride, false};
-    product.c = de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * D;
-    product.c_stride = D;
-    product.c_type = call_.d.stat;
-    product.accumulate = v > 0;
-    product.alpha = call_.p.transform.logit_scale;
-    product.device_alpha = g.scalars;
-    products_.multiply(product);
+    products_.multiply(
+        {.M = block.rows.count,
+         .N = D,
+         .K = columns.count,
+         .a = {at(g.data, call_.d.operand, v - block.columns.begin), g.stride, false},
+         .b = {operands_.c(columns), false},
+         .c = call_.de_sums<T>(block.chunk) + (block.rows.begin - block.chunk.begin) * D,
+         .c_stride = D,
+         .c_type = call_.d.stat,
+         .alpha = call_.p.transform.logit_scale,
+         .device_alpha = g.scalars,
+         .accumulate = v > 0});
   }
 }
 
 template <class T>
 void GradientSums<T>::add_dc(const Block& block, const BlockGradient& g) {
-  const Head& head = call_.head;
-  const Matrix e = operands_.e(block.rows, block.chunk);
+  const std::int64_t D = call_.head.D;
   const bool whole =
       in_last_columns_ ? call_.d.one_product_makes_last_dc : call_.d.one_product_makes_dc;
-  Product product{};
-  product.M = block.columns.count;
-  product.N = head.D;
-  product.K = block.rows.count;
-  product.a = {g.data, g.stride, true};
-  product.b = {e.data, e.stride, false};
-  product.c = whole ? at(call_.args.gradients.dc, call_.d.dc_type, block.columns.begin * head.D)
-                    : dc_sums(block.columns);
-  product.c_stride = head.D;
-  product.c_type = whole ? call_.d.dc_type : call_.d.stat;
-  product.accumulate = adds_to_dc(block);
-  product.alpha = call_.p.transform.logit_scale;
-  product.device_alpha = g.scalars;
-  products_.multiply(product);
+  products_.multiply({.M = block.columns.count,
+                      .N = D,
+                      .K = block.rows.count,
+                      .a = {g.data, g.stride, true},
+                      .b = {operands_.e(block.rows, block.chunk), false},
+                      .c = whole ? call_.dc(block.columns.begin) : dc_sums(block.columns),
+                      .c_stride = D,
+                      .c_type = whole ? call_.d.dc_type : call_.d.stat,
+                      .alpha = call_.p.transform.logit_scale,
+                      .device_alpha = g.scalars,
+                      .accumulate = adds_to_dc(block)});
 }
 
 template <class T>
 void GradientSums<T>::store_columns(Columns columns) const {
-  const Head& head = call_.head;
   if (!dc_has_sums()) return;
-  copy_flat(dc_sums(columns), call_.d.stat,
-            at(call_.args.gradients.dc, call_.d.dc_type, columns.begin * head.D), call_.d.dc_type,
-            columns.count * head.D, call_.stream);
+  copy_flat(dc_sums(columns), call_.d.stat, call_.dc(columns.begin), call_.d.dc_type,
+            columns.count * call_.head.D, call_.stream);
 }
 
 template <class T>
 void GradientSums<T>::store_rows(RowRange chunk) const {
   const Head& head = call_.head;
   if (!call_.p.wanted.de.wanted || call_.d.de_in_place) return;
-  const RowCopy copy{de_sums(chunk),  call_.d.stat, head.D,      call_.args.gradients.de,
-                     call_.d.de_type, head.D,       chunk.count, head.D};
+  const RowCopy copy{call_.de_sums<T>(chunk), call_.d.stat, head.D,      call_.args.gradients.de,
+                     call_.d.de_type,         head.D,       chunk.count, head.D};
   scatter_rows(copy, rows_.places(chunk.begin), call_.stream);
 }
 
@@ -142,29 +120,15 @@ void GradientSums<T>::finish() const {
 }
 
 template <class T>
-T* GradientSums<T>::de_sums(RowRange chunk) const {
-  if (call_.d.de_in_place) {
-    return static_cast<T*>(call_.args.gradients.de) + chunk.begin * call_.head.D;
-  }
-  if (call_.d.has_de_sums_in_dc()) {
-    return static_cast<T*>(sums_in_dc(call_.d, call_.args.gradients.dc));
-  }
-  return call_.buffer<T>(buffer::kDeSums);
-}
-
-template <class T>
 bool GradientSums<T>::dc_has_sums() const {
   return dc_has_sums_of(call_.d, in_last_columns_);
 }
 
 template <class T>
 T* GradientSums<T>::dc_sums(Columns columns) const {
-  const std::int64_t first = columns.begin * call_.head.D;
-  if (!dc_has_sums()) return static_cast<T*>(call_.args.gradients.dc) + first;
-  if (in_last_columns_ && call_.d.packs_last_e) {
-    return call_.buffer<T>(buffer::kLastDcSums);
-  }
-  return call_.buffer<T>(buffer::kDcSums) + (call_.d.one_chunk ? 0 : first);
+  if (!dc_has_sums()) return static_cast<T*>(call_.dc(columns.begin));
+  if (in_last_columns_ && call_.d.packs_last_e) return call_.buffer<T>(buffer::kLastDcSums);
+  return call_.dc_sums<T>(columns);
 }
 
 template class GradientSums<float>;

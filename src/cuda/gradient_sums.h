@@ -36,8 +36,6 @@ class GradientSums {
   // Where dC of some columns accumulates; in the stat dtype unless it is written by one product.
   bool dc_has_sums() const;
   T* dc_sums(Columns columns) const;
-  // Where dE of a chunk does, (rows, D) packed.
-  T* de_sums(RowRange chunk) const;
   // Whether a block's dC is added to what is there: always where dC is added to, else after the
   // first rows.
   bool adds_to_dc(const Block& block) const {

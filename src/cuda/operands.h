@@ -1,7 +1,7 @@
 // E, C and the bias as products and kernels read them: where they lie, or packed and converted.
 #pragma once
 
-#include "cuda/listed_rows.h"
+#include "cuda/rows/listed_rows.h"
 
 namespace cutloss::cuda {
 

@@ -5,6 +5,7 @@
 #include "cuda/tuning.h"
 
 namespace cutloss::cuda {
+
 void Products::multiply(Product product) const {
   product.type = call_.d.operand;
   product.tf32 = call_.p.allow_tf32;
@@ -20,17 +21,15 @@ void Products::multiply(Product product) const {
 
 void Products::multiply_logits(const Matrix& e, const Matrix& c, std::int64_t rows,
                                std::int64_t columns, void* z, std::int64_t z_stride) const {
-  Product product{};
-  product.M = rows;
-  product.N = columns;
-  product.K = call_.head.D;
-  product.a = {e.data, e.stride, false};
-  product.b = {c.data, c.stride, true};
-  product.c = z;
-  product.c_stride = z_stride;
-  product.c_type = call_.d.stat;
-  product.alpha = call_.p.transform.logit_scale;
-  multiply(product);
+  multiply({.M = rows,
+            .N = columns,
+            .K = call_.head.D,
+            .a = {e, false},
+            .b = {c, true},
+            .c = z,
+            .c_stride = z_stride,
+            .c_type = call_.d.stat,
+            .alpha = call_.p.transform.logit_scale});
 }
 
 }  // namespace cutloss::cuda

@@ -1,7 +1,7 @@
 #include "cuda/refusal.h"
 
 #include "core/text.h"
-#include "cuda/row_facts.h"
+#include "cuda/rows/row_facts.h"
 
 namespace cutloss::cuda {
 

@@ -24,22 +24,26 @@ void sweep(Columns all, std::int64_t slab, RowRange chunk, std::int64_t block_ro
   }
 }
 
-// The gradients of a chunk: add(Block, Which) for each block, store_columns(Columns) when a slab
-// has seen every row of the chunk, and store_rows() when the rows have seen every column. Where
-// dE's sums wait in dC's last rows (LastColumns), those columns come twice, and end_of_sums() is
-// called when the sums have left.
+// Which gradients of a block are made.
 struct Which {
   bool de = true;
   // dC and dbias.
   bool dc = true;
 };
-template <class Add, class StoreColumns, class StoreRows, class EndOfSums>
-void sweep_gradients(const Decision& d, RowRange chunk, Add add, StoreColumns store_columns,
-                     StoreRows store_rows, EndOfSums end_of_sums) {
+
+// The gradients of a chunk, over an engine's components: calls add(Block, Which) for each block,
+// and stores what has seen every row or every column. Where dE's sums wait in dC's last rows
+// (LastColumns), those columns come twice, and end_of_sums() is called when the sums have left.
+template <class Parts, class Add, class EndOfSums>
+void sweep_gradients(Parts& parts, RowRange chunk, Add add, EndOfSums end_of_sums) {
+  const Decision& d = parts.call.d;
   const Sizes& s = d.sizes;
+  const bool last_chunk = chunk.begin + chunk.count == parts.rows.to_cover();
+  const auto store_columns = [&](Columns columns) {
+    if (last_chunk) parts.sums.store_columns(columns);
+  };
   const Columns first{0, d.last.begin};
   const Columns last{d.last.begin, classes_of(d.problem).count - d.last.begin};
-  const auto nothing = [](Columns) {};
   sweep(
       first, s.gradient_slab, chunk, s.gradient_rows,
       [&](const Block& block) { add(block, Which{}); }, store_columns);
@@ -48,8 +52,8 @@ void sweep_gradients(const Decision& d, RowRange chunk, Add add, StoreColumns st
       [&](const Block& block) {
         add(block, Which{true, false});
       },
-      nothing);
-  store_rows();
+      [](Columns) {});
+  parts.sums.store_rows(chunk);
   if (last.count == 0) return;
   end_of_sums();
   sweep(

@@ -48,6 +48,16 @@ struct Decision {
   DType stat = DType::f32;
   // Of the gradients.
   DType de_type = DType::f32, dc_type = DType::f32, dbias_type = DType::f32;
+  // C and the bias are converted, or read where they lie.
+  bool converts_c = false, converts_bias = false;
+  // Sums that have no place of their own accumulate in their output.
+  bool de_in_place = false, dc_in_place = false;
+  // One chunk holds every row.
+  bool one_chunk = false;
+  // What is kept of logits: exponentials times the softcap's slope in the products' dtype, or z in
+  // the stat dtype where g needs z itself.
+  bool keeps_exponentials = false;
+  DType kept_type = DType::f32;
   Sizes sizes;
   LastColumns last;
   // Args::kept, and Args::workspace of a forward or joint pass and of a backward pass.
@@ -58,8 +68,8 @@ struct Decision {
   bool has_de_sums_in_dc() const { return last.begin < classes_of(problem).count; }
 };
 
-// What follows from the problem alone.
-void set_problem(Decision& d, const Algorithm& algorithm, const Problem& problem);
+// What follows from the problem and the products' dtype alone.
+void set_problem(Decision& d, const Algorithm& algorithm, const Problem& problem, DType operand);
 
 // Where the columns begin in whose rows of dC dE's sums may wait; V where they may not.
 // `in_place`: dE's sums have a place already. `unit`: what the column is a multiple of.
@@ -70,6 +80,10 @@ inline constexpr std::int64_t kSumsAlign = 256;
 // Where dE's sums begin in dC: at the row of the first last column, or at the next multiple of
 // kSumsAlign bytes.
 void* sums_in_dc(const Decision& d, void* dc);
+
+// Books the sums of the gradients that are wanted: dE's unless they lie in dC or in dE itself, dC's
+// where `has_dc_sums`, and dbias's.
+void book_sums(Ledger& ledger, const Decision& d, bool has_de_sums, bool has_dc_sums);
 
 inline std::int64_t peak_bytes(const Decision& d) {
   return d.kept.bytes() + std::max(d.forward.bytes(), d.backward.bytes());

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "core/dtype.h"
+#include "core/refuse.h"
 #include "core/text.h"
 #include "core/validate.h"
 #include "plan/plan.h"
@@ -198,8 +199,7 @@ const Engine& engine_named(std::span<const Engine* const> engines, std::string_v
     if (engine->name == name) return *engine;
     known += text(known.empty() ? "" : ", ", engine->name);
   }
-  throw Error(ErrorCode::invalid_value,
-              text("there is no engine '", name, "' in this build; it has ", known));
+  refuse_value("there is no engine '", name, "' in this build; it has ", known);
 }
 
 Plan make_plan(const Problem& problem, std::span<const Engine* const> engines,
@@ -228,16 +228,16 @@ Plan make_plan(const Problem& problem, std::span<const Engine* const> engines,
   std::string all;
   for (const std::string& reason : reasons) all += "\n  " + reason;
   if (!supported) {
-    throw Error(ErrorCode::unsupported, "no engine supports this problem:" + all);
+    refuse(ErrorCode::unsupported, "no engine supports this problem:" + all);
   }
   if (smallest == kUnknown) {
-    throw Error(ErrorCode::unsupported, text("no engine goes by schedule ", name(p.schedule),
-                                             " here; leave the schedule to the plan:", all));
+    refuse(ErrorCode::unsupported, "no engine goes by schedule ", name(p.schedule),
+           " here; leave the schedule to the plan:", all);
   }
-  throw Error(ErrorCode::workspace,
-              text("max_workspace is ", memory_text(p.max_workspace.value_or(default_workspace(p))),
-                   ", but the smallest plan needs ", memory_text(smallest),
-                   "; grant at least that, or leave max_workspace unset:", all));
+  refuse(ErrorCode::workspace, "max_workspace is ",
+         memory_text(p.max_workspace.value_or(default_workspace(p))),
+         ", but the smallest plan needs ", memory_text(smallest),
+         "; grant at least that, or leave max_workspace unset:", all);
 }
 
 std::string describe(const Plan& plan) {

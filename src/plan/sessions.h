@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "core/refuse.h"
 #include "core/text.h"
 #include "cutloss/call.h"
 #include "plan/decision.h"
@@ -66,7 +67,7 @@ class CheckedSession : public Session {
   void check(const char* call, std::int64_t chunk) const {
     need_begun(call);
     if (chunk >= 0 && chunk < chunks_) return;
-    throw Error(ErrorCode::invalid_value, text("chunk ", chunk, " is outside [0, ", chunks_, ")"));
+    refuse_value("chunk ", chunk, " is outside [0, ", chunks_, ")");
   }
   void need_begun(const char* call) const {
     if (!begun_) refuse(call, "begin was not called; resume continues a session that has begun");
@@ -75,7 +76,7 @@ class CheckedSession : public Session {
     if (!cutloss::makes_gradients(pass_)) refuse(call, "it was opened for Pass::forward");
   }
   [[noreturn]] static void refuse(const char* call, const std::string& why) {
-    throw Error(ErrorCode::invalid_value, text("Session::", call, ": ", why));
+    refuse_value("Session::", call, ": ", why);
   }
 
   const std::int64_t chunks_;

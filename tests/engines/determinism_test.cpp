@@ -4,7 +4,7 @@
 
 #include <thread>
 
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
 #include "engines.h"
 
 namespace cutloss::test {

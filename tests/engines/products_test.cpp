@@ -5,7 +5,7 @@
 #include <limits>
 #include <random>
 
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
 #include "engines.h"
 
 namespace cutloss::test {

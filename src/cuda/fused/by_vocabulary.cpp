@@ -3,7 +3,7 @@
 // are narrow and the operands bf16, else cuBLASLt's; dC's is our own for bf16. Four products.
 #include <algorithm>
 
-#include "cuda/fused/algorithms.h"
+#include "cuda/fused/engine.h"
 #include "cuda/fused/statistics.h"
 
 namespace cutloss::cuda::fused {
@@ -49,8 +49,7 @@ DcProduct dc_product(Components& parts, const Block& block, const BlockGradient&
   }
   product.scale = static_cast<float>(call.p.transform.logit_scale);
   product.dc_type = has_sums ? DType::f32 : call.d.dc_type;
-  product.dc = has_sums ? parts.sums.dc_sums(columns)
-                        : at(call.args.gradients.dc, call.d.dc_type, columns.begin * head.D);
+  product.dc = has_sums ? parts.sums.dc_sums(columns) : call.dc(columns.begin);
   product.rows = static_cast<int>(block.rows.count);
   product.V = static_cast<int>(columns.count);
   product.D = static_cast<int>(head.D);
@@ -68,7 +67,7 @@ DeProduct de_product(Components& parts, const Block& block, const BlockGradient&
   product.g = {at(g.data, DType::bf16, columns.begin - block.columns.begin), g.stride};
   product.c = parts.operands.c(columns);
   product.sums =
-      parts.sums.de_sums(block.chunk) + (block.rows.begin - block.chunk.begin) * call.head.D;
+      parts.call.de_sums<float>(block.chunk) + (block.rows.begin - block.chunk.begin) * call.head.D;
   product.rows = static_cast<int>(block.rows.count);
   product.columns = static_cast<int>(columns.count);
   product.D = static_cast<int>(call.head.D);
@@ -118,7 +117,7 @@ struct Steps {
     const Wanted& wanted = parts.call.p.wanted;
     const bool last_chunk = chunk.begin + chunk.count == parts.rows.to_cover();
     sweep_gradients(
-        parts.d, chunk,
+        parts, chunk,
         [&](const Block& block, Which which) {
           const BlockGradient g = make_g(parts, block);
           if (wanted.dbias.wanted && which.dc) parts.sums.add_dbias(block, g);
@@ -131,10 +130,6 @@ struct Steps {
             add_dc(parts, block, g);
           }
         },
-        [&](Columns columns) {
-          if (last_chunk) parts.sums.store_columns(columns);
-        },
-        [&] { parts.sums.store_rows(chunk); },
         [&] {
           parts.finds_e = parts.d.finds_last_e && parts.call.reads.e_in_de;
           parts.operands.leave_de();

@@ -1,6 +1,6 @@
 #include "cuda/fused/components.h"
 
-#include "core/text.h"
+#include "core/refuse.h"
 
 namespace cutloss::cuda::fused {
 namespace {
@@ -8,11 +8,9 @@ namespace {
 // The copy engine reads rows in units of 16 bytes.
 void need_alignment(const void* data, const char* what) {
   if (reinterpret_cast<std::uintptr_t>(data) % 16 == 0) return;
-  throw Error(ErrorCode::invalid_value,
-              text(what,
-                   " must start at a multiple of 16 bytes for engine cuda/fused_sm90, got "
-                   "address ",
-                   data, "; copy it, or set the problem's engine to cuda/library"));
+  refuse_value(what,
+               " must start at a multiple of 16 bytes for engine cuda/fused_sm90, got address ",
+               data, "; copy it, or set the problem's engine to cuda/library");
 }
 
 }  // namespace

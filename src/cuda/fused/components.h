@@ -7,15 +7,13 @@
 #include "cuda/fused/decision.h"
 #include "cuda/fused/rows.h"
 #include "cuda/gradient_sums.h"
-#include "cuda/row_coefficients.h"
+#include "cuda/rows/row_coefficients.h"
 #include "loops/sweep.h"
 #include "plan/sessions.h"
 
 namespace cutloss::cuda::fused {
 
 struct Components {
-  Components(const Components&) = delete;
-  Components& operator=(const Components&) = delete;
   // Throws Error(invalid_value) for pointers that the copy engine cannot read from.
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass);
 

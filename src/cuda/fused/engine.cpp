@@ -4,7 +4,7 @@
 
 #include "core/text.h"
 #include "cuda/device.h"
-#include "cuda/fused/algorithms.h"
+#include "cuda/fused/decision.h"
 #include "cuda/fused/tuning.h"
 #include "cuda/refusal.h"
 

@@ -1,5 +1,5 @@
-// The engine for Hopper: own TMA and WGMMA kernels (sm90/), in which row work is done where the
-// logits are.
+// The engine for Hopper, whose own TMA and WGMMA kernels (sm90/) do the row work where the logits
+// are, and its algorithms.
 #pragma once
 
 #include "plan/algorithm.h"
@@ -8,4 +8,9 @@ namespace cutloss {
 
 extern const Engine cuda_fused_sm90_engine;
 
+namespace cuda::fused {
+
+extern const Algorithm forward_algorithm, exponentials, stored, by_vocabulary;
+
+}  // namespace cuda::fused
 }  // namespace cutloss

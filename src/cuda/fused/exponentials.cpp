@@ -4,8 +4,8 @@
 // which x leaves out, is added apart. Three products.
 //
 // stored: the same with every row in one chunk, and what is kept waits for backward.
-#include "cuda/fused/algorithms.h"
 #include "cuda/fused/components.h"
+#include "cuda/fused/engine.h"
 #include "cuda/fused/targets.h"
 
 namespace cutloss::cuda::fused {

@@ -1,5 +1,5 @@
 // The statistics alone. One product.
-#include "cuda/fused/algorithms.h"
+#include "cuda/fused/engine.h"
 #include "cuda/fused/statistics.h"
 
 namespace cutloss::cuda::fused {

@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
-#include "cuda/common/row_table.h"
+#include "core/matrix.h"
 #include "cuda/fused/tile_walk.h"
-#include "cuda/matrix.h"
+#include "cuda/rows/row_table.h"
 #include "cutloss/cutloss.h"
 
 namespace cutloss::cuda::fused {

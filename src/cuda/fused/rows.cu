@@ -2,7 +2,7 @@
 
 #include "core/row_outputs.h"
 #include "core/transform.h"
-#include "cuda/common/device_math.cuh"
+#include "cuda/math.cuh"
 
 namespace cutloss::cuda::fused {
 namespace {

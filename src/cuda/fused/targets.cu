@@ -2,7 +2,7 @@
 
 #include <cub/device/device_radix_sort.cuh>
 
-#include "cuda/common/device_math.cuh"
+#include "cuda/math.cuh"
 
 namespace cutloss::cuda::fused {
 namespace {

@@ -41,19 +41,14 @@ void Components<T>::add_statistics(const Block& block, bool keep) {
 template <class T>
 void Components<T>::make_gradients(RowRange chunk, bool from_kept) {
   const Wanted& wanted = call.p.wanted;
-  const bool last_chunk = chunk.begin + chunk.count == rows.to_cover();
   sweep_gradients(
-      call.d, chunk,
+      *this, chunk,
       [&](const Block& block, Which which) {
         const BlockGradient g = from_kept ? from_kept_logits(block) : from_product(block);
         if (wanted.dbias.wanted && which.dc) sums.add_dbias(block, g);
         if (wanted.de.wanted && which.de) sums.add_de(block, g);
         if (wanted.dc.wanted && which.dc) sums.add_dc(block, g);
       },
-      [&](Columns columns) {
-        if (last_chunk) sums.store_columns(columns);
-      },
-      [&] { sums.store_rows(chunk); },
       [&] {
         operands.leave_de();
         sums.begin_last_columns();

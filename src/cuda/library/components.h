@@ -6,7 +6,8 @@
 
 #include "cuda/gradient_sums.h"
 #include "cuda/library/decision.h"
-#include "cuda/row_coefficients.h"
+#include "cuda/library/kernels.h"
+#include "cuda/rows/row_coefficients.h"
 #include "loops/sweep.h"
 
 namespace cutloss::cuda::library {
@@ -14,8 +15,6 @@ namespace cutloss::cuda::library {
 // T: the stat dtype.
 template <class T>
 struct Components {
-  Components(const Components&) = delete;
-  Components& operator=(const Components&) = delete;
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)
       : call(std::move(decision), args, pass),
         rows(call),

@@ -6,8 +6,8 @@
 #include "core/dtype.h"
 #include "core/logit_math.h"
 #include "core/text.h"
-#include "cuda/common/kernels.h"
 #include "cuda/gradient_sums.h"
+#include "cuda/library/kernels.h"
 #include "cuda/library/tuning.h"
 #include "plan/chunking.h"
 

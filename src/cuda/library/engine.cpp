@@ -5,7 +5,6 @@
 #include "core/text.h"
 #include "cuda/cublaslt.h"
 #include "cuda/device.h"
-#include "cuda/library/algorithms.h"
 #include "cuda/library/tuning.h"
 #include "cuda/refusal.h"
 

@@ -1,7 +1,7 @@
 // The operands of dC's and dE's products, as their kernels take them.
 #pragma once
 
-#include "cuda/fused/sm90/accumulate_epilogue.cuh"
+#include "cuda/fused/sm90/epilogues/accumulate.cuh"
 #include "cuda/fused/sm90/launch.cuh"
 
 namespace cutloss::cuda::fused::sm90 {

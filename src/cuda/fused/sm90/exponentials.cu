@@ -1,4 +1,4 @@
-#include "cuda/fused/sm90/exponentials_epilogue.cuh"
+#include "cuda/fused/sm90/epilogues/exponentials.cuh"
 #include "cuda/fused/sm90/instances.h"
 #include "cuda/fused/sm90/launch.cuh"
 

@@ -2,7 +2,7 @@
 // Where rows of E have positions (bf16 alone), one of two kernels does the work, as in forward.
 #pragma once
 
-#include "cuda/fused/sm90/gradient_epilogue.cuh"
+#include "cuda/fused/sm90/epilogues/gradient.cuh"
 #include "cuda/fused/sm90/instances.h"
 #include "cuda/fused/sm90/launch.cuh"
 

@@ -1,9 +1,9 @@
 // Forward's kernel, instance by instance: element type, what clusters share, which statistics.
 #pragma once
 
+#include "cuda/fused/sm90/epilogues/statistics.cuh"
 #include "cuda/fused/sm90/instances.h"
 #include "cuda/fused/sm90/launch.cuh"
-#include "cuda/fused/sm90/statistics_epilogue.cuh"
 
 namespace cutloss::cuda::fused::sm90 {
 

@@ -4,7 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "core/dtype.h"
-#include "core/text.h"
+#include "core/refuse.h"
 
 namespace cutloss::cuda::fused::sm90 {
 namespace {
@@ -39,8 +39,8 @@ CUtensorMapDataType data_type(DType type) {
 CUtensorMap tensor_map(const void* data, DType type, std::int64_t rows, std::int64_t columns,
                        std::int64_t stride, int box_rows, int box_columns) {
   if (encoder() == nullptr) {
-    throw Error(ErrorCode::unsupported,
-                "the CUDA driver has no cuTensorMapEncodeTiled: update it to 525 or later");
+    refuse(ErrorCode::unsupported,
+           "the CUDA driver has no cuTensorMapEncodeTiled: update it to 525 or later");
   }
   CUtensorMap map;
   const cuuint64_t extent[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
@@ -53,10 +53,9 @@ CUtensorMap tensor_map(const void* data, DType type, std::int64_t rows, std::int
                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
-    throw Error(ErrorCode::internal,
-                text("the driver refused to describe a matrix of ", rows, " x ", columns,
-                     " with rows ", stride, " elements apart at address ", data, " (error ",
-                     static_cast<int>(result), ")"));
+    refuse(ErrorCode::internal, "the driver refused to describe a matrix of ", rows, " x ", columns,
+           " with rows ", stride, " elements apart at address ", data, " (error ",
+           static_cast<int>(result), ")");
   }
   return map;
 }

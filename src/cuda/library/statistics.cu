@@ -1,0 +1,225 @@
+// Forward's row pass: one read of a block of logits. A warp takes a piece of a row at a time and
+// joins it to the row's state, as logit_math.h says; where rows are few, several warps share one,
+// each a run of pieces, joined in order.
+#include <algorithm>
+
+#include "cuda/library/piece.cuh"
+
+namespace cutloss::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+
+// What is kept where nothing is: the kernel then needs fewer registers.
+struct Nothing {};
+
+// A piece's e^(z - shift) to memory, times the softcap's slope; the target's place then holds its
+// own slope. Instructions bound this pass, so what most losses do not want is behind branches that
+// a whole piece takes. `from`, `bias`: the piece's, which the slopes are made of. They are read
+// once more, from a cache: there are no registers in which they could have waited.
+template <class T, class K>
+__device__ __forceinline__ void keep_piece(T (&e)[Piece<T>::kValues], T softcap, const T* from,
+                                           const T* bias, int target, K* kept, int columns) {
+  using P = Piece<T>;
+  constexpr T kScale = std::is_same_v<K, __half> ? T(kept_scale(DType::f16)) : T(1);
+  if (softcap == T(0)) {
+    if (target >= 0) {
+#pragma unroll
+      for (int i = 0; i < P::kValues; ++i) {
+        if (P::column(i) == target) e[i] = T(1);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) e[i] *= kScale;
+  } else {
+    T a[P::kValues];
+    load_piece(from, columns, a);
+    add_bias(a, bias, columns);
+    const T inverse = T(1) / softcap;
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      const T slope = tanh_slope(a[i] * inverse) * kScale;
+      e[i] = P::column(i) == target ? slope : e[i] * slope;
+    }
+  }
+  store_piece(e, kept, columns);
+}
+
+template <class T, class K, bool kAll>
+__device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t row, int piece,
+                                          int vocabulary_target, T inv_temperature,
+                                          RowState<T>& state) {
+  using P = Piece<T>;
+  const int first = piece * kPieceColumns<T>;
+  const int columns = s.block.columns - first;  // or more than a piece
+  T z[P::kValues];
+  const T* from = s.block.z + row * s.block.stride + first;
+  const T* bias = s.block.bias == nullptr ? nullptr : s.block.bias + first;
+  load_piece(from, columns, z);
+  [[maybe_unused]] K* kept = static_cast<K*>(s.kept.data) + row * s.kept.stride + first;
+  if constexpr (std::is_same_v<K, T>) {
+    // With a softcap the products are kept as they are: its slope cannot be told from z.
+    if (!s.kept.exponentials && s.block.softcap != T(0)) store_piece(z, kept, columns);
+  }
+  transform_piece(z, bias, s.block.softcap, inv_temperature, columns);
+  if constexpr (std::is_same_v<K, T>) {
+    if (!s.kept.exponentials && s.block.softcap == T(0)) store_piece(z, kept, columns);
+  }
+
+  if (columns < kPieceColumns<T>) {
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      if (P::column(i) >= columns) z[i] = -infinity<T>();
+    }
+  }
+  int target = vocabulary_target - s.block.first_column - first;
+  if (target >= kPieceColumns<T> || target >= columns) target = -1;
+  RowState<T> part;
+  if (target >= 0) {
+    T found = 0;
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      if (P::column(i) == target) {
+        found = z[i];
+        z[i] = -infinity<T>();
+      }
+    }
+    state.target_logit = __shfl_sync(kAllLanes, found, target / P::kVector % 32);
+  }
+
+  T top = -infinity<T>();
+#pragma unroll
+  for (int i = 0; i < P::kValues; ++i) top = larger(top, z[i]);
+  top = warp_max(top);
+  // Columns come in their order: only a larger logit can be the first of the largest.
+  if (kAll && s.argmax && top > state.max) {
+    int column = kPieceColumns<T>;
+#pragma unroll
+    for (int i = P::kValues - 1; i >= 0; --i) {
+      if (z[i] == top) column = P::column(i);
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      column = min(column, __shfl_xor_sync(kAllLanes, column, distance));
+    }
+    part.argmax = s.block.first_column + first + column;
+  }
+
+  // Nothing but -inf sums to nothing; a shift of 0 keeps -inf - (-inf) out of it.
+  const T shift = top == -infinity<T>() ? T(0) : top;
+  if (kAll && s.zbar) {
+    T total = 0, weights = 0;
+#pragma unroll
+    for (int i = 0; i < P::kValues; ++i) {
+      const int column = P::column(i);
+      if (column >= columns || column == target) continue;
+      const T weight = s.class_weight == nullptr ? T(1) : s.class_weight[first + column];
+      total += weight * (z[i] - shift);
+      weights += weight;
+    }
+    part.zbar = warp_sum(total);
+    part.weight_seen = warp_sum(weights);
+  }
+  T e[P::kValues];
+  T sum = 0, weighted = 0;
+#pragma unroll
+  for (int i = 0; i < P::kValues; ++i) {
+    e[i] = std::exp(z[i] - shift);
+    sum += e[i];
+    if (kAll && s.entropy && e[i] != T(0)) weighted += e[i] * (z[i] - shift);
+  }
+  sum = warp_sum(sum);
+  if (kAll && s.entropy) weighted = warp_sum(weighted);
+  if constexpr (!std::is_same_v<K, Nothing>) {
+    if (s.kept.exponentials) {
+      keep_piece(e, s.block.softcap, from, bias, target, kept, columns);
+      if (threadIdx.x % 32 == 0) s.kept.maxima[row * s.kept.maxima_stride + piece] = top;
+    }
+  }
+  part.max = top;
+  part.sum = sum;
+  part.weighted_sum = weighted;
+  merge(state, part);
+}
+
+// Blocks on a multiprocessor, as registers allow.
+template <class T, class K, bool kAll>
+constexpr int kBlocks = sizeof(T) == 8                        ? 1
+                        : std::is_same_v<K, Nothing> && !kAll ? 3
+                                                              : 2;
+
+// kAll: entropy, zbar or argmax are wanted.
+template <class T, class K, bool kAll>
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
+    statistics_kernel(StatisticsOf<T> s, int warps_per_row) {
+  // Bytes, because a RowState has initialisers, which shared memory may not have.
+  alignas(16) __shared__ unsigned char bytes[kWarps * sizeof(RowState<T>)];
+  auto* shared = reinterpret_cast<RowState<T>*>(bytes);
+  const int warp = threadIdx.x / 32;
+  const int part = warp % warps_per_row;
+  const std::int64_t row =
+      std::int64_t{blockIdx.x} * (kWarps / warps_per_row) + warp / warps_per_row;
+  const std::int64_t entry = s.block.first_entry + row;
+  const bool live = row < s.block.rows && s.block.table.row[entry] >= 0;
+  RowState<T> state;
+  if (live) {
+    if (part == 0 && s.block.first_column > 0) state = s.states[row];
+    if (!kAll) {  // registers are short: what is not wanted shall not take one
+      state.zbar = state.weight_seen = 0;
+      state.argmax = -1;
+    }
+    const int target = s.block.table.target[entry];
+    const T inv_temperature = static_cast<const T*>(s.block.table.inv_temperature)[entry];
+    const int pieces = (s.block.columns + kPieceColumns<T> - 1) / kPieceColumns<T>;
+    const int end = pieces * (part + 1) / warps_per_row;
+    for (int piece = pieces * part / warps_per_row; piece < end; ++piece) {
+      add_piece<T, K, kAll>(s, row, piece, target, inv_temperature, state);
+    }
+  }
+  if (warps_per_row > 1) {
+    if (threadIdx.x % 32 == 0) shared[warp] = state;
+    __syncthreads();
+    if (part == 0) {
+      for (int i = 1; i < warps_per_row; ++i) merge(state, shared[warp + i]);
+    }
+  }
+  if (live && part == 0 && threadIdx.x % 32 == 0) s.states[row] = state;
+}
+
+// Enough warps to fill a large GPU; the same on every GPU, so that all make the same bits.
+int warps_for(std::int64_t rows, std::int64_t pieces) {
+  constexpr std::int64_t kEnough = 4096;
+  int warps = 1;
+  while (warps < kWarps && rows * warps < kEnough && warps * 2 <= pieces) warps *= 2;
+  return warps;
+}
+
+template <class T, class K>
+void run(const StatisticsOf<T>& s, cudaStream_t stream) {
+  const int warps = warps_for(s.block.rows, divide_up(s.block.columns, kPieceColumns<T>));
+  const bool all = s.entropy || s.zbar || s.argmax;
+  launch(all ? statistics_kernel<T, K, true> : statistics_kernel<T, K, false>, "row_statistics",
+         divide_up(s.block.rows, kWarps / warps), kThreads, stream, s, warps);
+}
+
+}  // namespace
+
+template <>
+void row_statistics<float>(const StatisticsOf<float>& s, cudaStream_t stream) {
+  if (s.kept.data == nullptr) return run<float, Nothing>(s, stream);
+  switch (s.kept.type) {
+    case DType::bf16:
+      return run<float, __nv_bfloat16>(s, stream);
+    case DType::f16:
+      return run<float, __half>(s, stream);
+    default:
+      return run<float, float>(s, stream);
+  }
+}
+
+template <>
+void row_statistics<double>(const StatisticsOf<double>& s, cudaStream_t stream) {
+  s.kept.data == nullptr ? run<double, Nothing>(s, stream) : run<double, double>(s, stream);
+}
+
+}  // namespace cutloss::cuda
