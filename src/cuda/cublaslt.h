@@ -19,8 +19,9 @@ struct Product {
   Operand b;  // (K,N)
   void* c;    // (M,N)
   std::int64_t c_stride;
-  DType type;    // of a and b
-  DType c_type;  // f32 (f64 with f64), or that of a and b; sums are fp32 (fp64) either way
+  DType type = DType::f32;  // of a and b
+  DType c_type =
+      DType::f32;  // f32 (f64 with f64), or that of a and b; sums are fp32 (fp64) either way
   double alpha = 1;
   const void* device_alpha = nullptr;  // where not null: alpha in device memory, then 0 and 1
   bool accumulate = false;

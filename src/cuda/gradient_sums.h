@@ -26,12 +26,15 @@ class GradientSums {
   void add_de(const Block& block, const BlockGradient& g);
   void add_dc(const Block& block, const BlockGradient& g);
 
-  // These columns have seen every row of the list, these rows every column.
+  // These columns have seen every row of the list, these rows every column. A chunk's rows are
+  // stored once.
   void store_columns(Columns columns) const;
-  void store_rows(RowRange chunk) const;
-  // The rest: rows that predict nothing or are ignored, dbias, everything where no row counts, and
-  // NaN where num_valid is wrong.
-  void finish() const;
+  void store_rows(RowRange chunk);
+  // All rows are stored; here are those of dE that predict nothing or are ignored, and NaN where
+  // num_valid is wrong. Tells Args::de_event. May come before the last of dC, and comes once.
+  void finish_de();
+  // The rest: that, dbias, and everything where no row counts.
+  void finish();
 
   // Where dC of some columns accumulates; in the stat dtype unless it is written by one product.
   bool dc_has_sums() const;
@@ -50,11 +53,16 @@ class GradientSums {
   }
 
  private:
+  // NaN where num_valid is wrong, which the device finds out.
+  void poison(void* values, DType type, std::int64_t count) const;
+
   const Call& call_;
   const ListedRows<T>& rows_;
   Operands<T>& operands_;
   const Products& products_;
   bool in_last_columns_ = false;
+  std::int64_t stored_rows_ = -1;  // the chunk's that was stored last begin here
+  bool de_is_finished_ = false;
 };
 
 // What the sums take in a workspace: dE of `chunk_rows` rows, dC, dbias.
