@@ -192,6 +192,10 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         )
 
 
+# Read here, once: torch.compile does not trace inspect.
+_OPTIONS = frozenset(inspect.signature(liger_fused_linear_cross_entropy).parameters)
+
+
 def LigerForCausalLMLoss(  # a function, under the name that it has there
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -227,8 +231,7 @@ def LigerForCausalLMLoss(  # a function, under the name that it has there
     :param return_predicted_tokens: Also return the largest logit's index of each token, of all
         sequences in a row, -1 where it is ignored.
     """
-    options = inspect.signature(liger_fused_linear_cross_entropy).parameters
-    given = {name: value for name, value in kwargs.items() if name in options}
+    given = {name: value for name, value in kwargs.items() if name in _OPTIONS}
     if given.get("return_z_loss"):
         raise NotImplementedError(
             "LigerForCausalLMLoss has no place for the z-loss in what it returns, got "
