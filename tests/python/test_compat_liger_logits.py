@@ -254,5 +254,7 @@ def test_causal_lm_refusals():
         liger.LigerForCausalLMLoss(p.e, p.c, p.targets, 24, return_z_loss=True)
     with pytest.raises(ValueError, match=r"got \(3, 20, 24\) and hidden_size 48"):
         liger.LigerForCausalLMLoss(p.e, p.c, p.targets, 48)
+    with pytest.raises(TypeError, match="labels must be a torch.Tensor, got NoneType"):
+        liger.LigerForCausalLMLoss(p.e, p.c, None, 24)
     with pytest.raises(TypeError, match="reduction"):
         liger.LigerForCausalLMLoss(p.e, p.c, p.targets, 24, reduction="sum")

@@ -99,10 +99,7 @@ def liger_fused_linear_cross_entropy(
 
 
 def _shapes(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    for name, t in dict(input=input, weight=weight, target=target).items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        checks.layout(name, t)
+    checks.dense(input=input, weight=weight, target=target)
     shape = checks.shape
     fits = weight.dim() == 2 and input.dim() >= 1 and input.shape[-1] == weight.shape[1]
     if fits and target.shape == input.shape[:-1]:
@@ -237,12 +234,14 @@ def LigerForCausalLMLoss(  # a function, under the name that it has there
             "LigerForCausalLMLoss has no place for the z-loss in what it returns, got "
             "return_z_loss=True: leave it out, or call liger_fused_linear_cross_entropy"
         )
+    checks.dense(hidden_states=hidden_states)
     if hidden_states.shape[-1] != hidden_size:
         raise ValueError(
             f"hidden_states must be (..., hidden_size), got {checks.shape(hidden_states)} and "
             f"hidden_size {hidden_size}"
         )
     if shift_labels is None:
+        checks.dense(labels=labels)
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     result = liger_fused_linear_cross_entropy(
         hidden_states.reshape(-1, hidden_size),

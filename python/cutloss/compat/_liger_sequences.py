@@ -10,7 +10,7 @@ from ..losses import TokenLogProbs, token_log_probs
 
 def check(order: str, _input: Tensor, lin_weight: Tensor, target: Tensor) -> None:
     """`order`: of the module's arguments, for whoever has exchanged them."""
-    checks.tensors(_input=_input, lin_weight=lin_weight, target=target)
+    checks.dense(_input=_input, lin_weight=lin_weight, target=target)
     shape = checks.shape
     if _input.dim() == 3 and lin_weight.dim() == 2 and target.shape == _input.shape[:2]:
         return
