@@ -137,6 +137,20 @@ def test_pairs_without_tokens_are_finite():
         assert all(g.isfinite().all() for g in torch.autograd.grad(loss, p.parameters))
 
 
+def test_autocast_and_bf16():
+    """Loss and numbers are fp32, and the mean logits have its digits."""
+    p, given = pairs(problems.F32)
+    want = liger.LigerFusedLinearCPOLoss()(**given)
+    with torch.autocast(problems.device, problems.BF16):
+        got = liger.LigerFusedLinearCPOLoss()(**given)
+    half = {n: t if t.dtype == torch.int64 else t.to(problems.BF16) for n, t in given.items()}
+    for loss, beside in (got, liger.LigerFusedLinearCPOLoss()(**half)):
+        assert {t.dtype for t in (loss, *beside)} == {problems.F32}
+        torch.testing.assert_close(loss, want[0], rtol=2e-2, atol=0)
+    for a, b in zip(got[1][2:4], want[1][2:4]):
+        torch.testing.assert_close(a, b)
+
+
 # KTO --------------------------------------------------------------------------------------------
 
 

@@ -70,5 +70,6 @@ def logit_sums(_input: Tensor, lin_weight: Tensor, bias: Tensor | None) -> Tenso
         return t.full_tensor() if _sharded.is_dtensor(t) else t
 
     of_classes = total(lin_weight)
-    made = _input.sum(1, dtype=of_classes.dtype) @ of_classes
+    # No matrix product, which autocast would make in 16 bits.
+    made = (_input.sum(1, dtype=of_classes.dtype) * of_classes).sum(-1)
     return made if bias is None else made + _input.shape[1] * total(bias)

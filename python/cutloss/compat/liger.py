@@ -13,7 +13,8 @@ Other than with theirs:
 - outputs beside the loss carry no gradient, as theirs, and return_z_loss and use_token_scaling
   cost what a per-token result costs (see return_lse of :func:`cutloss.linear_cross_entropy`);
 - preference losses are finite where a sequence has no token that counts, where theirs are NaN;
-- an option that has no effect raises.
+- an option that would change nothing raises; compiled, chunk_size and the like are accepted, as
+  nothing needs them.
 
 As theirs, and not as cutloss and PyTorch: the mean over no token at all is 0.
 """
