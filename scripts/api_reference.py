@@ -16,6 +16,7 @@ MODULES = [
     "cutloss.trl",
     "cutloss.torch_compat",
     "cutloss.compat.liger",
+    "cutloss.compat.cut_cross_entropy.transformers",
     "cutloss.integrations.megatron",
 ]
 

@@ -178,12 +178,20 @@ def check_own_bias(world):
 
 def check_calls_of_others(world):
     """Those of other packages come to the same function."""
-    e, targets = problem(world)
-    e, targets = e.flatten(0, 1), targets.flatten()
+    sequences, of_sequences = problem(world)
+    e, targets = sequences.flatten(0, 1), of_sequences.flatten()
+    liked = torch.tensor([True, False, True, True], device=world.device)
     c = torch.randn(V, D, generator=torch.Generator().manual_seed(3)).to(world.device)
     calls = (
         lambda c: compat.liger.LigerFusedLinearCrossEntropyLoss()(c, e, targets),
         lambda c: torch_compat.linear_cross_entropy(e, c, targets),
+        lambda c: compat.liger.LigerFusedLinearCPOLoss()(c, sequences, of_sequences)[0],
+        lambda c: compat.liger.LigerFusedLinearKTOLoss()(
+            sequences, c, of_sequences, preference_labels=liked
+        )[0],
+        lambda c: compat.liger.LigerFusedLinearGRPOLoss(beta=0.0)(
+            sequences, c, of_sequences.clamp(min=0), of_sequences != -100, liked.float() - 0.5
+        )[0],
     )
     for call in calls:
         one, parts = c.clone().requires_grad_(), distribute_tensor(c, world.mesh, [Shard(0)])
@@ -191,6 +199,12 @@ def check_calls_of_others(world):
         loss.backward(), want.backward()
         assert_near(loss, want, "loss", torch.float32)
         assert_near(parts.grad.full_tensor(), one.grad, "c.grad", torch.float32)
+    of_both = (
+        compat.liger.LigerFusedLinearCPOLoss()(c, sequences, of_sequences)[1]
+        for c in (parts.detach(), one.detach())
+    )
+    for got, want in zip(*of_both, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def check_tied_weight_that_fsdp_left_sharded(world):

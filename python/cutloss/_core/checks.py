@@ -45,6 +45,14 @@ def tensors(**named: Tensor | None) -> None:
         layout(name, t)
 
 
+def dense(**named: Tensor) -> None:
+    """Each a dense tensor; it may be a DTensor, which the call itself takes or refuses."""
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        layout(name, t)
+
+
 def layout(name: str, t: Tensor) -> None:
     """One whose elements lie at strides, as the library reads them: not nested, not sparse."""
     if t.is_nested:

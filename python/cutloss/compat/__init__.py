@@ -1,12 +1,12 @@
 """Other packages' calls, argument for argument, with cutloss doing the work.
 
-Nothing here for cut_cross_entropy: ``from cutloss import linear_cross_entropy`` takes its call.
-torch's own function is :mod:`cutloss.torch_compat`.
+Calls of cut_cross_entropy need nothing but ``from cutloss import linear_cross_entropy``; here are
+all of its names, ``cce_patch`` among them. torch's own function is :mod:`cutloss.torch_compat`.
 """
 
 import importlib
 
-_LAZY_MODULES = ("liger",)
+_LAZY_MODULES = ("cut_cross_entropy", "liger")
 
 
 def __getattr__(name: str):

@@ -136,22 +136,31 @@ def orpo_loss(
     mask = policy.mask
     if completion_mask is not None:
         mask = mask & args.token_mask("completion_mask", completion_mask, policy)
-    lengths = mask.sum(-1)
-    means = torch.where(mask, policy.log_probs, 0.0).sum(-1) / lengths.clamp(min=1)
-    # The logarithm of 1 - p and its slope stay finite, also at the mean of 0 of an empty sequence.
-    below_one = means.clamp(max=-torch.finfo(means.dtype).eps)
+    means, difference, log_ratio = odds_ratios(policy, mask)
     chosen, rejected = means.chunk(2)
-    log_odds = _log_odds(below_one)
-    difference = torch.sub(*log_odds.chunk(2))
-    log_ratio = F.logsigmoid(difference)
-    exists = torch.minimum(*lengths.chunk(2)) > 0
-    log_ratio, difference = (torch.where(exists, t, 0.0) for t in (log_ratio, difference))
     nll = args.chosen_nll(policy)
     metrics = preference_metrics(chosen, rejected, beta * chosen, beta * rejected)
     metrics["nll_loss"] = nll.detach()
     metrics["log_odds_ratio"] = args.mean(log_ratio.detach())
     metrics["log_odds_chosen"] = args.mean(difference.detach())
     return Loss(nll - beta * args.mean(log_ratio), metrics)
+
+
+def odds_ratios(
+    policy: TokenLogProbs, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens of `mask`, by default all that count: each sequence's mean log-probability,
+    (2 B), and of each pair the log odds ratio and its log-sigmoid, (B), 0 where a sequence of the
+    pair has no token."""
+    mask = policy.mask if mask is None else mask
+    lengths = mask.sum(-1)
+    means = torch.where(mask, policy.log_probs, 0.0).sum(-1) / lengths.clamp(min=1)
+    # The logarithm of 1 - p and its slope stay finite, also at the mean of 0 of an empty sequence.
+    below_one = means.clamp(max=-torch.finfo(means.dtype).eps)
+    difference = torch.sub(*_log_odds(below_one).chunk(2))
+    exists = torch.minimum(*lengths.chunk(2)) > 0
+    log_ratio = F.logsigmoid(difference)
+    return means, torch.where(exists, difference, 0.0), torch.where(exists, log_ratio, 0.0)
 
 
 def _log_odds(log_p: Tensor) -> Tensor:
