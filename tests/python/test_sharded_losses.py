@@ -259,7 +259,8 @@ def check_refusals(world):
     error, match, per_token = RuntimeError, "rank 0 .* failed: ValueError: per_token", p.per_token
     if world.rank == 0:
         error, match, per_token = ValueError, "must begin with the shape", p.per_token[:1]
-    refused(error, match, lambda: token(lambda nll, a: a * nll, per_token={"a": per_token}))
+    with processes.looking():
+        refused(error, match, lambda: token(lambda nll, a: a * nll, per_token={"a": per_token}))
     token().backward()
 
 
