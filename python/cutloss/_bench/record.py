@@ -103,13 +103,30 @@ TRAIN_KEYS = {
     "grad_err": MEASURED,
     "is_wrong": (bool,),  # whether loss_err is more than rounding
 }
+# Of a few steps of a trainer of TRL, benchmarks/trainers.py; a line that has trainer is one. `ms` is
+# the median of the steps after the first two, and the peak is theirs.
+TRAINER_KEYS = {
+    **{key: KEYS[key] for key in ("device", "date", "commit", "versions", "N", "D", "V", "dtype")},
+    **{key: KEYS[key] for key in ("method", "pass", "ms", "peak_mib", "command")},
+    **{key: TRAIN_KEYS[key] for key in ("model", "layers", "all_layers", "parameters")},
+    **{key: TRAIN_KEYS[key] for key in ("sequence", "is_wrong")},
+    "trainer": (str,),
+    "step_ms": (list,),  # of every step
+    "losses": (list,),
+    "grad_norms": (list,),
+}
 CHOICES = {
     "gradient": ("exact", "sampled", "filtered"),
     "schedule": ("rows", "vocabulary", "none"),
     "pass": ("fw", "bw", "fwbw", "fwbw_frozen", "step"),
 }
 # Keys that tell lines of another form, and the keys of that.
-KEYS_BY_MARK = {"copy_ms": LOGITS_KEYS, "ranks": SHARDED_KEYS, "tokens_per_s": TRAIN_KEYS}
+KEYS_BY_MARK = {
+    "copy_ms": LOGITS_KEYS,
+    "ranks": SHARDED_KEYS,
+    "tokens_per_s": TRAIN_KEYS,
+    "trainer": TRAINER_KEYS,
+}
 POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms", "copy_ms", "copies", "ranks", "tokens_per_s")
 NOT_NEGATIVE = (
     *("workspace_mib", "peak_mib", "de_err", "dc_err", "first_ms", "total_mib", "outside_mib"),
