@@ -139,7 +139,7 @@ def _add_training(add):
         f"{', '.join(entries())} (default: all of them); needs transformers",
     )
     add("--tokens", type=count, help="--train: of a step (default 8192)")
-    add("--sequence", type=count, help="--train: tokens of each sequence (default 2048, or fewer)")
+    add("--sequence", type=count, help="--train: tokens of each sequence (default 1024, or fewer)")
     add(
         "--layers",
         type=count,

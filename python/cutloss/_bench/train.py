@@ -11,7 +11,7 @@ from cutloss._bench.variants import REFERENCE, VARIANTS
 from cutloss._cli import UserError
 
 DEFAULT_TOKENS = 8192
-DEFAULT_SEQUENCE = 2048
+DEFAULT_SEQUENCE = 1024
 
 
 def run(args, settings):

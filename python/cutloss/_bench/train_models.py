@@ -57,7 +57,8 @@ class Setup:
 
 
 def entries():
-    """{name: {"class", "config"}}"""
+    """{name: {"class", "attention", "config"}}. Gemma 2 is eager: of what PyTorch brings, nothing else
+    has the softcap of its attention."""
     path = pathlib.Path(__file__).parents[1] / "data" / "training.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -70,7 +71,9 @@ def build(entry, layers, dtype, device, **changed):
     config = kind.config_class(**{**entry["config"], "num_hidden_layers": layers, **changed})
     config.use_cache = False
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=entry["attention"]
+        )
     return model.train()
 
 
