@@ -11,7 +11,7 @@ from cli_helpers import assert_refused, run_cli
 from test_cli_bench_rivals import fake_module
 
 import cutloss
-from cutloss._bench import record, rivals, train_measure, train_models, variants
+from cutloss._bench import device_memory, record, train_measure, train_models, variants
 from cutloss._bench.train_models import Shape
 from cutloss._torch import library
 from cutloss.bench import named_models
@@ -231,6 +231,33 @@ def test_a_variant_that_fails_is_named_and_the_run_goes_on(capsys, tmp_path, sma
     assert "cutloss failed: ImportError: cannot import name '_CONFIG_FOR_DOC'\n" in done.out
     assert "compiled failed: OutOfMemoryError: now it is full\n" in done.out
     assert [line["method"] for line in lines(path)] == ["stock"]
+
+
+def test_memory_is_everything_at_the_peak(small, monkeypatch):
+    """On a device that holds 100 bytes, whose steps add 50, and one of which is too much."""
+
+    class Meter:
+        def start(self):
+            pass
+
+        def added(self):
+            return device_memory.Added(torch_peak=50, torch_kept=0, outside=7)
+
+    monkeypatch.setattr(device_memory, "Meter", Meter)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    shape = Shape("qwen3-0.6b", 32, 16, "fp32", "cpu")
+    setup = train_models.set_up(shape, 1)
+
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to")
+
+    results = {name: train_measure.Result(1.0, 2.0, 2.0) for name in ("stock", "cutloss")}
+    steps, notes = {"stock": lambda: None, "cutloss": fails}, []
+    report = types.SimpleNamespace(note=notes.append)
+    train_measure._memory(shape, setup, results, steps, report)
+    assert results.keys() == steps.keys() == {"stock"}
+    assert (results["stock"].peak, results["stock"].outside) == (150, 7)
+    assert notes == ["cutloss failed: OutOfMemoryError: CUDA out of memory. Tried to"]
 
 
 # Rivals -------------------------------------------------------------------------------------------

@@ -70,13 +70,12 @@ def wrong(lines):
 
 
 def plot(path, lines):
-    """Bars of time and memory, each model a row."""
+    """Bars of time, and of memory where it was measured; each model a row."""
     groups = {}
     for line in lines:
         colour = COLOURS[VARIANTS[line["method"]].package]
         groups.setdefault(title(line), []).append((name_of(line), colour, line))
-    panels = (
-        ("ms", "{:.1f}", "time of a training step, ms"),
-        ("peak_mib", "{:.0f}", "peak memory, MiB, parameters and all"),
-    )
+    panels = [("ms", "{:.1f}", "time of a training step, ms")]
+    if any(line["peak_mib"] is not None for line in lines):
+        panels.append(("peak_mib", "{:.0f}", "peak memory, MiB, parameters and all"))
     bars(path, groups, panels)
