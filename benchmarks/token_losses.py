@@ -101,7 +101,7 @@ def main():
     args = parser.parse_args()
     surroundings = record.surroundings(args.device, torch.get_num_threads())
     for N, D, V in args.shape:
-        for dtype in args.dtype:
+        for dtype in args.dtype or arguments.DEFAULT_DTYPES[False]:
             lines = list(measure(Case(N, D, V, dtype, device=args.device, seed=args.seed), args))
             if args.json:
                 record.append(args.json, [surroundings | line for line in lines])

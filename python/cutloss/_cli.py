@@ -42,14 +42,15 @@ def shape(text):
     return tuple(count(part.strip()) for part in parts)
 
 
-def needed(*modules):
-    """Fails before any work is done where an optional package is not installed."""
+def needed(*modules, install="'cutloss[demo]'"):
+    """Fails before any work is done where an optional package is not installed; `install`: what pip
+    is told then."""
     for name in modules:
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise UserError(
-                f"{name} is needed and cannot be imported ({error}): pip install 'cutloss[demo]'"
+                f"{name} is needed and cannot be imported ({error}): pip install {install}"
             ) from None
 
 

@@ -8,15 +8,20 @@ import shlex
 import torch
 
 from cutloss._bench import logits, record, rivals
-from cutloss._bench.arguments import DEFAULT_WORKSPACE_MIB, add_arguments
+from cutloss._bench.arguments import DEFAULT_DTYPES, DEFAULT_WORKSPACE_MIB, add_arguments
 from cutloss._bench.cases import Case
 from cutloss._bench.measure import Settings, measure
 from cutloss._bench.methods import DEFAULT_METHODS, METHODS, Method, missing, takes_num_valid
+from cutloss._bench.train_models import TRAIN_DTYPES
 from cutloss._cli import UserError, check_device, needed
 
 __all__ = ["add_arguments", "named_models", "run"]
 PICTURES = (".png", ".svg", ".pdf")
 DEFAULT_SHAPE = (512, 768, 50257)  # GPT-2's, with few rows
+# Options that some ways to measure have no use for, and what they are where nobody gave them.
+OF_A_LOSS = dict(methods=None, data=["randn"], schedule=["auto"], max_workspace=[None])
+OF_A_LOSS |= dict(engines=[None], ignored=[0.0], options=["none"], kernels=False)
+OF_TRAINING = dict(tokens=None, sequence=None, layers=None, variants=None)
 
 
 def named_models():
@@ -35,6 +40,19 @@ def run(args):
         raise UserError("--kernels lists what runs on a GPU: it goes with --device cuda")
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.dtype = args.dtype or DEFAULT_DTYPES[args.train]
+    settings = Settings(
+        passes=args.passes,
+        rounds=args.rounds,
+        measures_memory=not args.no_memory,
+        measures_errors=not args.no_errors,
+        pause=args.pause,
+        first_call_limit=args.first_call_limit,
+        lists_kernels=args.kernels,
+    )
+    if args.train:
+        return _run_train(args, settings)
+    _refuse(args, "without --train", OF_TRAINING)
     shapes = _shapes(args)
     _check_files(args)
     if args.logits:
@@ -48,15 +66,6 @@ def run(args):
     report.heading(shared)
     for sentence in filter(None, map(rivals.another_version, sorted(packages))):
         report.note(sentence)
-    settings = Settings(
-        passes=args.passes,
-        rounds=args.rounds,
-        measures_memory=not args.no_memory,
-        measures_errors=not args.no_errors,
-        pause=args.pause,
-        first_call_limit=args.first_call_limit,
-        lists_kernels=args.kernels,
-    )
     records = []
     try:
         for case in _cases(args, shapes):
@@ -73,20 +82,44 @@ def run(args):
     return 0
 
 
-def _run_logits(args, shapes):
-    """Not every option has a meaning here: one that would be passed over is refused."""
-    for name, known in (("dtype", logits.DTYPES), ("passes", logits.PASSES)):
+def _refuse(args, where, defaults):
+    """Not every option has a meaning everywhere: one that would be passed over is refused."""
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            raise UserError(f"--{name.replace('_', '-')} has no meaning {where}: leave it out")
+
+
+def _refuse_values(args, where, known_by_name):
+    for name, known in known_by_name.items():
         unknown = [value for value in getattr(args, name) if value not in known]
         if unknown:
             raise UserError(
-                f"--{name} {unknown[0]} has no meaning with --logits, which takes "
-                f"{', '.join(known)}"
+                f"--{name} {unknown[0]} has no meaning {where}, which takes {', '.join(known)}"
             )
-    unused = dict(methods=None, data=["randn"], schedule=["auto"], max_workspace=[None])
-    unused |= dict(engines=[None], ignored=[0.0], options=["none"], kernels=False, plot=None)
-    for name, default in unused.items():
-        if getattr(args, name) != default:
-            raise UserError(f"--{name.replace('_', '-')} has no meaning with --logits: leave it out")
+
+
+def _run_train(args, settings):
+    where = "with --train"
+    _refuse_values(args, where, {"dtype": TRAIN_DTYPES})
+    _refuse(args, where, OF_A_LOSS)
+    of_shapes = dict(logits=False, shape=[], rows=None, passes=["fw", "fwbw"], no_errors=False)
+    _refuse(args, where, of_shapes)
+    needed("transformers", install="transformers")
+    _check_files(args)
+    from cutloss._bench import train
+
+    lines = train.run(args, settings)
+    if args.plot:
+        print(f"plot: {args.plot}")
+    if args.json:
+        print(f"{len(lines)} lines appended to {args.json}")
+    return 1 if any(line["is_wrong"] for line in lines) else 0
+
+
+def _run_logits(args, shapes):
+    where = "with --logits"
+    _refuse_values(args, where, {"dtype": logits.DTYPES, "passes": logits.PASSES})
+    _refuse(args, where, OF_A_LOSS | dict(plot=None))
     lines = logits.run(args, shapes)
     for line in lines:
         line["command"] = shlex.join(["cutloss", *args.argv])

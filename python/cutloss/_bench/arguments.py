@@ -7,8 +7,11 @@ from cutloss._bench import logits
 from cutloss._bench.cases import ALL_DATA, DTYPES, OPTIONS, PASSES
 from cutloss._bench.methods import DEFAULT_METHODS, ENGINE_VARIABLE, LOSSES, METHODS
 from cutloss._bench.plan import WORKSPACES
+from cutloss._bench.train_models import TRAIN_DTYPES, entries
+from cutloss._bench.variants import REFERENCE, VARIANTS
 from cutloss._cli import count, seconds, shape
 
+DEFAULT_DTYPES = {False: ["fp32"], True: ["bf16"]}  # by whether whole models are trained
 SCHEDULES = ("auto", "rows", "vocabulary")
 DEFAULT_WORKSPACE_MIB = 512  # cutloss::kDefaultWorkspace
 MIB_OF = {"": 1, "m": 1, "mib": 1, "g": 1024, "gib": 1024}
@@ -16,8 +19,11 @@ MIB_OF = {"": 1, "m": 1, "mib": 1, "g": 1024, "gib": 1024}
 
 def add_arguments(parser):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "methods:\n" + "\n".join(
-        f"  {name:18} {loss.about}" for name, loss in LOSSES.items()
+    parser.epilog = "\n".join(
+        ["methods:"]
+        + [f"  {name:18} {loss.about}" for name, loss in LOSSES.items()]
+        + ["variants, of --train:"]
+        + [f"  {name:18} {variant.about}" for name, variant in VARIANTS.items()]
     )
     add = parser.add_argument
     add("--model", action="append", default=[], metavar="NAME", help="the shape of a named model")
@@ -39,7 +45,17 @@ def add_arguments(parser):
         f"{', '.join(f'{name} ({about})' for name, about in logits.ABOUT.items())}",
     )
     add("--list-models", action="store_true", help="list the named models and stop")
-    _add_list(add, "--dtype", DTYPES, ["fp32"], "Of E and C; autocast: C is fp32")
+    _add_training(add)
+    _add_list(
+        add,
+        "--dtype",
+        DTYPES,
+        None,
+        f"{', '.join(DTYPES)} (default {DEFAULT_DTYPES[False][0]}, with --train "
+        f"{DEFAULT_DTYPES[True][0]} of {', '.join(TRAIN_DTYPES)}). Of E and C; autocast: C, the "
+        f"parameters, are fp32",
+        metavar="NAME",
+    )
     _add_list(add, "--data", ALL_DATA, ["randn"], "softmax: generated, like a trained model's")
     _add_list(add, "--passes", PASSES, ["fw", "fwbw"], "frozen: C gets no gradient")
     _add_list(
@@ -113,6 +129,30 @@ def add_arguments(parser):
     add("--kernels", action="store_true", help="CUDA: also list the kernels of a call, by time")
     add("--json", metavar="FILE", help="append one line for each measurement")
     add("--plot", metavar="FILE", help="write a picture (PNG, SVG or PDF by its name)")
+
+
+def _add_training(add):
+    add(
+        "--train",
+        action="store_true",
+        help=f"training steps of whole models instead, random weights at the sizes of --model: "
+        f"{', '.join(entries())} (default: all of them); needs transformers",
+    )
+    add("--tokens", type=count, help="--train: of a step (default 8192)")
+    add("--sequence", type=count, help="--train: tokens of each sequence (default 1024, or fewer)")
+    add(
+        "--layers",
+        type=count,
+        help="--train: how many of the model's (default: all, on CUDA as many as fit)",
+    )
+    _add_list(
+        add,
+        "--variants",
+        tuple(VARIANTS),
+        None,
+        f"--train: see below (default: all that can be run; {REFERENCE} is always measured)",
+        metavar="NAME",
+    )
 
 
 def _add_list(add, name, choices, default, help, *aliases, metavar=None):

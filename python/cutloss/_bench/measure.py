@@ -72,7 +72,7 @@ def measure(case, methods, settings, report):
     expected = _reference(case, tensors, settings, report)
     for (method, which), result in list(results.items()):
         try:
-            with _time_limit(settings.first_call_limit):
+            with time_limit(settings.first_call_limit):
                 _first_call(case, which, result, leaves_of[which], expected)
             if expected and which == "fw":
                 _row_losses(case, result, leaves_of[which], expected, report)
@@ -83,7 +83,7 @@ def measure(case, methods, settings, report):
             reason = first_line(error)
         del results[method, which]
         report.note(f"{method.label} failed, {which}: {reason}")
-        _clean_up(case, method, leaves_of[which])
+        clean_up(method.label, case.device, leaves_of[which])
     reference = str(expected.dtype).removeprefix("torch.") if expected else None
     del expected
     if not results:
@@ -208,7 +208,7 @@ def _times(case, results, units, leaves_of, settings, report):
     for (method, which), reason in failures.items():
         del results[method, which]
         report.note(f"{method.label} failed, {which}: {reason}")
-        _clean_up(case, method, leaves_of[which])
+        clean_up(method.label, case.device, leaves_of[which])
     for key, result in results.items():
         result.ms = ms[key]
     flops = 2 * case.N * case.D * case.V
@@ -217,23 +217,23 @@ def _times(case, results, units, leaves_of, settings, report):
     return min(ms[name] for name in units)
 
 
-def _clean_up(case, method, tensors):
+def clean_up(label, device, tensors):
     """After a failure: its tensors go. A fault on the device ends everything."""
     forget_gradients(*tensors)
     gc.collect()
-    if case.device != "cuda":
+    if device != "cuda":
         return
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except RuntimeError as error:
         raise UserError(
-            f"{method.label} left the device unusable ({first_line(error)}); run again without it"
+            f"{label} left the device unusable ({first_line(error)}); run again without it"
         ) from None
 
 
 @contextlib.contextmanager
-def _time_limit(seconds):
+def time_limit(seconds):
     """Raises TimeoutError in the middle of what takes longer."""
     if seconds is None:
         yield

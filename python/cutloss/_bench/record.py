@@ -81,12 +81,53 @@ SHARDED_KEYS = {
     "loss": NUMBER,
     "unsharded_loss": NUMBER,
 }
+# Of a training step of a whole model, cutloss bench --train; a line that has tokens_per_s is one.
+# N tokens in sequences of equal length. Memory is all that is held, parameters and all.
+TRAIN_KEYS = {
+    **{key: KEYS[key] for key in ("device", "date", "commit", "versions", "N", "D", "V", "dtype")},
+    **{key: KEYS[key] for key in ("method", "pass", "ms", "peak_mib", "command")},
+    "model": (str,),
+    "layers": (int,),
+    "all_layers": (int,),  # that the published model has
+    "parameters": (int,),  # how many, with so many layers
+    "sequence": (int,),
+    "optimizer": (str,),
+    "attention": (str,),
+    "tokens_per_s": NUMBER,
+    "model_mib": MEASURED,  # of the peak, what parameters and the optimizer's state take
+    "outside_mib": MEASURED,
+    "first_ms": MEASURED,
+    "loss": NUMBER,  # the first one
+    "reference_loss": NUMBER,  # of the model as Transformers has it, with the same weights
+    "loss_err": MEASURED,
+    "grad_err": MEASURED,
+    "is_wrong": (bool,),  # whether loss_err is more than rounding
+}
+# Of a few steps of a trainer of TRL, benchmarks/trainers.py; a line that has trainer is one. `ms` is
+# the median of the steps after the first two, and the peak is theirs.
+TRAINER_KEYS = {
+    **{key: KEYS[key] for key in ("device", "date", "commit", "versions", "N", "D", "V", "dtype")},
+    **{key: KEYS[key] for key in ("method", "pass", "ms", "peak_mib", "command")},
+    **{key: TRAIN_KEYS[key] for key in ("model", "layers", "all_layers", "parameters")},
+    **{key: TRAIN_KEYS[key] for key in ("sequence", "is_wrong")},
+    "trainer": (str,),
+    "step_ms": (list,),  # of every step
+    "losses": (list,),
+    "grad_norms": (list,),
+}
 CHOICES = {
     "gradient": ("exact", "sampled", "filtered"),
     "schedule": ("rows", "vocabulary", "none"),
     "pass": ("fw", "bw", "fwbw", "fwbw_frozen", "step"),
 }
-POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms", "copy_ms", "copies", "ranks")
+# Keys that tell lines of another form, and the keys of that.
+KEYS_BY_MARK = {
+    "copy_ms": LOGITS_KEYS,
+    "ranks": SHARDED_KEYS,
+    "tokens_per_s": TRAIN_KEYS,
+    "trainer": TRAINER_KEYS,
+}
+POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms", "copy_ms", "copies", "ranks", "tokens_per_s")
 NOT_NEGATIVE = (
     *("workspace_mib", "peak_mib", "de_err", "dc_err", "first_ms", "total_mib", "outside_mib"),
     *("kept_mib", "loss_err", "nll_err", "ignored", "gradient_err"),
@@ -96,7 +137,7 @@ NOT_NEGATIVE = (
 def problems(record):
     """What is wrong with a line, as a list of sentences; empty where nothing is."""
     needed, known = KEYS, {**KEYS, **OPTIONAL, **OF_A_PIPELINE}
-    for key, keys in (("copy_ms", LOGITS_KEYS), ("ranks", SHARDED_KEYS)):
+    for key, keys in KEYS_BY_MARK.items():
         if key in record:
             needed = known = keys
     found = [f"{key} is missing" for key in needed if key not in record]

@@ -149,44 +149,50 @@ def _number(value, form):
 
 def plot(path, records):
     """Bars: time in matrix products, and peak memory, of each method for each case and pass."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     groups = {}
     for method, r in records:
         case = [r["dtype"], r["data"], *([r["options"]] if r["options"] else []), r["pass"]]
         if r["ignored"]:
             case.insert(2, f"{r['ignored']:.0%} ignored")
         title = f"N {r['N']}, D {r['D']}, V {r['V']}\n{', '.join(case)}"
-        groups.setdefault(title, []).append((method, r))
+        groups.setdefault(title, []).append((method.label, _colour(method), r))
+    panels = (
+        ("gemms", "{:.2f}", "time, in products E·Cᵀ"),
+        ("peak_mib", "{:.0f}", "peak memory over inputs and gradients, MiB"),
+    )
+    bars(path, groups, panels)
+
+
+def bars(path, groups, panels):
+    """A row of pictures for each group, {title: [(name, colour, record)]}; in it one for each panel,
+    which is the key of a record, how its number is written, and the label of the axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     heights = [0.9 + 0.2 * len(lines) for lines in groups.values()]
     figure, axes = plt.subplots(
         len(groups),
-        2,
+        len(panels),
         figsize=(10, 0.6 + sum(heights)),
         height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
-    for (title, lines), (time_axis, memory_axis) in zip(groups.items(), axes):
-        names = [method.label for method, _ in lines][::-1]
-        colours = [_colour(method) for method, _ in lines][::-1]
-        for axis, key, form in (
-            (time_axis, "gemms", "{:.2f}"),
-            (memory_axis, "peak_mib", "{:.0f}"),
-        ):
-            values = [r[key] for _, r in lines][::-1]
-            bars = axis.barh(range(len(names)), [v or 0 for v in values], color=colours)
-            axis.bar_label(bars, [" " + _number(v, form) for v in values], fontsize=8)
+    for (title, lines), of_group in zip(groups.items(), axes):
+        names, colours, records = zip(*lines[::-1])
+        for axis, (key, form, _) in zip(of_group, panels):
+            values = [r[key] for r in records]
+            drawn = axis.barh(range(len(names)), [v or 0 for v in values], color=colours)
+            axis.bar_label(drawn, [" " + _number(v, form) for v in values], fontsize=8)
             axis.margins(x=0.15)
+            axis.set_yticks([])
             axis.spines[["top", "right"]].set_visible(False)
-        time_axis.set_yticks(range(len(names)), names, fontsize=8)
-        memory_axis.set_yticks([])
-        time_axis.set_title(title, fontsize=8, loc="left")
-    axes[-1][0].set_xlabel("time, in products E·Cᵀ")
-    axes[-1][1].set_xlabel("peak memory over inputs and gradients, MiB")
+        of_group[0].set_yticks(range(len(names)), names, fontsize=8)
+        of_group[0].set_title(title, fontsize=8, loc="left")
+    for axis, (_, _, label) in zip(axes[-1], panels):
+        axis.set_xlabel(label)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
