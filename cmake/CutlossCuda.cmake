@@ -71,6 +71,12 @@ function(cutloss_code_flags result)
   set(${result} "${flags}" PARENT_SCOPE)
 endfunction()
 
+# Tells a source what the kernels are compiled for, in words: CUTLOSS_CUDA_CODE.
+function(cutloss_name_cuda_code source)
+  string(REPLACE ";" " " code "${CUTLOSS_CUDA_ARCHITECTURES}")
+  set_property(SOURCE ${source} APPEND PROPERTY COMPILE_DEFINITIONS "CUTLOSS_CUDA_CODE=\"${code}\"")
+endfunction()
+
 # A file for each kernel of Hopper's that is compiled with other template arguments: they compile side
 # by side. Sets ${result} to their names.
 function(cutloss_hopper_instances result)
@@ -109,6 +115,7 @@ function(cutloss_add_cuda target)
   cutloss_code_flags(flags ${CUTLOSS_CUDA_ARCHITECTURES})
   set_source_files_properties(${kernels} PROPERTIES COMPILE_OPTIONS "${flags}")
   target_compile_definitions(${target} PUBLIC CUTLOSS_CUDA)
+  cutloss_name_cuda_code(${folder}/device.cpp)
 
   set(for_hopper ${CUTLOSS_CUDA_ARCHITECTURES})
   list(FILTER for_hopper INCLUDE REGEX "^90")
