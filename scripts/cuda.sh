@@ -6,8 +6,8 @@
 #   CUTLOSS_CUDA_ARCHITECTURES  what to compile for, as "80;90" (unset: the list in
 #                               cmake/CutlossCuda.cmake; in a checkout's own build the GPUs that are
 #                               here, or that list where CUTLOSS_CUDA=ON and there are none)
-#   CUDACXX                     nvcc, where it is neither in PATH nor in /usr/local/cuda/bin, nor where
-#                               scripts/cuda_toolkit.sh puts one
+#   CUDACXX                     nvcc (unset: the one that scripts/cuda_toolkit.sh has fetched, that of
+#                               PATH, or that of /usr/local/cuda/bin)
 
 CUDA_HEADERS=.venv/cuda
 
@@ -28,7 +28,8 @@ recall() { # name
 
 find_nvcc() {
   local candidate
-  for candidate in "${CUDACXX:-}" nvcc /usr/local/cuda/bin/nvcc "$PWD/.venv/cuda-toolkit/bin/nvcc"; do
+  local fetched=$PWD/.venv/cuda-toolkit/bin/nvcc
+  for candidate in "${CUDACXX:-}" "$fetched" nvcc /usr/local/cuda/bin/nvcc; do
     if [[ -n $candidate ]] && command -v "$candidate"; then return; fi
   done
 }
@@ -98,10 +99,9 @@ settle_cuda() {
   CUDA=${CUTLOSS_CUDA:-ON}
   if [[ $CUDA == ON ]]; then nvcc=$(find_nvcc); fi
   if [[ -z $nvcc ]]; then
-    [[ ${CUTLOSS_CUDA:-} != ON ]] || die "CUTLOSS_CUDA=ON, but there is no nvcc: set CUDACXX to it, or fetch one" \
-      "with scripts/cuda_toolkit.sh"
-    [[ $CUDA == OFF ]] || say "no CUDA engines: nvcc was not found (set CUDACXX to it," \
-      "or fetch one with scripts/cuda_toolkit.sh)"
+    local remedy="set CUDACXX to it, or fetch it with scripts/cuda_toolkit.sh"
+    [[ ${CUTLOSS_CUDA:-} != ON ]] || die "CUTLOSS_CUDA=ON, but there is no nvcc: $remedy"
+    [[ $CUDA == OFF ]] || say "no CUDA engines: nvcc was not found ($remedy)"
     CUDA=OFF
     cuda_flags=(-DCUTLOSS_CUDA=OFF)
     return

@@ -138,6 +138,16 @@ def test_a_gpu_without_nvcc(checkout):
     assert cuda is None and "CUTLOSS_CUDA=ON, but there is no nvcc" in said
 
 
+def test_the_toolkit_that_was_fetched_goes_before_others(checkout):
+    """It was asked for, and need not be the machine's version. CUDACXX goes before both."""
+    fetched = checkout / ".venv/cuda-toolkit/bin/nvcc"
+    fetched.parent.mkdir(parents=True)
+    write_program(fetched, NVCC)
+    assert f"CUDA engines with {fetched}" in settled(checkout, script="wheel.sh")[2]
+    own = str(checkout / "bin" / "nvcc")
+    assert f"CUDA engines with {own}" in settled(checkout, script="wheel.sh", CUDACXX=own)[2]
+
+
 def test_a_wheel_is_for_every_architecture_whatever_is_here(checkout):
     settled(checkout, CUTLOSS_CUDA="OFF")  # is remembered, but not for wheels
     for smi in (NO_DEVICES, capabilities("9.0")):
