@@ -246,7 +246,8 @@ void plan(Stack& stack) {
       plan.forward_workspace_bytes + scratch, plan.backward_workspace_bytes, plan.products});
 }
 
-// Of the CUDA runtime that is in this library, as CUDA counts: 13000 for 13.0. 0 where there is none.
+// Of the CUDA runtime that is in this library, as CUDA counts: 13000 for 13.0. 0 where there is
+// none.
 void cuda_version(Stack& stack) {
 #ifdef CUTLOSS_CUDA
   stack.put(std::int64_t{CUDART_VERSION});
