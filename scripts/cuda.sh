@@ -38,13 +38,25 @@ has_cublaslt() { # nvcc
   echo '#include <cublasLt.h>' | "$1" -x cu -E - >/dev/null 2>&1
 }
 
+nvcc_release() { # nvcc; 13.0
+  "$1" --version | sed -n 's/^.* release \([0-9.]*\),.*$/\1/p'
+}
+
 # Header files alone: of cuBLASLt (the library is opened at run time, torch brings it along) and of
 # CUTLASS. The wheels that hold them are downloaded, unpacked in part, and deleted.
 install_cuda_headers() { # nvcc
-  local stamp=$CUDA_HEADERS/stamp want wheels=$CUDA_HEADERS/wheels names=(nvidia-cutlass)
-  want="$(sha256sum scripts/requirements-cuda.txt) $1"
+  local stamp=$CUDA_HEADERS/stamp want wheels=$CUDA_HEADERS/wheels names=(nvidia-cutlass) release
+  release=$(nvcc_release "$1")
+  want="$(sha256sum scripts/requirements-cuda.txt) $1 $release"
   if [[ -f $stamp && $(<$stamp) == "$want" ]]; then return; fi
-  has_cublaslt "$1" || names+=(nvidia-cublas)
+  if ! has_cublaslt "$1"; then
+    case $release in
+      13.*) names+=(nvidia-cublas) ;;
+      12.*) names+=(nvidia-cublas-cu12) ;;
+      *) die "$1 is of CUDA ${release:-?}, whose cublasLt.h is not there: install its cuBLAS" \
+        "development files, or set CUDACXX to the nvcc of CUDA 13" ;;
+    esac
+  fi
   say "fetching the headers of ${names[*]} into $CUDA_HEADERS (cuBLAS's wheel is large)"
   rm -rf $CUDA_HEADERS
   mkdir -p $wheels
@@ -54,7 +66,7 @@ install_cuda_headers() { # nvcc
       "$(grep "^$name==" scripts/requirements-cuda.txt)"
   done
   .venv/bin/python scripts/unpack.py $CUDA_HEADERS $wheels/*.whl \
-    cutlass_library/source/include=cutlass nvidia/cu13/include=cublas
+    cutlass_library/source/include=cutlass nvidia/cu13/include=cublas nvidia/cublas/include=cublas
   rm -rf $wheels
   printf '%s\n' "$want" >$stamp
 }

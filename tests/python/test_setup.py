@@ -148,6 +148,45 @@ def test_the_toolkit_that_was_fetched_goes_before_others(checkout):
     assert f"CUDA engines with {own}" in settled(checkout, script="wheel.sh", CUDACXX=own)[2]
 
 
+PIP = """#!/bin/sh
+for last in "$@"; do :; done
+case "$2" in pip) echo "$last" >>fetched ;; esac
+mkdir -p .venv/cuda/wheels; : >.venv/cuda/wheels/x.whl
+"""
+
+
+@pytest.mark.parametrize(
+    "release, expected",
+    [
+        ("13.0", ["nvidia-cutlass", "nvidia-cublas"]),
+        ("12.8", ["nvidia-cutlass", "nvidia-cublas-cu12"]),
+        ("11.8", None),
+    ],
+)
+def test_headers_are_of_the_compilers_own_cuda(checkout, release, expected):
+    """Where the toolkit has none of cuBLAS."""
+    answer = f"echo 'Cuda compilation tools, release {release}, V{release}.1'"
+    nvcc = f"#!/bin/sh\nif [ $1 = --version ]; then {answer}; else exit 1; fi\n"
+    write_program(checkout / "bin" / "nvcc", nvcc)
+    (checkout / ".venv/bin").mkdir(parents=True)
+    write_program(checkout / ".venv/bin/python", PIP)
+    (checkout / "scripts").symlink_to(SCRIPTS)
+    for name in ("sha256sum", "grep"):
+        (checkout / "bin" / name).symlink_to(shutil.which(name))
+    before = BEFORE.replace("install_cuda_headers() { :; }", "")
+    done = subprocess.run(
+        [checkout / "bin" / "bash", "-c", before + "install_cuda_headers nvcc"],
+        env={"PATH": str(checkout / "bin"), "SCRIPTS": str(SCRIPTS)}, cwd=checkout,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if expected is None:
+        assert done.returncode != 0 and "nvcc is of CUDA 11.8" in done.stdout
+        return
+    assert done.returncode == 0, done.stderr
+    fetched = (checkout / "fetched").read_text().split()
+    assert [line.partition("==")[0] for line in fetched] == expected
+
+
 def test_a_wheel_is_for_every_architecture_whatever_is_here(checkout):
     settled(checkout, CUTLOSS_CUDA="OFF")  # is remembered, but not for wheels
     for smi in (NO_DEVICES, capabilities("9.0")):
