@@ -119,6 +119,11 @@ function(cutloss_add_cuda target)
 
   set(for_hopper ${CUTLOSS_CUDA_ARCHITECTURES})
   list(FILTER for_hopper INCLUDE REGEX "^90")
+  if(for_hopper AND CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.5)
+    message(FATAL_ERROR "Hopper's kernels need CUDA 12.5 or newer, and ${CMAKE_CUDA_COMPILER} is of "
+                        "${CMAKE_CUDA_COMPILER_VERSION}: set CUDACXX to a newer nvcc, or leave 90 out of "
+                        "CUTLOSS_CUDA_ARCHITECTURES (${CUTLOSS_CUDA_ARCHITECTURES}).")
+  endif()
   if(for_hopper AND hopper_kernels)
     if(CUTLASS_INCLUDE_DIR)
       cutloss_hopper_instances(instances)

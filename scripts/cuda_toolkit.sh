@@ -21,6 +21,7 @@ if [[ ! -f $TOOLKIT/stamp || $(<$TOOLKIT/stamp) != "$want" ]]; then
   # As NVIDIA's installer lays it out: nvcc and CMake look for it there.
   chmod +x $TOOLKIT/bin/* $TOOLKIT/nvvm/bin/*
   ln -s lib $TOOLKIT/lib64
+  ln -s libcudart.so.13 $TOOLKIT/lib/libcudart.so
   mkdir -p $TOOLKIT/targets/x86_64-linux
   ln -s ../../include ../../lib $TOOLKIT/targets/x86_64-linux/
   printf '%s\n' "$want" >$TOOLKIT/stamp
