@@ -106,6 +106,19 @@ build_for_gpus_here() {
   fi
 }
 
+# CMake keeps the compiler that a folder was first configured with, whatever CUDACXX says later.
+forget_other_compilers() { # nvcc
+  local cache kept
+  for cache in build/*/CMakeCache.txt; do
+    [[ -f $cache ]] || continue
+    kept=$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' "$cache")
+    if [[ -n $kept && $kept != "$1" && $kept != *NOTFOUND ]]; then
+      say "${cache%/*} is built anew: it was for $kept"
+      rm -rf "$cache" "${cache%/*}/CMakeFiles"
+    fi
+  done
+}
+
 settle_cuda() {
   local nvcc=""
   CUDA=${CUTLOSS_CUDA:-ON}
@@ -119,6 +132,7 @@ settle_cuda() {
     return
   fi
   install_cuda_headers "$nvcc"
+  forget_other_compilers "$nvcc"
   export CUDACXX=$nvcc
   cuda_flags=(-DCUTLOSS_CUDA=ON -DCUTLASS_INCLUDE_DIR="$PWD/$CUDA_HEADERS/cutlass")
   if [[ -d $CUDA_HEADERS/cublas ]]; then

@@ -148,6 +148,23 @@ def test_the_toolkit_that_was_fetched_goes_before_others(checkout):
     assert f"CUDA engines with {own}" in settled(checkout, script="wheel.sh", CUDACXX=own)[2]
 
 
+def test_another_compiler_is_not_taken_for_the_one_that_cmake_kept(checkout):
+    own = str(checkout / "bin" / "nvcc")
+    caches = {}
+    for folder, line in {
+        "same": f"CMAKE_CUDA_COMPILER:FILEPATH={own}",
+        "other": "CMAKE_CUDA_COMPILER:STRING=/usr/local/cuda-12.8/bin/nvcc",
+        "none": "CUTLOSS_CUDA:BOOL=OFF",
+        "unfound": "CMAKE_CUDA_COMPILER:FILEPATH=CMAKE_CUDA_COMPILER-NOTFOUND",
+    }.items():
+        caches[folder] = checkout / "build" / folder / "CMakeCache.txt"
+        caches[folder].parent.mkdir(parents=True)
+        caches[folder].write_text(line + "\n")
+    said = settled(checkout, script="wheel.sh", CUDACXX=own)[2]
+    assert [name for name, cache in caches.items() if not cache.exists()] == ["other"]
+    assert "build/other is built anew: it was for /usr/local/cuda-12.8/bin/nvcc" in said
+
+
 PIP = """#!/bin/sh
 for last in "$@"; do :; done
 case "$2" in pip) echo "$last" >>fetched ;; esac
