@@ -127,7 +127,7 @@ def _openmp_runtimes():
 
 
 def _cuda():
-    driver = _driver()
+    driver = needs.nvidia_driver()
     yield f"NVIDIA driver {driver}" if driver else "no NVIDIA driver was found"
     if torch.version.cuda is None:
         yield f"not used: this PyTorch ({torch.__version__}) is built without CUDA"
@@ -157,15 +157,6 @@ def _mixed_cuda():
         f"this cutloss is built for CUDA {needs.dotted(ours)}: together with PyTorch for CUDA "
         f"{torch.version.cuda} it is untried; `make wheel` with that CUDA's toolkit makes one"
     )
-
-
-def _driver():
-    try:
-        with open("/proc/driver/nvidia/version") as file:
-            found = re.search(r"Module .*?(\d+\.\d+[.\d]*)", file.read())
-            return found and found[1]
-    except OSError:
-        return None
 
 
 def _typical():

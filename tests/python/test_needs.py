@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cutloss import doctor
+from cutloss._cli import UserError, check_device
 from cutloss._torch import library, needs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -169,12 +170,22 @@ def test_drivers(driver, cuda, expected):
 
 
 def test_doctor_says_that_the_driver_is_too_old_for_pytorch(monkeypatch):
-    monkeypatch.setattr(doctor, "_driver", lambda: "550.54.15")
+    """And so do the commands that are told to use it."""
+    monkeypatch.setattr(needs, "nvidia_driver", lambda: "550.54.15")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = "\n".join(doctor._cuda())
     assert "finds no device" in said
-    assert "driver 580 or newer, and 550.54.15 is here: update the driver" in said
+    expected = "driver 580 or newer, and 550.54.15 is here: update the driver"
+    assert expected in said
+    with pytest.raises(UserError, match=expected):
+        check_device("cuda")
+    monkeypatch.setattr(needs, "nvidia_driver", lambda: None)
+    with pytest.raises(UserError, match="cutloss doctor.*driver: none"):
+        check_device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match="install a CUDA build of PyTorch"):
+        check_device("cuda")
 
 
 def test_doctor_says_that_pytorch_is_for_another_cuda(monkeypatch):
@@ -218,12 +229,20 @@ def test_a_driver_that_is_too_old_for_this_build(tmp_path, compiler):
         e, c = torch.randn(9, 8), torch.randn(31, 8)
         assert cutloss.linear_cross_entropy(e, c, torch.randint(31, (9,))).isfinite()
         print(library.describe_machine())
+        from cutloss._bench import cases, methods, plan
+        try:
+            on_gpu = cases.Case(8, 16, 100, "bf16", device="cuda")
+            plan.decide(on_gpu, methods.Method("cutloss"), "fwbw")
+        except plan.Refusal as error:
+            print("refused:", error)
         """,
         LD_LIBRARY_PATH=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
     assert "not here: the CUDA driver is for CUDA 12.4" in done.stdout
-    assert "needs one for CUDA 13.0 or later: update the driver, or build" in done.stdout
+    words = "needs one for CUDA 13.0 or later: update the driver, or build"
+    found, refused = done.stdout.split("refused:")
+    assert words in found and words in refused
 
 
 # The rest of doctor ----------------------------------------------------------------------------

@@ -98,6 +98,16 @@ def untried_torch(version: str) -> str | None:
     )
 
 
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver that this machine runs."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"Module .*?(\d+\.\d+[.\d]*)", text)
+    return found and found[1]
+
+
 def driver_refusal(driver: str, cuda: str) -> str | None:
     """Why NVIDIA's driver (its version, 550.54.15) does not run programs for CUDA (13.0)."""
     major = int(cuda.split(".")[0])
