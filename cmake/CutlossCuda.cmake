@@ -71,6 +71,12 @@ function(cutloss_code_flags result)
   set(${result} "${flags}" PARENT_SCOPE)
 endfunction()
 
+# Tells a source what the kernels are compiled for, in words: CUTLOSS_CUDA_CODE.
+function(cutloss_name_cuda_code source)
+  string(REPLACE ";" " " code "${CUTLOSS_CUDA_ARCHITECTURES}")
+  set_property(SOURCE ${source} APPEND PROPERTY COMPILE_DEFINITIONS "CUTLOSS_CUDA_CODE=\"${code}\"")
+endfunction()
+
 # A file for each kernel of Hopper's that is compiled with other template arguments: they compile side
 # by side. Sets ${result} to their names.
 function(cutloss_hopper_instances result)
@@ -111,9 +117,15 @@ function(cutloss_add_cuda target)
   cutloss_code_flags(flags ${CUTLOSS_CUDA_ARCHITECTURES})
   set_source_files_properties(${kernels} PROPERTIES COMPILE_OPTIONS "${flags}")
   target_compile_definitions(${target} PUBLIC CUTLOSS_CUDA)
+  cutloss_name_cuda_code(${folder}/device.cpp)
 
   set(for_hopper ${CUTLOSS_CUDA_ARCHITECTURES})
   list(FILTER for_hopper INCLUDE REGEX "^90")
+  if(for_hopper AND CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.5)
+    message(FATAL_ERROR "Hopper's kernels need CUDA 12.5 or newer, and ${CMAKE_CUDA_COMPILER} is of "
+                        "${CMAKE_CUDA_COMPILER_VERSION}: set CUDACXX to a newer nvcc, or leave 90 out of "
+                        "CUTLOSS_CUDA_ARCHITECTURES (${CUTLOSS_CUDA_ARCHITECTURES}).")
+  endif()
   if(for_hopper AND hopper_kernels)
     if(CUTLASS_INCLUDE_DIR)
       cutloss_hopper_instances(instances)

@@ -6,7 +6,8 @@
 #   CUTLOSS_CUDA_ARCHITECTURES  what to compile for, as "80;90" (unset: the list in
 #                               cmake/CutlossCuda.cmake; in a checkout's own build the GPUs that are
 #                               here, or that list where CUTLOSS_CUDA=ON and there are none)
-#   CUDACXX                     nvcc, where it is neither in PATH nor in /usr/local/cuda/bin
+#   CUDACXX                     nvcc (unset: the one that scripts/cuda_toolkit.sh has fetched, that of
+#                               PATH, or that of /usr/local/cuda/bin)
 
 CUDA_HEADERS=.venv/cuda
 
@@ -27,7 +28,8 @@ recall() { # name
 
 find_nvcc() {
   local candidate
-  for candidate in "${CUDACXX:-}" nvcc /usr/local/cuda/bin/nvcc; do
+  local fetched=$PWD/.venv/cuda-toolkit/bin/nvcc
+  for candidate in "${CUDACXX:-}" "$fetched" nvcc /usr/local/cuda/bin/nvcc; do
     if [[ -n $candidate ]] && command -v "$candidate"; then return; fi
   done
 }
@@ -36,13 +38,25 @@ has_cublaslt() { # nvcc
   echo '#include <cublasLt.h>' | "$1" -x cu -E - >/dev/null 2>&1
 }
 
+nvcc_release() { # nvcc; 13.0
+  "$1" --version | sed -n 's/^.* release \([0-9.]*\),.*$/\1/p'
+}
+
 # Header files alone: of cuBLASLt (the library is opened at run time, torch brings it along) and of
 # CUTLASS. The wheels that hold them are downloaded, unpacked in part, and deleted.
 install_cuda_headers() { # nvcc
-  local stamp=$CUDA_HEADERS/stamp want wheels=$CUDA_HEADERS/wheels names=(nvidia-cutlass)
-  want="$(sha256sum scripts/requirements-cuda.txt) $1"
+  local stamp=$CUDA_HEADERS/stamp want wheels=$CUDA_HEADERS/wheels names=(nvidia-cutlass) release
+  release=$(nvcc_release "$1")
+  want="$(sha256sum scripts/requirements-cuda.txt) $1 $release"
   if [[ -f $stamp && $(<$stamp) == "$want" ]]; then return; fi
-  has_cublaslt "$1" || names+=(nvidia-cublas)
+  if ! has_cublaslt "$1"; then
+    case $release in
+      13.*) names+=(nvidia-cublas) ;;
+      12.*) names+=(nvidia-cublas-cu12) ;;
+      *) die "$1 is of CUDA ${release:-?}, whose cublasLt.h is not there: install its cuBLAS" \
+        "development files, or set CUDACXX to the nvcc of CUDA 13" ;;
+    esac
+  fi
   say "fetching the headers of ${names[*]} into $CUDA_HEADERS (cuBLAS's wheel is large)"
   rm -rf $CUDA_HEADERS
   mkdir -p $wheels
@@ -52,7 +66,7 @@ install_cuda_headers() { # nvcc
       "$(grep "^$name==" scripts/requirements-cuda.txt)"
   done
   .venv/bin/python scripts/unpack.py $CUDA_HEADERS $wheels/*.whl \
-    cutlass_library/source/include=cutlass nvidia/cu13/include=cublas
+    cutlass_library/source/include=cutlass nvidia/cu13/include=cublas nvidia/cublas/include=cublas
   rm -rf $wheels
   printf '%s\n' "$want" >$stamp
 }
@@ -92,18 +106,33 @@ build_for_gpus_here() {
   fi
 }
 
+# CMake keeps the compiler that a folder was first configured with, whatever CUDACXX says later.
+forget_other_compilers() { # nvcc
+  local cache kept
+  for cache in build/*/CMakeCache.txt; do
+    [[ -f $cache ]] || continue
+    kept=$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' "$cache")
+    if [[ -n $kept && $kept != "$1" && $kept != *NOTFOUND ]]; then
+      say "${cache%/*} is built anew: it was for $kept"
+      rm -rf "$cache" "${cache%/*}/CMakeFiles"
+    fi
+  done
+}
+
 settle_cuda() {
   local nvcc=""
   CUDA=${CUTLOSS_CUDA:-ON}
   if [[ $CUDA == ON ]]; then nvcc=$(find_nvcc); fi
   if [[ -z $nvcc ]]; then
-    [[ ${CUTLOSS_CUDA:-} != ON ]] || die "CUTLOSS_CUDA=ON, but there is no nvcc: set CUDACXX to it"
-    [[ $CUDA == OFF ]] || say "no CUDA engines: nvcc was not found (set CUDACXX to it)"
+    local remedy="set CUDACXX to it, or fetch it with scripts/cuda_toolkit.sh"
+    [[ ${CUTLOSS_CUDA:-} != ON ]] || die "CUTLOSS_CUDA=ON, but there is no nvcc: $remedy"
+    [[ $CUDA == OFF ]] || say "no CUDA engines: nvcc was not found ($remedy)"
     CUDA=OFF
     cuda_flags=(-DCUTLOSS_CUDA=OFF)
     return
   fi
   install_cuda_headers "$nvcc"
+  forget_other_compilers "$nvcc"
   export CUDACXX=$nvcc
   cuda_flags=(-DCUTLOSS_CUDA=ON -DCUTLASS_INCLUDE_DIR="$PWD/$CUDA_HEADERS/cutlass")
   if [[ -d $CUDA_HEADERS/cublas ]]; then

@@ -7,6 +7,10 @@
 #include <string>
 #include <vector>
 
+#ifdef CUTLOSS_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 #include "call.h"
 #include "chunks.h"
 #include "place.h"
@@ -245,11 +249,22 @@ void plan(Stack& stack) {
       plan.forward_workspace_bytes + scratch, plan.backward_workspace_bytes, plan.products});
 }
 
-void has_cuda(Stack& stack) {
+// Of the CUDA runtime that is in this library, as CUDA counts: 13000 for 13.0. 0 where there is
+// none.
+void cuda_version(Stack& stack) {
 #ifdef CUTLOSS_CUDA
-  stack.put(true);
+  stack.put(std::int64_t{CUDART_VERSION});
 #else
-  stack.put(false);
+  stack.put(std::int64_t{0});
+#endif
+}
+
+// What the kernels were compiled for, as it was written for the build.
+void cuda_code(Stack& stack) {
+#ifdef CUTLOSS_CUDA
+  stack.put(std::string(CUTLOSS_CUDA_CODE));
+#else
+  stack.put(std::string());
 #endif
 }
 
@@ -312,7 +327,8 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
   m.def("plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> int[]");
   m.def("describe_plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> str");
   m.def("describe_machine() -> str");
-  m.def("has_cuda() -> bool");
+  m.def("cuda_version() -> int");
+  m.def("cuda_code() -> str");
   m.def("version() -> str");
 }
 
@@ -356,7 +372,8 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CompositeExplicitAutograd, m) {
   m.impl("plan", &boxed<plan>);
   m.impl("describe_plan", &boxed<describe_plan>);
   m.impl("describe_machine", &boxed<describe_machine>);
-  m.impl("has_cuda", &boxed<has_cuda>);
+  m.impl("cuda_version", &boxed<cuda_version>);
+  m.impl("cuda_code", &boxed<cuda_code>);
   m.impl("version", &boxed<version>);
 }
 

@@ -57,12 +57,18 @@ def needed(*modules, install="'cutloss[demo]'"):
 def check_device(device):
     import torch
 
-    from cutloss._torch import library
+    from cutloss._torch import library, needs
 
     if device == "cuda" and not torch.cuda.is_available():
+        driver, cuda = needs.nvidia_driver(), torch.version.cuda
+        if cuda is None:
+            remedy = "install a CUDA build of PyTorch"
+        else:
+            refusal = driver and needs.driver_refusal(driver, cuda)
+            remedy = refusal or f"`cutloss doctor` says what was found (driver: {driver or 'none'})"
         raise UserError(
             f"--device cuda: PyTorch {torch.__version__} finds no CUDA device here; "
-            "use --device cpu, or install a CUDA build of PyTorch"
+            f"use --device cpu, or: {remedy}"
         )
     if device == "cuda" and not library.HAS_CUDA:
         raise UserError(

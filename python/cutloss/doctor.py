@@ -17,7 +17,7 @@ from cutloss._bench.methods import Method, run_pass
 from cutloss._bench.plan import Refusal, decide
 from cutloss._bench.record import processor
 from cutloss._cli import check_device, count, shape
-from cutloss._torch import library
+from cutloss._torch import library, needs
 
 # Of those that make a difference to the products, as /proc/cpuinfo calls them.
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "sve", "bf16")
@@ -80,7 +80,13 @@ def _section(title, lines):
 
 def _versions():
     yield f"cutloss {cutloss.__version__} in {cutloss.__path__[0]}"
+    cuda = library.cuda_version()
+    engines = "without CUDA" if cuda is None else f"for CUDA {needs.dotted(cuda)}"
+    code = f" (code for {library.cuda_code()})" if cuda else ""
+    yield f"built {engines}{code}, {needs.wheel_platform() or 'not as a wheel'}"
     yield f"PyTorch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    if untried := needs.untried_torch(torch.__version__):
+        yield untried
 
 
 def _processor():
@@ -90,6 +96,8 @@ def _processor():
         yield "features: unknown, /proc/cpuinfo is not there"
         return
     yield f"has {', '.join(f for f in FEATURES if f in found) or 'none of ' + ', '.join(FEATURES)}"
+    if "sse2" in found and "avx2" not in found:
+        yield "no avx2: losses on this processor are right, but slow"
     runtimes = _openmp_runtimes()
     if len(runtimes) > 1:
         yield f"more than one OpenMP runtime is loaded, which can be slow: {', '.join(runtimes)}"
@@ -119,14 +127,17 @@ def _openmp_runtimes():
 
 
 def _cuda():
-    driver = _driver()
+    driver = needs.nvidia_driver()
     yield f"NVIDIA driver {driver}" if driver else "no NVIDIA driver was found"
     if torch.version.cuda is None:
         yield f"not used: this PyTorch ({torch.__version__}) is built without CUDA"
     elif not torch.cuda.is_available():
         yield f"not used: PyTorch is built for CUDA {torch.version.cuda}, but finds no device"
+        if refusal := driver and needs.driver_refusal(driver, torch.version.cuda):
+            yield refusal
     else:
         yield f"PyTorch is built for CUDA {torch.version.cuda}"
+        yield from _mixed_cuda()
         for i in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(i)
             gib = found.total_memory / 2**30
@@ -137,13 +148,15 @@ def _cuda():
             yield from _typical()
 
 
-def _driver():
-    try:
-        with open("/proc/driver/nvidia/version") as file:
-            found = re.search(r"Module .*?(\d+\.\d+[.\d]*)", file.read())
-            return found and found[1]
-    except OSError:
-        return None
+def _mixed_cuda():
+    """Where PyTorch and cutloss are for different CUDAs, each brings its own part of it."""
+    ours = library.cuda_version()
+    if ours is None or ours[0] == int(torch.version.cuda.split(".")[0]):
+        return
+    yield (
+        f"this cutloss is built for CUDA {needs.dotted(ours)}: together with PyTorch for CUDA "
+        f"{torch.version.cuda} it is untried; `make wheel` with that CUDA's toolkit makes one"
+    )
 
 
 def _typical():

@@ -54,8 +54,9 @@ std::string cuda_refusal() {
     int driver = 0;
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no CUDA driver";
     return text("the CUDA driver is for CUDA ", driver / 1000, ".", driver % 1000 / 10,
-                ", but this build needs one for CUDA ", CUDART_VERSION / 1000,
-                ".0 or later: update the driver");
+                ", but this build of cutloss needs one for CUDA ", CUDART_VERSION / 1000,
+                ".0 or later: update the driver, or build cutloss with the toolkit of CUDA ",
+                driver / 1000);
   }
   return text("CUDA does not start: ", cudaGetErrorString(error));
 }
@@ -78,9 +79,33 @@ const DeviceFacts& device_or_none() {
   return none.absent.empty() ? current_device() : none;
 }
 
+namespace {
+
+// Of a build that is not for this GPU, or not for this driver; empty of other errors.
+std::string build_refusal(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+      return "this build of cutloss has no code for this GPU, only for " CUTLOSS_CUDA_CODE
+             ": build it for this one (CUTLOSS_CUDA_ARCHITECTURES), or for every one (unset)";
+    case cudaErrorUnsupportedPtxVersion:
+      return "for this GPU the driver would have to compile this build's code (" CUTLOSS_CUDA_CODE
+             "), and is too old for it: update the driver, or build cutloss for this GPU "
+             "(CUTLOSS_CUDA_ARCHITECTURES)";
+    default:
+      return "";
+  }
+}
+
+}  // namespace
+
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // it has been seen
+  if (const std::string why = build_refusal(error); !why.empty()) {
+    throw Error(ErrorCode::unsupported,
+                text("CUDA failed at ", what, " (", cudaGetErrorName(error), "): ", why));
+  }
   throw Error(error == cudaErrorMemoryAllocation ? ErrorCode::out_of_memory : ErrorCode::internal,
               text("CUDA failed at ", what, ": ", cudaGetErrorString(error), " (",
                    cudaGetErrorName(error), ")"));

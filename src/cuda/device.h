@@ -19,7 +19,8 @@ const DeviceFacts& current_device();
 // The device that engines work on: the current one, or why there is none.
 const DeviceFacts& device_or_none();
 
-// Throws Error(out_of_memory | internal) with what failed, for any code but success.
+// Throws Error with what failed, for any code but success: out_of_memory, unsupported where this
+// build is for other GPUs or newer drivers, else internal.
 void check(cudaError_t error, const char* what);
 
 }  // namespace cutloss::cuda

@@ -138,6 +138,72 @@ def test_a_gpu_without_nvcc(checkout):
     assert cuda is None and "CUTLOSS_CUDA=ON, but there is no nvcc" in said
 
 
+def test_the_toolkit_that_was_fetched_goes_before_others(checkout):
+    """It was asked for, and need not be the machine's version. CUDACXX goes before both."""
+    fetched = checkout / ".venv/cuda-toolkit/bin/nvcc"
+    fetched.parent.mkdir(parents=True)
+    write_program(fetched, NVCC)
+    assert f"CUDA engines with {fetched}" in settled(checkout, script="wheel.sh")[2]
+    own = str(checkout / "bin" / "nvcc")
+    assert f"CUDA engines with {own}" in settled(checkout, script="wheel.sh", CUDACXX=own)[2]
+
+
+def test_another_compiler_is_not_taken_for_the_one_that_cmake_kept(checkout):
+    own = str(checkout / "bin" / "nvcc")
+    caches = {}
+    for folder, line in {
+        "same": f"CMAKE_CUDA_COMPILER:FILEPATH={own}",
+        "other": "CMAKE_CUDA_COMPILER:STRING=/usr/local/cuda-12.8/bin/nvcc",
+        "none": "CUTLOSS_CUDA:BOOL=OFF",
+        "unfound": "CMAKE_CUDA_COMPILER:FILEPATH=CMAKE_CUDA_COMPILER-NOTFOUND",
+    }.items():
+        caches[folder] = checkout / "build" / folder / "CMakeCache.txt"
+        caches[folder].parent.mkdir(parents=True)
+        caches[folder].write_text(line + "\n")
+    said = settled(checkout, script="wheel.sh", CUDACXX=own)[2]
+    assert [name for name, cache in caches.items() if not cache.exists()] == ["other"]
+    assert "build/other is built anew: it was for /usr/local/cuda-12.8/bin/nvcc" in said
+
+
+PIP = """#!/bin/sh
+for last in "$@"; do :; done
+case "$2" in pip) echo "$last" >>fetched ;; esac
+mkdir -p .venv/cuda/wheels; : >.venv/cuda/wheels/x.whl
+"""
+
+
+@pytest.mark.parametrize(
+    "release, expected",
+    [
+        ("13.0", ["nvidia-cutlass", "nvidia-cublas"]),
+        ("12.8", ["nvidia-cutlass", "nvidia-cublas-cu12"]),
+        ("11.8", None),
+    ],
+)
+def test_headers_are_of_the_compilers_own_cuda(checkout, release, expected):
+    """Where the toolkit has none of cuBLAS."""
+    answer = f"echo 'Cuda compilation tools, release {release}, V{release}.1'"
+    nvcc = f"#!/bin/sh\nif [ $1 = --version ]; then {answer}; else exit 1; fi\n"
+    write_program(checkout / "bin" / "nvcc", nvcc)
+    (checkout / ".venv/bin").mkdir(parents=True)
+    write_program(checkout / ".venv/bin/python", PIP)
+    (checkout / "scripts").symlink_to(SCRIPTS)
+    for name in ("sha256sum", "grep"):
+        (checkout / "bin" / name).symlink_to(shutil.which(name))
+    before = BEFORE.replace("install_cuda_headers() { :; }", "")
+    done = subprocess.run(
+        [checkout / "bin" / "bash", "-c", before + "install_cuda_headers nvcc"],
+        env={"PATH": str(checkout / "bin"), "SCRIPTS": str(SCRIPTS)}, cwd=checkout,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if expected is None:
+        assert done.returncode != 0 and "nvcc is of CUDA 11.8" in done.stdout
+        return
+    assert done.returncode == 0, done.stderr
+    fetched = (checkout / "fetched").read_text().split()
+    assert [line.partition("==")[0] for line in fetched] == expected
+
+
 def test_a_wheel_is_for_every_architecture_whatever_is_here(checkout):
     settled(checkout, CUTLOSS_CUDA="OFF")  # is remembered, but not for wheels
     for smi in (NO_DEVICES, capabilities("9.0")):

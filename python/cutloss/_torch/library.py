@@ -12,19 +12,12 @@ from torch import Tensor
 
 from .._core.options import Options
 from .._core.weighting import Weighting
-from . import private
+from . import needs, private
 
-_OLDEST_TORCH = (2, 10)
 _LIBRARY = Path(__file__).parent.parent / "lib" / "libcutloss_torch.so"
 
 
 def load() -> None:
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < _OLDEST_TORCH:
-        raise ImportError(
-            f"cutloss needs PyTorch {'.'.join(map(str, _OLDEST_TORCH))} or later, this is "
-            f"{torch.__version__}; upgrade torch"
-        )
     if not _LIBRARY.exists():
         raise ImportError(
             f"cutloss was not built: {_LIBRARY} does not exist; run `make build` in a checkout, "
@@ -33,19 +26,31 @@ def load() -> None:
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
-        raise ImportError(
-            f"cutloss could not load {_LIBRARY}: {error.__cause__ or error}; "
-            f"`ldd {_LIBRARY}` names the library that is missing"
-        ) from error
+        reason = str(error.__cause__ or error)
+        words = needs.loading_refusal(_LIBRARY, reason, torch.__version__)
+        raise ImportError(words) from error
 
 
 load()
 _ops = torch.ops.cutloss
 
-HAS_CUDA: bool = _ops.has_cuda()  # whether this build has CUDA engines; says nothing of a device
+# Whether this build has CUDA engines; says nothing of a device.
+HAS_CUDA: bool = _ops.cuda_version() > 0
+
 
 def version() -> str:
     return _ops.version()
+
+
+def cuda_version() -> tuple[int, int] | None:
+    """The CUDA that this build's engines were compiled for, (13, 0); None without CUDA engines."""
+    number = _ops.cuda_version()
+    return (number // 1000, number % 1000 // 10) if number else None
+
+
+def cuda_code() -> str:
+    """What the CUDA kernels were compiled for, "80-real 90-real" (-real: for no later GPU)."""
+    return _ops.cuda_code()
 
 
 def allow_tf32(e: Tensor, compute_dtype: torch.dtype) -> bool:
