@@ -42,6 +42,12 @@ inline DType stat_type(const Problem& problem) {
   return stat_type(logits != nullptr ? logits->type : problem.compute_type);
 }
 
+// Calls use(pointer to float or double), whichever a stat dtype is.
+template <class Use>
+void for_stat(DType stat, Use use) {
+  stat == DType::f64 ? use(static_cast<double*>(nullptr)) : use(static_cast<float*>(nullptr));
+}
+
 inline float bf16_to_float(std::uint16_t bits) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
 }

@@ -1,7 +1,6 @@
 #include "core/validate.h"
 
 #include <cmath>
-#include <limits>
 #include <tuple>
 
 #include "core/dtype.h"

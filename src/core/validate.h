@@ -1,8 +1,5 @@
 #pragma once
 
-#include <optional>
-#include <string>
-
 #include "cutloss/cutloss.h"
 
 namespace cutloss {

@@ -3,7 +3,6 @@
 #include <cublasLt.h>
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -16,20 +15,26 @@
 namespace cutloss::cuda {
 namespace {
 
-// The functions that are used, found by name. Their types are the header's.
+// The library's functions that are called: a member's name, and the function's behind cublasLt.
+#define CUTLOSS_CUBLASLT_FUNCTIONS(X)            \
+  X(create, Create)                              \
+  X(version, GetVersion)                         \
+  X(matmul, Matmul)                              \
+  X(heuristic, MatmulAlgoGetHeuristic)           \
+  X(desc_create, MatmulDescCreate)               \
+  X(desc_destroy, MatmulDescDestroy)             \
+  X(desc_set, MatmulDescSetAttribute)            \
+  X(layout_create, MatrixLayoutCreate)           \
+  X(layout_destroy, MatrixLayoutDestroy)         \
+  X(preference_create, MatmulPreferenceCreate)   \
+  X(preference_destroy, MatmulPreferenceDestroy) \
+  X(preference_set, MatmulPreferenceSetAttribute)
+
+// The functions, found by name. Their types are the header's.
 struct Library {
-  decltype(&cublasLtCreate) create = nullptr;
-  decltype(&cublasLtGetVersion) version = nullptr;
-  decltype(&cublasLtMatmul) matmul = nullptr;
-  decltype(&cublasLtMatmulAlgoGetHeuristic) heuristic = nullptr;
-  decltype(&cublasLtMatmulDescCreate) desc_create = nullptr;
-  decltype(&cublasLtMatmulDescDestroy) desc_destroy = nullptr;
-  decltype(&cublasLtMatmulDescSetAttribute) desc_set = nullptr;
-  decltype(&cublasLtMatrixLayoutCreate) layout_create = nullptr;
-  decltype(&cublasLtMatrixLayoutDestroy) layout_destroy = nullptr;
-  decltype(&cublasLtMatmulPreferenceCreate) preference_create = nullptr;
-  decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy = nullptr;
-  decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set = nullptr;
+#define CUTLOSS_CUBLASLT_MEMBER(member, name) decltype(&cublasLt##name) member = nullptr;
+  CUTLOSS_CUBLASLT_FUNCTIONS(CUTLOSS_CUBLASLT_MEMBER)
+#undef CUTLOSS_CUBLASLT_MEMBER
   std::string refusal;  // why it is not there
 };
 
@@ -56,18 +61,9 @@ Library load() {
     function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(handle, name));
     if (function == nullptr) library.refusal = text("cuBLASLt has no function ", name);
   };
-  find(library.create, "cublasLtCreate");
-  find(library.version, "cublasLtGetVersion");
-  find(library.matmul, "cublasLtMatmul");
-  find(library.heuristic, "cublasLtMatmulAlgoGetHeuristic");
-  find(library.desc_create, "cublasLtMatmulDescCreate");
-  find(library.desc_destroy, "cublasLtMatmulDescDestroy");
-  find(library.desc_set, "cublasLtMatmulDescSetAttribute");
-  find(library.layout_create, "cublasLtMatrixLayoutCreate");
-  find(library.layout_destroy, "cublasLtMatrixLayoutDestroy");
-  find(library.preference_create, "cublasLtMatmulPreferenceCreate");
-  find(library.preference_destroy, "cublasLtMatmulPreferenceDestroy");
-  find(library.preference_set, "cublasLtMatmulPreferenceSetAttribute");
+#define CUTLOSS_CUBLASLT_FIND(member, name) find(library.member, "cublasLt" #name);
+  CUTLOSS_CUBLASLT_FUNCTIONS(CUTLOSS_CUBLASLT_FIND)
+#undef CUTLOSS_CUBLASLT_FIND
   return library;
 }
 

@@ -14,13 +14,13 @@ namespace cutloss::cuda {
 
 // c = alpha a b, or c += alpha a b.
 struct Product {
-  std::int64_t M, N, K;
-  Operand a;  // (M,K)
-  Operand b;  // (K,N)
-  void* c;    // (M,N)
-  std::int64_t c_stride;
-  DType type;    // of a and b
-  DType c_type;  // f32 (f64 with f64), or that of a and b; sums are fp32 (fp64) either way
+  std::int64_t M = 0, N = 0, K = 0;
+  Operand a;          // (M,K)
+  Operand b;          // (K,N)
+  void* c = nullptr;  // (M,N)
+  std::int64_t c_stride = 0;
+  DType type = DType::f32;    // of a and b
+  DType c_type = DType::f32;  // f32 (f64 with f64), or that of a and b; sums are fp32 (fp64) anyway
   double alpha = 1;
   const void* device_alpha = nullptr;  // where not null: alpha in device memory, then 0 and 1
   bool accumulate = false;

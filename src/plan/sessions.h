@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "core/dtype.h"
 #include "core/refuse.h"
 #include "core/text.h"
 #include "cutloss/call.h"
@@ -125,10 +126,11 @@ class StepsSession final : public CheckedSession {
 template <class Steps, template <class> class PartsOf>
 std::unique_ptr<CheckedSession> open_steps(std::shared_ptr<const Decision> decision,
                                            const Args& args, Pass pass) {
-  if (decision->stat == DType::f64) {
-    return std::make_unique<StepsSession<Steps, PartsOf<double>>>(std::move(decision), args, pass);
-  }
-  return std::make_unique<StepsSession<Steps, PartsOf<float>>>(std::move(decision), args, pass);
+  std::unique_ptr<CheckedSession> session;
+  for_stat(decision->stat, [&]<class T>(T*) {
+    session = std::make_unique<StepsSession<Steps, PartsOf<T>>>(std::move(decision), args, pass);
+  });
+  return session;
 }
 
 }  // namespace cutloss

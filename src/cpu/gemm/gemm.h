@@ -11,13 +11,13 @@
 namespace cutloss::cpu {
 
 struct Product {
-  std::int64_t M, N, K;
-  Operand a;  // (M,K)
-  Operand b;  // (K,N)
-  void* c;    // (M,N)
-  std::int64_t c_stride;
-  DType type;    // of a and b: f32, bf16 or f64
-  DType c_type;  // f32 (f64 with f64); bf16 with bf16 operands rounds the fp32 sums once
+  std::int64_t M = 0, N = 0, K = 0;
+  Operand a;          // (M,K)
+  Operand b;          // (K,N)
+  void* c = nullptr;  // (M,N)
+  std::int64_t c_stride = 0;
+  DType type = DType::f32;    // of a and b: f32, bf16 or f64
+  DType c_type = DType::f32;  // f32 (f64 with f64); bf16 with bf16 operands rounds the sums once
   double alpha = 1;
   bool accumulate = false;
 };

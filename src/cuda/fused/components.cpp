@@ -38,14 +38,7 @@ void Components::begin() {
 }
 
 Listed Components::listed(RowRange range) const {
-  const RowTable& table = rows.table();
-  return {table.count,
-          table.mismatch,
-          table.row,
-          table.position,
-          table.target,
-          static_cast<int>(range.begin),
-          static_cast<int>(range.count)};
+  return {rows.table(), static_cast<int>(range.begin), static_cast<int>(range.count)};
 }
 
 const float* Components::inv_temperature(std::int64_t entry) const {

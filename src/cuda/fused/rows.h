@@ -12,13 +12,9 @@
 
 namespace cutloss::cuda::fused {
 
-// The entries [first, first + rows) of the list, in device memory.
+// The entries [first, first + rows) of the list.
 struct Listed {
-  const int* count = nullptr;         // entries that count, of the whole list
-  const int* mismatch = nullptr;      // 1: num_valid is wrong, every output is NaN
-  const std::int64_t* row = nullptr;  // index into the per-row arrays of the call
-  const int* position = nullptr;      // row of E and of dE
-  const int* target = nullptr;        // a column, kWrongTarget or kTargetElsewhere
+  RowTable table;
   int first = 0;
   int rows = 0;
 };

@@ -7,8 +7,6 @@
 namespace cutloss::cuda::fused {
 namespace {
 
-using cuda::kThreads;
-
 constexpr int kColumnsOfBlock = 2 * kThreads;
 
 // The sort's arrays: targets and rows as they come, and in the order of targets.
@@ -39,9 +37,9 @@ cudaError_t sort(const Order& o, int capacity, int V, void* scratch, std::size_t
 __global__ void read_targets(Listed list, int capacity, int V, Order order) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= capacity) return;
-  const int left = *list.count - list.first;
+  const int left = *list.table.count - list.first;
   const bool counts = i < left && i < list.rows;
-  const int target = counts ? list.target[list.first + i] : -1;
+  const int target = counts ? list.table.target[list.first + i] : -1;
   order.target[i] = target < 0 ? V : target;
   order.row[i] = i;
 }
@@ -87,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) sum_targets(TargetSums t, Order orde
   for (int k = first + static_cast<int>(threadIdx.x); k < end; k += 32) {
     sum += t.target_g[row[k]];
   }
-  sum = cuda::warp_sum(sum);
+  sum = warp_sum(sum);
   if (threadIdx.x == 0) t.dbias[target] += sum * t.inverse_scale;
 }
 
@@ -100,24 +98,24 @@ std::int64_t target_sort_bytes(int capacity) {
 
 std::int64_t needed_sort_bytes(int capacity, int V) {
   std::size_t bytes = 0;
-  cuda::check(sort({}, capacity, V, nullptr, bytes, nullptr), "the size of a sort");
+  check(sort({}, capacity, V, nullptr, bytes, nullptr), "the size of a sort");
   return static_cast<std::int64_t>(bytes);
 }
 
 void launch_target_sums(const TargetSums& t, cudaStream_t stream) {
   const Order order = order_of(t);
-  cuda::launch(read_targets, "read_targets", divide_up(t.capacity, kThreads), kThreads, stream,
-               t.list, t.capacity, t.V, order);
+  launch(read_targets, "read_targets", divide_up(t.capacity, kThreads), kThreads, stream, t.list,
+         t.capacity, t.V, order);
   auto bytes = static_cast<std::size_t>(t.sort_bytes);
-  cuda::check(sort(order, t.capacity, t.V, t.sort, bytes, stream), "a sort of targets");
+  check(sort(order, t.capacity, t.V, t.sort, bytes, stream), "a sort of targets");
   const bool wants_dc = t.sums != nullptr;
   if (wants_dc) {
-    cuda::check(cudaMemsetAsync(t.sum_of_column, 0xff, std::size_t(t.V) * 4, stream),
-                "clearing of the targets' places");
+    check(cudaMemsetAsync(t.sum_of_column, 0xff, std::size_t(t.V) * 4, stream),
+          "clearing of the targets' places");
   }
   const dim3 blocks(t.capacity, wants_dc ? divide_up(t.depth, kColumnsOfBlock) : 1);
   sum_targets<<<blocks, kThreads, 0, stream>>>(t, order);
-  cuda::check(cudaGetLastError(), "sum_targets");
+  check(cudaGetLastError(), "sum_targets");
 }
 
 }  // namespace cutloss::cuda::fused

@@ -173,40 +173,22 @@ void run(const GradientOf<T>& s, const Kept<T>& kept, std::int64_t slab, cudaStr
 
 }  // namespace
 
-template <>
-void row_gradient<float>(const GradientOf<float>& s, cudaStream_t stream) {
-  switch (s.g_type) {
-    case DType::bf16:
-      return run<float, __nv_bfloat16>(s, stream);
-    case DType::f16:
-      return run<float, __half>(s, stream);
-    default:
-      return run<float, float>(s, stream);
-  }
+template <class T>
+void row_gradient(const GradientOf<T>& s, cudaStream_t stream) {
+  for_stored_type<T>(s.g_type, [&]<class G>(G*) { run<T, G>(s, stream); });
 }
 
-template <>
-void row_gradient<double>(const GradientOf<double>& s, cudaStream_t stream) {
-  run<double, double>(s, stream);
+template <class T>
+void row_gradient_from_exponentials(const GradientOf<T>& s, const Kept<T>& kept, std::int64_t slab,
+                                    cudaStream_t stream) {
+  for_stored_type<T>(s.g_type, [&]<class G>(G*) { run<T, G>(s, kept, slab, stream); });
 }
 
-template <>
-void row_gradient_from_exponentials<float>(const GradientOf<float>& s, const Kept<float>& kept,
-                                           std::int64_t slab, cudaStream_t stream) {
-  switch (s.g_type) {
-    case DType::bf16:
-      return run<float, __nv_bfloat16>(s, kept, slab, stream);
-    case DType::f16:
-      return run<float, __half>(s, kept, slab, stream);
-    default:
-      return run<float, float>(s, kept, slab, stream);
-  }
-}
-
-template <>
-void row_gradient_from_exponentials<double>(const GradientOf<double>& s, const Kept<double>& kept,
-                                            std::int64_t slab, cudaStream_t stream) {
-  run<double, double>(s, kept, slab, stream);
-}
+#define CUTLOSS_INSTANCES(T)                                                                       \
+  template void row_gradient(const GradientOf<T>&, cudaStream_t);                                  \
+  template void row_gradient_from_exponentials(const GradientOf<T>&, const Kept<T>&, std::int64_t, \
+                                               cudaStream_t);
+CUTLOSS_INSTANCES(float)
+CUTLOSS_INSTANCES(double)
 
 }  // namespace cutloss::cuda

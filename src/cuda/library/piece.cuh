@@ -22,6 +22,21 @@ struct Piece {
   }
 };
 
+// Calls use(pointer to an element type) for a dtype in which numbers of the stat dtype T are
+// stored.
+template <class T, class Use>
+void for_stored_type(DType type, Use use) {
+  if constexpr (std::is_same_v<T, double>) {
+    use(static_cast<double*>(nullptr));
+  } else if (type == DType::bf16) {
+    use(static_cast<__nv_bfloat16*>(nullptr));
+  } else if (type == DType::f16) {
+    use(static_cast<__half*>(nullptr));
+  } else {
+    use(static_cast<float*>(nullptr));
+  }
+}
+
 // `columns`: from the piece's first to the end of the row.
 template <class T>
 __device__ __forceinline__ void load_piece(const T* from, int columns,

@@ -1,7 +1,6 @@
 // Forward's row pass: one read of a block of logits. A warp takes a piece of a row at a time and
 // joins it to the row's state, as logit_math.h says; where rows are few, several warps share one,
 // each a run of pieces, joined in order.
-#include <algorithm>
 
 #include "cuda/library/piece.cuh"
 
@@ -204,22 +203,12 @@ void run(const StatisticsOf<T>& s, cudaStream_t stream) {
 
 }  // namespace
 
-template <>
-void row_statistics<float>(const StatisticsOf<float>& s, cudaStream_t stream) {
-  if (s.kept.data == nullptr) return run<float, Nothing>(s, stream);
-  switch (s.kept.type) {
-    case DType::bf16:
-      return run<float, __nv_bfloat16>(s, stream);
-    case DType::f16:
-      return run<float, __half>(s, stream);
-    default:
-      return run<float, float>(s, stream);
-  }
+template <class T>
+void row_statistics(const StatisticsOf<T>& s, cudaStream_t stream) {
+  if (s.kept.data == nullptr) return run<T, Nothing>(s, stream);
+  for_stored_type<T>(s.kept.type, [&]<class K>(K*) { run<T, K>(s, stream); });
 }
-
-template <>
-void row_statistics<double>(const StatisticsOf<double>& s, cudaStream_t stream) {
-  s.kept.data == nullptr ? run<double, Nothing>(s, stream) : run<double, double>(s, stream);
-}
+template void row_statistics(const StatisticsOf<float>& s, cudaStream_t stream);
+template void row_statistics(const StatisticsOf<double>& s, cudaStream_t stream);
 
 }  // namespace cutloss::cuda

@@ -1,4 +1,7 @@
 // Losses over logits on a device.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <limits>
 
 #include "core/dtype.h"
@@ -55,14 +58,20 @@ void cuda::logits(const Problem& p, const LogitsArgs& args, Pass pass) {
   const int blocks = logits_of(p).blocks_per_row;
   switch (logits_of(p).type) {
     case DType::bf16:
-      return cuda::logit_rows_bf16(rows_of<float>(p, args, pass), blocks, stream);
+      return cuda::run_logit_rows<__nv_bfloat16>(rows_of<float>(p, args, pass), blocks, stream);
     case DType::f16:
-      return cuda::logit_rows_f16(rows_of<float>(p, args, pass), blocks, stream);
+      return cuda::run_logit_rows<__half>(rows_of<float>(p, args, pass), blocks, stream);
     case DType::f32:
-      return cuda::logit_rows_f32(rows_of<float>(p, args, pass), blocks, stream);
+      return cuda::run_logit_rows<float>(rows_of<float>(p, args, pass), blocks, stream);
     case DType::f64:
-      return cuda::logit_rows_f64(rows_of<double>(p, args, pass), blocks, stream);
+      return cuda::run_logit_rows<double>(rows_of<double>(p, args, pass), blocks, stream);
   }
+}
+
+const DeviceCalls& cuda_calls() {
+  static constexpr DeviceCalls calls{cuda::loss_terms,   cuda::sum_loss, cuda::close_rows,
+                                     cuda::empty_states, cuda::logits,   cuda::scale};
+  return calls;
 }
 
 }  // namespace cutloss

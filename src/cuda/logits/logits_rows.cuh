@@ -12,7 +12,6 @@
 
 #include <climits>
 #include <cmath>
-#include <limits>
 
 #include "core/loss_terms.h"
 #include "core/row_outputs.h"
@@ -523,6 +522,8 @@ inline LogitLaunch launch_for(std::int64_t positions, std::int64_t vectors, bool
   return launch;
 }
 
+}  // namespace
+
 template <class E, class T>
 void run_logit_rows(const LogitRows<T>& s, int asked, cudaStream_t stream) {
   const RowFacts& f = s.facts;
@@ -574,5 +575,4 @@ void run_logit_rows(const LogitRows<T>& s, int asked, cudaStream_t stream) {
         "logit_rows");
 }
 
-}  // namespace
 }  // namespace cutloss::cuda

@@ -23,11 +23,9 @@ struct LogitRows {
   T logit_scale = 1;
 };
 
-// blocks_per_row: 0, or how many share a row whose statistics are made. Throws Error(unsupported)
-// where that is not possible on the device.
-void logit_rows_bf16(const LogitRows<float>& rows, int blocks_per_row, cudaStream_t stream);
-void logit_rows_f16(const LogitRows<float>& rows, int blocks_per_row, cudaStream_t stream);
-void logit_rows_f32(const LogitRows<float>& rows, int blocks_per_row, cudaStream_t stream);
-void logit_rows_f64(const LogitRows<double>& rows, int blocks_per_row, cudaStream_t stream);
+// E: the logits' type. blocks_per_row: 0, or how many share a row whose statistics are made. Throws
+// Error(unsupported) where that is not possible on the device.
+template <class E, class T>
+void run_logit_rows(const LogitRows<T>& rows, int blocks_per_row, cudaStream_t stream);
 
 }  // namespace cutloss::cuda

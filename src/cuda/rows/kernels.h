@@ -48,13 +48,6 @@ void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
                  const RowState<T>* states, const T* class_weight, const RowOutputs& out,
                  const Classes& classes, cudaStream_t stream);
 
-// close_rows and empty_states of the public interface.
-template <class T>
-void close_shards(const RowFacts& facts, const RowStates& states, const RowOutputs& out,
-                  cudaStream_t stream);
-template <class T>
-void empty_states(std::int64_t rows, RowState<T>* states, cudaStream_t stream);
-
 struct Coefficients {
   RowTable table;
   std::int64_t first = 0, count = 0;  // entries
@@ -70,18 +63,6 @@ void make_scalars(const Coefficients& coefficients, double logit_scale, DeviceSc
 template <class T>
 void make_coefficients(const Coefficients& coefficients, const DeviceScalars* scalars,
                        RowGradient<T>* rows, cudaStream_t stream);
-
-// --- loss.cu ----------------------------------------------------------------------------------
-
-// loss_terms of the public interface. Of the facts it reads those of the targets.
-template <class T>
-void loss_terms(const RowFacts& facts, const Weighting& weighting, const LossTerms& terms,
-                cudaStream_t stream);
-
-// `undefined`: null, or one in device memory.
-template <class T>
-void sum_loss(const RowFacts& facts, const RowOutputs& out, const RowGradients& upstream,
-              const bool* undefined, void* loss, cudaStream_t stream);
 
 // --- matrix.cu --------------------------------------------------------------------------------
 
@@ -131,9 +112,5 @@ void column_sums(const ColumnSums& what, cudaStream_t stream);
 // NaN throughout, where the table says that num_valid is wrong.
 void poison_where_wrong(const RowTable& table, void* values, DType type, std::int64_t count,
                         cudaStream_t stream);
-
-// values *= *factor, unless that is 1.
-void scale(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
-           cudaStream_t stream);
 
 }  // namespace cutloss::cuda

@@ -1,5 +1,6 @@
 // Kernels on whole matrices: rows copied, converted, gathered, scattered; zeros, NaNs, scaling.
 #include "core/dtype.h"
+#include "cuda/device_calls.h"
 #include "cuda/math.cuh"
 #include "cuda/rows/kernels.h"
 #include "cuda/rows/row_facts.cuh"
@@ -237,11 +238,12 @@ void poison_where_wrong(const RowTable& table, void* values, DType type, std::in
 }
 
 void scale(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
-           cudaStream_t stream) {
+           void* stream) {
   for_type(type, [&]<class E>(E*) {
     for_type(factor_type, [&]<class F>(F*) {
       launch(scale_kernel<E, F>, "scale_in_place", blocks_for(divide_up(count * size_of(type), 16)),
-             kThreads, stream, static_cast<E*>(values), count, static_cast<const F*>(factor));
+             kThreads, static_cast<cudaStream_t>(stream), static_cast<E*>(values), count,
+             static_cast<const F*>(factor));
     });
   });
 }

@@ -16,6 +16,8 @@ std::string size_refusal(const Rows& rows, std::int64_t V,
 // Of targets alone. Throws Error(unsupported) where there are too many.
 RowFacts row_facts(const Rows& rows, const Classes& classes, const void* targets);
 
+RowFacts row_facts(const LossRows& rows, const void* targets);
+
 // With temperatures: `temperature` is read where the problem says that there is one for each row.
 RowFacts row_facts(const Problem& problem, const void* targets, const void* temperature);
 
