@@ -1,4 +1,4 @@
-// The calls of a plan: check the pointers, open a session, run it over all chunks.
+// The calls of a plan: each checks the pointers, opens a session and runs it over all chunks.
 #include "api/algorithms.h"
 #include "core/refuse.h"
 #include "core/text.h"
@@ -10,7 +10,8 @@ namespace {
 
 Way way_of(const Plan& plan) { return {plan.schedule, plan.keeps_logits}; }
 
-// Every plan has forward; what else depends on where its gradients are made.
+// Refuses a pass that the plan has not. Every plan has forward; the others depend on where the
+// gradients are made.
 void need_pass(const Plan& plan, Pass pass) {
   const std::string has = text("; this plan has schedule ", name(plan.schedule),
                                plan.keeps_logits ? " with kept logits" : "");

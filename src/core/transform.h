@@ -22,8 +22,8 @@ CUTLOSS_HOST_DEVICE T tanh_slope(T x) {
   return T(4) * u * over * over;
 }
 
-// a b, rounded: nvcc would fuse it with a subtraction that follows, and a logit that backward makes
-// again would not be forward's.
+// Multiplies and rounds: nvcc would fuse the product with a subtraction that follows, and a logit
+// that backward makes again would differ from forward's.
 CUTLOSS_HOST_DEVICE inline float rounded_product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
@@ -39,14 +39,15 @@ CUTLOSS_HOST_DEVICE inline double rounded_product(double a, double b) {
 #endif
 }
 
-// tanh itself is the library's: tanh x = (1 - u) / (1 + u) would lose the digits of a small x.
+// Makes z of a. tanh itself is the library's: tanh x = (1 - u) / (1 + u) would lose the digits of a
+// small x.
 template <class T>
 CUTLOSS_HOST_DEVICE T transformed(T a, T softcap, T inv_temperature) {
   if (softcap != T(0)) a = softcap * std::tanh(a * (T(1) / softcap));
   return rounded_product(a, inv_temperature);
 }
 
-// dz/da
+// Makes dz/da.
 template <class T>
 CUTLOSS_HOST_DEVICE T transform_slope(T a, T softcap, T inv_temperature) {
   if (softcap == T(0)) return inv_temperature;

@@ -14,9 +14,9 @@ DType product_type(const Problem& p, const DeviceFacts& device) {
   switch (p.compute_type) {
     case DType::f64:
       return DType::f64;
-    case DType::bf16:  // tensor cores of sm_75 know fp16 only
+    case DType::bf16:  // the tensor cores of sm_75 know fp16 only
       return device.sm >= 80 ? DType::bf16 : DType::f32;
-    case DType::f16:  // f32 holds every f16; the reverse would lose range
+    case DType::f16:  // f32 holds every f16, but f16 would lose the range of others
       return head.e_type == DType::f16 && head.c_type == DType::f16 ? DType::f16 : DType::f32;
     case DType::f32:
       break;
@@ -87,8 +87,8 @@ std::int64_t e_stride(const Problem& p, DType operand) { return padded(head_of(p
 
 namespace {
 
-// What dC of the last columns needs in g's memory where E lay in dE's: g of a block, and behind it
-// E of its rows and dC's sums of its columns.
+// The bytes that dC of the last columns needs in g's memory where E lay in dE's: g of a block, and
+// behind it E of its rows and dC's sums of its columns.
 struct LastBytes {
   std::int64_t g = 0, e = 0, sums = 0;
   std::int64_t all() const { return g + e + sums; }

@@ -94,8 +94,8 @@ void GradientSums<T>::finish() const {
   const std::int64_t V = head.classes.count;
   const std::int64_t positions = call_.p.rows.sequences * call_.p.rows.length;
   const bool none = rows_.to_cover() == 0;
-  const auto zeros = [&](void* to, std::int64_t bytes, const char* what) {
-    check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(bytes), call_.stream), what);
+  const auto zeros = [&](void* to, std::int64_t bytes, const char* action) {
+    check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(bytes), call_.stream), action);
   };
   if (wanted.de.wanted && positions > 0) {
     clear_unpredicted(rows_.facts(), positions, out.de, call_.d.de_type, head.D, call_.stream);

@@ -1,5 +1,5 @@
-// dE, dC and dbias: g of each block multiplied and added up, in the order of the blocks, and what
-// becomes of the sums.
+// Makes dE, dC and dbias: multiplies g of each block, adds it up in the order of the blocks, and
+// stores the sums.
 #pragma once
 
 #include "cuda/operands.h"
@@ -7,7 +7,8 @@
 
 namespace cutloss::cuda {
 
-// g of a block, (rows, columns), in the products' dtype; `scalars` where it carries a scale.
+// g of a block, (rows, columns), in the products' dtype. `scalars` is null where it carries no
+// scale.
 struct BlockGradient {
   void* data = nullptr;
   std::int64_t stride = 0;
@@ -21,19 +22,21 @@ class GradientSums {
                const Products& products)
       : call_(call), rows_(rows), operands_(operands), products_(products) {}
 
-  // dE begins with the first columns, dC and dbias with the first rows of the list.
+  // Each adds a block's part to its sums. dE's begin anew with the first columns, those of dC and
+  // dbias with the first rows of the list.
   void add_dbias(const Block& block, const BlockGradient& g) const;
   void add_de(const Block& block, const BlockGradient& g);
   void add_dc(const Block& block, const BlockGradient& g);
 
-  // These columns have seen every row of the list, these rows every column.
+  // Store dC of columns that have seen every row of the list, and dE of rows that have seen every
+  // column.
   void store_columns(Columns columns) const;
   void store_rows(RowRange chunk) const;
-  // The rest: rows that predict nothing or are ignored, dbias, everything where no row counts, and
-  // NaN where num_valid is wrong.
+  // Writes the rest: rows that predict nothing or are ignored, dbias, everything where no row
+  // counts, and NaN where num_valid is wrong.
   void finish() const;
 
-  // Where dC of some columns accumulates; in the stat dtype unless it is written by one product.
+  // Whether dC has sums of its own, and where dC of some columns accumulates.
   bool dc_has_sums() const;
   T* dc_sums(Columns columns) const;
   // Whether a block's dC is added to what is there: always where dC is added to, else after the
@@ -41,9 +44,9 @@ class GradientSums {
   bool adds_to_dc(const Block& block) const {
     return block.rows.begin > 0 || call_.p.wanted.dc.add;
   }
-  // dE is stored: its sums have left dC's last rows, which follow.
+  // Notes that dE is stored: its sums have left dC's last rows, which are made next.
   void begin_last_columns() { in_last_columns_ = true; }
-  // Elements from row to row of a block's g that has a place of its own.
+  // How many elements lie from row to row in a block's g that has a place of its own.
   std::int64_t g_stride() const {
     return padded(in_last_columns_ ? call_.d.last.gradient_slab : call_.d.sizes.gradient_slab,
                   call_.d.operand);
@@ -57,7 +60,7 @@ class GradientSums {
   bool in_last_columns_ = false;
 };
 
-// What the sums take in a workspace: dE of `chunk_rows` rows, dC, dbias.
+// Books the sums of dE, dC and dbias in a workspace.
 void book_sums(Ledger& ledger, const CudaDecision& d, bool always_de_sums);
 
 extern template class GradientSums<float>;

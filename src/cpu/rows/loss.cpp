@@ -1,4 +1,4 @@
-// The coefficients of a loss, and its sum, on the host.
+// The coefficients of a loss, and its sum, made on the host.
 #include "core/loss_terms.h"
 
 #include "core/dtype.h"

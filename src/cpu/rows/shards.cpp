@@ -1,4 +1,4 @@
-// Rows that are closed after their statistics: those of a vocabulary in shards.
+// Closes rows after their statistics, which are those of a vocabulary in shards.
 #include <algorithm>
 #include <limits>
 
@@ -20,7 +20,7 @@ void close_all(const LossRows& given, const RowStates& s, const RowOutputs& out)
   const bool all = s.some.rows == nullptr;
   const std::int64_t N = row_count(rows), count = all ? N : s.some.count;
   const auto row = [&](std::int64_t i) { return all ? i : s.some.rows[i]; };
-  for (std::int64_t i = 0; i < count; ++i) {  // before anything is written
+  for (std::int64_t i = 0; i < count; ++i) {  // all targets are checked before anything is written
     const std::int64_t n = row(i);
     if (n < 0 || target(n) == rows.ignore_index) continue;
     check_target(target(n), given.classes, rows.ignore_index,

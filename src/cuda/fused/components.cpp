@@ -6,9 +6,9 @@ namespace cutloss::cuda::fused {
 namespace {
 
 // The copy engine reads rows in units of 16 bytes.
-void need_alignment(const void* data, const char* what) {
+void need_alignment(const void* data, const char* member) {
   if (reinterpret_cast<std::uintptr_t>(data) % 16 == 0) return;
-  refuse_value(what,
+  refuse_value(member,
                " must start at a multiple of 16 bytes for engine cuda/fused_sm90, got address ",
                data, "; copy it, or set the problem's engine to cuda/library");
 }

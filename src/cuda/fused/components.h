@@ -7,7 +7,7 @@
 #include "cuda/fused/decision.h"
 #include "cuda/fused/rows.h"
 #include "cuda/gradient_sums.h"
-#include "cuda/rows/row_coefficients.h"
+#include "cuda/rows/chunk_coefficients.h"
 #include "loops/sweep.h"
 #include "plan/sessions.h"
 
@@ -35,7 +35,7 @@ struct Components {
   ListedRows<float> rows;
   Operands<float> operands;
   Products products;
-  RowCoefficientsOf<float> coefficients;
+  ChunkCoefficients<float> coefficients;
   GradientSums<float> sums;
   bool finds_e = false;
 };

@@ -7,7 +7,7 @@
 #include "cuda/gradient_sums.h"
 #include "cuda/library/decision.h"
 #include "cuda/library/kernels.h"
-#include "cuda/rows/row_coefficients.h"
+#include "cuda/rows/chunk_coefficients.h"
 #include "loops/sweep.h"
 
 namespace cutloss::cuda::library {
@@ -33,7 +33,7 @@ struct Components {
   ListedRows<T> rows;
   Operands<T> operands;
   Products products;
-  RowCoefficientsOf<T> coefficients;
+  ChunkCoefficients<T> coefficients;
   GradientSums<T> sums;
 
  private:
@@ -41,7 +41,7 @@ struct Components {
   BlockGradient from_kept_logits(const Block& block);
   BlockGradient from_product(const Block& block);
   BlockGradient place_of_g(const Block& block) const;
-  GradientOf<T> gradient_of(const Block& block, const BlockGradient& g);
+  SlabGradient<T> slab_gradient(const Block& block, const BlockGradient& g);
   LogitBlock<T> logit_block(T* z, std::int64_t stride, RowRange rows, Columns columns) const;
   Kept<T> kept(std::int64_t row_in_chunk, std::int64_t column) const;
 };

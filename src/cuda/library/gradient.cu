@@ -18,7 +18,7 @@ __device__ __forceinline__ Place place_of(int pieces) {
 }
 
 template <class T, class G>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int pieces) {
+__global__ void __launch_bounds__(kThreads) gradient_kernel(SlabGradient<T> s, int pieces) {
   using P = Piece<T>;
   const auto [row, piece] = place_of(pieces);
   if (row >= s.block.rows) return;
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int
 // K: of what is kept, and of g.
 template <class T, class K>
 __global__ void __launch_bounds__(kThreads)
-    from_exponentials_kernel(GradientOf<T> s, Kept<T> kept, std::int64_t slab, int pieces_per_slab,
-                             int pieces) {
+    from_exponentials_kernel(SlabGradient<T> s, Kept<T> kept, std::int64_t slab,
+                             int pieces_per_slab, int pieces) {
   constexpr int kVector = 16 / sizeof(K);
   constexpr int kVectors = kPieceColumns<T> / (32 * kVector);
   using Vector = Pack<K, kVector>;
@@ -156,14 +156,14 @@ std::int64_t blocks_for(std::int64_t rows, std::int64_t pieces) {
 }
 
 template <class T, class G>
-void run(const GradientOf<T>& s, cudaStream_t stream) {
+void run(const SlabGradient<T>& s, cudaStream_t stream) {
   const std::int64_t pieces = divide_up(s.block.columns, kPieceColumns<T>);
   launch(gradient_kernel<T, G>, "row_gradient", blocks_for(s.block.rows, pieces), kThreads, stream,
          s, static_cast<int>(pieces));
 }
 
 template <class T, class K>
-void run(const GradientOf<T>& s, const Kept<T>& kept, std::int64_t slab, cudaStream_t stream) {
+void run(const SlabGradient<T>& s, const Kept<T>& kept, std::int64_t slab, cudaStream_t stream) {
   const std::int64_t per_slab = divide_up(slab, kPieceColumns<T>);
   const std::int64_t pieces = divide_up(s.block.columns, slab) * per_slab;
   launch(from_exponentials_kernel<T, K>, "row_gradient_from_exponentials",
@@ -174,20 +174,20 @@ void run(const GradientOf<T>& s, const Kept<T>& kept, std::int64_t slab, cudaStr
 }  // namespace
 
 template <class T>
-void row_gradient(const GradientOf<T>& s, cudaStream_t stream) {
+void row_gradient(const SlabGradient<T>& s, cudaStream_t stream) {
   for_stored_type<T>(s.g_type, [&]<class G>(G*) { run<T, G>(s, stream); });
 }
 
 template <class T>
-void row_gradient_from_exponentials(const GradientOf<T>& s, const Kept<T>& kept, std::int64_t slab,
-                                    cudaStream_t stream) {
+void row_gradient_from_exponentials(const SlabGradient<T>& s, const Kept<T>& kept,
+                                    std::int64_t slab, cudaStream_t stream) {
   for_stored_type<T>(s.g_type, [&]<class G>(G*) { run<T, G>(s, kept, slab, stream); });
 }
 
-#define CUTLOSS_INSTANCES(T)                                                                       \
-  template void row_gradient(const GradientOf<T>&, cudaStream_t);                                  \
-  template void row_gradient_from_exponentials(const GradientOf<T>&, const Kept<T>&, std::int64_t, \
-                                               cudaStream_t);
+#define CUTLOSS_INSTANCES(T)                                                           \
+  template void row_gradient(const SlabGradient<T>&, cudaStream_t);                    \
+  template void row_gradient_from_exponentials(const SlabGradient<T>&, const Kept<T>&, \
+                                               std::int64_t, cudaStream_t);
 CUTLOSS_INSTANCES(float)
 CUTLOSS_INSTANCES(double)
 

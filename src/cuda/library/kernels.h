@@ -45,7 +45,7 @@ struct Kept {
 constexpr float kept_scale(DType type) { return type == DType::f16 ? 0x1p14f : 1.0f; }
 
 template <class T>
-struct StatisticsOf {
+struct SlabStatistics {
   LogitBlock<T> block;
   RowState<T>* states = nullptr;  // of the block's first row
   bool entropy = false, argmax = false, zbar = false;
@@ -53,10 +53,10 @@ struct StatisticsOf {
   Kept<T> kept;
 };
 template <class T>
-void row_statistics(const StatisticsOf<T>& what, cudaStream_t stream);
+void row_statistics(const SlabStatistics<T>& s, cudaStream_t stream);
 
 template <class T>
-struct GradientOf {
+struct SlabGradient {
   LogitBlock<T> block;                        // z: logits, or what is kept (as T)
   const RowGradient<T>* gradients = nullptr;  // of the block's first row
   const T* class_weight = nullptr;
@@ -67,11 +67,11 @@ struct GradientOf {
 };
 // g from logits.
 template <class T>
-void row_gradient(const GradientOf<T>& what, cudaStream_t stream);
+void row_gradient(const SlabGradient<T>& s, cudaStream_t stream);
 
 // g from kept exponentials; columns begin at a slab, `slab` columns to a slab. May be in place.
 template <class T>
-void row_gradient_from_exponentials(const GradientOf<T>& what, const Kept<T>& kept,
+void row_gradient_from_exponentials(const SlabGradient<T>& s, const Kept<T>& kept,
                                     std::int64_t slab, cudaStream_t stream);
 
 }  // namespace cutloss::cuda

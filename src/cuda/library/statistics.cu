@@ -45,7 +45,7 @@ __device__ __forceinline__ void keep_piece(T (&e)[Piece<T>::kValues], T softcap,
 }
 
 template <class T, class K, bool kAll>
-__device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t row, int piece,
+__device__ __forceinline__ void add_piece(const SlabStatistics<T>& s, std::int64_t row, int piece,
                                           int vocabulary_target, T inv_temperature,
                                           RowState<T>& state) {
   using P = Piece<T>;
@@ -150,7 +150,7 @@ constexpr int kBlocks = sizeof(T) == 8                        ? 1
 // kAll: entropy, zbar or argmax are wanted.
 template <class T, class K, bool kAll>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
-    statistics_kernel(StatisticsOf<T> s, int warps_per_row) {
+    statistics_kernel(SlabStatistics<T> s, int warps_per_row) {
   // Bytes, because a RowState has initialisers, which shared memory may not have.
   alignas(16) __shared__ unsigned char bytes[kWarps * sizeof(RowState<T>)];
   auto* shared = reinterpret_cast<RowState<T>*>(bytes);
@@ -194,7 +194,7 @@ int warps_for(std::int64_t rows, std::int64_t pieces) {
 }
 
 template <class T, class K>
-void run(const StatisticsOf<T>& s, cudaStream_t stream) {
+void run(const SlabStatistics<T>& s, cudaStream_t stream) {
   const int warps = warps_for(s.block.rows, divide_up(s.block.columns, kPieceColumns<T>));
   const bool all = s.entropy || s.zbar || s.argmax;
   launch(all ? statistics_kernel<T, K, true> : statistics_kernel<T, K, false>, "row_statistics",
@@ -204,11 +204,11 @@ void run(const StatisticsOf<T>& s, cudaStream_t stream) {
 }  // namespace
 
 template <class T>
-void row_statistics(const StatisticsOf<T>& s, cudaStream_t stream) {
+void row_statistics(const SlabStatistics<T>& s, cudaStream_t stream) {
   if (s.kept.data == nullptr) return run<T, Nothing>(s, stream);
   for_stored_type<T>(s.kept.type, [&]<class K>(K*) { run<T, K>(s, stream); });
 }
-template void row_statistics(const StatisticsOf<float>& s, cudaStream_t stream);
-template void row_statistics(const StatisticsOf<double>& s, cudaStream_t stream);
+template void row_statistics(const SlabStatistics<float>& s, cudaStream_t stream);
+template void row_statistics(const SlabStatistics<double>& s, cudaStream_t stream);
 
 }  // namespace cutloss::cuda

@@ -262,9 +262,10 @@ __device__ void merge_lanes(RowState<T>& state) {
 
 // The gradient of a vector's logits.
 template <bool kPlain, class E, class T>
-__device__ __forceinline__ Vector<E> gradient_of(const RowCoefficients<T>& k, const RowView<T>& row,
-                                                 T target_g, T factor, const T* class_weight,
-                                                 const Vector<E>& vector, int column) {
+__device__ __forceinline__ Vector<E> slab_gradient(const RowCoefficients<T>& k,
+                                                   const RowView<T>& row, T target_g, T factor,
+                                                   const T* class_weight, const Vector<E>& vector,
+                                                   int column) {
   constexpr int kVector = kVectorOf<E>;
   T z[kVector];
   widen_all<E>(vector, z);
@@ -440,7 +441,7 @@ __global__ void __launch_bounds__(kMostRowThreads, (kBlocksAtOnce<T, kPlain>))
     const T factor = k.a * std::exp(-k.log_sum);
     const auto put = [&](const Vector<E>& vector, int i) {
       const int column = slice.first_column + i * kVector;
-      out.store(gradient_of<kPlain, E>(k, view, target_g, factor, s.class_weight, vector, column),
+      out.store(slab_gradient<kPlain, E>(k, view, target_g, factor, s.class_weight, vector, column),
                 column, f.V);
     };
     for (int i = static_cast<int>(threadIdx.x); i < in_shared; i += stride) {
@@ -542,13 +543,13 @@ void run_logit_rows(const LogitRows<T>& s, int asked, cudaStream_t stream) {
   }
   constexpr int kVector = kVectorOf<E>;
   const std::int64_t vectors = divide_up(std::int64_t{f.V} + kVector - 1, kVector);
-  const LogitLaunch how = launch_for(s.positions, vectors, s.statistics, asked, clusters);
-  const std::int64_t blocks = s.positions * how.blocks_per_row;
+  const LogitLaunch launch = launch_for(s.positions, vectors, s.statistics, asked, clusters);
+  const std::int64_t blocks = s.positions * launch.blocks_per_row;
   if (blocks > INT_MAX) {
     throw Error(ErrorCode::unsupported,
                 text("logit_rows: ", s.positions, " rows of ", f.V, " logits are too many blocks"));
   }
-  const auto shared = static_cast<int>(how.held * 16);
+  const auto shared = static_cast<int>(launch.held * 16);
   if (shared > 0) {
     // Properties of the kernel on the current device; setting them again costs a microsecond.
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
@@ -559,19 +560,19 @@ void run_logit_rows(const LogitRows<T>& s, int asked, cudaStream_t stream) {
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(shared);
   config.stream = stream;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(how.blocks_per_row);
+  cluster.val.clusterDim.x = static_cast<unsigned>(launch.blocks_per_row);
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  if (s.statistics && how.blocks_per_row > 1) {
+  if (s.statistics && launch.blocks_per_row > 1) {
     config.attrs = &cluster;
     config.numAttrs = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, s, static_cast<int>(how.blocks_per_row),
-                           static_cast<int>(how.held)),
+  check(cudaLaunchKernelEx(&config, kernel, s, static_cast<int>(launch.blocks_per_row),
+                           static_cast<int>(launch.held)),
         "logit_rows");
 }
 

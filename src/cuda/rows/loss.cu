@@ -1,5 +1,6 @@
-// From targets to the loss: its coefficients, and the sum of the rows' outputs times them. One
-// block each, in fp64 and in a fixed order: each thread every 1024th row, then the threads.
+// The kernels that make a loss's coefficients from targets, and the sum of the rows' outputs times
+// them. Each is one block, which sums in fp64 and in a fixed order: each thread takes every 1024th
+// row, then the threads' sums are added.
 #include "core/dtype.h"
 #include "core/loss_terms.h"
 #include "cuda/device_calls.h"
@@ -12,7 +13,7 @@ namespace {
 
 constexpr int kSumThreads = 1024;
 
-// The block's sum, in every thread of it.
+// Returns the block's sum to every thread of it.
 template <class U>
 __device__ U block_sum(U value) {
   __shared__ U sums[kSumThreads / 32];

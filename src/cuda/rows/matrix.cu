@@ -1,4 +1,5 @@
-// Kernels on whole matrices: rows copied, converted, gathered, scattered; zeros, NaNs, scaling.
+// Kernels on whole matrices: they copy, convert, gather and scatter rows, write zeros and NaNs,
+// scale, and sum columns.
 #include "core/dtype.h"
 #include "cuda/device_calls.h"
 #include "cuda/math.cuh"
@@ -22,7 +23,7 @@ __device__ __forceinline__ To convert(From value) {
   }
 }
 
-// A block to a row.
+// A block copies a row.
 template <class From, class To, bool kVectors>
 __global__ void __launch_bounds__(kCopyThreads, 4) copy_kernel(RowCopy c, Places places, Way way) {
   const std::int64_t i = blockIdx.x;
@@ -125,7 +126,8 @@ __global__ void __launch_bounds__(kThreads)
   using Vector = Pack<E, kVector>;
   const T by = widen<T>(*factor);
   if (by == T(1)) return;
-  // Single values up to the first multiple of 16 bytes, vectors, and the rest.
+  // Values up to the first multiple of 16 bytes and those at the end are taken singly, others in
+  // vectors.
   const auto address = reinterpret_cast<std::uintptr_t>(values);
   std::int64_t head = static_cast<std::int64_t>((16 - address % 16) % 16 / sizeof(E));
   if (head > count) head = count;
@@ -148,17 +150,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Blocks of a kernel that loops over its values: enough for any GPU.
+// The number of blocks of a kernel that loops over its values: enough for any GPU.
 std::int64_t blocks_for(std::int64_t values) {
   constexpr std::int64_t kMost = 4096;
   const std::int64_t blocks = divide_up(values, kThreads);
   return blocks < kMost ? blocks : kMost;
 }
 
-// The threads of a row of column_sums: narrow strips, so that a slab has work for a whole device.
+// How many threads of column_sums take a row. Strips are narrow, so that a slab has work for a
+// whole device.
 constexpr int kStripLanes = 8;
 
-// Eight threads sum a strip of columns over every 32nd row; those sums are joined in order. A
+// Eight threads sum a strip of columns over every 32nd row, and those sums are joined in order. A
 // few rows at a time are summed in fp32, those sums in fp64: where all rows are alike, a long sum
 // in fp32 would lose digits that no product loses.
 template <class G>
@@ -248,11 +251,11 @@ void scale(DType type, void* values, std::int64_t count, DType factor_type, cons
   });
 }
 
-void column_sums(const ColumnSums& what, cudaStream_t stream) {
-  for_type(what.type, [&]<class G>(G*) {
+void column_sums(const ColumnSums& s, cudaStream_t stream) {
+  for_type(s.type, [&]<class G>(G*) {
     launch(column_sums_kernel<G>, "column_sums",
-           divide_up(what.columns, kStripLanes * 16 / static_cast<std::int64_t>(sizeof(G))),
-           kThreads, stream, what);
+           divide_up(s.columns, kStripLanes * 16 / static_cast<std::int64_t>(sizeof(G))), kThreads,
+           stream, s);
   });
 }
 

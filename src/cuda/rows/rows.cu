@@ -1,4 +1,4 @@
-// Kernels with a thread for each row: the list of rows, their results and coefficients.
+// Kernels with a thread for each row, which make the list of rows, their results and coefficients.
 
 #include "core/dtype.h"
 #include "core/loss_terms.h"
@@ -13,7 +13,7 @@ namespace cutloss::cuda {
 namespace {
 
 constexpr int kScanThreads = 1024;
-constexpr int kScanRows = 4;  // a thread takes at a time
+constexpr int kScanRows = 4;  // how many rows a thread takes at a time
 
 template <class T>
 __device__ void write_entry(const RowFacts& f, const RowTable& table, int entry, int n) {
@@ -31,7 +31,7 @@ __device__ void write_nothing(const RowTable& table, int entry) {
   static_cast<T*>(table.inv_temperature)[entry] = T(1);
 }
 
-// The number of `mine` in threads before this one; *all: in all threads.
+// Returns the sum of `mine` over the threads before this one, and writes that over all to *all.
 __device__ int scan(int mine, int* all) {
   __shared__ int sums[kScanThreads / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -59,7 +59,7 @@ __device__ int scan(int mine, int* all) {
   return before;
 }
 
-// One block: the list is short beside the logits, and its order is that of the rows.
+// One block makes the list, which is short beside the logits and has the order of the rows.
 template <class T>
 __global__ void __launch_bounds__(kScanThreads) list_rows_kernel(RowFacts f, RowTable table) {
   int found = 0;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
   finish_row(out, n, states[i], target, weight, classes);
 }
 
-// A thread closes a row, of the states of all shards in their order.
+// A thread closes a row from the states of all shards, in their order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     close_rows_kernel(RowFacts f, RowStates s, std::int64_t count, RowOutputs out) {
@@ -153,7 +153,8 @@ __device__ T block_max(T value) {
   return value;
 }
 
-// fp16 products only, so the rows are in fp32. A NaN is left out of the maximum: it stays a NaN.
+// This is for fp16 products alone, so the rows are in fp32. A NaN is left out of the maximum: its
+// row makes NaN anyway.
 __global__ void __launch_bounds__(kScanThreads)
     make_scalars_kernel(Coefficients c, float logit_scale, DeviceScalars* scalars) {
   float weight = 1;
