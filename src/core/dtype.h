@@ -11,16 +11,7 @@
 namespace cutloss {
 
 constexpr std::int64_t size_of(DType type) {
-  switch (type) {
-    case DType::f64:
-      return 8;
-    case DType::f32:
-      return 4;
-    case DType::bf16:
-    case DType::f16:
-      return 2;
-  }
-  return 0;
+  return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
 }
 
 // The address `elements` past a base.

@@ -105,16 +105,9 @@ double predicted_time(const CpuDecision& d, Way way) {
 }  // namespace
 
 DType product_type(const Problem& p, const DeviceFacts& device) {
-  switch (p.compute_type) {
-    case DType::f64:
-      return DType::f64;
-    case DType::bf16:
-      return device.native_bf16 ? DType::bf16 : DType::f32;
-    case DType::f16:  // no processor multiplies f16 with f32 sums, and f32 holds every f16
-    case DType::f32:
-      return DType::f32;
-  }
-  return DType::f32;
+  // No processor multiplies f16 with f32 sums, and f32 holds every f16.
+  if (p.compute_type == DType::f16) return DType::f32;
+  return p.compute_type == DType::bf16 && !device.native_bf16 ? DType::f32 : p.compute_type;
 }
 
 std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& p,

@@ -16,19 +16,20 @@ namespace cutloss::cuda {
 namespace {
 
 // The library's functions that are called: a member's name, and the function's behind cublasLt.
-#define CUTLOSS_CUBLASLT_FUNCTIONS(X)            \
-  X(create, Create)                              \
-  X(version, GetVersion)                         \
-  X(matmul, Matmul)                              \
-  X(heuristic, MatmulAlgoGetHeuristic)           \
-  X(desc_create, MatmulDescCreate)               \
-  X(desc_destroy, MatmulDescDestroy)             \
-  X(desc_set, MatmulDescSetAttribute)            \
-  X(layout_create, MatrixLayoutCreate)           \
-  X(layout_destroy, MatrixLayoutDestroy)         \
-  X(preference_create, MatmulPreferenceCreate)   \
-  X(preference_destroy, MatmulPreferenceDestroy) \
-  X(preference_set, MatmulPreferenceSetAttribute)
+#define CUTLOSS_CUBLASLT_FUNCTIONS(X)             \
+  X(create, Create)                               \
+  X(version, GetVersion)                          \
+  X(matmul, Matmul)                               \
+  X(heuristic, MatmulAlgoGetHeuristic)            \
+  X(desc_create, MatmulDescCreate)                \
+  X(desc_destroy, MatmulDescDestroy)              \
+  X(desc_set, MatmulDescSetAttribute)             \
+  X(layout_create, MatrixLayoutCreate)            \
+  X(layout_destroy, MatrixLayoutDestroy)          \
+  X(preference_create, MatmulPreferenceCreate)    \
+  X(preference_destroy, MatmulPreferenceDestroy)  \
+  X(preference_set, MatmulPreferenceSetAttribute) \
+  X(status_text, GetStatusString)
 
 // The functions, found by name. Their types are the header's.
 struct Library {
@@ -72,34 +73,13 @@ const Library& library() {
   return loaded;
 }
 
-const char* status_name(cublasStatus_t status) {
-  switch (status) {
-    case CUBLAS_STATUS_SUCCESS:
-      return "success";
-    case CUBLAS_STATUS_NOT_INITIALIZED:
-      return "not initialised";
-    case CUBLAS_STATUS_ALLOC_FAILED:
-      return "allocation failed";
-    case CUBLAS_STATUS_INVALID_VALUE:
-      return "invalid value";
-    case CUBLAS_STATUS_ARCH_MISMATCH:
-      return "architecture mismatch";
-    case CUBLAS_STATUS_EXECUTION_FAILED:
-      return "execution failed";
-    case CUBLAS_STATUS_NOT_SUPPORTED:
-      return "not supported";
-    default:
-      return "internal error";
-  }
-}
-
 void check(cublasStatus_t status, const std::string& action) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
   const ErrorCode code = status == CUBLAS_STATUS_ALLOC_FAILED    ? ErrorCode::out_of_memory
                          : status == CUBLAS_STATUS_NOT_SUPPORTED ? ErrorCode::unsupported
                                                                  : ErrorCode::internal;
-  throw Error(code, text("cuBLASLt failed at ", action, ": ", status_name(status), " (status ",
-                         static_cast<int>(status), ")"));
+  throw Error(code, text("cuBLASLt failed at ", action, ": ", library().status_text(status),
+                         " (status ", static_cast<int>(status), ")"));
 }
 
 std::string describe(const Product& p) {
@@ -118,17 +98,10 @@ cublasLtHandle_t handle_of(int device) {
 }
 
 cudaDataType_t library_type(DType type) {
-  switch (type) {
-    case DType::f64:
-      return CUDA_R_64F;
-    case DType::bf16:
-      return CUDA_R_16BF;
-    case DType::f16:
-      return CUDA_R_16F;
-    case DType::f32:
-      break;
-  }
-  return CUDA_R_32F;
+  return type == DType::f64    ? CUDA_R_64F
+         : type == DType::f32  ? CUDA_R_32F
+         : type == DType::bf16 ? CUDA_R_16BF
+                               : CUDA_R_16F;
 }
 
 // The library's own objects are released with the product that holds them.

@@ -11,17 +11,12 @@ namespace cutloss::cuda {
 
 DType product_type(const Problem& p, const DeviceFacts& device) {
   const Head& head = head_of(p);
-  switch (p.compute_type) {
-    case DType::f64:
-      return DType::f64;
-    case DType::bf16:  // the tensor cores of sm_75 know fp16 only
-      return device.sm >= 80 ? DType::bf16 : DType::f32;
-    case DType::f16:  // f32 holds every f16, but f16 would lose the range of others
-      return head.e_type == DType::f16 && head.c_type == DType::f16 ? DType::f16 : DType::f32;
-    case DType::f32:
-      break;
-  }
-  return DType::f32;
+  // f32 holds every f16, but f16 would lose the range of others. The tensor cores of sm_75 know no
+  // bf16.
+  const bool narrows =
+      p.compute_type == DType::f16 && (head.e_type != DType::f16 || head.c_type != DType::f16);
+  const bool lacks_bf16 = p.compute_type == DType::bf16 && device.sm < 80;
+  return narrows || lacks_bf16 ? DType::f32 : p.compute_type;
 }
 
 void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& p,
