@@ -5,7 +5,7 @@
 namespace cutloss::cuda::fused {
 namespace {
 
-// The copy engine reads rows in units of 16 bytes.
+// Refuses an address that the copy engine cannot read: it reads rows in units of 16 bytes.
 void need_alignment(const void* data, const char* member) {
   if (reinterpret_cast<std::uintptr_t>(data) % 16 == 0) return;
   refuse_value(member,

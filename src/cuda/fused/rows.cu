@@ -32,7 +32,7 @@ __global__ void clear_statistics(Partials partials, std::int64_t entries, float*
   }
 }
 
-// class_weight: of the classes, or null.
+// Closes entry i. `class_weight` is that of the classes here, or null.
 __device__ void finish(const RowOutputs& out, const Listed& list, int i,
                        const RowState<float>& state, const float* class_weight,
                        const Classes& classes) {
@@ -44,7 +44,7 @@ __device__ void finish(const RowOutputs& out, const Listed& list, int i,
   finish_row(out, n, state, target, weight, classes);
 }
 
-// The state of a row from another lane. Nobody has its target yet.
+// The state of a row from another lane. No lane has seen the row's target.
 __device__ RowState<float> shuffled(const RowState<float>& state, int lanes) {
   RowState<float> other;
   other.max = __shfl_down_sync(~0u, state.max, lanes);
@@ -109,12 +109,12 @@ __global__ void references_of_rows(References r) {
   if (i >= listed_rows(r.list)) return;
   const int target = r.list.table.target[r.list.first + i];
   const int column = target == kTargetElsewhere ? (r.list.first + i) % r.columns : target;
-  float z = -INFINITY, a = 0.f;  // of a target out of range; finish says the rest
+  float z = -INFINITY, a = 0.f;  // these stay for a target out of range, which `finish` makes NaN
   if (column >= 0) {
     const auto* e = static_cast<const __nv_bfloat16*>(r.e.data) + i * r.e.stride;
     const auto* c = static_cast<const __nv_bfloat16*>(r.c.data) + column * r.c.stride;
     float sum = 0.f;
-    for (int d = lane * 8; d < r.depth; d += kWarp * 8) {  // rows are whole pieces of 16 bytes
+    for (int d = lane * 8; d < r.depth; d += kWarp * 8) {  // rows are whole vectors of 16 bytes
       const uint4 e8 = *reinterpret_cast<const uint4*>(e + d);
       const uint4 c8 = *reinterpret_cast<const uint4*>(c + d);
       const auto* ep = reinterpret_cast<const __nv_bfloat16*>(&e8);
@@ -128,7 +128,7 @@ __global__ void references_of_rows(References r) {
     z = sum * (r.transform.scale * t);
     if (r.transform.bias != nullptr) z = fmaf(r.transform.bias[column], t, z);
     if (r.transform.softcap != 0.f) {
-      // The product as it is, which both the logit and its slope are made of.
+      // Both the logit and its slope are made of the product as it is.
       a = r.transform.scale * sum;
       if (r.transform.bias != nullptr) a += r.transform.bias[column];
       z = transformed(a, r.transform.softcap, t);
@@ -170,7 +170,7 @@ __global__ void close_rows(Close k) {
     state.target_logit =
         transformed(state.target_logit, k.transform.softcap, k.transform.inv_temperature[i]);
   }
-  finish(k.out, k.list, i, state, nullptr, k.classes);  // by rows there is no zbar
+  finish(k.out, k.list, i, state, nullptr, k.classes);  // there is no zbar by rows
 }
 
 __global__ void row_factors(FactorInputs k, RowFactors out) {

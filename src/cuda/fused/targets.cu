@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kColumnsOfBlock = 2 * kThreads;
 
-// The sort's arrays: targets and rows as they come, and in the order of targets.
+// The sort's arrays: targets and rows as they come, and both in the order of targets.
 struct Order {
   unsigned *target, *row, *sorted_target, *sorted_row;
 };
@@ -20,14 +20,14 @@ Order order_of(const TargetSums& t) {
           first + 3 * std::int64_t{t.capacity}};
 }
 
-// Bits of V: rows without a target sort as V, behind all others.
+// The number of bits of V. Rows without a target sort as V, behind all others.
 int bits(int V) {
   int count = 1;
   while (count < 32 && (V >> count) != 0) ++count;
   return count;
 }
 
-// Equal targets stay in the order of their rows.
+// Sorts rows by target; equal targets stay in the order of their rows.
 cudaError_t sort(const Order& o, int capacity, int V, void* scratch, std::size_t& bytes,
                  cudaStream_t stream) {
   return cub::DeviceRadixSort::SortPairs(scratch, bytes, o.target, o.sorted_target, o.row,
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) sum_targets(TargetSums t, Order orde
   if (target >= static_cast<unsigned>(t.V) || (first > 0 && targets[first - 1] == target)) return;
   int end = first + 1;
   if (end < t.capacity && targets[end] == target) {
-    int beyond = t.capacity;  // halving: entries before `end` are of this target
+    int beyond = t.capacity;  // the search halves: entries before `end` have this target
     while (end < beyond) {
       const int middle = end + (beyond - end) / 2;
       if (targets[middle] == target) {
@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kThreads) sum_targets(TargetSums t, Order orde
 }  // namespace
 
 std::int64_t target_sort_bytes(int capacity) {
-  // Copies of the pairs, and what the sort's blocks tell each other.
+  // The sort needs copies of the pairs, and memory in which its blocks tell each other their
+  // counts.
   return std::int64_t{capacity} * 10 + (std::int64_t{1} << 17);
 }
 

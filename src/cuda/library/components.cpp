@@ -82,7 +82,7 @@ BlockGradient Components<T>::from_kept_logits(const Block& block) {
   const Kept<T> place = kept(block.rows.begin - block.chunk.begin, block.columns.begin);
   gradient.block = logit_block(place.exponentials ? nullptr : static_cast<T*>(place.data),
                                place.stride, block.rows, block.columns);
-  gradient.transformed = !call.p.transform.softcap;  // with one the products are kept as they are
+  gradient.transformed = !call.p.transform.softcap;  // with a softcap products are kept
   if (place.exponentials) {
     row_gradient_from_exponentials(gradient, place, call.d.sizes.slab, call.stream);
   } else {
@@ -91,7 +91,8 @@ BlockGradient Components<T>::from_kept_logits(const Block& block) {
   return g;
 }
 
-// As many logits at a time as forward has.
+// The logits are made in blocks of the sizes that the decision has for backward, several to a block
+// of g.
 template <class T>
 BlockGradient Components<T>::from_product(const Block& block) {
   const BlockGradient g = place_of_g(block);

@@ -1,4 +1,4 @@
-// What the sessions of cuda/library are made of.
+// The components that the sessions of cuda/library are made of.
 #pragma once
 
 #include <memory>
@@ -12,7 +12,7 @@
 
 namespace cutloss::cuda::library {
 
-// T: the stat dtype.
+// T is the stat dtype.
 template <class T>
 struct Components {
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)
@@ -24,9 +24,10 @@ struct Components {
         sums(call, rows, operands, products) {}
 
   void begin();
-  // Statistics of a chunk whose logits are forgotten, or kept.
+  // Makes the statistics of a chunk whose logits are kept or forgotten.
   void make_statistics(RowRange chunk, bool keep);
-  // Its gradients, from what was kept of its logits or from logits that are made once more.
+  // Makes the gradients of a chunk, from what was kept of its logits or from logits that are made
+  // once more.
   void make_gradients(RowRange chunk, bool from_kept);
 
   const Call call;

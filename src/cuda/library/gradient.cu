@@ -1,4 +1,4 @@
-// Backward's row pass: g of a block, from logits or from what forward kept.
+// Backward's row pass, which makes g of a block from logits or from what forward kept.
 #include "cuda/library/piece.cuh"
 
 namespace cutloss::cuda {
@@ -38,14 +38,15 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(SlabGradient<T> s, i
   const T cap = s.block.softcap;
   const T* bias = s.block.bias == nullptr ? nullptr : s.block.bias + first;
   if (cap != T(0)) {
-    add_bias(z, bias, columns);  // and no more: the slope is made of a, z on the way
+    add_bias(z, bias, columns);  // the slope is made of a, and z follows on the way
   } else if (!s.transformed) {
     transform_piece(z, bias, T(0), k.inv_temperature, columns);
   }
   int target = s.block.table.target[entry] - s.block.first_column - first;
   if (target >= kPieceColumns<T> || target >= columns) target = -1;
 
-  // Instructions bound this pass: what few losses want is behind branches that a piece takes whole.
+  // Instructions bound this pass, so what few losses want is behind branches that a piece takes
+  // whole.
   T g_target = 0;
   if (target >= 0) {
 #pragma unroll
@@ -146,7 +147,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A warp to a piece, counted in 32 bits: 2^41 logits.
+// The number of blocks, with a warp to a piece. Pieces are counted in 32 bits, which suffices for
+// 2^41 logits.
 std::int64_t blocks_for(std::int64_t rows, std::int64_t pieces) {
   if (rows * pieces > 0x7fffffff) {
     throw Error(ErrorCode::unsupported,

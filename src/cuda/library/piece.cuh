@@ -1,5 +1,5 @@
-// A piece of a row of logits in the registers of one warp: kPieceColumns columns, of which a lane
-// holds vectors of 16 bytes, 32 vectors apart. Nothing is read beyond the row's stride.
+// A piece of a row of logits in the registers of one warp. It has kPieceColumns columns, of which a
+// lane holds vectors of 16 bytes, 32 vectors apart. Nothing is read beyond the row's stride.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ void for_stored_type(DType type, Use use) {
   }
 }
 
-// `columns`: from the piece's first to the end of the row.
+// Reads a piece. `columns` is the number from the piece's first to the end of the row.
 template <class T>
 __device__ __forceinline__ void load_piece(const T* from, int columns,
                                            T (&value)[Piece<T>::kValues]) {
@@ -67,7 +67,7 @@ __device__ __forceinline__ void store_piece(const T (&value)[Piece<T>::kValues],
   }
 }
 
-// bias: the piece's first, or null.
+// Adds the bias, which points to that of the piece's first column, or is null.
 template <class T>
 __device__ __forceinline__ void add_bias(T (&value)[Piece<T>::kValues], const T* bias,
                                          int columns) {
@@ -79,7 +79,7 @@ __device__ __forceinline__ void add_bias(T (&value)[Piece<T>::kValues], const T*
   }
 }
 
-// z = softcap(a + bias) * inv_temperature.
+// Makes z = softcap(a + bias) * inv_temperature.
 template <class T>
 __device__ __forceinline__ void transform_piece(T (&value)[Piece<T>::kValues], const T* bias,
                                                 T softcap, T inv_temperature, int columns) {

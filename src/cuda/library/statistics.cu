@@ -1,6 +1,6 @@
-// Forward's row pass: one read of a block of logits. A warp takes a piece of a row at a time and
-// joins it to the row's state, as logit_math.h says; where rows are few, several warps share one,
-// each a run of pieces, joined in order.
+// Forward's row pass, which reads a block of logits once. A warp takes a piece of a row at a time
+// and joins it to the row's state, as row_state.h says. Where rows are few several warps share one:
+// each takes a run of pieces, and the runs are joined in order.
 
 #include "cuda/library/piece.cuh"
 
@@ -9,13 +9,13 @@ namespace {
 
 constexpr int kWarps = kThreads / 32;
 
-// What is kept where nothing is: the kernel then needs fewer registers.
+// The type of what is kept where nothing is: the kernel then needs fewer registers.
 struct Nothing {};
 
-// A piece's e^(z - shift) to memory, times the softcap's slope; the target's place then holds its
-// own slope. Instructions bound this pass, so what most losses do not want is behind branches that
-// a whole piece takes. `from`, `bias`: the piece's, which the slopes are made of. They are read
-// once more, from a cache: there are no registers in which they could have waited.
+// Writes a piece's e^(z - shift) times the softcap's slope to memory. The target's place then holds
+// its own slope. Instructions bound this pass, so what most losses do not want is behind branches
+// that a whole piece takes. The slopes are made of `from` and `bias`, those of the piece, which are
+// read once more, from a cache: there are no registers in which they could have waited.
 template <class T, class K>
 __device__ __forceinline__ void keep_piece(T (&e)[Piece<T>::kValues], T softcap, const T* from,
                                            const T* bias, int target, K* kept, int columns) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void add_piece(const SlabStatistics<T>& s, std::int64
                                           RowState<T>& state) {
   using P = Piece<T>;
   const int first = piece * kPieceColumns<T>;
-  const int columns = s.block.columns - first;  // or more than a piece
+  const int columns = s.block.columns - first;  // there may be more than a piece has
   T z[P::kValues];
   const T* from = s.block.z + row * s.block.stride + first;
   const T* bias = s.block.bias == nullptr ? nullptr : s.block.bias + first;
@@ -141,17 +141,17 @@ __device__ __forceinline__ void add_piece(const SlabStatistics<T>& s, std::int64
   merge(state, part);
 }
 
-// Blocks on a multiprocessor, as registers allow.
+// How many blocks share a multiprocessor, as registers allow.
 template <class T, class K, bool kAll>
 constexpr int kBlocks = sizeof(T) == 8                        ? 1
                         : std::is_same_v<K, Nothing> && !kAll ? 3
                                                               : 2;
 
-// kAll: entropy, zbar or argmax are wanted.
+// With kAll entropy, zbar or argmax are wanted.
 template <class T, class K, bool kAll>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
     statistics_kernel(SlabStatistics<T> s, int warps_per_row) {
-  // Bytes, because a RowState has initialisers, which shared memory may not have.
+  // These are bytes because a RowState has initialisers, which shared memory may not have.
   alignas(16) __shared__ unsigned char bytes[kWarps * sizeof(RowState<T>)];
   auto* shared = reinterpret_cast<RowState<T>*>(bytes);
   const int warp = threadIdx.x / 32;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
   RowState<T> state;
   if (live) {
     if (part == 0 && s.block.first_column > 0) state = s.states[row];
-    if (!kAll) {  // registers are short: what is not wanted shall not take one
+    if (!kAll) {  // registers are short, so what is not wanted must not take one
       state.zbar = state.weight_seen = 0;
       state.argmax = -1;
     }
@@ -185,7 +185,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
   if (live && part == 0 && threadIdx.x % 32 == 0) s.states[row] = state;
 }
 
-// Enough warps to fill a large GPU; the same on every GPU, so that all make the same bits.
+// How many warps share a row: enough in all to fill a large GPU. The number is the same for every
+// GPU, so that all make the same bits.
 int warps_for(std::int64_t rows, std::int64_t pieces) {
   constexpr std::int64_t kEnough = 4096;
   int warps = 1;
