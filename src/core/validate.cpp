@@ -28,12 +28,10 @@ void check_sizes(const Problem& p) {
 
 void check_types(const Problem& p) {
   const Head& head = head_of(p);
-  const auto is_f64 = [](DType type) { return type == DType::f64; };
-  const bool any = is_f64(head.e_type) || is_f64(head.c_type) ||
-                   (head.has_bias && is_f64(head.bias_type)) || is_f64(p.compute_type);
-  const bool all = is_f64(head.e_type) && is_f64(head.c_type) &&
-                   (!head.has_bias || is_f64(head.bias_type)) && is_f64(p.compute_type);
-  if (any && !all) {
+  const auto is_f64 = [](DType type) { return type == DType::f64 ? 1 : 0; };
+  const int wide = is_f64(head.e_type) + is_f64(head.c_type) + is_f64(p.compute_type);
+  const bool bias_fits = !head.has_bias || 3 * is_f64(head.bias_type) == wide;
+  if ((wide != 0 && wide != 3) || !bias_fits) {
     refuse(ErrorCode::invalid_type, "f64 does not mix with other dtypes: E is ", name(head.e_type),
            ", C ", name(head.c_type), ", bias ", head.has_bias ? name(head.bias_type) : "absent",
            ", compute_type ", name(p.compute_type), "; convert all of them to one dtype");

@@ -14,7 +14,7 @@ Grid grid_for(int multiprocessors, int rows, int columns, bool may_share_rows) {
   grid.largest_group = kLargestGroup;
   grid.width = kTileColumns;
   if (rows > 128 || !may_share_rows) return grid;
-  // Few rows: the time is that of reading C. Tiles just narrow enough that all blocks get equally
+  // Few rows take the time of reading C. Tiles are just narrow enough that all blocks get equally
   // many.
   grid.shares_rows = true;
   const int tiles = (columns + kTileColumns * grid.blocks - 1) / (kTileColumns * grid.blocks);

@@ -9,8 +9,8 @@
 namespace cutloss::cuda::fused::sm90 {
 namespace {
 
-// The one function of the driver's own interface that is needed: asked for at run time, so that
-// nothing links libcuda.
+// The one function of the driver's own interface that is needed. It is looked up at run time, so
+// that nothing links to libcuda.
 PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   static const auto function = [] {
     void* entry = nullptr;
