@@ -24,16 +24,14 @@ CUTLOSS_HOST_DEVICE T tanh_slope(T x) {
 
 // Multiplies and rounds: nvcc would fuse the product with a subtraction that follows, and a logit
 // that backward makes again would differ from forward's.
-CUTLOSS_HOST_DEVICE inline float rounded_product(float a, float b) {
+template <class T>
+CUTLOSS_HOST_DEVICE T rounded_product(T a, T b) {
 #ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-CUTLOSS_HOST_DEVICE inline double rounded_product(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return __dmul_rn(a, b);
+  } else {
+    return __fmul_rn(a, b);
+  }
 #else
   return a * b;
 #endif
