@@ -21,7 +21,7 @@ BlockGradient make_g(Components& parts, const Block& block) {
     GradientOfLogits out;
     out.g = at(g.data, parts.d.operand, v - block.columns.begin);
     out.g_stride = g.stride;
-    out.row = parts.coefficients.of(block.chunk, block.rows.begin);
+    out.row = parts.coefficients.from(block.chunk, block.rows.begin);
     out.class_weight = parts.operands.class_weight(v);
     out.general = call.args.upstream.d_entropy != nullptr || call.args.upstream.d_zbar != nullptr;
     const Matrix e = parts.e(block);

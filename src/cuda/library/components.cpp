@@ -67,7 +67,7 @@ BlockGradient Components<T>::place_of_g(const Block& block) const {
 template <class T>
 SlabGradient<T> Components<T>::slab_gradient(const Block& block, const BlockGradient& g) {
   SlabGradient<T> gradient;
-  gradient.gradients = coefficients.of(block.chunk, block.rows.begin);
+  gradient.gradients = coefficients.from(block.chunk, block.rows.begin);
   gradient.class_weight = operands.class_weight(block.columns.begin);
   gradient.g = g.data;
   gradient.g_stride = g.stride;
@@ -111,7 +111,7 @@ BlockGradient Components<T>::from_product(const Block& block) {
       e.data = at(e.data, operand, r * e.stride);
       products.multiply_logits(e, c, some.count, slab.count, z, z_stride);
       gradient.block = logit_block(z, z_stride, some, slab);
-      gradient.gradients = coefficients.of(block.chunk, some.begin);
+      gradient.gradients = coefficients.from(block.chunk, some.begin);
       gradient.class_weight = operands.class_weight(v);
       gradient.g = at(g.data, operand, r * g.stride + (v - block.columns.begin));
       row_gradient(gradient, call.stream);

@@ -3,7 +3,7 @@
 namespace cutloss::cuda {
 
 template <class T>
-const RowGradient<T>* ChunkCoefficients<T>::of(RowRange chunk, std::int64_t entry) {
+const RowGradient<T>* ChunkCoefficients<T>::from(RowRange chunk, std::int64_t entry) {
   auto* coefficients = call_.buffer<RowGradient<T>>(buffer::kCoefficients);
   if (chunk_made_ != chunk) {
     const Coefficients inputs{rows_.table(),     chunk.begin,         chunk.count,

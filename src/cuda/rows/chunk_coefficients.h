@@ -13,7 +13,7 @@ class ChunkCoefficients {
 
   // The coefficients of an entry of the chunk, followed by those behind it. They are made once a
   // chunk.
-  const RowGradient<T>* of(RowRange chunk, std::int64_t entry);
+  const RowGradient<T>* from(RowRange chunk, std::int64_t entry);
   // The scale of g and its inverse, in device memory; null where g has none. Only fp16 has one.
   DeviceScalars* scalars() const {
     return call_.d.operand == DType::f16 ? call_.buffer<DeviceScalars>(buffer::kScalars) : nullptr;
