@@ -103,14 +103,31 @@ CUTLOSS_${what}_INSTANCE(cute::${element}, ${arguments})
   set(${result} ${files} PARENT_SCOPE)
 endfunction()
 
+# A file for each type of logits. Sets ${result} to their names.
+function(cutloss_logits_instances result)
+  set(files "")
+  foreach(types "__nv_bfloat16, float" "__half, float" "float, float" "double, double")
+    string(REGEX REPLACE "^.*, " "" stat ${types})
+    string(MAKE_C_IDENTIFIER "logits_rows_${types}" name)
+    set(file ${PROJECT_BINARY_DIR}/logits/${name}.cu)
+    file(CONFIGURE OUTPUT ${file} CONTENT
+"#include \"cuda/logits/logits_rows.cuh\"
+template void cutloss::cuda::run_logit_rows<${types}>(const LogitRows<${stat}>&, int, cudaStream_t);
+")
+    list(APPEND files ${file})
+  endforeach()
+  set(${result} ${files} PARENT_SCOPE)
+endfunction()
+
 # Adds the sources of the CUDA engines to a target. The fused engine is for Hopper alone, and is
 # there where its header files are and Hopper is in the list.
 function(cutloss_add_cuda target)
   set(folder ${PROJECT_SOURCE_DIR}/src/cuda)
   file(GLOB sources CONFIGURE_DEPENDS ${folder}/*.cpp ${folder}/rows/*.cpp
        ${folder}/logits/*.cpp ${folder}/library/*.cpp)
-  file(GLOB kernels CONFIGURE_DEPENDS ${folder}/rows/*.cu ${folder}/logits/*.cu
-       ${folder}/library/*.cu)
+  file(GLOB kernels CONFIGURE_DEPENDS ${folder}/rows/*.cu ${folder}/library/*.cu)
+  cutloss_logits_instances(logits_instances)
+  list(APPEND kernels ${logits_instances})
   file(GLOB hopper_kernels CONFIGURE_DEPENDS ${folder}/fused/*.cu ${folder}/fused/sm90/*.cu)
   file(GLOB hopper_sources CONFIGURE_DEPENDS ${folder}/fused/*.cpp ${folder}/fused/sm90/*.cpp)
 

@@ -7,10 +7,10 @@
 //
 // The way of a call:  Problem (plain facts) -> make_plan -> the caller allocates -> forward,
 // backward or forward_backward. Where the logits exist already (logits.h) there is no plan and
-// nothing to allocate. Nothing here allocates memory in proportion to N, V or D (the
-// matrix libraries have scratch memory of their own), knows a framework or holds a global lock.
-// Every function reports failure by throwing cutloss::Error, before it has written anything, except
-// where an allocation inside a library fails.
+// nothing to allocate. Nothing here allocates memory in proportion to N, V or D (the matrix
+// libraries have scratch memory of their own), depends on a framework or holds a global lock. Every
+// function reports failure by throwing cutloss::Error, before it has written anything, except where
+// an allocation inside a library fails.
 //
 // This header includes all others, and each of them can be included alone:
 //   problem.h   what is to be computed, in plain facts

@@ -1,4 +1,4 @@
-// What every call throws.
+// The exception that every call throws.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace cutloss {
 enum class ErrorCode : std::uint8_t {
   invalid_value,  // a size, an option, a target
   invalid_type,   // a dtype, or a mix of dtypes
-  unsupported,    // valid, but no engine does it; the message says what to do instead
+  unsupported,    // a valid request that no engine fulfils; the message says what to do instead
   workspace,      // max_workspace is too small for every plan
   out_of_memory,  // a library could not allocate
   internal,       // a defect of cutloss

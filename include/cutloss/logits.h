@@ -30,23 +30,23 @@ struct LogitsArgs {
 
 // The stat dtype of these calls is f64 for logits in f64, else f32.
 //
-// All throw Error(invalid_value, invalid_type, unsupported) before anything is written. A target
-// that is neither ignore_index nor in [0, V), and a temperature that is not > 0, is an error on the
-// CPU; on CUDA it makes the row's nll and its gradient NaN, and no other row changes.
+// All calls throw Error(invalid_value, invalid_type, unsupported) before anything is written. A
+// target that is neither ignore_index nor in [0, V), and a temperature that is not > 0, is an error
+// on the CPU; on CUDA it makes the row's nll and its gradient NaN, and no other row changes.
 
-// Statistics of every row: reads the logits once, writes rows.
+// Makes the statistics of every row: reads the logits once, writes rows.
 void forward(const Problem& problem, const LogitsArgs& args);
 
-// The gradient from the statistics that forward wrote. Reads logits, rows (nll, row_max, log_sum
-// and, where d_entropy is given, entropy) and upstream; writes gradient. Where the logits are
-// overwritten it cannot be called again. It needs a problem with wanted.dlogits.
+// Makes the gradient from the statistics that forward wrote: reads logits, rows (nll, row_max,
+// log_sum and, where d_entropy is given, entropy) and upstream, writes gradient. Where the logits
+// are overwritten it cannot be called again. It needs a problem with wanted.dlogits.
 void backward(const Problem& problem, const LogitsArgs& args);
 
-// Both, where the upstream gradients are known beforehand: writes rows and gradient. It needs a
-// problem with wanted.dlogits.
+// Makes statistics and gradient, where the upstream gradients are known beforehand: writes rows and
+// gradient. It needs a problem with wanted.dlogits.
 void forward_backward(const Problem& problem, const LogitsArgs& args);
 
-// weighted_loss of rows.h, for these rows.
+// Does for these rows what weighted_loss of rows.h does for a plan's.
 void weighted_loss(const Problem& problem, const LogitsArgs& args, void* loss,
                    const bool* undefined = nullptr);
 

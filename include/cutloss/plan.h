@@ -13,36 +13,37 @@ namespace cutloss {
 
 struct Decision;
 
-// What was decided for a problem, and why. Made by make_plan, read by anybody, cheap to copy.
+// What was decided for a problem, and why. make_plan makes it, anybody may read it, and it is cheap
+// to copy.
 struct Plan {
-  // With every stride filled in, and a shift of at most the length.
+  // The problem, with every stride filled in and a shift of at most the length.
   Problem problem;
-  // "cpu/by_rows", of the engine "cpu".
+  // For example "cpu/by_rows", an algorithm of the engine "cpu".
   std::string algorithm;
   std::string engine;
   Schedule schedule = Schedule::none;
-  // With schedule rows: forward keeps every row's logits, and backward makes the gradients of them.
-  // Else gradients by rows are made with the statistics, in one call.
+  // Forward keeps every row's logits, and backward makes the gradients from them. Without it
+  // gradients by rows are made together with the statistics, in one call.
   bool keeps_logits = false;
-  // N x V x D products of forward and backward together, but for columns whose gradients are made
-  // twice.
+  // How many products of N x V x D forward and backward make together, not counting columns whose
+  // gradients are made twice.
   int products = 1;
-  // What the plan was chosen by: the time of forward and backward in such products, as the engine's
-  // tuning table foretells it. Of one engine only; not of a clock.
+  // The number that the plan was chosen by: the time of forward and backward in such products, as
+  // the engine's tuning table foretells it. It compares plans of one engine; no clock measured it.
   double predicted_time = 1;
   // Rows whose statistics are made together.
   std::int64_t chunk_rows = 0;
 
-  // Bytes of Args::kept, and of Args::workspace: of sessions with statistics, and of those with
-  // gradients alone (0 where none may be opened).
+  // Bytes of Args::kept, of Args::workspace in sessions with statistics, and of Args::workspace in
+  // those with gradients alone (0 where none may be opened).
   std::int64_t kept_bytes = 0;
   std::int64_t forward_workspace_bytes = 0;
   std::int64_t backward_workspace_bytes = 0;
 
-  // A line for each engine and each way that was considered.
+  // A line for each engine, and for each way to compute, that was considered.
   std::vector<std::string> reasons;
 
-  // What the algorithm's sessions go by.
+  // All sizes and places that the algorithm's sessions follow.
   std::shared_ptr<const Decision> decision;
 };
 
@@ -50,16 +51,16 @@ struct Plan {
 // Throws Error(invalid_value, invalid_type, unsupported, workspace).
 Plan make_plan(const Problem& problem);
 
-// The plan in words: algorithm, schedule, sizes, the memory buffer by buffer, and the reasons. For
-// people: the text may change.
+// Describes a plan in words: algorithm, schedule, sizes, the memory buffer by buffer, and the
+// reasons. The text is for people, and may change.
 std::string describe(const Plan& plan);
 
-// What was found on this machine: a line for each engine (and why it is not there), the
-// libraries behind it with their versions, processor features.
+// Describes what was found on this machine, a line for each engine: its libraries with their
+// versions and the processor's features, or why the engine is not there.
 std::vector<std::string> describe_machine();
 
-// The numbers that plans of this build are made by: a line for each, by engine. What was measured
-// stands beside them in the sources (tuning.h).
+// Lists the numbers that plans of this build are made by, a line for each, engine by engine. What
+// was measured stands beside them in the sources (tuning.h).
 std::vector<std::string> describe_tuning();
 
 }  // namespace cutloss

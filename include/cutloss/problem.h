@@ -21,13 +21,13 @@ struct Rows {
   std::int64_t length = 0;
   std::int64_t shift = 0;
   IndexType target_type = IndexType::i64;
-  // Rows with this target are left out.
+  // Rows with this target do not count.
   std::int64_t ignore_index = -100;
-  // How many rows are not ignored, where the host knows it. On CUDA what the matrix library
-  // computes then shrinks to those rows, and a number that does not agree with the targets makes
-  // every output NaN. The CPU counts for itself. Calls over logits take none.
+  // How many rows are not ignored, where the host knows it. On CUDA the matrix library's products
+  // then shrink to those rows, and a number that does not agree with the targets makes every output
+  // NaN. The CPU counts for itself. Calls over logits refuse it.
   std::optional<std::int64_t> num_valid;
-  // Each row has a temperature of its own: Inputs::temperature or LogitsArgs::temperature.
+  // Each row has a temperature of its own, in Inputs::temperature or LogitsArgs::temperature.
   bool has_temperature = false;
 
   bool operator==(const Rows&) const = default;
@@ -39,8 +39,8 @@ std::int64_t row_count(const Rows& rows);
 // Which classes of a vocabulary the logits are of: `count` of `total`, from class `first` on. A
 // whole vocabulary of V classes is {0, V, V}, and a total of 0 means count. Anything else is a
 // shard: its rows cannot be closed by itself, so Wanted::state must be asked for, and close_rows
-// (rows.h) makes the rows' outputs of the states of all shards. Targets are those of the whole
-// vocabulary. Of Logits a shard is refused as unsupported.
+// (rows.h) makes the rows' outputs from the states of all shards. Targets are those of the whole
+// vocabulary. A shard of Logits is refused as unsupported.
 struct Classes {
   std::int64_t first = 0;
   std::int64_t count = 0;
@@ -65,15 +65,15 @@ struct Head {
   bool operator==(const Head&) const = default;
 };
 
-// Logits are E C^T + bias, and are made as they are needed (make_plan, call.h).
+// Logits that are E C^T + bias, and are made as they are needed (make_plan, call.h).
 struct Linear {
   Head head;
 
   bool operator==(const Linear&) const = default;
 };
 
-// Logits exist already: (sequences, length, count), the last dimension contiguous (logits.h). A
-// stride of 0 means packed.
+// Logits that exist already: (sequences, length, count), the last dimension contiguous (logits.h).
+// A stride of 0 means packed.
 struct Logits {
   Classes classes;
   DType type = DType::f32;
@@ -82,8 +82,9 @@ struct Logits {
   // The gradient takes the logits' memory: LogitsArgs::gradient is then the address of the logits,
   // and its strides are theirs.
   bool overwrite = false;
-  // CUDA: blocks that share a row where its statistics are made, 1, 2, 4 or 8; more than 1 need
-  // sm_90 or later. 0: chosen. For tests and measurements.
+  // How many blocks share a row on CUDA where its statistics are made: 1, 2, 4 or 8, where more
+  // than 1 need sm_90 or later. The library chooses where it is 0; others are for tests and
+  // measurements.
   int blocks_per_row = 0;
 
   bool operator==(const Logits&) const = default;
@@ -97,11 +98,11 @@ using Source = std::variant<Linear, Logits>;
 //   z = s / temperature
 // The bias of a Linear source is added after logit_scale, before the softcap.
 struct Transform {
-  // > 0.
+  // It must be > 0.
   std::optional<double> softcap;
-  // Finite, not 0.
+  // It must be finite and not 0.
   double logit_scale = 1.0;
-  // > 0. It divides into a row's own temperature where there is one.
+  // It must be > 0. Where a row has a temperature of its own, the two are multiplied.
   double temperature = 1.0;
 
   bool operator==(const Transform&) const = default;
@@ -110,32 +111,32 @@ struct Transform {
 // A gradient that a call may be asked for.
 struct GradientWanted {
   bool wanted = false;
-  // Unset: the dtype of what it is the gradient of. Of a Linear source it may be the stat dtype
-  // (call.h) instead, the dtype of the sums: they are then not rounded.
+  // Where it is not set, it is the dtype of what the gradient belongs to. With a Linear source it
+  // may be the stat dtype (call.h) instead, the dtype of the sums, which are then not rounded.
   std::optional<DType> type;
-  // The gradient is added to what lies in its memory, instead of written over it: dC and dbias, in
-  // the stat dtype. Anything else is refused as unsupported.
+  // The gradient is added to what lies in its memory instead of written over it. dC and dbias in
+  // the stat dtype can be; anything else is refused as unsupported.
   bool add = false;
 
   bool operator==(const GradientWanted&) const = default;
 };
 
-// What is made beyond nll, row_max and log_sum, which always are.
+// What is made beyond nll, row_max and log_sum, which are always made.
 struct Wanted {
-  // The statistics stay open: forward writes RowOutputs::state and no other output of a row. What
-  // entropy, zbar and argmax need is in the state where they are wanted.
+  // The statistics stay open: forward writes RowOutputs::state and no other output of a row. The
+  // state holds what entropy, zbar and argmax need where they are wanted.
   bool state = false;
   bool entropy = false;
   bool zbar = false;
   bool argmax = false;
 
-  // Of a Linear source.
+  // The gradients of a Linear source.
   GradientWanted de;
   GradientWanted dc;
   GradientWanted dbias;
 
-  // Of Logits: (sequences, length, count), with strides as theirs. 0 means packed, or those of the
-  // logits where these are overwritten.
+  // The gradient of Logits: (sequences, length, count), with strides of its own. A stride of 0
+  // means packed, or the logits' stride where these are overwritten.
   GradientWanted dlogits;
   std::int64_t dlogits_sequence_stride = 0;
   std::int64_t dlogits_row_stride = 0;
@@ -143,7 +144,7 @@ struct Wanted {
   bool operator==(const Wanted&) const = default;
 };
 
-// What is known beforehand of the upstream gradients.
+// What is known of the upstream gradients beforehand.
 struct UpstreamFacts {
   Upstream when = Upstream::none;
   // RowGradients::d_entropy may be given.
@@ -161,27 +162,28 @@ struct Problem {
   Wanted wanted;
   UpstreamFacts upstream;
 
-  // Linear: the dtype of the products' operands. f32 and bf16 accumulate in fp32, f64 in fp64; f64
-  // takes f64 operands only. f16 rounds operands no further than they are stored. Logits have no
-  // products, and take f32 or their own dtype here.
+  // The dtype of the products' operands with a Linear source. f32 and bf16 accumulate in fp32, f64
+  // in fp64; f64 takes f64 operands only. f16 rounds operands no further than they are stored.
+  // Logits have no products, and take f32 or their own dtype here.
   DType compute_type = DType::f32;
-  // CUDA: fp32 products may round their operands to tf32.
+  // fp32 products on CUDA may round their operands to tf32.
   bool allow_tf32 = false;
-  // Inputs::class_weight or LogitsArgs::class_weight is given. It only enters zbar.
+  // Inputs::class_weight or LogitsArgs::class_weight is given. It enters zbar and nothing else.
   bool has_class_weight = false;
 
   Device device = Device::cpu;
-  // CUDA: the index of the device, which must be the current one. -1: the current one.
+  // The index of the CUDA device, which must be the current one; -1 means the current one.
   int device_index = -1;
 
-  // The rest is for plans, and left alone where the source is Logits.
+  // The members below are for plans, and must be left alone where the source is Logits.
   //
-  // Bytes of memory, kept and workspace together, that a plan may ask for. Unset: 512 MiB, or
-  // what the smallest plan needs where that is more; on CUDA at least 4 N D bytes and 128 MiB, and
-  // a copy of C in the products' dtype beside that where C has another one.
+  // Bytes of memory, kept and workspace together, that a plan may ask for. Where it is not set,
+  // that is 512 MiB, or what the smallest plan needs where that is more; on CUDA it is at least 4 N
+  // D bytes and 128 MiB, and a copy of C in the products' dtype beside that where C has another
+  // one.
   std::optional<std::int64_t> max_workspace;
   Schedule schedule = Schedule::automatic;
-  // The engine that a plan must take. Empty: the first that supports the problem.
+  // The engine that a plan must take. Where it is empty, the first that supports the problem does.
   std::string engine;
 
   bool operator==(const Problem&) const = default;
@@ -191,18 +193,18 @@ inline constexpr std::int64_t kDefaultWorkspace = std::int64_t{512} << 20;
 
 std::int64_t row_count(const Problem& problem);
 
-// The head of a Linear source, the facts of Logits. Both throw Error(invalid_value) where the
-// source is the other.
+// The head of a Linear source, and the facts of Logits. Both throw Error(invalid_value) where the
+// source is the other one.
 const Head& head_of(const Problem& problem);
 Head& head_of(Problem& problem);
 const Logits& logits_of(const Problem& problem);
 Logits& logits_of(Problem& problem);
 
-// The classes of either source.
+// The classes, whichever the source is.
 const Classes& classes_of(const Problem& problem);
 Classes& classes_of(Problem& problem);
 
-// Whether any gradient is.
+// Whether any gradient is wanted.
 bool wants_gradient(const Problem& problem);
 
 }  // namespace cutloss

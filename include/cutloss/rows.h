@@ -1,4 +1,4 @@
-// From targets and weights to a loss: the coefficients of its rows, and their sum.
+// From targets and weights to a loss: the coefficients of its rows, and the sum of the rows.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@ namespace cutloss {
 // How rows count in a loss, in the words of PyTorch's F.cross_entropy. With t the token weight of a
 // row, w that of its target's class (1 where not given), eps = label_smoothing and W = sum_v w_v:
 //   t ((1 - eps) w nll + eps (W lse / V - zbar) + z_loss lse^2)
-// Weights in the stat dtype.
+// Weights have the stat dtype.
 struct Weighting {
-  // Divided by the sum of t w, what z_loss adds by the sum of t.
+  // The loss is divided by the sum of t w, and what z_loss adds by the sum of t.
   bool mean = false;
   double label_smoothing = 0;          // in [0, 1]
   double z_loss = 0;                   // >= 0
@@ -20,27 +20,27 @@ struct Weighting {
   const void* class_weight = nullptr;  // (V)
 };
 
-// The coefficients of a loss, (rows) each, stat dtype: RowGradients, to be written. Ignored rows
-// get 0.
+// The coefficients of a loss, (rows) each, in the stat dtype: RowGradients that are to be written.
+// Ignored rows get 0.
 struct LossTerms {
   void* nll = nullptr;
   void* lse = nullptr;          // with label_smoothing, and only then
   void* lse_squared = nullptr;  // with z_loss
   void* zbar = nullptr;         // with label_smoothing
-  bool* undefined = nullptr;    // one: the mean of nothing. Its coefficients are 0.
+  bool* undefined = nullptr;    // one value: true for a mean of nothing, whose coefficients are 0
 };
 
 // What loss_terms must know of a problem.
 struct LossRows {
   Rows rows;
-  std::int64_t classes = 0;  // of the whole vocabulary: V
+  std::int64_t classes = 0;  // V, of the whole vocabulary
   // The stat dtype: f32 or f64.
   DType type = DType::f32;
   Device device = Device::cpu;
 };
 LossRows loss_rows(const Problem& problem);
 
-// Of one row's state in RowOutputs::state, in a stat dtype (f32 or f64).
+// The bytes of one row's record in RowOutputs::state, for a stat dtype (f32 or f64).
 std::int64_t row_state_bytes(DType stat);
 
 // What close_rows reads, in the memory of rows.device.
@@ -49,13 +49,14 @@ struct RowStates {
   // wanted of the rows must have been wanted of all of them.
   const void* states = nullptr;
   std::int64_t count = 0;
-  // Records from the states of one shard to those of the next; 0: there are as many as rows.
+  // How many records lie from the begin of one shard's to that of the next; 0 means as many as
+  // rows.
   std::int64_t stride = 0;
   const void* targets = nullptr;       // (sequences, length), of the whole vocabulary
-  const void* class_weight = nullptr;  // (V): of zbar
-  // Only these rows; all of them where its pointer is null.
+  const void* class_weight = nullptr;  // (V), for zbar
+  // The rows that are closed. Where its pointer is null, all rows are.
   RowList some;
-  // Null, or one: where it is false nothing is known of any row, and all outputs are NaN.
+  // Null, or one value: where it is false nothing is known of any row, and all outputs are NaN.
   const bool* is_right = nullptr;
 };
 
@@ -67,29 +68,30 @@ struct RowStates {
 // whose class is in no shard makes the row NaN. Throws Error(invalid_value, invalid_type).
 void close_rows(const LossRows& rows, const RowStates& states, const RowOutputs& out, void* stream);
 
-// Writes the states of a shard that has no classes, for `rows` rows of any loss.
+// Writes the states of `rows` rows in a shard that has no classes.
 void empty_states(Device device, DType stat, std::int64_t rows, void* states, void* stream);
 
-// What `weighting` makes of the targets, (sequences, length) in the memory of rows.device, as all
-// else. Sums are in fp64 in a fixed order. A target outside of the vocabulary has the weight of the
-// nearest class: forward names it. CUDA: one kernel on the stream, nothing waits. Throws
-// Error(invalid_value, invalid_type, unsupported).
+// Writes the coefficients that `weighting` gives to the rows of these targets, (sequences, length).
+// All pointers are in the memory of rows.device. Sums are in fp64 in a fixed order. A target
+// outside of the vocabulary has the weight of the nearest class: forward names it. On CUDA it is
+// one kernel on the stream, and nothing waits. Throws Error(invalid_value, invalid_type,
+// unsupported).
 void loss_terms(const LossRows& rows, const Weighting& weighting, const void* targets,
                 const LossTerms& terms, void* stream);
 
-// The loss whose coefficients are args.upstream: the sum over rows of d_nll nll + d_lse lse +
-// d_lse_squared lse^2 + d_zbar zbar, added up in fp64 in a fixed order, to one number of the stat
-// dtype at `loss` (in the memory of the problem's device). Ignored rows are not read. Where
-// `undefined` is given (there too) and true, the loss is NaN.
+// Writes the loss whose coefficients are args.upstream, one number of the stat dtype at `loss`: the
+// sum over rows of d_nll nll + d_lse lse + d_lse_squared lse^2 + d_zbar zbar, added up in fp64 in a
+// fixed order. Ignored rows are not read. Where `undefined` is given and true, the loss is NaN.
+// Both are in the memory of the problem's device.
 //
 // rows.zbar_centred says that d_lse and d_zbar are those of label smoothing (loss_terms), whose
 // d_lse lse + d_zbar zbar is taken as d_lse log_sum + d_zbar zbar_centred: the same number, without
 // the difference of two large ones where all logits of a row lie far from 0.
 void weighted_loss(const Plan& plan, const Args& args, void* loss, const bool* undefined = nullptr);
 
-// values *= *factor, both in the device's memory, ordered on the stream. Nothing is read or written
-// where the factor is 1, and the host need not know. For CUDA: on the CPU, where the host does
-// know, and in a build without CUDA it throws Error(unsupported).
+// Multiplies values with *factor, both in the device's memory, ordered on the stream. Where the
+// factor is 1 nothing is written, and the host need not know. It is for CUDA: on the CPU, where the
+// host knows the factor, and in a build without CUDA it throws Error(unsupported).
 void scale_in_place(Device device, DType type, void* values, std::int64_t count, DType factor_type,
                     const void* factor, void* stream);
 

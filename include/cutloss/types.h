@@ -17,7 +17,7 @@ enum class Upstream : std::uint8_t {
   at_backward,  // given to backward only (per-token losses, a differentiable lse or entropy)
 };
 
-// How the gradients are made; docs/math.md, "Two schedules".
+// How the gradients are made (docs/math.md, "Two schedules").
 enum class Schedule : std::uint8_t {
   automatic,   // the plan takes the cheapest that fits the workspace
   none,        // forward alone (chosen where no gradient is wanted)

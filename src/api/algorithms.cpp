@@ -1,5 +1,5 @@
-// The list of engines, and with them of algorithms, in the order in which a plan asks them. The
-// only file that knows what this build has.
+// This is the list of engines, and with them of algorithms, in the order in which a plan asks them.
+// No other file knows what this build has.
 #include <array>
 
 #include "api/algorithms.h"

@@ -1,4 +1,4 @@
-// The calls of a plan: check the pointers, open a session, run it over all chunks.
+// The calls of a plan: each checks the pointers, opens a session and runs it over all chunks.
 #include "api/algorithms.h"
 #include "core/refuse.h"
 #include "core/text.h"
@@ -10,7 +10,8 @@ namespace {
 
 Way way_of(const Plan& plan) { return {plan.schedule, plan.keeps_logits}; }
 
-// Every plan has forward; what else depends on where its gradients are made.
+// Refuses a pass that the plan has not. Every plan has forward; the others depend on where the
+// gradients are made.
 void need_pass(const Plan& plan, Pass pass) {
   const std::string has = text("; this plan has schedule ", name(plan.schedule),
                                plan.keeps_logits ? " with kept logits" : "");
@@ -38,6 +39,17 @@ std::unique_ptr<CheckedSession> open_checked(const Plan& plan, const Args& args,
   return algorithm.open(plan.decision, args, pass);
 }
 
+void run(const char* call, const Plan& plan, const Args& args, Pass pass) {
+  const CallReport report(call, plan);
+  const auto session = open_checked(plan, args, pass);
+  session->begin();
+  for (std::int64_t chunk = 0; chunk < chunk_count(*plan.decision); ++chunk) {
+    if (makes_statistics(pass)) session->statistics(chunk);
+    if (makes_gradients(pass)) session->gradients(chunk);
+  }
+  if (makes_gradients(pass)) session->finish();
+}
+
 }  // namespace
 
 std::int64_t chunk_count(const Plan& plan) { return chunk_count(decision_of(plan)); }
@@ -52,20 +64,9 @@ std::unique_ptr<Session> resume(const Plan& plan, const Args& args, Pass pass) {
   return session;
 }
 
-void forward(const Plan& plan, const Args& args) {
-  const CallReport report("forward", plan);
-  const auto session = open_checked(plan, args, Pass::forward);
-  session->begin();
-  for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) session->statistics(chunk);
-}
+void forward(const Plan& plan, const Args& args) { run("forward", plan, args, Pass::forward); }
 
-void backward(const Plan& plan, const Args& args) {
-  const CallReport report("backward", plan);
-  const auto session = open_checked(plan, args, Pass::backward);
-  session->begin();
-  for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) session->gradients(chunk);
-  session->finish();
-}
+void backward(const Plan& plan, const Args& args) { run("backward", plan, args, Pass::backward); }
 
 void forward_backward(const Plan& plan, const Args& args) {
   if (plan.problem.wanted.state) {
@@ -73,14 +74,7 @@ void forward_backward(const Plan& plan, const Args& args) {
         "forward_backward closes the rows between its passes, but wanted.state leaves them open: "
         "open a session, and call close_rows between statistics and gradients");
   }
-  const CallReport report("forward_backward", plan);
-  const auto session = open_checked(plan, args, Pass::both);
-  session->begin();
-  for (std::int64_t chunk = 0; chunk < chunk_count(plan); ++chunk) {
-    session->statistics(chunk);
-    session->gradients(chunk);
-  }
-  session->finish();
+  run("forward_backward", plan, args, Pass::both);
 }
 
 }  // namespace cutloss

@@ -1,4 +1,5 @@
-// The public calls over logits: their checks, then the device's part of the library.
+// The public calls over logits: each checks what it was given, then calls the device's part of the
+// library.
 #include <cstdint>
 
 #include "api/algorithms.h"
@@ -10,17 +11,17 @@
 namespace cutloss {
 namespace {
 
-void need(const void* pointer, const char* what) { need_pointer(pointer, "LogitsArgs", what); }
+void need(const void* pointer, const char* member) { need_pointer(pointer, "LogitsArgs", member); }
 
-// The folded numbers are those that the engines compute with.
+// The engines compute with the quotients, so these must be usable, too.
 void check_numbers(const Problem& p) {
   const DType stat = stat_type(p);
   const Transform& t = p.transform;
   check_transform(t, stat);
   const auto [least, most] = usable_range(stat);
-  const auto check_quotient = [least = least, most = most](const char* what, double value) {
+  const auto check_quotient = [least = least, most = most](const char* member, double value) {
     if (std::fabs(value) >= least && std::fabs(value) <= most) return;
-    refuse_value(what, " must be between ", least, " and ", most, " in size, got ", value);
+    refuse_value(member, " must be between ", least, " and ", most, " in size, got ", value);
   };
   check_quotient("logit_scale / temperature", t.logit_scale / t.temperature);
   if (t.softcap) check_quotient("softcap / logit_scale", folded_softcap(p));
@@ -30,7 +31,7 @@ void check_numbers(const Problem& p) {
   }
 }
 
-// What only a plan could heed would silently do nothing.
+// Refuses options that only a plan could heed: here they would silently do nothing.
 void refuse_what_plans_take(const Problem& p) {
   const DType type = logits_of(p).type;
   if (p.compute_type != DType::f32 && p.compute_type != type) {
@@ -70,7 +71,7 @@ void settle_strides(const Problem& p, RowStrides strides, const std::string& whi
   settle_stride(strides.sequence, packed, p.rows.sequences, (which + "sequence_stride").c_str());
 }
 
-// A gradient in the logits' place lies as they do.
+// A gradient that takes the logits' place must have their strides.
 void settle_place(const Problem& p, RowStrides gradient) {
   const Logits& logits = logits_of(p);
   if (!logits.overwrite) return;
@@ -86,7 +87,7 @@ void settle_place(const Problem& p, RowStrides gradient) {
                logits.sequence_stride, " and ", logits.row_stride, ": they must be the same, or 0");
 }
 
-// The problem with its strides and classes filled in and its shift settled.
+// Returns the problem with its strides and classes filled in and its shift settled.
 Problem validated_logits(Problem p) {
   Logits& logits = logits_of(p);
   settle_rows(p.rows);
@@ -112,7 +113,7 @@ Problem validated_logits(Problem p) {
   return p;
 }
 
-// What lies between the first and the last element.
+// The addresses from the first element to behind the last.
 struct Span {
   std::uintptr_t begin, end;
 };

@@ -1,5 +1,5 @@
-// What is asked of all engines of this build: a plan, what was found on this machine, what plans
-// are tuned by.
+// The calls that ask all engines of this build: for a plan, for what they found on this machine,
+// for the numbers that plans are tuned by.
 #include "plan/plan.h"
 #include "api/algorithms.h"
 #include "core/text.h"

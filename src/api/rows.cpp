@@ -1,4 +1,4 @@
-// The calls over rows alone: coefficients of a loss, and its sum.
+// The calls that need rows alone: the coefficients of a loss, its sum, and the closing of states.
 #include "cutloss/rows.h"
 
 #include <cmath>
@@ -32,9 +32,9 @@ void check(const LossRows& rows, const Weighting& w, const void* targets, const 
     refuse_value("loss_terms: z_loss must be finite and >= 0, got ", w.z_loss);
   }
   if (terms.undefined == nullptr) refuse_value("loss_terms: terms.undefined is null");
-  const auto agrees = [&](const void* pointer, bool wanted, const char* what, const char* why) {
+  const auto agrees = [&](const void* pointer, bool wanted, const char* member, const char* why) {
     if (row_count(rows.rows) == 0 || (pointer != nullptr) == wanted) return;
-    refuse_value("loss_terms: ", what, wanted ? " is null, but " : " is given, but ", why);
+    refuse_value("loss_terms: ", member, wanted ? " is null, but " : " is given, but ", why);
   };
   agrees(targets, true, "targets", "there are rows");
   agrees(terms.nll, true, "terms.nll", "there are rows");

@@ -1,4 +1,4 @@
-// Sizes of dtypes and conversions of single values. Vector conversions live in the engines.
+// Sizes of dtypes, and conversions of single values. The engines have those of whole vectors.
 #pragma once
 
 #include <bit>
@@ -11,16 +11,7 @@
 namespace cutloss {
 
 constexpr std::int64_t size_of(DType type) {
-  switch (type) {
-    case DType::f64:
-      return 8;
-    case DType::f32:
-      return 4;
-    case DType::bf16:
-    case DType::f16:
-      return 2;
-  }
-  return 0;
+  return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
 }
 
 // The address `elements` past a base.
@@ -31,22 +22,29 @@ inline void* at(void* base, DType type, std::int64_t elements) {
   return static_cast<std::byte*>(base) + elements * size_of(type);
 }
 
-// Per-row statistics and accumulators.
+// The dtype of per-row statistics and of accumulators.
 constexpr DType stat_type(DType compute_type) {
   return compute_type == DType::f64 ? DType::f64 : DType::f32;
 }
 
-// That of a problem: logits have no products, and count by what they are stored in.
+// The stat dtype of a problem. Logits have no products, so the dtype that they are stored in
+// decides.
 inline DType stat_type(const Problem& problem) {
   const auto* logits = std::get_if<Logits>(&problem.source);
   return stat_type(logits != nullptr ? logits->type : problem.compute_type);
+}
+
+// Calls use(pointer to float or double), whichever a stat dtype is.
+template <class Use>
+void for_stat(DType stat, Use use) {
+  stat == DType::f64 ? use(static_cast<double*>(nullptr)) : use(static_cast<float*>(nullptr));
 }
 
 inline float bf16_to_float(std::uint16_t bits) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
 }
 
-// Round to nearest even; a NaN stays a (quiet) NaN.
+// Rounds to nearest even; a NaN stays a (quiet) NaN.
 inline std::uint16_t float_to_bf16(float value) {
   const auto bits = std::bit_cast<std::uint32_t>(value);
   if (std::isnan(value)) return static_cast<std::uint16_t>((bits >> 16) | 0x40);
@@ -66,7 +64,7 @@ inline float f16_to_float(std::uint16_t bits) {
   return std::bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
 }
 
-// Round to nearest even, overflow to inf.
+// Rounds to nearest even; what is too large becomes inf.
 inline std::uint16_t float_to_f16(float value) {
   const auto bits = std::bit_cast<std::uint32_t>(value);
   const auto sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000);

@@ -1,4 +1,4 @@
-// What is written once for host and device.
+// The mark of functions that are written once for host and device.
 #pragma once
 
 #if defined(__CUDACC__)

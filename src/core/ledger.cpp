@@ -1,6 +1,7 @@
 #include "core/ledger.h"
 
 #include <algorithm>
+#include <array>
 
 #include "core/refuse.h"
 #include "core/sizes.h"
@@ -50,17 +51,8 @@ const Booking& Ledger::booking(std::string_view name) const {
 }
 
 std::string_view name(Lifetime lifetime) {
-  switch (lifetime) {
-    case Lifetime::step:
-      return "step";
-    case Lifetime::seam:
-      return "seam";
-    case Lifetime::call:
-      return "call";
-    case Lifetime::kept:
-      return "kept";
-  }
-  return "?";
+  constexpr std::array<std::string_view, 4> names{"step", "seam", "call", "kept"};
+  return names.at(static_cast<std::size_t>(lifetime));
 }
 
 std::string in_words(const Ledger& ledger) {

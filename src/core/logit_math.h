@@ -17,21 +17,21 @@ template <class T>
 struct RowCoefficients {
   T row_max, log_sum;
   T a;          // d_nll + d_lse
-  T d_entropy;  // 0: the term is skipped, not multiplied
+  T d_entropy;  // where it is 0 the term is skipped, not multiplied
   T entropy;
   T zbar;  // d_zbar / V
   T softcap;
   T inv_temperature;
 };
 
-// The upstream gradients of a row's outputs; that of lse includes that of its square.
+// The upstream gradients of a row's outputs. d_lse includes what comes from the square of lse.
 template <class T>
 struct RowUpstream {
   T d_nll = 0, d_lse = 0, d_entropy = 0, d_zbar = 0;
 };
 
-// Where nothing but the upstream gradients and the row's statistics enters. The entropy, where
-// d_entropy is not 0, and the transform are the caller's to add.
+// Makes the coefficients that follow from the upstream gradients and the row's statistics alone.
+// The caller adds the entropy, where d_entropy is not 0, and the numbers of the transform.
 template <class T>
 CUTLOSS_HOST_DEVICE RowCoefficients<T> row_coefficients(const RowUpstream<T>& up, T nll, T row_max,
                                                         T log_sum, std::int64_t V) {
@@ -45,8 +45,8 @@ CUTLOSS_HOST_DEVICE RowCoefficients<T> row_coefficients(const RowUpstream<T>& up
   return k;
 }
 
-// g at the target, without the transform's slope. 1 - p_target comes from nll, so that it keeps
-// its digits where p is near 1.
+// Makes g at the target, without the transform's slope. 1 - p_target comes from nll, so that it
+// keeps its digits where p is near 1.
 template <class T>
 CUTLOSS_HOST_DEVICE T target_gradient(const RowCoefficients<T>& row, T nll, T d_nll, T d_lse,
                                       T weight) {

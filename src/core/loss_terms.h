@@ -8,7 +8,7 @@
 
 namespace cutloss {
 
-// What is given to a call for row n; lse is that of the row.
+// Reads the upstream gradients that a call was given for row n, whose lse is `lse`.
 template <class T>
 CUTLOSS_HOST_DEVICE RowUpstream<T> row_upstream(const RowGradients& given, std::int64_t n, T lse) {
   const auto read = [n](const void* array) {
@@ -20,14 +20,15 @@ CUTLOSS_HOST_DEVICE RowUpstream<T> row_upstream(const RowGradients& given, std::
   return up;
 }
 
-// How a row counts: 0 where it is ignored.
+// How much a row counts: 0 where it is ignored.
 template <class T>
 struct RowWeight {
   T token = 0;
-  T weighted = 0;  // times the weight of its target's class
+  T weighted = 0;  // token, times the weight of the class of its target
 };
 
-// token_weight: the row's own, class_weight: (V); null is 1.
+// `token_weight` points to the row's own weight, `class_weight` to those of all classes, (V). Null
+// stands for 1.
 template <class T>
 CUTLOSS_HOST_DEVICE RowWeight<T> row_weight(std::int64_t target, std::int64_t ignore_index,
                                             std::int64_t V, const T* token_weight,
@@ -39,7 +40,7 @@ CUTLOSS_HOST_DEVICE RowWeight<T> row_weight(std::int64_t target, std::int64_t ig
   return {token, token * class_weight[in_range]};
 }
 
-// Sums over all rows, and over the class weights where smoothing needs them.
+// The sums over all rows, and that of the class weights where smoothing needs it.
 struct WeightSums {
   double token = 0, weighted = 0, classes = 0;
 };
@@ -49,8 +50,8 @@ inline CUTLOSS_HOST_DEVICE bool is_undefined(bool mean, const WeightSums& sums) 
   return mean && sums.weighted == 0;
 }
 
-// What a row's weights are divided by, then multiplied with. All 0 where the mean is undefined, so
-// that its gradients are zero.
+// A row's weights are divided by the totals, then multiplied with the other numbers. These are all
+// 0 where the mean is undefined, so that its gradients are zero.
 template <class T>
 struct TermScales {
   T total = 1, token_total = 1;
@@ -74,7 +75,8 @@ CUTLOSS_HOST_DEVICE TermScales<T> term_scales(bool mean, double label_smoothing,
   return scales;
 }
 
-// Class weights say nothing about the size of a row's logits: z-loss is a mean over tokens.
+// The coefficients of one row. z-loss is a mean over tokens without class weights, which say
+// nothing about the size of a row's logits.
 template <class T>
 struct RowTerms {
   T nll, lse, lse_squared, zbar;
@@ -86,7 +88,7 @@ CUTLOSS_HOST_DEVICE RowTerms<T> row_terms(const RowWeight<T>& weight, const Term
           weight.token / scales.token_total * scales.lse_squared, token * scales.zbar};
 }
 
-// weighted_loss on the host: counts(n) says whether row n does.
+// Makes weighted_loss on the host: counts(n) says whether row n counts.
 template <class T, class Counts>
 T weighted_sum(std::int64_t rows, Counts counts, const RowOutputs& out, const RowGradients& up,
                const bool* undefined) {

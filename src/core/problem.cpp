@@ -1,5 +1,7 @@
 #include "cutloss/problem.h"
 
+#include <array>
+
 #include "core/row_map.h"
 #include "cutloss/error.h"
 
@@ -21,6 +23,12 @@ constexpr const char* kNoLogits =
     "the source of the problem is Linear, but the call needs Logits: set source = Logits{...}, or "
     "call make_plan and the calls that take a plan";
 
+template <class P>
+auto& classes_in(P& problem) {
+  auto* linear = std::get_if<Linear>(&problem.source);
+  return linear != nullptr ? linear->head.classes : logits_of(problem).classes;
+}
+
 }  // namespace
 
 std::int64_t row_count(const Rows& rows) {
@@ -33,14 +41,8 @@ Head& head_of(Problem& problem) { return source_of<Linear>(problem, kNoHead).hea
 const Logits& logits_of(const Problem& problem) { return source_of<Logits>(problem, kNoLogits); }
 Logits& logits_of(Problem& problem) { return source_of<Logits>(problem, kNoLogits); }
 
-const Classes& classes_of(const Problem& problem) {
-  const auto* linear = std::get_if<Linear>(&problem.source);
-  return linear != nullptr ? linear->head.classes : logits_of(problem).classes;
-}
-Classes& classes_of(Problem& problem) {
-  auto* linear = std::get_if<Linear>(&problem.source);
-  return linear != nullptr ? linear->head.classes : logits_of(problem).classes;
-}
+const Classes& classes_of(const Problem& problem) { return classes_in(problem); }
+Classes& classes_of(Problem& problem) { return classes_in(problem); }
 
 bool wants_gradient(const Problem& problem) {
   const Wanted& w = problem.wanted;
@@ -48,31 +50,13 @@ bool wants_gradient(const Problem& problem) {
 }
 
 std::string_view name(DType type) {
-  switch (type) {
-    case DType::f32:
-      return "f32";
-    case DType::f64:
-      return "f64";
-    case DType::bf16:
-      return "bf16";
-    case DType::f16:
-      return "f16";
-  }
-  return "?";
+  constexpr std::array<std::string_view, 4> names{"f32", "f64", "bf16", "f16"};
+  return names.at(static_cast<std::size_t>(type));
 }
 
 std::string_view name(Schedule schedule) {
-  switch (schedule) {
-    case Schedule::automatic:
-      return "automatic";
-    case Schedule::none:
-      return "none";
-    case Schedule::rows:
-      return "rows";
-    case Schedule::vocabulary:
-      return "vocabulary";
-  }
-  return "?";
+  constexpr std::array<std::string_view, 4> names{"automatic", "none", "rows", "vocabulary"};
+  return names.at(static_cast<std::size_t>(schedule));
 }
 
 }  // namespace cutloss

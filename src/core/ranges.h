@@ -1,11 +1,11 @@
-// Ranges of rows and of columns, and what one product takes of both.
+// Ranges of rows and of columns, and the blocks that products are made of.
 #pragma once
 
 #include <cstdint>
 
 namespace cutloss {
 
-// Entries of the list of rows that count (ignored rows are not in it).
+// A range of the list of rows that count; ignored rows are not in it.
 struct RowRange {
   std::int64_t begin = 0;
   std::int64_t count = 0;
@@ -13,7 +13,7 @@ struct RowRange {
   bool operator==(const RowRange&) const = default;
 };
 
-// Columns of the vocabulary.
+// A range of the vocabulary's columns.
 struct Columns {
   std::int64_t begin = 0;
   std::int64_t count = 0;
@@ -21,7 +21,7 @@ struct Columns {
   bool operator==(const Columns&) const = default;
 };
 
-// One product's worth: some rows of a chunk, some columns of the vocabulary.
+// What one product takes: some rows of a chunk, and some columns of the vocabulary.
 struct Block {
   RowRange chunk;
   RowRange rows;

@@ -10,18 +10,18 @@
 
 namespace cutloss {
 
-// I counts rows: std::int64_t on the host, int on a device.
+// I is the type that counts rows: std::int64_t on the host, int on a device.
 template <class I>
 struct RowMap {
-  I length = 0;     // positions of a sequence
-  I predicted = 0;  // of these, the first ones, which are rows
-  I shift = 0;      // from a row's position to that of its target
+  I length = 0;     // how many positions a sequence has
+  I predicted = 0;  // how many of them, the first ones, are rows
+  I shift = 0;      // how far behind a row's position that of its target lies
 
   CUTLOSS_HOST_DEVICE I sequence(I row) const { return row / predicted; }
   CUTLOSS_HOST_DEVICE I column(I row) const { return row % predicted; }
   CUTLOSS_HOST_DEVICE I row(I sequence, I column) const { return sequence * predicted + column; }
 
-  // Counting the positions of all sequences.
+  // A row's position, and its target's, counted through all sequences.
   CUTLOSS_HOST_DEVICE std::int64_t position(I row) const {
     return std::int64_t{sequence(row)} * length + column(row);
   }
@@ -37,7 +37,8 @@ RowMap<I> row_map(const Rows& rows) {
   return {static_cast<I>(rows.length), static_cast<I>(rows.length - shift), static_cast<I>(shift)};
 }
 
-// A row's target as a column of some classes is >= 0, or one of these, which no column is.
+// A row's target as a column of some classes is >= 0, or one of these two numbers, which no column
+// equals.
 inline constexpr int kWrongTarget = -1;      // outside of the vocabulary
 inline constexpr int kTargetElsewhere = -2;  // in another shard
 

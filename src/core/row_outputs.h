@@ -1,4 +1,5 @@
-// Where the statistics of a row go: its outputs, as far as they are wanted, or its open state.
+// How the statistics of a row are written: to its outputs, as far as they are wanted, or as its
+// open state.
 #pragma once
 
 #include "core/row_map.h"
@@ -8,7 +9,7 @@
 
 namespace cutloss {
 
-// What is not wanted is not written, even where there is room for it.
+// The outputs without those that are not wanted, which are not written even where there is room.
 inline RowOutputs wanted_outputs(const Wanted& wanted, RowOutputs rows) {
   if (!wanted.state) rows.state = nullptr;
   if (!wanted.entropy) rows.entropy = nullptr;
@@ -32,7 +33,8 @@ CUTLOSS_HOST_DEVICE void write_row(const RowOutputs& out, std::int64_t n, const 
   if (out.argmax != nullptr) out.argmax[n] = row.argmax;
 }
 
-// A row that has no statistics: 0 where it is ignored, NaN where nothing can be said of it.
+// Writes a row that has no statistics: `value` is 0 where the row is ignored, NaN where nothing is
+// known of it.
 template <class T>
 CUTLOSS_HOST_DEVICE void clear_row(const RowOutputs& out, std::int64_t n, T value) {
   write_row<T>(out, n, {value, value, value, value, value, value, value, -1});
@@ -42,8 +44,8 @@ CUTLOSS_HOST_DEVICE void clear_row(const RowOutputs& out, std::int64_t n, T valu
   static_cast<RowState<T>*>(out.state)[n] = state;
 }
 
-// close, also of a row without a target (a negative column): what does not depend on it stays
-// right.
+// Closes a row, which may have no target here (a negative column): then the outputs that do not
+// depend on the target stay right.
 template <class T>
 CUTLOSS_HOST_DEVICE RowResult<T> closed(RowState<T> state, std::int64_t column, T target_weight,
                                         std::int64_t V) {
@@ -54,8 +56,8 @@ CUTLOSS_HOST_DEVICE RowResult<T> closed(RowState<T> state, std::int64_t column, 
   return row;
 }
 
-// A row whose columns have all been seen, its target among them where it is one of the columns.
-// target_weight: that of its class.
+// Writes a row whose columns have all been seen, its target included where it is one of them.
+// `target_weight` is the weight of the target's class.
 template <class T>
 CUTLOSS_HOST_DEVICE void finish_row(const RowOutputs& out, std::int64_t n, RowState<T> state,
                                     std::int64_t column, T target_weight, const Classes& classes) {
@@ -67,7 +69,7 @@ CUTLOSS_HOST_DEVICE void finish_row(const RowOutputs& out, std::int64_t n, RowSt
   write_row(out, n, closed(state, column, target_weight, classes.total));
 }
 
-// Row n of the whole vocabulary, of the states of all shards.
+// Merges the states of all shards to that of row n over the whole vocabulary.
 template <class T>
 CUTLOSS_HOST_DEVICE RowState<T> merged(const RowStates& s, std::int64_t n) {
   const auto* state = static_cast<const RowState<T>*>(s.states) + n;

@@ -16,12 +16,12 @@ namespace cutloss {
 template <class T>
 struct RowState {
   T max = -std::numeric_limits<T>::infinity();
-  T sum = 0;           // of e^(z - max)
-  T weighted_sum = 0;  // of e^(z - max) (z - max), for the entropy
-  T zbar = 0;          // of weight_v (z_v - max)
-  T weight_seen = 0;   // of weight_v
-  T target_logit = std::numeric_limits<T>::quiet_NaN();  // once it is seen
-  std::int64_t argmax = -1;                              // of the others; the first of equals
+  T sum = 0;           // the sum of e^(z - max)
+  T weighted_sum = 0;  // the sum of e^(z - max) (z - max), for the entropy
+  T zbar = 0;          // the sum of weight_v (z_v - max)
+  T weight_seen = 0;   // the sum of weight_v
+  T target_logit = std::numeric_limits<T>::quiet_NaN();  // a number once the target is seen
+  std::int64_t argmax = -1;  // the first of the largest among the others
 };
 
 // e^x, as a functor: kernels may have a quicker one.
@@ -32,19 +32,19 @@ struct Exp {
   }
 };
 
-// e^(a - b), where a <= b; two -inf make 0 (an empty sum), not NaN.
+// Makes e^(a - b), where a <= b. Two -inf make 0, an empty sum, and not NaN.
 template <class T, class E = Exp>
 CUTLOSS_HOST_DEVICE T rescale(T a, T b, E exp = {}) {
   return a == -std::numeric_limits<T>::infinity() ? T(0) : exp(a - b);
 }
 
-// What zbar's sum is relative to, where all logits may be -inf.
+// The number that zbar's sum is relative to, since all logits may be -inf.
 template <class T>
 CUTLOSS_HOST_DEVICE T finite_or_zero(T max) {
   return max == -std::numeric_limits<T>::infinity() ? T(0) : max;
 }
 
-// The same columns, relative to `top`, which none of their logits exceeds.
+// Makes a state relative to `top`, which no logit of its columns exceeds.
 template <class T, class E = Exp>
 CUTLOSS_HOST_DEVICE void move_to(RowState<T>& state, T top, E exp = {}) {
   const T scale = rescale(state.max, top, exp);

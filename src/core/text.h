@@ -15,14 +15,14 @@ std::string text(const Parts&... parts) {
   return out.str();
 }
 
-// A number of products: "4.13".
+// Writes a number with two digits behind the point: "4.13".
 inline std::string rounded(double value) {
   std::ostringstream out;
   out << std::fixed << std::setprecision(2) << value;
   return out.str();
 }
 
-// An amount of memory, exactly and, from 1 MiB on, in the unit that people think in:
+// Writes an amount of memory exactly and, from 1 MiB on, in the unit that people think in:
 // "14762048 bytes (14.1 MiB)".
 inline std::string memory_text(std::int64_t bytes) {
   constexpr std::int64_t kMiB = std::int64_t{1} << 20;

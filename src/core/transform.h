@@ -22,31 +22,30 @@ CUTLOSS_HOST_DEVICE T tanh_slope(T x) {
   return T(4) * u * over * over;
 }
 
-// a b, rounded: nvcc would fuse it with a subtraction that follows, and a logit that backward makes
-// again would not be forward's.
-CUTLOSS_HOST_DEVICE inline float rounded_product(float a, float b) {
+// Multiplies and rounds: nvcc would fuse the product with a subtraction that follows, and a logit
+// that backward makes again would differ from forward's.
+template <class T>
+CUTLOSS_HOST_DEVICE T rounded_product(T a, T b) {
 #ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-CUTLOSS_HOST_DEVICE inline double rounded_product(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return __dmul_rn(a, b);
+  } else {
+    return __fmul_rn(a, b);
+  }
 #else
   return a * b;
 #endif
 }
 
-// tanh itself is the library's: tanh x = (1 - u) / (1 + u) would lose the digits of a small x.
+// Makes z of a. tanh itself is the library's: tanh x = (1 - u) / (1 + u) would lose the digits of a
+// small x.
 template <class T>
 CUTLOSS_HOST_DEVICE T transformed(T a, T softcap, T inv_temperature) {
   if (softcap != T(0)) a = softcap * std::tanh(a * (T(1) / softcap));
   return rounded_product(a, inv_temperature);
 }
 
-// dz/da
+// Makes dz/da.
 template <class T>
 CUTLOSS_HOST_DEVICE T transform_slope(T a, T softcap, T inv_temperature) {
   if (softcap == T(0)) return inv_temperature;

@@ -1,7 +1,6 @@
 #include "core/validate.h"
 
 #include <cmath>
-#include <limits>
 #include <tuple>
 
 #include "core/dtype.h"
@@ -13,7 +12,7 @@
 namespace cutloss {
 namespace {
 
-// Largest element count that any product of sizes may reach: 2^62 bytes / 8.
+// The largest number of elements that a product of sizes may reach: 2^62 bytes / 8.
 constexpr std::int64_t kMaxElements = std::int64_t{1} << 59;
 
 void check_sizes(const Problem& p) {
@@ -29,12 +28,10 @@ void check_sizes(const Problem& p) {
 
 void check_types(const Problem& p) {
   const Head& head = head_of(p);
-  const auto is_f64 = [](DType type) { return type == DType::f64; };
-  const bool any = is_f64(head.e_type) || is_f64(head.c_type) ||
-                   (head.has_bias && is_f64(head.bias_type)) || is_f64(p.compute_type);
-  const bool all = is_f64(head.e_type) && is_f64(head.c_type) &&
-                   (!head.has_bias || is_f64(head.bias_type)) && is_f64(p.compute_type);
-  if (any && !all) {
+  const auto is_f64 = [](DType type) { return type == DType::f64 ? 1 : 0; };
+  const int wide = is_f64(head.e_type) + is_f64(head.c_type) + is_f64(p.compute_type);
+  const bool bias_fits = !head.has_bias || 3 * is_f64(head.bias_type) == wide;
+  if ((wide != 0 && wide != 3) || !bias_fits) {
     refuse(ErrorCode::invalid_type, "f64 does not mix with other dtypes: E is ", name(head.e_type),
            ", C ", name(head.c_type), ", bias ", head.has_bias ? name(head.bias_type) : "absent",
            ", compute_type ", name(p.compute_type), "; convert all of them to one dtype");
@@ -70,13 +67,13 @@ void check_linear_options(const Problem& p) {
   }
 }
 
-void need(const void* pointer, const char* what) { need_pointer(pointer, "Args", what); }
+void need(const void* pointer, const char* member) { need_pointer(pointer, "Args", member); }
 
-void need_aligned(const void* pointer, std::int64_t bytes, const char* what) {
+void need_aligned(const void* pointer, std::int64_t bytes, const char* member) {
   if (bytes == 0) return;
-  need(pointer, what);
+  need(pointer, member);
   if (reinterpret_cast<std::uintptr_t>(pointer) % 64 != 0) {
-    refuse_value("Args::", what, " must be aligned to 64 bytes, got address ", pointer);
+    refuse_value("Args::", member, " must be aligned to 64 bytes, got address ", pointer);
   }
 }
 
@@ -92,19 +89,19 @@ void settle_rows(Rows& rows) {
   rows.shift = settled_shift(rows);
 }
 
-void check_product(const char* what, std::int64_t a, std::int64_t b) {
+void check_product(const char* member, std::int64_t a, std::int64_t b) {
   if (a != 0 && b > kMaxElements / a) {
-    refuse_value(what, " = ", a, " x ", b, " elements is more than an address can hold");
+    refuse_value(member, " = ", a, " x ", b, " elements is more than an address can hold");
   }
 }
 
 void settle_stride(std::int64_t& stride, std::int64_t packed, std::int64_t count,
-                   const char* what) {
+                   const char* member) {
   if (stride == 0) stride = packed;
   if (count > 1 && stride < packed) {
-    refuse_value(what, " must be at least ", packed, " (0 means packed), got ", stride);
+    refuse_value(member, " must be at least ", packed, " (0 means packed), got ", stride);
   }
-  if (count > 1) check_product(what, count, stride);
+  if (count > 1) check_product(member, count, stride);
 }
 
 void settle_classes(Classes& classes) {
@@ -117,10 +114,10 @@ void settle_classes(Classes& classes) {
 
 bool is_shard(const Classes& classes) { return classes.count != classes.total; }
 
-void check_gradient(const GradientWanted& gradient, const GradientRule& rule, const char* what) {
+void check_gradient(const GradientWanted& gradient, const GradientRule& rule, const char* member) {
   const DType type = gradient.type.value_or(rule.own);
   if (type != rule.own && type != rule.sums) {
-    refuse(ErrorCode::unsupported, "wanted.", what, ".type is ", name(type),
+    refuse(ErrorCode::unsupported, "wanted.", member, ".type is ", name(type),
            ", but this gradient can be written in ", name(rule.own),
            ", the dtype of what it is the gradient of",
            rule.sums == rule.own ? "" : text(", or in ", name(rule.sums), ", that of its sums"),
@@ -128,13 +125,13 @@ void check_gradient(const GradientWanted& gradient, const GradientRule& rule, co
   }
   if (!gradient.add) return;
   if (!rule.may_add) {
-    refuse(ErrorCode::unsupported, "wanted.", what,
+    refuse(ErrorCode::unsupported, "wanted.", member,
            ".add is set, but this gradient can only be written: leave it false, and add the "
            "gradient yourself");
   }
   if (type != rule.sums) {
-    refuse(ErrorCode::unsupported, "wanted.", what, ".add is set with dtype ", name(type),
-           ", where each addition would round what is there: set wanted.", what, ".type to ",
+    refuse(ErrorCode::unsupported, "wanted.", member, ".add is set with dtype ", name(type),
+           ", where each addition would round what is there: set wanted.", member, ".type to ",
            name(rule.sums), ", or leave add false");
   }
 }
@@ -165,9 +162,9 @@ void check_transform(const Transform& transform, DType stat) {
   const auto is_usable = [least = least, most = most](double value) {
     return std::fabs(value) >= least && std::fabs(value) <= most;
   };
-  const auto refuse_number = [&, least = least, most = most](const char* what, const char* rule,
+  const auto refuse_number = [&, least = least, most = most](const char* member, const char* rule,
                                                              double value) {
-    refuse_value(what, " must be a finite number ", rule, ", between ", least, " and ", most,
+    refuse_value(member, " must be a finite number ", rule, ", between ", least, " and ", most,
                  " in size, got ", value);
   };
   if (softcap && !(*softcap > 0 && is_usable(*softcap))) refuse_number("softcap", "> 0", *softcap);
@@ -177,14 +174,14 @@ void check_transform(const Transform& transform, DType stat) {
   }
 }
 
-void need_pointer(const void* pointer, const char* args, const char* what) {
-  if (pointer == nullptr) refuse_value(args, "::", what, " is null, but the call needs it");
+void need_pointer(const void* pointer, const char* args, const char* member) {
+  if (pointer == nullptr) refuse_value(args, "::", member, " is null, but the call needs it");
 }
 
-void need_state(const void* state, const char* args, const char* what) {
-  need_pointer(state, args, what);
+void need_state(const void* state, const char* args, const char* member) {
+  need_pointer(state, args, member);
   if (reinterpret_cast<std::uintptr_t>(state) % 8 == 0) return;
-  refuse_value(args, "::", what, " must be aligned to 8 bytes, got address ", state);
+  refuse_value(args, "::", member, " must be aligned to 8 bytes, got address ", state);
 }
 
 std::int64_t row_state_bytes(DType stat) {
@@ -230,8 +227,8 @@ Problem validated(Problem p) {
 void check_row_pointers(const Problem& p, const RowPointers& given, Pass pass) {
   const bool forward = makes_statistics(pass), backward = makes_gradients(pass);
   const auto& [rows, upstream, args] = given;
-  const auto need = [args = args](const void* pointer, const char* what) {
-    need_pointer(pointer, args, what);
+  const auto need = [args = args](const void* pointer, const char* member) {
+    need_pointer(pointer, args, member);
   };
   if (row_count(p) > 0) {
     if (forward && p.wanted.state) need_state(rows.state, args, "rows.state");

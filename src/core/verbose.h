@@ -1,4 +1,4 @@
-// CUTLOSS_VERBOSE=1 in the environment: each call prints its plan and its time to stderr.
+// With CUTLOSS_VERBOSE=1 in the environment each call prints its plan and its time to stderr.
 #pragma once
 
 #include <chrono>

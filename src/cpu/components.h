@@ -1,4 +1,4 @@
-// What the sessions of the CPU's algorithms are made of, and the little that they share.
+// The components that the sessions of the CPU's algorithms are made of.
 #pragma once
 
 #include <memory>
@@ -12,7 +12,7 @@
 
 namespace cutloss::cpu {
 
-// T: the stat dtype.
+// T is the stat dtype.
 template <class T>
 struct Components {
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)

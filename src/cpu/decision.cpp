@@ -11,7 +11,7 @@
 namespace cutloss::cpu {
 namespace {
 
-// What follows from the problem and the way alone.
+// Sets what follows from the problem alone.
 CpuDecision facts_of(const Algorithm& algorithm, const Problem& p, const DeviceFacts& device) {
   CpuDecision d;
   set_problem(d, algorithm, p, product_type(p, device));
@@ -87,7 +87,8 @@ void set_sizes(CpuDecision& d, Way way, Tile tile, std::int64_t chunk_rows) {
   d.backward = has_backward(way) ? workspace(d, way, Pass::backward) : Ledger();
 }
 
-// Of forward and backward, in products: what moves to and from memory beside them.
+// The time of forward and backward, in products: these, and what moves to and from memory beside
+// them.
 double predicted_time(const CpuDecision& d, Way way) {
   const Wanted& wanted = d.problem.wanted;
   const std::int64_t V = classes_of(d.problem).count;
@@ -104,16 +105,9 @@ double predicted_time(const CpuDecision& d, Way way) {
 }  // namespace
 
 DType product_type(const Problem& p, const DeviceFacts& device) {
-  switch (p.compute_type) {
-    case DType::f64:
-      return DType::f64;
-    case DType::bf16:
-      return device.native_bf16 ? DType::bf16 : DType::f32;
-    case DType::f16:  // no processor multiplies f16 with f32 sums; f32 holds every f16
-    case DType::f32:
-      return DType::f32;
-  }
-  return DType::f32;
+  // No processor multiplies f16 with f32 sums, and f32 holds every f16.
+  if (p.compute_type == DType::f16) return DType::f32;
+  return p.compute_type == DType::bf16 && !device.native_bf16 ? DType::f32 : p.compute_type;
 }
 
 std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem& p,
@@ -123,7 +117,7 @@ std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem
   const CpuDecision facts = facts_of(algorithm, p, device);
   const std::int64_t rows = std::max<std::int64_t>(row_count(p), 1);
   const std::int64_t V = classes_of(p).count;
-  // With a tile: chunks of these rows, dE's sums at home or in dC's last rows.
+  // Tries a tile with chunks of so many rows, and with dE's sums in dC from `last_begin` on.
   const auto attempt = [&](Tile tile, std::int64_t chunk, std::int64_t last_begin) {
     auto trial = std::make_shared<CpuDecision>(facts);
     trial->last.begin = last_begin;
@@ -141,7 +135,7 @@ std::shared_ptr<const Decision> decide(const Algorithm& algorithm, const Problem
           largest_that_fits(kLeastChunk, std::min(rows, kMostChunk), kUnit, budget, bytes);
       if (chunk == 0 && !fits) continue;
       const auto parts = attempt(tile, std::max(chunk, kLeastChunk), V);
-      // The whole in one chunk, or chunks of the most rows: the smaller of the two.
+      // Of one chunk for everything and chunks of the most rows, the smaller is taken.
       const bool in_parts =
           !fits || (chunk >= std::min(rows, kMostChunk) && peak_bytes(*parts) < peak_bytes(*whole));
       return in_parts ? parts : whole;

@@ -1,3 +1,4 @@
+// What the CPU does without a plan (core/device_calls.h).
 #pragma once
 
 #include "core/device_calls.h"

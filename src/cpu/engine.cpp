@@ -1,4 +1,4 @@
-// The engine for processors: oneDNN's and OpenBLAS's products, own row work.
+// The engine for processors: oneDNN's and OpenBLAS's products, and our own row work.
 #include "cpu/engine.h"
 
 #include <array>
@@ -17,7 +17,7 @@ DeviceFacts this_processor() {
   DeviceFacts facts;
   facts.absent = cpu::onednn_refusal();
   if (!facts.absent.empty()) return facts;
-  if (!cpu::has_avx512()) cpu::forbid_avx512();  // one switch, oneDNN's, for both libraries
+  if (!cpu::has_avx512()) cpu::forbid_avx512();  // oneDNN's switch is for both libraries
   facts.native_bf16 = cpu::has_native_bf16();
   return facts;
 }

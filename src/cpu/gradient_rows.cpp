@@ -7,9 +7,9 @@ namespace cutloss::cpu {
 template <class T>
 const void* GradientRows<T>::from_kept(const Block& block, const KeptLogits<T>& kept) {
   void* g = call_.buffer<void>(buffer::kG);
-  // What is kept beside a softcap are products: the transform follows here.
+  // With a softcap products are kept, so the transform is applied here.
   const bool transforms = call_.p.transform.softcap.has_value() && !call_.d.keeps_exponentials;
-  if (transforms) operands_.bias(block.columns);  // converted before threads ask for it
+  if (transforms) operands_.bias(block.columns);  // it must be converted before threads ask for it
 #pragma omp parallel for schedule(static)
   for (std::int64_t r = 0; r < block.rows.count; ++r) {
     const std::int64_t n = rows_.row(block.rows.begin + r);

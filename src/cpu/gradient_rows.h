@@ -1,4 +1,4 @@
-// g of a block: dLoss/dlogit before scale and bias, (rows, columns), packed, in the products'
+// Makes g of a block: dLoss/dlogit before scale and bias, (rows, columns), packed, in the products'
 // dtype.
 #pragma once
 
@@ -13,9 +13,9 @@ class GradientRows {
   GradientRows(const Call& call, const ListedRows<T>& rows, Operands<T>& operands)
       : call_(call), rows_(rows), operands_(operands) {}
 
-  // From what was kept of the block's logits.
+  // Makes g from what was kept of the block's logits.
   const void* from_kept(const Block& block, const KeptLogits<T>& kept);
-  // From its logits, which are made once more.
+  // Makes g from the block's logits, which are made once more.
   const void* from_product(const Block& block);
 
  private:

@@ -18,9 +18,9 @@ void GradientSums<T>::add(const Block& block, const void* g, Which which) {
   if (wanted.dc.wanted && which.dc) add_dc(block, g);
 }
 
-// Threads take columns, so that every sum runs over the rows in order. A few rows at a time are
-// summed in the stat dtype, those sums in fp64: where all rows are alike, a long sum in fp32 would
-// lose digits that no product loses.
+// Each thread takes columns, so that every sum runs over the rows in order. A few rows at a time
+// are summed in the stat dtype, those sums in fp64: where all rows are alike, a long sum in fp32
+// would lose digits that no product loses.
 template <class T>
 void GradientSums<T>::add_dbias(const Block& block, const void* g) {
   double* sums = call_.buffer<double>(buffer::kDbiasSums) + block.columns.begin;
@@ -90,7 +90,7 @@ template <class T>
 void GradientSums<T>::store_rows(RowRange chunk) {
   const Head& head = call_.head;
   if (!call_.p.wanted.de.wanted || call_.d.de_in_place)
-    return;  // finish moves them to their places
+    return;  // finish moves the rows to their places
   const T* sums = call_.de_sums<T>(chunk);
 #pragma omp parallel for schedule(static)
   for (std::int64_t r = 0; r < chunk.count; ++r) {
@@ -116,7 +116,7 @@ void GradientSums<T>::finish() {
   if (wanted.dbias.wanted) store_dbias(none);
 }
 
-// Where one block holds every row, its product is dC, and rounds it itself.
+// Whether one block holds every row: its product is dC then, and rounds it itself.
 template <class T>
 bool GradientSums<T>::one_product_makes_dc() const {
   return call_.d.dc_type == call_.d.operand && rows_.count() <= call_.d.sizes.block_rows;
@@ -145,7 +145,7 @@ void GradientSums<T>::store_dbias(bool no_rows) const {
 }
 
 // Moves the rows of dE from the front of the output to their places, last first, so that none is
-// overwritten before it has moved. Threads take columns.
+// overwritten before it has moved. Each thread takes columns.
 template <class T>
 void GradientSums<T>::spread_de() const {
   const std::int64_t count = rows_.count(), D = call_.head.D;
@@ -161,7 +161,7 @@ void GradientSums<T>::spread_de() const {
   }
 }
 
-// Zeros in the rows of dE that predict nothing, or an ignored target.
+// Writes zeros to the rows of dE that predict nothing, or an ignored target.
 template <class T>
 void GradientSums<T>::clear_unpredicted_de() const {
   const std::int64_t positions = call_.p.rows.sequences * call_.p.rows.length;
@@ -169,7 +169,7 @@ void GradientSums<T>::clear_unpredicted_de() const {
   const std::int64_t row_bytes = call_.head.D * size_of(call_.d.de_type);
   auto* de = static_cast<std::byte*>(call_.args.gradients.de);
   const std::int64_t count = rows_.count();
-  std::int64_t next = 0;  // the first place not yet seen
+  std::int64_t next = 0;  // the first place that was not looked at yet
   for (std::int64_t i = 0; i <= count; ++i) {
     const std::int64_t place = i < count ? rows_.position(rows_.row(i)) : positions;
     std::memset(de + next * row_bytes, 0, static_cast<std::size_t>((place - next) * row_bytes));

@@ -1,5 +1,5 @@
-// dE, dC and dbias: g of each block multiplied and added up, in the order of the blocks, and what
-// becomes of the sums.
+// Makes dE, dC and dbias: multiplies g of each block, adds it up in the order of the blocks, and
+// stores the sums.
 #pragma once
 
 #include "cpu/operands.h"
@@ -13,14 +13,15 @@ class GradientSums {
   GradientSums(const Call& call, const ListedRows<T>& rows, Operands<T>& operands)
       : call_(call), rows_(rows), operands_(operands) {}
 
-  // Adds a block's g, (rows, columns) packed. dE begins with the first columns, dC and dbias with
-  // the first rows of the list.
+  // Adds a block's g, (rows, columns) packed. dE's sums begin anew with the first columns, those of
+  // dC and dbias with the first rows of the list.
   void add(const Block& block, const void* g, Which which);
-  // These columns have seen every row of the list.
+  // Stores dC of columns that have seen every row of the list.
   void store_columns(Columns columns);
-  // These rows have seen every column.
+  // Stores dE of rows that have seen every column.
   void store_rows(RowRange chunk);
-  // The rest: rows that predict nothing or are ignored, dbias, and everything where no row counts.
+  // Writes the rest: rows that predict nothing or are ignored, dbias, and everything where no row
+  // counts.
   void finish();
 
  private:

@@ -5,7 +5,7 @@
 
 namespace cutloss::cpu {
 
-// T: the stat dtype.
+// T is the stat dtype.
 template <class T>
 class KeptLogits {
  public:
@@ -15,7 +15,7 @@ class KeptLogits {
     if (call.d.keeps_exponentials) maxima_ = call.kept<T>(buffer::kMaxima);
   }
 
-  // A row of the chunk in a slab's columns: exponentials or logits, in the decision's kept_type.
+  // Where a row of the chunk is kept in a slab's columns: exponentials or logits, as kept_type.
   void* row(std::int64_t in_chunk, Columns columns) const {
     const CpuDecision& d = call_.d;
     const bool in_dc = in_chunk < d.rows_in_dc;
@@ -26,7 +26,7 @@ class KeptLogits {
     return at(base, d.kept_type, of_base * columns.count);
   }
 
-  // What the exponentials of that row and slab are relative to.
+  // The maximum that the exponentials of that row and slab are relative to.
   T& slab_max(std::int64_t in_chunk, Columns columns) const {
     return maxima_[in_chunk * call_.d.slab_count() + columns.begin / call_.d.sizes.slab];
   }

@@ -1,5 +1,5 @@
 // Losses over logits on the host: a thread takes a row at a time, in segments that stay in its L1
-// cache, with the row work of the CPU engine.
+// cache, and does to them the row work of the CPU engine.
 #include "cutloss/logits.h"
 
 #include <algorithm>
@@ -22,8 +22,8 @@ namespace {
 
 using namespace cpu;
 
-// Columns that are converted and worked on at a time. Their sums are joined in this order, whatever
-// the number of threads.
+// How many columns are converted and worked on at a time. Sums are joined segment by segment, so
+// they do not depend on the number of threads.
 constexpr std::int64_t kSegment = 2048;
 
 template <class T>
@@ -32,7 +32,7 @@ class LogitRows {
   LogitRows(const Problem& p, const LogitsArgs& args)
       : p_(p), logits_(logits_of(p)), args_(args), map_(row_map<std::int64_t>(p.rows)) {}
 
-  // Before anything is written.
+  // Checks all targets and temperatures, before anything is written.
   void check() const {
     for (std::int64_t n = 0; n < row_count(p_); ++n) {
       const std::int64_t target = target_of(n);
@@ -47,7 +47,7 @@ class LogitRows {
 
   bool counts(std::int64_t n) const { return target_of(n) != p_.rows.ignore_index; }
 
-  // A position of a sequence, whether it is a row or predicts nothing.
+  // Does the work of a position, which may be a row or predict nothing.
   void do_position(std::int64_t position, Pass pass) const {
     const std::int64_t sequence = position / p_.rows.length, at = position % p_.rows.length;
     const std::int64_t n = map_.row(sequence, at);
@@ -165,7 +165,7 @@ void run(const Problem& p, const LogitsArgs& args, Pass pass) {
   const LogitRows<T> rows(p, args);
   rows.check();
   const std::int64_t positions = p.rows.sequences * p.rows.length;
-  // Ignored rows are quick, so what a thread takes is not settled beforehand.
+  // Ignored rows are quick, so the rows are not divided among the threads beforehand.
   const std::int64_t at_once = std::max<std::int64_t>(1, 8 * kSegment / classes_of(p).count);
 #pragma omp parallel for schedule(dynamic, at_once)
   for (std::int64_t i = 0; i < positions; ++i) rows.do_position(i, pass);

@@ -76,7 +76,7 @@ const T* Operands<T>::class_weight(Columns columns) const {
 
 template <class T>
 void Operands<T>::multiply_logits(const Block& block, T* z) {
-  bias(block.columns);  // converted here, before threads ask for it
+  bias(block.columns);  // it must be converted before threads ask for it
   multiply({.M = block.rows.count,
             .N = block.columns.count,
             .K = call_.head.D,

@@ -17,13 +17,13 @@ class Operands {
   Matrix e(RowRange rows);
   // C of some columns, (columns, D). Valid until the next call for other columns.
   Matrix c(Columns columns);
-  // What becomes of the logits of row n.
+  // The transform of the logits of row n.
   RowTransform<T> transform(std::int64_t n, Columns columns);
-  // Of the columns, or null for 1.
+  // The weights of the columns, or null for 1.
   const T* class_weight(Columns columns) const;
-  // Of the columns in the stat dtype, or null. The first call converts it.
+  // The bias of the columns in the stat dtype, or null. The first call converts all of it.
   const T* bias(Columns columns);
-  // z = logit_scale E C^T of a block, packed.
+  // Writes z = logit_scale E C^T of a block, packed.
   void multiply_logits(const Block& block, T* z);
 
  private:

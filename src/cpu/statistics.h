@@ -1,4 +1,5 @@
-// The statistics of a chunk's rows: its logits slab by slab, each forgotten or kept.
+// Makes the statistics of a chunk's rows, from logits that are made slab by slab and forgotten or
+// kept.
 #pragma once
 
 #include "cpu/kept_logits.h"
@@ -12,7 +13,8 @@ class Statistics {
   Statistics(const Call& call, const ListedRows<T>& rows, Operands<T>& operands)
       : call_(call), rows_(rows), operands_(operands) {}
 
-  // Of a chunk, not an empty one, whose logits are forgotten, or go where `kept` says.
+  // Makes those of a chunk that is not empty. Its logits are forgotten where `kept` is null, and
+  // else kept there.
   void make(RowRange chunk, const KeptLogits<T>* kept);
 
  private:

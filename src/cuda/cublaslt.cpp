@@ -3,7 +3,6 @@
 #include <cublasLt.h>
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -16,21 +15,28 @@
 namespace cutloss::cuda {
 namespace {
 
-// The functions that are used, found by name. Their types are the header's.
+// The library's functions that are called: a member's name, and the function's behind cublasLt.
+#define CUTLOSS_CUBLASLT_FUNCTIONS(X)             \
+  X(create, Create)                               \
+  X(version, GetVersion)                          \
+  X(matmul, Matmul)                               \
+  X(heuristic, MatmulAlgoGetHeuristic)            \
+  X(desc_create, MatmulDescCreate)                \
+  X(desc_destroy, MatmulDescDestroy)              \
+  X(desc_set, MatmulDescSetAttribute)             \
+  X(layout_create, MatrixLayoutCreate)            \
+  X(layout_destroy, MatrixLayoutDestroy)          \
+  X(preference_create, MatmulPreferenceCreate)    \
+  X(preference_destroy, MatmulPreferenceDestroy)  \
+  X(preference_set, MatmulPreferenceSetAttribute) \
+  X(status_text, GetStatusString)
+
+// The functions, found by name. Their types are the header's.
 struct Library {
-  decltype(&cublasLtCreate) create = nullptr;
-  decltype(&cublasLtGetVersion) version = nullptr;
-  decltype(&cublasLtMatmul) matmul = nullptr;
-  decltype(&cublasLtMatmulAlgoGetHeuristic) heuristic = nullptr;
-  decltype(&cublasLtMatmulDescCreate) desc_create = nullptr;
-  decltype(&cublasLtMatmulDescDestroy) desc_destroy = nullptr;
-  decltype(&cublasLtMatmulDescSetAttribute) desc_set = nullptr;
-  decltype(&cublasLtMatrixLayoutCreate) layout_create = nullptr;
-  decltype(&cublasLtMatrixLayoutDestroy) layout_destroy = nullptr;
-  decltype(&cublasLtMatmulPreferenceCreate) preference_create = nullptr;
-  decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy = nullptr;
-  decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set = nullptr;
-  std::string refusal;  // why it is not there
+#define CUTLOSS_CUBLASLT_MEMBER(member, name) decltype(&cublasLt##name) member = nullptr;
+  CUTLOSS_CUBLASLT_FUNCTIONS(CUTLOSS_CUBLASLT_MEMBER)
+#undef CUTLOSS_CUBLASLT_MEMBER
+  std::string refusal;  // the reason why it is not there, or empty
 };
 
 void* open_library() {
@@ -56,18 +62,9 @@ Library load() {
     function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(handle, name));
     if (function == nullptr) library.refusal = text("cuBLASLt has no function ", name);
   };
-  find(library.create, "cublasLtCreate");
-  find(library.version, "cublasLtGetVersion");
-  find(library.matmul, "cublasLtMatmul");
-  find(library.heuristic, "cublasLtMatmulAlgoGetHeuristic");
-  find(library.desc_create, "cublasLtMatmulDescCreate");
-  find(library.desc_destroy, "cublasLtMatmulDescDestroy");
-  find(library.desc_set, "cublasLtMatmulDescSetAttribute");
-  find(library.layout_create, "cublasLtMatrixLayoutCreate");
-  find(library.layout_destroy, "cublasLtMatrixLayoutDestroy");
-  find(library.preference_create, "cublasLtMatmulPreferenceCreate");
-  find(library.preference_destroy, "cublasLtMatmulPreferenceDestroy");
-  find(library.preference_set, "cublasLtMatmulPreferenceSetAttribute");
+#define CUTLOSS_CUBLASLT_FIND(member, name) find(library.member, "cublasLt" #name);
+  CUTLOSS_CUBLASLT_FUNCTIONS(CUTLOSS_CUBLASLT_FIND)
+#undef CUTLOSS_CUBLASLT_FIND
   return library;
 }
 
@@ -76,34 +73,13 @@ const Library& library() {
   return loaded;
 }
 
-const char* status_name(cublasStatus_t status) {
-  switch (status) {
-    case CUBLAS_STATUS_SUCCESS:
-      return "success";
-    case CUBLAS_STATUS_NOT_INITIALIZED:
-      return "not initialised";
-    case CUBLAS_STATUS_ALLOC_FAILED:
-      return "allocation failed";
-    case CUBLAS_STATUS_INVALID_VALUE:
-      return "invalid value";
-    case CUBLAS_STATUS_ARCH_MISMATCH:
-      return "architecture mismatch";
-    case CUBLAS_STATUS_EXECUTION_FAILED:
-      return "execution failed";
-    case CUBLAS_STATUS_NOT_SUPPORTED:
-      return "not supported";
-    default:
-      return "internal error";
-  }
-}
-
-void check(cublasStatus_t status, const std::string& what) {
+void check(cublasStatus_t status, const std::string& action) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
   const ErrorCode code = status == CUBLAS_STATUS_ALLOC_FAILED    ? ErrorCode::out_of_memory
                          : status == CUBLAS_STATUS_NOT_SUPPORTED ? ErrorCode::unsupported
                                                                  : ErrorCode::internal;
-  throw Error(code, text("cuBLASLt failed at ", what, ": ", status_name(status), " (status ",
-                         static_cast<int>(status), ")"));
+  throw Error(code, text("cuBLASLt failed at ", action, ": ", library().status_text(status),
+                         " (status ", static_cast<int>(status), ")"));
 }
 
 std::string describe(const Product& p) {
@@ -111,7 +87,7 @@ std::string describe(const Product& p) {
               name(p.c_type), ")");
 }
 
-// A handle for each device; they live as long as the process.
+// The handle of a device. Handles live as long as the process.
 cublasLtHandle_t handle_of(int device) {
   static std::mutex mutex;
   static std::map<int, cublasLtHandle_t> handles;
@@ -122,20 +98,13 @@ cublasLtHandle_t handle_of(int device) {
 }
 
 cudaDataType_t library_type(DType type) {
-  switch (type) {
-    case DType::f64:
-      return CUDA_R_64F;
-    case DType::bf16:
-      return CUDA_R_16BF;
-    case DType::f16:
-      return CUDA_R_16F;
-    case DType::f32:
-      break;
-  }
-  return CUDA_R_32F;
+  return type == DType::f64    ? CUDA_R_64F
+         : type == DType::f32  ? CUDA_R_32F
+         : type == DType::bf16 ? CUDA_R_16BF
+                               : CUDA_R_16F;
 }
 
-// The library's own objects, released with the plan that holds them.
+// The library's own objects are released with the product that holds them.
 template <class Object, class Destroy>
 auto owned(Object object, Destroy destroy) {
   return std::unique_ptr<std::remove_pointer_t<Object>, Destroy>(object, destroy);
@@ -145,21 +114,21 @@ using OwnedDesc = std::unique_ptr<std::remove_pointer_t<cublasLtMatmulDesc_t>,
 using OwnedLayout = std::unique_ptr<std::remove_pointer_t<cublasLtMatrixLayout_t>,
                                     decltype(&cublasLtMatrixLayoutDestroy)>;
 
-// A product described to the library, with the algorithm it chose.
+// A product as it is described to the library, with the algorithm that the library chose.
 struct Prepared {
   OwnedDesc desc;
   OwnedLayout a, b, c;
   cublasLtMatmulAlgo_t algorithm;
 };
 
-// The library counts in columns: a row-major matrix is to it the transposed one. So it computes
-// c^T = b^T a^T, and its first operand is ours second.
+// Describes a row-major matrix. The library takes matrices column by column, so to it ours is the
+// transposed one. It therefore computes c^T = b^T a^T, and its first operand is our second.
 OwnedLayout layout_of(std::int64_t rows, std::int64_t columns, std::int64_t stride, DType type) {
-  cublasLtMatrixLayout_t made = nullptr;
-  check(library().layout_create(&made, library_type(type), static_cast<std::uint64_t>(columns),
+  cublasLtMatrixLayout_t layout = nullptr;
+  check(library().layout_create(&layout, library_type(type), static_cast<std::uint64_t>(columns),
                                 static_cast<std::uint64_t>(rows), stride),
         "the description of a matrix");
-  return owned(made, library().layout_destroy);
+  return owned(layout, library().layout_destroy);
 }
 
 // The largest power of two, up to 256, that divides an address.
@@ -174,9 +143,9 @@ std::shared_ptr<const Prepared> prepare(const Product& p, cublasLtHandle_t handl
                                       : p.type == DType::f32 && p.tf32
                                           ? CUBLAS_COMPUTE_32F_FAST_TF32
                                           : CUBLAS_COMPUTE_32F;
-  cublasLtMatmulDesc_t made = nullptr;
-  check(library().desc_create(&made, compute, wide ? CUDA_R_64F : CUDA_R_32F), "a description");
-  OwnedDesc desc = owned(made, library().desc_destroy);
+  cublasLtMatmulDesc_t raw_desc = nullptr;
+  check(library().desc_create(&raw_desc, compute, wide ? CUDA_R_64F : CUDA_R_32F), "a description");
+  OwnedDesc desc = owned(raw_desc, library().desc_destroy);
   const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
     check(library().desc_set(desc.get(), attribute, &value, sizeof(value)), "an attribute");
   };
@@ -191,9 +160,9 @@ std::shared_ptr<const Prepared> prepare(const Product& p, cublasLtHandle_t handl
                                  : layout_of(p.M, p.K, p.a.stride, p.type);
   OwnedLayout c = layout_of(p.M, p.N, p.c_stride, p.c_type);
 
-  cublasLtMatmulPreference_t made_preference = nullptr;
-  check(library().preference_create(&made_preference), "a preference");
-  const auto preference = owned(made_preference, library().preference_destroy);
+  cublasLtMatmulPreference_t raw_preference = nullptr;
+  check(library().preference_create(&raw_preference), "a preference");
+  const auto preference = owned(raw_preference, library().preference_destroy);
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
     check(library().preference_set(preference.get(), attribute, &value, sizeof(value)),
           "a preference");
@@ -217,7 +186,7 @@ std::shared_ptr<const Prepared> prepare(const Product& p, cublasLtHandle_t handl
       Prepared{std::move(desc), std::move(a), std::move(b), std::move(c), best.algo});
 }
 
-// All that an algorithm is chosen for.
+// All that the choice of an algorithm depends on.
 auto key_of(const Product& p, int device) {
   return std::tuple(device, p.M, p.N, p.K, p.a.stride, p.a.transposed, p.b.stride, p.b.transposed,
                     p.c_stride, p.type, p.c_type, p.tf32, p.device_alpha != nullptr,
@@ -235,10 +204,10 @@ std::shared_ptr<const Prepared> prepared(const Product& p, int device) {
     const auto found = known.find(key);
     if (found != known.end()) return found->second;
   }
-  auto made = prepare(p, handle_of(device));
+  auto fresh = prepare(p, handle_of(device));
   const std::lock_guard lock(mutex);
   if (known.size() >= kMost) known.clear();
-  return known.emplace(key, std::move(made)).first->second;
+  return known.emplace(key, std::move(fresh)).first->second;
 }
 
 void run(const Product& p, cudaStream_t stream) {
@@ -261,14 +230,15 @@ void run(const Product& p, cudaStream_t stream) {
         describe(p));
 }
 
-// Part of an operand, from a row and a column of it as the product reads it.
+// The part of an operand from a row and a column on, counted as the product reads it.
 Operand part_of(const Operand& o, DType type, std::int64_t row, std::int64_t column) {
   const std::int64_t elements = o.transposed ? column * o.stride + row : row * o.stride + column;
   return {at(o.data, type, elements), o.stride, o.transposed};
 }
 
-// Tensor cores' quick kernels want extents along which an operand is contiguous to be multiples of
-// 16 bytes (cuBLAS's guide, "Tensor Core Usage"); with any other the library takes one that is many
+// Whether a product gains by being split into one of even extents and a small rest. The tensor
+// cores' quick kernels need extents along which an operand is contiguous to be multiples of 16
+// bytes (cuBLAS's guide, "Tensor Core Usage"); with others the library takes a kernel that is many
 // times slower. V is often odd (50257).
 bool gains_by_parts(const Product& p) {
   constexpr std::int64_t kWorthIt = std::int64_t{1} << 22;  // multiplications

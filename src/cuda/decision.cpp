@@ -11,17 +11,12 @@ namespace cutloss::cuda {
 
 DType product_type(const Problem& p, const DeviceFacts& device) {
   const Head& head = head_of(p);
-  switch (p.compute_type) {
-    case DType::f64:
-      return DType::f64;
-    case DType::bf16:  // tensor cores of sm_75 know fp16 only
-      return device.sm >= 80 ? DType::bf16 : DType::f32;
-    case DType::f16:  // f32 holds every f16; the reverse would lose range
-      return head.e_type == DType::f16 && head.c_type == DType::f16 ? DType::f16 : DType::f32;
-    case DType::f32:
-      break;
-  }
-  return DType::f32;
+  // f32 holds every f16, but f16 would lose the range of others. The tensor cores of sm_75 know no
+  // bf16.
+  const bool narrows =
+      p.compute_type == DType::f16 && (head.e_type != DType::f16 || head.c_type != DType::f16);
+  const bool lacks_bf16 = p.compute_type == DType::bf16 && device.sm < 80;
+  return narrows || lacks_bf16 ? DType::f32 : p.compute_type;
 }
 
 void set_facts(CudaDecision& d, const Algorithm& algorithm, const Problem& p,
@@ -87,8 +82,8 @@ std::int64_t e_stride(const Problem& p, DType operand) { return padded(head_of(p
 
 namespace {
 
-// What dC of the last columns needs in g's memory where E lay in dE's: g of a block, and behind it
-// E of its rows and dC's sums of its columns.
+// The bytes that dC of the last columns needs in g's memory where E lay in dE's: g of a block, and
+// behind it E of its rows and dC's sums of its columns.
 struct LastBytes {
   std::int64_t g = 0, e = 0, sums = 0;
   std::int64_t all() const { return g + e + sums; }

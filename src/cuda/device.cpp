@@ -16,12 +16,12 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// A hint: a device or driver that does not say is taken for a slow one.
+// The memory's bytes a second, 0 where the device or its driver does not tell. It is only a hint.
 double memory_rate(int device) {
   int kilohertz = 0, bits = 0;
   if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess) {
-    cudaGetLastError();  // it has been seen
+    cudaGetLastError();  // clears the error
     return 0;
   }
   return 1e3 * kilohertz * bits / 8 * 2;  // two transfers a cycle
@@ -48,7 +48,7 @@ std::string cuda_refusal() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaSuccess && count > 0) return "";
-  cudaGetLastError();  // it has been seen
+  cudaGetLastError();  // clears the error
   if (error == cudaSuccess || error == cudaErrorNoDevice) return "no CUDA device";
   if (error == cudaErrorInsufficientDriver) {
     int driver = 0;
@@ -72,7 +72,7 @@ const DeviceFacts& current_device() {
 }
 
 const DeviceFacts& device_or_none() {
-  // A thread's own: why there is none may change while the process lives.
+  // Each thread has its own, since the reason may change while the process lives.
   thread_local DeviceFacts none;
   none.absent = cuda_refusal();
   if (none.absent.empty()) none.absent = cublaslt_refusal();
@@ -99,15 +99,15 @@ std::string build_refusal(cudaError_t error) {
 
 }  // namespace
 
-void check(cudaError_t error, const char* what) {
+void check(cudaError_t error, const char* action) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // it has been seen
+  cudaGetLastError();  // clears the error
   if (const std::string why = build_refusal(error); !why.empty()) {
     throw Error(ErrorCode::unsupported,
-                text("CUDA failed at ", what, " (", cudaGetErrorName(error), "): ", why));
+                text("CUDA failed at ", action, " (", cudaGetErrorName(error), "): ", why));
   }
   throw Error(error == cudaErrorMemoryAllocation ? ErrorCode::out_of_memory : ErrorCode::internal,
-              text("CUDA failed at ", what, ": ", cudaGetErrorString(error), " (",
+              text("CUDA failed at ", action, ": ", cudaGetErrorString(error), " (",
                    cudaGetErrorName(error), ")"));
 }
 

@@ -3,24 +3,23 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
 #include <string>
 
 #include "plan/device_facts.h"
 
 namespace cutloss::cuda {
 
-// Why nothing can run on a GPU here, in words; empty where something can.
+// Says why nothing can run on a GPU here, or nothing where something can.
 std::string cuda_refusal();
 
-// Facts of the current device, asked for once. Throws Error where there is none.
+// The facts of the current device, which is asked for them once. Throws Error where there is none.
 const DeviceFacts& current_device();
 
-// The device that engines work on: the current one, or why there is none.
+// The device that engines work on: the current one, or facts that say why there is none.
 const DeviceFacts& device_or_none();
 
-// Throws Error with what failed, for any code but success: out_of_memory, unsupported where this
-// build is for other GPUs or newer drivers, else internal.
-void check(cudaError_t error, const char* what);
+// Throws Error that names the action, for any code but success: out_of_memory, unsupported where
+// this build is for other GPUs or newer drivers, else internal.
+void check(cudaError_t error, const char* action);
 
 }  // namespace cutloss::cuda

@@ -112,8 +112,8 @@ void GradientSums<T>::finish() {
   const Gradients& out = call_.args.gradients;
   const std::int64_t V = head.classes.count;
   const bool none = rows_.to_cover() == 0;
-  const auto zeros = [&](void* to, std::int64_t bytes, const char* what) {
-    check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(bytes), call_.stream), what);
+  const auto zeros = [&](void* to, std::int64_t bytes, const char* action) {
+    check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(bytes), call_.stream), action);
   };
   if (wanted.dc.wanted && none && !wanted.dc.add) {
     zeros(out.dc, V * head.D * size_of(call_.d.dc_type), "zeros for dC");

@@ -1,5 +1,5 @@
-// dE, dC and dbias: g of each block multiplied and added up, in the order of the blocks, and what
-// becomes of the sums.
+// Makes dE, dC and dbias: multiplies g of each block, adds it up in the order of the blocks, and
+// stores the sums.
 #pragma once
 
 #include "cuda/operands.h"
@@ -7,7 +7,8 @@
 
 namespace cutloss::cuda {
 
-// g of a block, (rows, columns), in the products' dtype; `scalars` where it carries a scale.
+// g of a block, (rows, columns), in the products' dtype. `scalars` is null where it carries no
+// scale.
 struct BlockGradient {
   void* data = nullptr;
   std::int64_t stride = 0;
@@ -21,22 +22,24 @@ class GradientSums {
                const Products& products)
       : call_(call), rows_(rows), operands_(operands), products_(products) {}
 
-  // dE begins with the first columns, dC and dbias with the first rows of the list.
+  // Each adds a block's part to its sums. dE's begin anew with the first columns, those of dC and
+  // dbias with the first rows of the list.
   void add_dbias(const Block& block, const BlockGradient& g) const;
   void add_de(const Block& block, const BlockGradient& g);
   void add_dc(const Block& block, const BlockGradient& g);
 
-  // These columns have seen every row of the list, these rows every column. A chunk's rows are
-  // stored once.
+  // Store dC of columns that have seen every row of the list, and dE of rows that have seen every
+  // column; of a chunk's rows once.
   void store_columns(Columns columns) const;
   void store_rows(RowRange chunk);
-  // All rows are stored; here are those of dE that predict nothing or are ignored, and NaN where
-  // num_valid is wrong. Tells Args::de_event. May come before the last of dC, and comes once.
+  // Writes what is left of dE when all rows are stored: rows that predict nothing or are ignored,
+  // and NaN where num_valid is wrong. Records Args::de_event. May come before the last of dC, and
+  // comes once.
   void finish_de();
-  // The rest: that, dbias, and everything where no row counts.
+  // Writes the rest: that, dbias, and everything where no row counts.
   void finish();
 
-  // Where dC of some columns accumulates; in the stat dtype unless it is written by one product.
+  // Whether dC has sums of its own, and where dC of some columns accumulates.
   bool dc_has_sums() const;
   T* dc_sums(Columns columns) const;
   // Whether a block's dC is added to what is there: always where dC is added to, else after the
@@ -44,9 +47,9 @@ class GradientSums {
   bool adds_to_dc(const Block& block) const {
     return block.rows.begin > 0 || call_.p.wanted.dc.add;
   }
-  // dE is stored: its sums have left dC's last rows, which follow.
+  // Notes that dE is stored: its sums have left dC's last rows, which are made next.
   void begin_last_columns() { in_last_columns_ = true; }
-  // Elements from row to row of a block's g that has a place of its own.
+  // How many elements lie from row to row in a block's g that has a place of its own.
   std::int64_t g_stride() const {
     return padded(in_last_columns_ ? call_.d.last.gradient_slab : call_.d.sizes.gradient_slab,
                   call_.d.operand);
@@ -65,7 +68,7 @@ class GradientSums {
   bool de_is_finished_ = false;
 };
 
-// What the sums take in a workspace: dE of `chunk_rows` rows, dC, dbias.
+// Books the sums of dE, dC and dbias in a workspace.
 void book_sums(Ledger& ledger, const CudaDecision& d, bool always_de_sums);
 
 extern template class GradientSums<float>;

@@ -1,4 +1,5 @@
-// What the kernels share: launches that report failure, vectors of 16 bytes, conversions, warps.
+// What kernels share: launches that report failure, vectors of 16 bytes, conversions, sums of
+// warps.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -38,7 +38,7 @@ template <class T>
 Matrix Operands<T>::e(RowRange rows, RowRange chunk) {
   const Head& head = call_.head;
   if (call_.reads.e_in_place) {
-    // Rows of E follow each other, those that predict nothing only at the end.
+    // The rows of E follow each other, and those that predict nothing come at the end.
     return {at(call_.args.in.e, head.e_type, rows.begin * head.e_row_stride), head.e_row_stride};
   }
   const bool in_de = call_.reads.e_in_de && !left_de_;

@@ -5,34 +5,35 @@
 
 namespace cutloss::cuda {
 
-// to[i] = from[i], converting.
+// Copies `count` values, converting them.
 void copy_flat(const void* from, DType from_type, void* to, DType to_type, std::int64_t count,
                cudaStream_t stream);
 
-// T: the stat dtype.
+// T is the stat dtype.
 template <class T>
 class Operands {
  public:
   Operands(const Call& call, const ListedRows<T>& rows) : call_(call), rows_(rows) {}
 
-  // What is converted once for the call: the bias, and C where there is room for all of it.
+  // Converts what is converted once for the call: the bias, and C where there is room for all of
+  // it.
   void begin();
 
-  // E of some entries of a chunk, (rows, D).
+  // E of some entries of a chunk, (rows, D). Valid until the next call for others.
   Matrix e(RowRange rows, RowRange chunk);
-  // E of a chunk lies packed where its statistics left it (it is booked from statistics to
-  // gradients).
+  // Notes that E of a chunk lies packed where its statistics left it, since its buffer is booked
+  // from statistics to gradients.
   void e_is_packed(RowRange chunk) { packed_rows_ = chunk; }
-  // dE is written: E does not lie in its memory any more.
+  // Notes that dE is written, so that E does not lie in its memory any more.
   void leave_de();
-  // Every entry of a chunk, packed in the list's order.
+  // E of every entry of a chunk, packed in the list's order.
   Matrix packed_e(RowRange chunk);
 
-  // C of some columns, (columns, D): at most most_columns() at a time.
+  // C of some columns, (columns, D), of which there may be most_columns() at a time.
   Matrix c(Columns columns);
   std::int64_t most_columns() const;
 
-  // From a column on, or null.
+  // The bias and the class weights from a column on, or null.
   const T* bias(std::int64_t column) const;
   const T* class_weight(std::int64_t column) const;
   T softcap() const { return static_cast<T>(call_.p.transform.softcap.value_or(0)); }

@@ -9,7 +9,7 @@ namespace cutloss::cuda {
 void Products::multiply(Product product) const {
   product.type = call_.d.operand;
   product.tf32 = call_.p.allow_tf32;
-  // From a multiple of the library's 256 bytes on.
+  // The library wants memory that begins at a multiple of 256 bytes.
   auto* begin = call_.buffer<std::byte>(buffer::kLibrary);
   const std::int64_t skip =
       static_cast<std::int64_t>((256 - reinterpret_cast<std::uintptr_t>(begin) % 256) % 256);

@@ -1,4 +1,4 @@
-// The matrix library's products in a call: their dtypes, and the library's own memory.
+// The matrix library's products in a call.
 #pragma once
 
 #include "cuda/call.h"
@@ -10,9 +10,9 @@ class Products {
  public:
   explicit Products(const Call& call) : call_(call) {}
 
-  // Adds dtype, workspace and tf32 to a product, and runs it.
+  // Adds the dtype, the library's own memory and tf32 to a product, and runs it.
   void multiply(Product product) const;
-  // z = logit_scale E C^T.
+  // Writes z = logit_scale E C^T.
   void multiply_logits(const Matrix& e, const Matrix& c, std::int64_t rows, std::int64_t columns,
                        void* z, std::int64_t z_stride) const;
 

@@ -1,3 +1,4 @@
+// The refusals that CUDA engines have in common.
 #pragma once
 
 #include <string>
@@ -7,10 +8,11 @@
 
 namespace cutloss::cuda {
 
-// Why a problem for another device than this one cannot run now; empty where it is for this one.
+// Says why a problem that is for another device than this one cannot run now, or nothing where it
+// is for this one.
 std::string index_refusal(const Problem& problem, const DeviceFacts& device);
 
-// Why no CUDA engine can do a problem on a device; empty where one may.
+// Says why no CUDA engine can do a problem on a device, or nothing where one may.
 std::string common_refusal(const Problem& problem, const DeviceFacts& device);
 
 }  // namespace cutloss::cuda

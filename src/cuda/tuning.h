@@ -1,4 +1,4 @@
-// Sizes that both CUDA engines go by, and why.
+// The sizes that both CUDA engines follow, with the reasons.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +7,11 @@
 
 namespace cutloss::cuda {
 
-// cuBLASLt's workspace: more does not make a product quicker.
+// The most memory that cuBLASLt is given: more does not make a product quicker.
 inline constexpr std::int64_t kMostLibraryBytes = 32 * kMiB;
 
-// Of dC in the last columns, where E is packed a block of rows at a time: the most rows that leave
-// a slab of so many columns, in the memory that g had.
+// The rows and columns of dC's products in the last columns, where E is packed a block of rows at a
+// time: the most rows that leave a slab of at least so many columns, in the memory that g had.
 inline constexpr std::int64_t kMostLastRows = 2048;
 inline constexpr std::int64_t kLeastLastRows = 256;
 inline constexpr std::int64_t kLeastLastSlab = 512;

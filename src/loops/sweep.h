@@ -8,9 +8,9 @@
 
 namespace cutloss {
 
-// Slabs of columns outside, blocks of rows inside: what a slab needs prepared (C in the products'
-// dtype, dC's accumulator) is prepared once. Calls on_block(Block) for each block and
-// after_slab(Columns) when a slab has seen every row of the chunk.
+// Passes over slabs of columns, and within each over blocks of rows, so that what a slab needs (C
+// in the products' dtype, dC's accumulator) is prepared once. Calls on_block(Block) for each block
+// and after_slab(Columns) when a slab has seen every row of the chunk.
 template <class OnBlock, class AfterSlab>
 void sweep(Columns all, std::int64_t slab, RowRange chunk, std::int64_t block_rows,
            OnBlock on_block, AfterSlab after_slab) {
@@ -31,8 +31,8 @@ struct Which {
   bool dc = true;
 };
 
-// The gradients of a chunk, over an engine's components: calls add(Block, Which) for each block,
-// and stores what has seen every row or every column. Where dE's sums wait in dC's last rows
+// Makes the gradients of a chunk, over an engine's components: calls add(Block, Which) for each
+// block, and stores what has seen every row or every column. Where dE's sums wait in dC's last rows
 // (LastColumns), those columns come twice, and end_of_sums() is called when the sums have left.
 template <class Parts, class Add, class EndOfSums>
 void sweep_gradients(Parts& parts, RowRange chunk, Add add, EndOfSums end_of_sums) {

@@ -7,18 +7,19 @@
 
 namespace cutloss::buffer {
 
-// RowState of the chunk's rows.
+// A RowState for each row of the chunk.
 inline constexpr std::string_view kStates = "states";
-// In the stat dtype.
+// The bias in the stat dtype.
 inline constexpr std::string_view kBias = "bias";
-// Logits of a block.
+// The logits of a block, and its g.
 inline constexpr std::string_view kZ = "logits";
 inline constexpr std::string_view kG = "g";
-// dE of the chunk, dC of a slab or of the vocabulary, in the stat dtype; dbias in fp64.
+// The sums of the chunk's dE and of dC of a slab or of the vocabulary, in the stat dtype, and those
+// of dbias in fp64.
 inline constexpr std::string_view kDeSums = kDeSumsName;
 inline constexpr std::string_view kDcSums = "dC's sums";
 inline constexpr std::string_view kDbiasSums = "dbias's sums";
-// Kept: logits or exponentials.
+// The logits or exponentials that are kept.
 inline constexpr std::string_view kKept = "kept logits";
 
 }  // namespace cutloss::buffer

@@ -1,4 +1,4 @@
-// How large a size may be, what its passes over memory cost, and where dE's sums lie.
+// Finds how large a size may be, what its passes over memory cost, and where dE's sums lie.
 #pragma once
 
 #include <algorithm>
@@ -9,15 +9,16 @@
 
 namespace cutloss {
 
-// The time of reading and writing fp32 sums once for each of `pieces` (slabs for dE, chunks of rows
-// for dC), in products of N x V x D: `over` is how many columns, or rows, the pieces cut.
+// The time of reading and writing fp32 sums once for each of `pieces`, in products of N x V x D.
+// The pieces are slabs for dE and chunks of rows for dC; together they have `over` columns, or
+// rows.
 constexpr double passes_over_sums(double flops_per_byte, std::int64_t pieces, std::int64_t over) {
   return 4 * flops_per_byte * static_cast<double>(pieces) / static_cast<double>(over);
 }
 
-// The largest size of `least`, least + unit, ... up to `most` for which bytes(size) is at most
-// `budget`; 0 where there is none. bytes must not fall as the size grows: by halving, since the
-// larger of two passes is no straight line.
+// Finds the largest size of `least`, least + unit, ... up to `most` for which bytes(size) is at
+// most `budget`, or 0 where there is none. bytes must not fall as the size grows. The search
+// halves, since the larger of two passes is no straight line.
 template <class Bytes>
 std::int64_t largest_that_fits(std::int64_t least, std::int64_t most, std::int64_t unit,
                                std::int64_t budget, Bytes bytes) {
@@ -30,21 +31,22 @@ std::int64_t largest_that_fits(std::int64_t least, std::int64_t most, std::int64
   return least + fits * unit;
 }
 
-// What the choice of a place for dE's sums goes by.
+// What the choice of a place for dE's sums depends on.
 struct SumsSearch {
   std::int64_t budget;
   // dE's sums have a place already.
   bool in_place;
-  // What the first column whose rows of dC may hold them is a multiple of.
+  // The first column whose rows of dC may hold them is a multiple of this.
   std::int64_t column_unit;
-  // The rows of a chunk: at least, and a multiple of.
+  // A chunk has at least so many rows, and is a multiple of the unit.
   std::int64_t least_chunk, chunk_unit;
 };
 
-// The gradients of a slab of columns at a time: of all rows, dE's sums with memory of their own or
-// in dC's last rows, whichever fits, or the quicker of two; or, where dC is not wanted and all rows
-// are too much, of as many rows as fit. `attempt(rows, last_begin)` makes a trial, which may not
-// fit, with bytes(trial) and time(trial); `chunk_bytes(rows)`: the least that a chunk takes.
+// Chooses how gradients are made a slab of columns at a time. All rows are taken together, and dE's
+// sums have memory of their own or lie in dC's last rows: whichever fits, or the quicker where both
+// do. Where dC is not wanted and all rows are too much, as many rows as fit make a chunk.
+// attempt(rows, last_begin) makes a trial, which may not fit, with bytes(trial) and time(trial);
+// chunk_bytes(rows) says what a chunk takes at least.
 template <class Attempt, class ChunkBytes, class BytesOf, class TimeOf>
 auto with_sums_placed(const Decision& facts, const SumsSearch& s, Attempt attempt,
                       ChunkBytes chunk_bytes, BytesOf bytes, TimeOf time) {

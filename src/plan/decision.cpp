@@ -26,7 +26,7 @@ std::int64_t begin_of_last_columns(const Decision& d, bool in_place, std::int64_
   const Head& head = head_of(d.problem);
   const Wanted& wanted = d.problem.wanted;
   const std::int64_t V = head.classes.count;
-  // What is added to is never scratch.
+  // A gradient that is added to is never scratch.
   if (in_place || !wanted.de.wanted || !wanted.dc.wanted || wanted.dc.add) return V;
   const std::int64_t sums = row_count(d.problem) * head.D * size_of(d.stat) + kSumsAlign;
   const std::int64_t columns = divide_up(sums, head.D * size_of(d.dc_type));

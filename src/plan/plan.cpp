@@ -1,5 +1,5 @@
-// Which algorithm: of the first engine that can do the problem, the one whose predicted time is
-// least among those that fit the memory.
+// Chooses the algorithm: of the first engine that can do the problem, the one whose predicted time
+// is least among those that fit the memory.
 #include <algorithm>
 #include <limits>
 #include <optional>
@@ -15,7 +15,8 @@ namespace {
 
 constexpr std::int64_t kUnknown = std::numeric_limits<std::int64_t>::max();
 
-// fp16 gradients are made in backward, so that the loss scale comes before the rounding.
+// Whether a gradient is in fp16. Such gradients are made in backward, so that the loss scale comes
+// before the rounding.
 bool has_f16_gradient(const Problem& p) {
   const Head& head = head_of(p);
   const auto is_f16 = [](const GradientWanted& gradient, DType own) {
@@ -25,8 +26,8 @@ bool has_f16_gradient(const Problem& p) {
          is_f16(p.wanted.dbias, head.bias_type);
 }
 
-// Why an algorithm does not make what is wanted, when it is wanted; empty where it does. "-" where
-// that goes without saying.
+// Says why an algorithm does not make what is wanted at the time when it is wanted: nothing where
+// it does, "-" where the reason goes without saying.
 std::string way_refusal(const Problem& p, Way way) {
   if (wants_gradient(p) != (way.schedule != Schedule::none)) return "-";
   if (way.schedule == Schedule::none) return "";
@@ -42,9 +43,9 @@ std::string way_refusal(const Problem& p, Way way) {
                       "rows are kept instead";
 }
 
-// The limit where nobody named one. On CUDA gradients by vocabulary need fp32 sums of dE, and where
-// C is not in the products' dtype a copy of it, as PyTorch's own autocast has: what is left beside
-// them must be enough to work quickly.
+// The limit of memory where nobody named one. On CUDA gradients by vocabulary need fp32 sums of dE,
+// and a copy of C where it is not in the products' dtype, as PyTorch's own autocast has: what is
+// left beside them must be enough to work quickly.
 std::int64_t default_workspace(const Problem& p) {
   const Head& head = head_of(p);
   if (p.device != Device::cuda) return kDefaultWorkspace;
@@ -79,7 +80,7 @@ Plan plan_of(std::shared_ptr<const Decision> decision, const Engine& engine) {
   return plan;
 }
 
-// What the plans of an engine are made of, and what is said of them.
+// Chooses among the algorithms of one engine, and notes the reasons.
 class Choice {
  public:
   Choice(const Engine& engine, const DeviceFacts& device, const Problem& p,
@@ -127,7 +128,7 @@ class Choice {
     return best;
   }
 
-  // What dE's sums cost where they have memory of their own that another dC could have lent.
+  // Tells what dE's sums cost where they have memory of their own that another dC could have lent.
   void tell_of_sums(const Decision& d) {
     const Wanted& wanted = p_.wanted;
     if (d.algorithm->way.schedule != Schedule::vocabulary || !wanted.de.wanted) return;
@@ -142,7 +143,7 @@ class Choice {
     }
   }
 
-  // The fewest bytes of what did not fit.
+  // The fewest bytes with which something that did not fit would have.
   std::int64_t smallest = kUnknown;
 
  private:
@@ -152,14 +153,14 @@ class Choice {
   std::vector<const Algorithm*> can_;
 };
 
-// The plan of one engine, or nothing where the memory is too small for all its algorithms.
+// Makes the plan of one engine, or nothing where the memory is too small for all its algorithms.
 std::optional<Plan> plan_with(const Engine& engine, const DeviceFacts& device, const Problem& p,
                               std::vector<std::string>& reasons, std::int64_t& smallest) {
   Choice choice(engine, device, p, reasons);
   auto decision =
       choice.within(p.max_workspace.value_or(default_workspace(p)), "the shortest that fits in");
   smallest = std::min(smallest, choice.smallest);
-  // Nobody named a limit, so the loss must work: the smallest plan, whatever it takes.
+  // Nobody named a limit, so the loss must work: the smallest plan is taken, whatever it needs.
   if (decision == nullptr && !p.max_workspace && choice.smallest < kUnknown) {
     decision = choice.within(choice.smallest, "the least memory of all,");
   }
@@ -173,7 +174,7 @@ std::string shard_text(const Classes& classes) {
               classes.total, ")");
 }
 
-// Where rows do not lie one after the other.
+// Says which rows do not lie one after the other.
 std::string gaps(const Problem& p) {
   const Head& head = head_of(p);
   std::vector<std::string> found;
@@ -264,8 +265,8 @@ std::string describe(const Plan& plan) {
   out += text("\nkept ", memory_text(plan.kept_bytes), ", workspace ",
               memory_text(plan.forward_workspace_bytes), " forward, ",
               memory_text(plan.backward_workspace_bytes), " backward\n");
-  const auto add = [&](const char* what, const Ledger& ledger) {
-    if (!ledger.bookings().empty()) out += text("  ", what, ": ", in_words(ledger), "\n");
+  const auto add = [&](const char* ledger_name, const Ledger& ledger) {
+    if (!ledger.bookings().empty()) out += text("  ", ledger_name, ": ", in_words(ledger), "\n");
   };
   add("kept", d.kept);
   add("forward", d.forward);

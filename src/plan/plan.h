@@ -1,4 +1,4 @@
-// make_plan, for engines and a device of one's own choice.
+// make_plan for engines and a device that the caller chooses.
 #pragma once
 
 #include <span>
@@ -8,11 +8,11 @@
 
 namespace cutloss {
 
-// Throws Error(invalid_value) where there is none of that name.
+// Finds an engine. Throws Error(invalid_value) where none has that name.
 const Engine& engine_named(std::span<const Engine* const> engines, std::string_view name);
 
-// Of these engines; with `given`, each as if it worked on that device. What such a plan is for
-// another device cannot be opened.
+// Makes a plan with these engines, each as if it worked on the device that `given` describes, if it
+// is not null. A plan for another device than the current one cannot be opened.
 Plan make_plan(const Problem& problem, std::span<const Engine* const> engines,
                const DeviceFacts* given);
 

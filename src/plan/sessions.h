@@ -1,11 +1,12 @@
-// Sessions: what all of them check, and how one is put together from an algorithm's steps and its
-// engine's components.
+// What all sessions check, and how one is put together from an algorithm's steps and its engine's
+// components.
 #pragma once
 
 #include <memory>
 #include <string>
 #include <utility>
 
+#include "core/dtype.h"
 #include "core/refuse.h"
 #include "core/text.h"
 #include "cutloss/call.h"
@@ -13,12 +14,13 @@
 
 namespace cutloss {
 
-// Checks the pass, the chunk, and the order of the steps.
+// A session that checks the pass, the chunk, and the order of the steps.
 class CheckedSession : public Session {
  public:
   CheckedSession(std::int64_t chunk_count, Pass pass) : chunks_(chunk_count), pass_(pass) {}
 
-  // Another session has begun in the same memory, and made the statistics of its last chunk.
+  // Notes that another session has begun in the same memory, and made the statistics of its last
+  // chunk.
   void resume() { begun_ = resumed_ = true; }
 
   void begin() final {
@@ -88,10 +90,10 @@ class CheckedSession : public Session {
   std::int64_t last_gradients_ = -1;
 };
 
-// Steps of an algorithm, over the components (Parts) of its engine:
+// A session that takes an algorithm's Steps, over the components (Parts) of its engine:
 //   static void statistics(Parts&, RowRange chunk, Pass);
 //   static void gradients(Parts&, RowRange chunk, Pass);
-// Neither is called for an empty chunk. Parts begin and finish a call, and know its rows.
+// Neither is called for an empty chunk. Parts begin a call, list its rows and finish its gradients.
 template <class Steps, class Parts>
 class StepsSession final : public CheckedSession {
  public:
@@ -121,14 +123,15 @@ class StepsSession final : public CheckedSession {
   Parts parts_;
 };
 
-// Algorithm::open of parts in the decision's stat dtype.
+// Opens a session (Algorithm::open) over components in the decision's stat dtype.
 template <class Steps, template <class> class PartsOf>
 std::unique_ptr<CheckedSession> open_steps(std::shared_ptr<const Decision> decision,
                                            const Args& args, Pass pass) {
-  if (decision->stat == DType::f64) {
-    return std::make_unique<StepsSession<Steps, PartsOf<double>>>(std::move(decision), args, pass);
-  }
-  return std::make_unique<StepsSession<Steps, PartsOf<float>>>(std::move(decision), args, pass);
+  std::unique_ptr<CheckedSession> session;
+  for_stat(decision->stat, [&]<class T>(T*) {
+    session = std::make_unique<StepsSession<Steps, PartsOf<T>>>(std::move(decision), args, pass);
+  });
+  return session;
 }
 
 }  // namespace cutloss

@@ -10,7 +10,7 @@ namespace {
 
 struct Format {
   std::int64_t bytes;
-  int digits;        // of the significand, the hidden one included
+  int digits;        // how many the significand has, the hidden one included
   int max_exponent;  // finite numbers are below 2^max_exponent
   int min_exponent;  // the smallest number above 0 is 2^min_exponent
 };

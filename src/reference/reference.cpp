@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
 
 #include "reference/number.h"
 
@@ -38,7 +37,7 @@ double operand(const Problem& problem, const void* array, DType type, std::int64
   return problem.compute_type == DType::bf16 ? rounded(stored, DType::bf16) : stored;
 }
 
-// How E, or logits, lie in memory; 0: packed.
+// How E, or logits, lie in memory. A stride of 0 means packed.
 struct Matrix {
   std::int64_t columns, sequence_stride, row_stride;
 };
@@ -114,7 +113,8 @@ void transform(const Problem& problem, const Inputs& in, Logit logit, Result& r)
   }
 }
 
-// nll with the target left out of the sum: never negative, and no digit is lost where it is small.
+// Makes nll with the target left out of the sum: it is never negative, and loses no digit where it
+// is small.
 double nll_of(const double* z, std::int64_t V, std::int64_t target) {
   double max_other = -kInfinity;
   for (std::int64_t v = 0; v < V; ++v) {
@@ -143,7 +143,7 @@ void statistics(const Problem& problem, const Inputs& in, Result& r) {
     const double maximum = z[best];
     r.argmax[n] = best;
     if (has_nan || std::isinf(maximum)) {
-      // No distribution: a NaN, a +inf, or nothing but -inf among the logits.
+      // There is no distribution where the logits hold a NaN or a +inf, or nothing but -inf.
       r.row_max[n] = maximum;
       r.lse[n] = has_nan ? kNaN : maximum;
       r.nll[n] = r.log_sum[n] = r.entropy[n] = r.zbar[n] = r.zbar_centred[n] = kNaN;
@@ -171,7 +171,7 @@ void statistics(const Problem& problem, const Inputs& in, Result& r) {
   }
 }
 
-// g = dLoss/dz.
+// Makes g = dLoss/dz.
 void logit_gradients(const Problem& problem, const Inputs& in, const RowGradients64& upstream,
                      Result& r) {
   for (std::int64_t n = 0; n < r.N; ++n) {
@@ -196,7 +196,7 @@ void logit_gradients(const Problem& problem, const Inputs& in, const RowGradient
   }
 }
 
-// dE, dC and dbias, with sums in T.
+// Makes dE, dC and dbias, with sums in T.
 template <class T>
 void products(const Problem& problem, Result& r) {
   std::vector<T> dc(r.dc.size(), 0), dbias(r.dbias.size(), 0);

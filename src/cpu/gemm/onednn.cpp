@@ -29,8 +29,8 @@ bool amx_is_right() {
   return right;
 }
 
-// The library takes a limit only before it is first used; DNNL_MAX_CPU_ISA may have set a lower
-// one.
+// Switches AMX off where it is wrong. The library takes a limit only before it is first used, and
+// DNNL_MAX_CPU_ISA may have set a lower one.
 void leave_wrong_amx_alone() {
   static const bool done = [] {
     if (amx_is_right()) return true;
@@ -79,8 +79,8 @@ struct Prepared {
   dnnl::matmul primitive;
 };
 
-// Moves on to the implementation that is built on a plain GEMM, if there is one: for the gradients'
-// products in bf16 it is ahead of the library's first choice, but not with few rows, nor for
+// Moves on to the implementation that is built on a plain GEMM, if there is one. For the gradients'
+// products in bf16 it is quicker than the library's first choice, but not with few rows, nor for
 // logits, nor with AMX (there it takes 1.2 times as long, the mean of 60 products on 16 threads).
 bool prefer_gemm(dnnl::matmul::primitive_desc& choice) {
   do {
@@ -93,10 +93,10 @@ Prepared prepare(const Product& p) {
   const auto library_type = [](DType t) {
     return t == DType::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
   };
-  Prepared made;
-  made.a = describe(p.M, p.K, p.a, library_type(p.type));
-  made.b = describe(p.K, p.N, p.b, library_type(p.type));
-  made.c = {{p.M, p.N}, library_type(p.c_type), memory::dims{p.c_stride, 1}};
+  Prepared product;
+  product.a = describe(p.M, p.K, p.a, library_type(p.type));
+  product.b = describe(p.K, p.N, p.b, library_type(p.type));
+  product.c = {{p.M, p.N}, library_type(p.c_type), memory::dims{p.c_stride, 1}};
   dnnl::post_ops after;
   if (p.alpha != 1) {
 #if DNNL_VERSION_MAJOR < 3
@@ -110,21 +110,21 @@ Prepared prepare(const Product& p) {
   attr.set_post_ops(after);
   const auto fresh = [&] {
 #if DNNL_VERSION_MAJOR < 3
-    const dnnl::matmul::desc desc(made.a, made.b, made.c);
+    const dnnl::matmul::desc desc(product.a, product.b, product.c);
     return dnnl::matmul::primitive_desc(desc, attr, library_engine());
 #else
-    return dnnl::matmul::primitive_desc(library_engine(), made.a, made.b, made.c, attr);
+    return dnnl::matmul::primitive_desc(library_engine(), product.a, product.b, product.c, attr);
 #endif
   };
   auto choice = fresh();
   const bool gradient = p.type == DType::bf16 && !p.b.transposed;
   const bool few_rows = std::min(p.M, p.K) < 128;
   if (gradient && !few_rows && !has_amx() && !prefer_gemm(choice)) choice = fresh();
-  made.primitive = dnnl::matmul(choice);
-  return made;
+  product.primitive = dnnl::matmul(choice);
+  return product;
 }
 
-// All that a primitive is made for; the number of threads is baked into its code.
+// All that a primitive depends on. The number of threads is fixed in its code.
 auto key_of(const Product& p) {
   return std::tuple(p.M, p.N, p.K, p.a.stride, p.a.transposed, p.b.stride, p.b.transposed,
                     p.c_stride, p.type, p.c_type, p.alpha, p.accumulate, omp_get_max_threads());
@@ -133,12 +133,12 @@ auto key_of(const Product& p) {
 const Prepared& prepared(const Product& p) {
   // A training step needs about ten shapes; rows that come and go bring new ones.
   constexpr std::size_t kMost = 64;
-  static thread_local std::map<decltype(key_of(p)), Prepared> made;
+  static thread_local std::map<decltype(key_of(p)), Prepared> known;
   const auto key = key_of(p);
-  const auto found = made.find(key);
-  if (found != made.end()) return found->second;
-  if (made.size() >= kMost) made.clear();
-  return made.emplace(key, prepare(p)).first->second;
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  if (known.size() >= kMost) known.clear();
+  return known.emplace(key, prepare(p)).first->second;
 }
 
 }  // namespace
@@ -146,7 +146,7 @@ const Prepared& prepared(const Product& p) {
 void multiply_onednn(const Product& p) {
   try {
     const Prepared& ready = prepared(p);
-    // The library takes pointers it may write to; operands are only read.
+    // The library takes pointers that it could write to, but it only reads the operands.
     const auto wrap = [](const memory::desc& desc, const void* data) {
       return memory(desc, library_engine(), const_cast<void*>(data));
     };
@@ -166,7 +166,8 @@ void multiply_onednn(const Product& p) {
 }
 
 bool has_native_bf16() {
-  // With AMX still on, since another part of the process had used the library before, f32 is right.
+  // Where AMX is wrong and still on, because another part of the process has used the library
+  // before, products are made in f32, which is right.
   static const bool native =
       has_isa(dnnl::cpu_isa::avx512_core_bf16) && (amx_is_right() || !has_amx());
   return native;

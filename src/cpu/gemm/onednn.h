@@ -63,13 +63,14 @@ struct OneDnn {
 #undef CUTLOSS_ONEDNN_MEMBER
 };
 
-// In onednn_opened.cpp or onednn_linked.cpp. Calls need that there is no refusal.
+// The table, which onednn_opened.cpp or onednn_linked.cpp makes. It may be used where there is no
+// onednn_refusal.
 const OneDnn& onednn();
 
 }  // namespace cutloss::cpu
 
-// The C++ interface calls functions by their plain names, from within its namespace: there they are
-// these.
+// The C++ interface calls the functions by their plain names from within its namespace, where it
+// finds these.
 namespace dnnl {
 #define CUTLOSS_ONEDNN_CALL(name)                      \
   inline constexpr auto name = [](auto... arguments) { \

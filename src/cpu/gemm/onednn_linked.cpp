@@ -1,4 +1,4 @@
-// oneDNN's functions where the linker finds them.
+// The table of oneDNN's functions, which the linker finds.
 #include "cpu/gemm/gemm.h"
 #include "cpu/gemm/onednn.h"
 

@@ -1,4 +1,4 @@
-// oneDNN's functions of a library that is opened when they are first needed.
+// The table of oneDNN's functions, from a library that is opened when they are first needed.
 //
 // CUTLOSS_ONEDNN_NAME and CUTLOSS_ONEDNN_FILE are the name and the place of the one that cutloss
 // was built with.
@@ -14,16 +14,17 @@
 namespace cutloss::cpu {
 namespace {
 
-// DEEPBIND: its own functions go before those of the process. libtorch_cpu has another oneDNN
-// within it and shows a few of its functions, which would take the place of this one's.
+// With DEEPBIND the library's own functions go before those of the process. libtorch_cpu has
+// another oneDNN within it and shows a few of its functions, which would take the place of this
+// one's.
 int scope() {
-  const bool sanitized = dlsym(RTLD_DEFAULT, "__asan_init") != nullptr;  // refuses DEEPBIND
+  const bool sanitized = dlsym(RTLD_DEFAULT, "__asan_init") != nullptr;  // ASan refuses DEEPBIND
   return RTLD_NOW | RTLD_LOCAL | (sanitized ? 0 : RTLD_DEEPBIND);
 }
 
 struct Library {
   OneDnn functions{};
-  std::string refusal;  // why it is not there
+  std::string refusal;  // the reason why it is not there, or empty
 };
 
 Library open() {

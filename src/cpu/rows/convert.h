@@ -7,7 +7,8 @@
 
 namespace cutloss::cpu {
 
-// `count` contiguous values. Same dtype: a copy. f64 converts to f64 only.
+// Converts `count` contiguous values, or copies them where both dtypes are the same. f64 converts
+// to f64 only.
 void convert(DType from_type, const void* from, DType to_type, void* to, std::int64_t count);
 
 }  // namespace cutloss::cpu

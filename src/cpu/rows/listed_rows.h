@@ -1,4 +1,4 @@
-// The rows that count, in a list, and what is known of each.
+// The list of the rows that count, and what is known of each row.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace cutloss::cpu {
 
-// T: the stat dtype.
+// T is the stat dtype.
 template <class T>
 class ListedRows {
  public:
@@ -17,22 +17,22 @@ class ListedRows {
 
   // Checks targets and temperatures, and lists the rows that are not ignored.
   void list();
-  // Zeros in the per-row outputs of ignored rows.
+  // Writes zeros to the per-row outputs of ignored rows.
   void clear_ignored() const;
 
   std::int64_t count() const { return list_[0]; }
   // How many entries the loops must cover.
   std::int64_t to_cover() const { return count(); }
-  // Index of entry i of the list into the per-row arrays.
+  // The index of entry i of the list into the per-row arrays.
   std::int64_t row(std::int64_t i) const { return list_[1 + i]; }
   RowList entries(RowRange range) const { return {list_ + 1 + range.begin, range.count}; }
 
   std::int64_t target(std::int64_t n) const;
-  // Its target as a column of the classes; one that is in another shard lies outside of them.
+  // The target of row n as a column of the classes. A target of another shard lies outside of them.
   std::int64_t column(std::int64_t n) const { return target(n) - call_.head.classes.first; }
-  // Of row n among the rows of E.
+  // The position of row n among the rows of E.
   std::int64_t position(std::int64_t n) const { return map_.position(n); }
-  // From the first element of E.
+  // How many elements row n of the loss lies behind the first element of E.
   std::int64_t e_offset(std::int64_t n) const;
   T inv_temperature(std::int64_t n) const;
 

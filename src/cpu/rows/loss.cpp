@@ -1,6 +1,7 @@
-// The coefficients of a loss, and its sum, on the host.
+// The coefficients of a loss, and its sum, made on the host.
 #include "core/loss_terms.h"
 
+#include "core/dtype.h"
 #include "core/row_map.h"
 #include "cpu/device_calls.h"
 
@@ -60,12 +61,11 @@ void sum_of(const LossSum& sum, void* loss) {
 
 void loss_terms(const LossRows& rows, const Weighting& weighting, const void* targets,
                 const LossTerms& terms, void* /*stream*/) {
-  rows.type == DType::f64 ? terms_of<double>(rows, weighting, targets, terms)
-                          : terms_of<float>(rows, weighting, targets, terms);
+  for_stat(rows.type, [&]<class T>(T*) { terms_of<T>(rows, weighting, targets, terms); });
 }
 
 void sum_loss(const LossSum& sum, void* loss, void* /*stream*/) {
-  sum.rows.type == DType::f64 ? sum_of<double>(sum, loss) : sum_of<float>(sum, loss);
+  for_stat(sum.rows.type, [&]<class T>(T*) { sum_of<T>(sum, loss); });
 }
 
 }  // namespace cutloss::cpu

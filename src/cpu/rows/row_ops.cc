@@ -20,7 +20,7 @@ namespace hn = hwy::HWY_NAMESPACE;
 template <class T>
 using Tag = hn::ScalableTag<T>;
 
-// e^x for x <= 0 (or NaN, which stays NaN; -inf makes 0). Cody-Waite reduction and a minimax
+// Makes e^x for x <= 0; a NaN stays a NaN, and -inf makes 0. Cody-Waite reduction and a minimax
 // polynomial of degree 6 on [-ln2/2, ln2/2] (relative error 3e-9): within 2 ulp. Results under
 // 2^-125 are 0: beside a row's maximum, which contributes 1, they count for nothing.
 template <class D, class V = hn::Vec<D>>
@@ -79,7 +79,7 @@ HWY_INLINE void store(D d, hn::Vec<D> v, T* to, std::int64_t valid) {
   std::memcpy(to, buffer, static_cast<std::size_t>(valid) * sizeof(T));
 }
 
-// Round to nearest even; NaN stays NaN.
+// Rounds to nearest even; a NaN stays a NaN.
 template <class D>
 HWY_INLINE auto to_bf16(D /*d*/, hn::Vec<D> v) {
   const hn::RebindToUnsigned<D> du;
@@ -145,7 +145,7 @@ HWY_INLINE V tanh_slope_of(D d, V x) {
   return hn::Mul(hn::Mul(hn::Set(d, hn::TFromD<D>(4)), u), hn::Mul(over, over));
 }
 
-// slopes: null, or where those of the softcap go.
+// `slopes` is null, or where the softcap's slopes go.
 template <class T>
 void apply_transform(T* z, std::int64_t columns, const RowTransform<T>& transform, T* slopes) {
   const Tag<T> d;
@@ -164,7 +164,7 @@ void apply_transform(T* z, std::int64_t columns, const RowTransform<T>& transfor
   });
 }
 
-// Adds columns to a state's zbar, relative to `shift`. weight: null for 1.
+// Adds columns to a state's zbar, relative to `shift`. `weight` is null for 1.
 template <class T>
 void add_zbar(RowState<T>& state, const T* z, const T* weight, std::int64_t columns, T shift) {
   const Tag<T> d;
@@ -221,7 +221,7 @@ std::int64_t first_equal(const T* z, T value, std::int64_t columns) {
   return 0;  // the row holds a NaN
 }
 
-// slopes: room for those of the softcap, where it has one and exponentials are kept; else null.
+// `slopes` is room for the softcap's slopes where exponentials are kept beside one, and else null.
 template <class T>
 void row_statistics_with(StatisticsRow<T>& row, RowState<T>& state, T* slopes) {
   constexpr T inf = std::numeric_limits<T>::infinity();
@@ -260,7 +260,8 @@ void row_statistics_with(StatisticsRow<T>& row, RowState<T>& state, T* slopes) {
     const auto term = hn::Mul(e, t);  // 0 * -inf is 0 here
     weighted = hn::Add(weighted, hn::IfThenZeroElse(hn::Eq(e, hn::Zero(d)), term));
   };
-  // What is kept serves g: the sums take the exponential as it is, the copy its softcap slope.
+  // What is kept serves g: the sums take the exponential as it is, the copy has the softcap's slope
+  // in it.
   const auto kept_value = [&](std::int64_t i, std::int64_t valid) {
     const auto z = load(d, row.z + i, valid, -inf);
     const auto t = hn::Sub(z, shift_v);
@@ -481,7 +482,7 @@ void bf16_to_float(const std::uint16_t* from, float* to, std::int64_t count) {
 void float_to_bf16(const float* from, std::uint16_t* to, std::int64_t count) {
   HWY_DYNAMIC_DISPATCH(float_to_bf16_impl)(from, to, count);
 }
-// f16 is only stored, never computed with: one value at a time is enough.
+// f16 is only stored and never computed with, so converting one value at a time is enough.
 void f16_to_float(const std::uint16_t* from, float* to, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = cutloss::f16_to_float(from[i]);
 }
@@ -489,7 +490,7 @@ void float_to_f16(const float* from, std::uint16_t* to, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = cutloss::float_to_f16(from[i]);
 }
 
-// The better a target, the lower its bit.
+// Highway gives better instruction sets lower bits.
 void forbid_avx512() { hwy::DisableTargets(HWY_AVX2 - 1); }
 
 const char* vector_target() { return HWY_DYNAMIC_DISPATCH(vector_target_impl)(); }

@@ -1,4 +1,8 @@
-// Rows that are closed after their statistics: those of a vocabulary in shards.
+// Closes rows after their statistics, which are those of a vocabulary in shards.
+#include <algorithm>
+#include <limits>
+
+#include "core/dtype.h"
 #include "core/row_outputs.h"
 #include "core/validate.h"
 #include "cpu/device_calls.h"
@@ -16,7 +20,7 @@ void close_all(const LossRows& given, const RowStates& s, const RowOutputs& out)
   const bool all = s.some.rows == nullptr;
   const std::int64_t N = row_count(rows), count = all ? N : s.some.count;
   const auto row = [&](std::int64_t i) { return all ? i : s.some.rows[i]; };
-  for (std::int64_t i = 0; i < count; ++i) {  // before anything is written
+  for (std::int64_t i = 0; i < count; ++i) {  // all targets are checked before anything is written
     const std::int64_t n = row(i);
     if (n < 0 || target(n) == rows.ignore_index) continue;
     check_target(target(n), given.classes, rows.ignore_index,
@@ -39,21 +43,17 @@ void close_all(const LossRows& given, const RowStates& s, const RowOutputs& out)
   }
 }
 
-template <class T>
-void clear_all(std::int64_t rows, void* states) {
-  for (std::int64_t n = 0; n < rows; ++n) static_cast<RowState<T>*>(states)[n] = {};
-}
-
 }  // namespace
 
 void close_rows(const LossRows& rows, const RowStates& states, const RowOutputs& out,
                 void* /*stream*/) {
-  rows.type == DType::f64 ? close_all<double>(rows, states, out)
-                          : close_all<float>(rows, states, out);
+  for_stat(rows.type, [&]<class T>(T*) { close_all<T>(rows, states, out); });
 }
 
 void empty_states(DType stat, std::int64_t rows, void* states, void* /*stream*/) {
-  stat == DType::f64 ? clear_all<double>(rows, states) : clear_all<float>(rows, states);
+  for_stat(stat, [&]<class T>(T*) {
+    std::fill_n(static_cast<RowState<T>*>(states), rows, RowState<T>{});
+  });
 }
 
 }  // namespace cutloss::cpu

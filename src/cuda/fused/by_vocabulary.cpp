@@ -21,14 +21,15 @@ BlockGradient make_g(Components& parts, const Block& block) {
     GradientOfLogits out;
     out.g = at(g.data, parts.d.operand, v - block.columns.begin);
     out.g_stride = g.stride;
-    out.row = parts.coefficients.of(block.chunk, block.rows.begin);
+    out.row = parts.coefficients.from(block.chunk, block.rows.begin);
     out.class_weight = parts.operands.class_weight(v);
     out.general = call.args.upstream.d_entropy != nullptr || call.args.upstream.d_zbar != nullptr;
     const Matrix e = parts.e(block);
     parts.d.kernels->gradient(parts.logits(block.rows, columns, e, parts.finds_e), out, grid,
                               call.stream);
   }
-  // The matrix library and the sums of columns read all rows; our own products know which count.
+  // The matrix library and the sums of columns read all rows; our own products skip those that do
+  // not count.
   if (parts.d.makes_de_itself && !call.p.wanted.dbias.wanted) return g;
   launch_clear_rest(parts.listed(block.rows), g.data, g.stride,
                     static_cast<int>(block.columns.count), grid.block_rows(), call.stream);
@@ -59,7 +60,7 @@ DcProduct dc_product(Components& parts, const Block& block, const BlockGradient&
   return product;
 }
 
-// Some of a block's columns.
+// dE's product of some of a block's columns.
 DeProduct de_product(Components& parts, const Block& block, const BlockGradient& g,
                      Columns columns) {
   const Call& call = parts.call;
@@ -158,7 +159,7 @@ struct Steps {
           parts.sums.begin_last_columns();
         });
     if (!last_chunk || !wanted.dc.wanted || wanted.dc.add) return;
-    // Our own product leaves dC as it is where no row counts at all.
+    // Our own product leaves dC as it is where no row counts at all, so it is cleared here.
     const Call& call = parts.call;
     launch_clear_if_none(parts.rows.table().count, call.args.gradients.dc,
                          call.head.classes.count * call.head.D * size_of(call.d.dc_type),

@@ -5,10 +5,10 @@
 namespace cutloss::cuda::fused {
 namespace {
 
-// The copy engine reads rows in units of 16 bytes.
-void need_alignment(const void* data, const char* what) {
+// Refuses an address that the copy engine cannot read: it reads rows in units of 16 bytes.
+void need_alignment(const void* data, const char* member) {
   if (reinterpret_cast<std::uintptr_t>(data) % 16 == 0) return;
-  refuse_value(what,
+  refuse_value(member,
                " must start at a multiple of 16 bytes for engine cuda/fused_sm90, got address ",
                data, "; copy it, or set the problem's engine to cuda/library");
 }
@@ -38,14 +38,7 @@ void Components::begin() {
 }
 
 Listed Components::listed(RowRange range) const {
-  const RowTable& table = rows.table();
-  return {table.count,
-          table.mismatch,
-          table.row,
-          table.position,
-          table.target,
-          static_cast<int>(range.begin),
-          static_cast<int>(range.count)};
+  return {rows.table(), static_cast<int>(range.begin), static_cast<int>(range.count)};
 }
 
 const float* Components::inv_temperature(std::int64_t entry) const {

@@ -1,4 +1,5 @@
-// What the fused sessions are made of, and how their kernels are told of rows and columns.
+// The components that the fused sessions are made of, and how their kernels are told of rows and
+// columns.
 #pragma once
 
 #include <memory>
@@ -7,7 +8,7 @@
 #include "cuda/fused/decision.h"
 #include "cuda/fused/rows.h"
 #include "cuda/gradient_sums.h"
-#include "cuda/rows/row_coefficients.h"
+#include "cuda/rows/chunk_coefficients.h"
 #include "loops/sweep.h"
 #include "plan/sessions.h"
 
@@ -19,11 +20,11 @@ struct Components {
 
   void begin();
   Listed listed(RowRange range) const;
-  // The product of some entries of the list and some columns. E is given: rows of this list, or, by
-  // position, all of E.
+  // Describes the logits of some entries of the list and some columns. `e` has rows of this list,
+  // or is all of E where kernels find rows by position.
   Logits logits(RowRange range, Columns columns, const Matrix& e, bool by_position);
   const float* inv_temperature(std::int64_t entry) const;
-  // E of a block: packed, or, where kernels find its rows by their positions, all of it.
+  // E of a block, packed; or all of E, where kernels find its rows by their positions.
   Matrix e(const Block& block) {
     return finds_e ? Matrix{call.args.in.e, call.head.e_row_stride}
                    : operands.e(block.rows, block.chunk);
@@ -35,7 +36,7 @@ struct Components {
   ListedRows<float> rows;
   Operands<float> operands;
   Products products;
-  RowCoefficientsOf<float> coefficients;
+  ChunkCoefficients<float> coefficients;
   GradientSums<float> sums;
   bool finds_e = false;
 };

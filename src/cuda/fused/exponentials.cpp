@@ -3,7 +3,8 @@
 // the statistics, and the factor goes into the other operand of each product; only the target,
 // which x leaves out, is added apart. Three products.
 //
-// stored: the same with every row in one chunk, and what is kept waits for backward.
+// The algorithm `stored` does the same with every row in one chunk, and what is kept waits for
+// backward.
 #include "cuda/fused/components.h"
 #include "cuda/fused/engine.h"
 #include "cuda/fused/targets.h"
@@ -20,13 +21,13 @@ float* target_sums(const Components& parts) {
   return parts.call.buffer<float>(buffer::kTargetSums);
 }
 
-// Target logits and reference exponents: kept with x, or in the workspace.
+// Where target logits and reference exponents lie: with x where that is kept, or in the workspace.
 float* row_buffer(const Components& parts, std::string_view name) {
   const Call& call = parts.call;
   return call.d.algorithm->way.keeps_logits ? call.kept<float>(name) : call.buffer<float>(name);
 }
 
-// x of a chunk, and its statistics.
+// Makes x of a chunk, and its statistics.
 void make_exponentials(Components& parts, RowRange chunk) {
   const Call& call = parts.call;
   Logits l = parts.logits(chunk, all_columns(parts), parts.operands.e(chunk, chunk),
@@ -59,7 +60,8 @@ void make_exponentials(Components& parts, RowRange chunk) {
   close.redo = r.redo;
   parts.d.kernels->exponentials(l, out, grid, call.stream);
   launch_close(close, call.stream);
-  // Once more, where a row's reference was too far off: decided on the device.
+  // Both are launched once more. They do something only where a row's reference was too far off,
+  // which the device decides.
   l.only_if = r.redo;
   close.again = true;
   parts.d.kernels->exponentials(l, out, grid, call.stream);
@@ -90,7 +92,7 @@ void scale_e(Components& parts, RowRange chunk) {
                      call.stream);
 }
 
-// The targets' part of dbias, and of dC what launch_dc will add.
+// Makes the targets' part of dbias, and that of dC, which the product of dC adds.
 void sum_targets(Components& parts, RowRange chunk) {
   const Call& call = parts.call;
   const Wanted& wanted = call.p.wanted;
@@ -180,7 +182,7 @@ struct Steps {
     make_exponentials(parts, chunk);
   }
 
-  // In this order: the targets' sums lie where dE's sums will be.
+  // The order matters: the targets' sums lie where dE's sums will be.
   static void gradients(Components& parts, RowRange chunk, Pass pass) {
     if (pass == Pass::both) parts.operands.e_is_packed(chunk);
     const Wanted& wanted = parts.call.p.wanted;

@@ -1,4 +1,4 @@
-// The statistics alone. One product.
+// Makes the statistics alone, in one product.
 #include "cuda/fused/engine.h"
 #include "cuda/fused/statistics.h"
 

@@ -1,40 +1,28 @@
 #include "cuda/fused/rows.h"
 
+#include "core/loss_terms.h"
 #include "core/row_outputs.h"
 #include "core/transform.h"
 #include "cuda/math.cuh"
+#include "cuda/rows/row_facts.cuh"
 
 namespace cutloss::cuda::fused {
 namespace {
 
-using cuda::warp_max;
-using cuda::warp_sum;
-
 constexpr int kWarp = 32;
-constexpr int kBlock = 256;
-constexpr int kWarps = kBlock / kWarp;
+constexpr int kWarps = kThreads / kWarp;
 constexpr float kReferenceAbove = 15.f;
 // Beyond these a product of x with scaled rows of E could leave the range of bf16.
 constexpr float kLeastSum = 1e-30f, kMostSum = 1e20f;
 
-void check_launch() { cuda::check(cudaGetLastError(), "launch of a row kernel"); }
-
-int blocks_for(std::int64_t items, int per_block) {
-  return static_cast<int>(divide_up(items, per_block));
-}
-
 __device__ int listed_rows(const Listed& list) {
-  const int left = *list.count - list.first;
+  const int left = *list.table.count - list.first;
   return left < 0 ? 0 : (left < list.rows ? left : list.rows);
-}
-
-__device__ float read(const void* array, std::int64_t n) {
-  return array == nullptr ? 0.f : static_cast<const float*>(array)[n];
 }
 
 __global__ void clear_statistics(Partials partials, std::int64_t entries, float* target_logit,
                                  int rows) {
-  const std::int64_t i = std::int64_t{blockIdx.x} * kBlock + threadIdx.x;
+  const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i < rows) target_logit[i] = nanf("");
   if (i >= entries) return;
   partials.max_and_sum[i] = make_float2(-INFINITY, 0.f);
@@ -44,19 +32,19 @@ __global__ void clear_statistics(Partials partials, std::int64_t entries, float*
   }
 }
 
-// class_weight: of the classes, or null.
+// Closes entry i. `class_weight` is that of the classes here, or null.
 __device__ void finish(const RowOutputs& out, const Listed& list, int i,
                        const RowState<float>& state, const float* class_weight,
                        const Classes& classes) {
   const int entry = list.first + i;
-  const std::int64_t n = list.row[entry];
-  if (*list.mismatch != 0) return clear_row(out, n, nanf(""));
-  const int target = list.target[entry];
+  const std::int64_t n = list.table.row[entry];
+  if (*list.table.mismatch != 0) return clear_row(out, n, nanf(""));
+  const int target = list.table.target[entry];
   const float weight = target < 0 || class_weight == nullptr ? 1.f : class_weight[target];
   finish_row(out, n, state, target, weight, classes);
 }
 
-// The state of a row from another lane. Nobody has its target yet.
+// The state of a row from another lane. No lane has seen the row's target.
 __device__ RowState<float> shuffled(const RowState<float>& state, int lanes) {
   RowState<float> other;
   other.max = __shfl_down_sync(~0u, state.max, lanes);
@@ -119,14 +107,14 @@ __global__ void references_of_rows(References r) {
   const int i = blockIdx.x * kWarps + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (i >= listed_rows(r.list)) return;
-  const int target = r.list.target[r.list.first + i];
+  const int target = r.list.table.target[r.list.first + i];
   const int column = target == kTargetElsewhere ? (r.list.first + i) % r.columns : target;
-  float z = -INFINITY, a = 0.f;  // of a target out of range; finish says the rest
+  float z = -INFINITY, a = 0.f;  // these stay for a target out of range, which `finish` makes NaN
   if (column >= 0) {
     const auto* e = static_cast<const __nv_bfloat16*>(r.e.data) + i * r.e.stride;
     const auto* c = static_cast<const __nv_bfloat16*>(r.c.data) + column * r.c.stride;
     float sum = 0.f;
-    for (int d = lane * 8; d < r.depth; d += kWarp * 8) {  // rows are whole pieces of 16 bytes
+    for (int d = lane * 8; d < r.depth; d += kWarp * 8) {  // rows are whole vectors of 16 bytes
       const uint4 e8 = *reinterpret_cast<const uint4*>(e + d);
       const uint4 c8 = *reinterpret_cast<const uint4*>(c + d);
       const auto* ep = reinterpret_cast<const __nv_bfloat16*>(&e8);
@@ -140,7 +128,7 @@ __global__ void references_of_rows(References r) {
     z = sum * (r.transform.scale * t);
     if (r.transform.bias != nullptr) z = fmaf(r.transform.bias[column], t, z);
     if (r.transform.softcap != 0.f) {
-      // The product as it is, which both the logit and its slope are made of.
+      // Both the logit and its slope are made of the product as it is.
       a = r.transform.scale * sum;
       if (r.transform.bias != nullptr) a += r.transform.bias[column];
       z = transformed(a, r.transform.softcap, t);
@@ -182,39 +170,24 @@ __global__ void close_rows(Close k) {
     state.target_logit =
         transformed(state.target_logit, k.transform.softcap, k.transform.inv_temperature[i]);
   }
-  finish(k.out, k.list, i, state, nullptr, k.classes);  // by rows there is no zbar
-}
-
-struct Known {
-  float nll, row_max, log_sum, d_nll, d_lse;
-};
-
-__device__ Known known_of(const FactorInputs& k, std::int64_t n) {
-  Known row;
-  row.nll = read(k.rows.nll, n);
-  row.row_max = read(k.rows.row_max, n);
-  row.log_sum = read(k.rows.log_sum, n);
-  row.d_nll = read(k.upstream.d_nll, n);
-  row.d_lse = read(k.upstream.d_lse, n);
-  if (k.upstream.d_lse_squared != nullptr) {
-    row.d_lse += 2.f * read(k.upstream.d_lse_squared, n) * (row.row_max + row.log_sum);
-  }
-  return row;
+  finish(k.out, k.list, i, state, nullptr, k.classes);  // there is no zbar by rows
 }
 
 __global__ void row_factors(FactorInputs k, RowFactors out) {
-  const int i = blockIdx.x * kBlock + threadIdx.x;
+  const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= listed_rows(k.list)) return;
-  const std::int64_t n = k.list.row[k.list.first + i];
-  const Known row = known_of(k, n);
+  const std::int64_t n = k.list.table.row[k.list.first + i];
+  const float nll = read<float>(k.rows.nll, n), row_max = read<float>(k.rows.row_max, n);
+  const float log_sum = read<float>(k.rows.log_sum, n);
+  const RowUpstream<float> up = row_upstream<float>(k.upstream, n, row_max + log_sum);
   const float inv_temperature = k.inv_temperature[i];
   // A row without a softmax has no gradient: NaN throughout.
-  const float a = row.nll == row.nll ? row.d_nll + row.d_lse : row.nll;
-  const float alone = a == 0.f ? 0.f : expf((out.reference[i] - row.row_max) - row.log_sum);
+  const float a = nll == nll ? up.d_nll + up.d_lse : nll;
+  const float alone = a == 0.f ? 0.f : expf((out.reference[i] - row_max) - log_sum);
   out.factor[i] = a * alone * (inv_temperature * k.scale);
-  const float g = target_gradient(RowCoefficients<float>{}, row.nll, row.d_nll, row.d_lse, 1.f);
+  const float g = target_gradient(RowCoefficients<float>{}, nll, up.d_nll, up.d_lse, 1.f);
   const float slope = transform_slope(out.target_logit[i], k.softcap, inv_temperature);
-  const bool elsewhere = k.list.target[k.list.first + i] == kTargetElsewhere;
+  const bool elsewhere = k.list.table.target[k.list.first + i] == kTargetElsewhere;
   out.target_g[i] = elsewhere ? 0.f : g * slope * k.scale;
 }
 
@@ -243,19 +216,19 @@ __global__ void store_de(StoreDe s) {
   const int i = blockIdx.x;
   if (i >= listed_rows(s.list)) return;
   const int entry = s.list.first + i;
-  const int target = s.list.target[entry];
+  const int target = s.list.table.target[entry];
   const float factor = s.factor[i], g = s.target_g[i];
   const float* sums = s.sums + std::int64_t{i} * s.depth;
   const auto* c =
       static_cast<const __nv_bfloat16*>(s.c.data) + (target < 0 ? 0 : target) * s.c.stride;
-  Out* to = static_cast<Out*>(s.de) + std::int64_t{s.list.position[entry]} * s.depth;
+  Out* to = static_cast<Out*>(s.de) + std::int64_t{s.list.table.position[entry]} * s.depth;
   for (int d = threadIdx.x * 4; d < s.depth; d += blockDim.x * 4) {
     const float4 sum = *reinterpret_cast<const float4*>(sums + d);
     const float all[4] = {sum.x, sum.y, sum.z, sum.w};
     Out four[4];
     for (int j = 0; j < 4; ++j) {
       const float others = factor * all[j];
-      four[j] = cuda::narrow<Out>(
+      four[j] = narrow<Out>(
           target == kTargetElsewhere ? others : fmaf(g, __bfloat162float(c[d + j]), others));
     }
     for (int j = 0; j < 4; ++j) to[d + j] = four[j];
@@ -266,7 +239,7 @@ __global__ void store_de(StoreDe s) {
 __global__ void add_dbias(Listed list, const __nv_bfloat16* x, std::int64_t stride,
                           const float* factor, double inverse_scale, int V, double* dbias,
                           bool first) {
-  const int v = (blockIdx.x * kBlock + threadIdx.x) * 2;
+  const int v = (blockIdx.x * kThreads + threadIdx.x) * 2;
   if (v >= V) return;
   const int rows = listed_rows(list);
   double sum[2] = {0, 0};
@@ -291,8 +264,8 @@ __global__ void add_dbias(Listed list, const __nv_bfloat16* x, std::int64_t stri
 
 __global__ void clear_if_none(const int* count, uint4* values, std::int64_t pieces) {
   if (*count != 0) return;
-  for (std::int64_t i = std::int64_t{blockIdx.x} * kBlock + threadIdx.x; i < pieces;
-       i += std::int64_t{gridDim.x} * kBlock) {
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < pieces;
+       i += std::int64_t{gridDim.x} * kThreads) {
     values[i] = {};
   }
 }
@@ -311,65 +284,55 @@ __global__ void clear_rest(Listed list, unsigned short* matrix, std::int64_t str
 void launch_clear_statistics(const Partials& partials, std::int64_t entries, float* target_logit,
                              int rows, cudaStream_t stream) {
   const std::int64_t items = entries > rows ? entries : rows;
-  clear_statistics<<<blocks_for(items, kBlock), kBlock, 0, stream>>>(partials, entries,
-                                                                     target_logit, rows);
-  check_launch();
+  launch(clear_statistics, "clear_statistics", divide_up(items, kThreads), kThreads, stream,
+         partials, entries, target_logit, rows);
 }
 
 void launch_merge(const Merge& merge, cudaStream_t stream) {
-  merge_rows<<<blocks_for(merge.list.rows, kWarps), kBlock, 0, stream>>>(merge);
-  check_launch();
+  launch(merge_rows, "merge_rows", divide_up(merge.list.rows, kWarps), kThreads, stream, merge);
 }
 
 void launch_references(const References& references, cudaStream_t stream) {
-  references_of_rows<<<blocks_for(references.list.rows, kWarps), kBlock, 0, stream>>>(references);
-  check_launch();
+  launch(references_of_rows, "references_of_rows", divide_up(references.list.rows, kWarps),
+         kThreads, stream, references);
 }
 
 void launch_close(const Close& close, cudaStream_t stream) {
-  close_rows<<<blocks_for(close.list.rows, kWarps), kBlock, 0, stream>>>(close);
-  check_launch();
+  launch(close_rows, "close_rows", divide_up(close.list.rows, kWarps), kThreads, stream, close);
 }
 
 void launch_row_factors(const FactorInputs& k, const RowFactors& out, cudaStream_t stream) {
-  row_factors<<<blocks_for(k.list.rows, kBlock), kBlock, 0, stream>>>(k, out);
-  check_launch();
+  launch(row_factors, "row_factors", divide_up(k.list.rows, kThreads), kThreads, stream, k, out);
 }
 
 void launch_scaled_rows(const Listed& list, const Matrix& e, const float* factor, int depth,
                         void* scaled, std::int64_t stride, cudaStream_t stream) {
-  scaled_rows<<<list.rows, kBlock, 0, stream>>>(list, e, factor, depth, scaled, stride);
-  check_launch();
+  launch(scaled_rows, "scaled_rows", list.rows, kThreads, stream, list, e, factor, depth, scaled,
+         stride);
 }
 
 void launch_store_de(const StoreDe& s, cudaStream_t stream) {
-  if (s.de_type == DType::f32) {
-    store_de<float><<<s.list.rows, kBlock, 0, stream>>>(s);
-  } else if (s.de_type == DType::f16) {
-    store_de<__half><<<s.list.rows, kBlock, 0, stream>>>(s);
-  } else {
-    store_de<__nv_bfloat16><<<s.list.rows, kBlock, 0, stream>>>(s);
-  }
-  check_launch();
+  const auto kernel = s.de_type == DType::f32   ? store_de<float>
+                      : s.de_type == DType::f16 ? store_de<__half>
+                                                : store_de<__nv_bfloat16>;
+  launch(kernel, "store_de", s.list.rows, kThreads, stream, s);
 }
 
 void launch_add_dbias(const Listed& list, const void* x, std::int64_t x_stride, const float* factor,
                       double inverse_scale, int V, double* dbias, bool first, cudaStream_t stream) {
-  add_dbias<<<blocks_for((V + 1) / 2, kBlock), kBlock, 0, stream>>>(
-      list, static_cast<const __nv_bfloat16*>(x), x_stride, factor, inverse_scale, V, dbias, first);
-  check_launch();
+  launch(add_dbias, "add_dbias", divide_up((V + 1) / 2, kThreads), kThreads, stream, list,
+         static_cast<const __nv_bfloat16*>(x), x_stride, factor, inverse_scale, V, dbias, first);
 }
 
 void launch_clear_if_none(const int* count, void* values, std::int64_t bytes, cudaStream_t stream) {
-  clear_if_none<<<1024, kBlock, 0, stream>>>(count, static_cast<uint4*>(values), bytes / 16);
-  check_launch();
+  launch(clear_if_none, "clear_if_none", 1024, kThreads, stream, count, static_cast<uint4*>(values),
+         bytes / 16);
 }
 
 void launch_clear_rest(const Listed& list, void* matrix, std::int64_t stride, int columns,
                        int block_rows, cudaStream_t stream) {
-  clear_rest<<<256, kBlock, 0, stream>>>(list, static_cast<unsigned short*>(matrix), stride,
-                                         columns, block_rows);
-  check_launch();
+  launch(clear_rest, "clear_rest", 256, kThreads, stream, list,
+         static_cast<unsigned short*>(matrix), stride, columns, block_rows);
 }
 
 }  // namespace cutloss::cuda::fused

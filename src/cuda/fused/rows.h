@@ -1,5 +1,5 @@
-// What the fused engine does to single rows, between and after its products. Entry i of an array
-// of rows belongs to entry `first + i` of the list of rows that count.
+// The kernels with which the fused engine works on single rows, between and after its products.
+// Entry i of an array of rows belongs to entry `first + i` of the list of rows that count.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,18 +12,14 @@
 
 namespace cutloss::cuda::fused {
 
-// The entries [first, first + rows) of the list, in device memory.
+// The entries [first, first + rows) of the list.
 struct Listed {
-  const int* count = nullptr;         // entries that count, of the whole list
-  const int* mismatch = nullptr;      // 1: num_valid is wrong, every output is NaN
-  const std::int64_t* row = nullptr;  // index into the per-row arrays of the call
-  const int* position = nullptr;      // row of E and of dE
-  const int* target = nullptr;        // a column, kWrongTarget or kTargetElsewhere
+  RowTable table;
   int first = 0;
   int rows = 0;
 };
 
-// Empty partial statistics, and NaN for target logits nobody has found.
+// Writes empty partial statistics, and NaN for target logits, which stays where no target is found.
 void launch_clear_statistics(const Partials& partials, std::int64_t entries, float* target_logit,
                              int rows, cudaStream_t stream);
 
@@ -32,28 +28,29 @@ void launch_clear_statistics(const Partials& partials, std::int64_t entries, flo
 struct Merge {
   Listed list;
   Partials partials;
-  int clusters = 0;  // these two: Grid
-  int largest_group = 0;
+  int clusters = 0;       // as the Grid of the statistics has it
+  int largest_group = 0;  // as the Grid has it
   bool all = false;
   bool first_slab = true, last_slab = true;
   RowState<float>* states = nullptr;
   const float* target_logit = nullptr;
-  const float* class_weight = nullptr;  // of the classes, or null
+  const float* class_weight = nullptr;  // the weights of the classes here, or null
   Classes classes;
   RowOutputs out;
 };
 void launch_merge(const Merge& merge, cudaStream_t stream);
 
-// Reference exponents: the target's logit, an exact fp32 dot product, and 15 more. Where the target
-// is in another shard a column of this one stands in for it, another for each row. Clears *redo.
+// Makes reference exponents, each the target's logit, an exact fp32 dot product, plus 15. Where the
+// target is in another shard a column of this one stands in for it, which differs from row to row.
+// Clears *redo.
 struct References {
   Listed list;
   Matrix e;  // bf16, rows of this list
   Matrix c;  // bf16
   int depth = 0;
   int columns = 0;
-  LogitTransform transform;       // bias: of all columns
-  float* target_logit = nullptr;  // as it is before the transform, where that has a softcap
+  LogitTransform transform;       // its bias is that of all columns
+  float* target_logit = nullptr;  // with a softcap, the number before the transform
   float* reference = nullptr;
   int* redo = nullptr;
 };
@@ -65,39 +62,39 @@ struct Close {
   Listed list;
   const float2* sum_and_max = nullptr;  // (rows, column tiles)
   int column_tiles = 0;
-  const float* target_logit = nullptr;  // these three: of References
+  const float* target_logit = nullptr;  // this and the next two are those of References
   LogitTransform transform;
   float* reference = nullptr;
   Classes classes;
   RowOutputs out;
   int* redo = nullptr;
-  bool again = false;  // the second time: nothing is done where *redo is 0
+  bool again = false;  // the second time, when nothing is done where *redo is 0
 };
 void launch_close(const Close& close, cudaStream_t stream);
 
-// d(loss)/d(row outputs) as backward needs them.
+// The inputs of the rows' factors.
 struct FactorInputs {
   Listed list;
   RowOutputs rows;
   RowGradients upstream;
   const float* inv_temperature = nullptr;
   float softcap = 0;
-  float scale = 1;  // logit_scale
+  float scale = 1;  // this is logit_scale
 };
-// By rows: g = factor * x for all columns but the target's, where it is target_g.
+// What makes g by rows: it is factor * x for all columns but the target's, where it is target_g.
 struct RowFactors {
-  const float* reference = nullptr;  // these two: of References
-  const float* target_logit = nullptr;
+  const float* reference = nullptr;     // as References has it
+  const float* target_logit = nullptr;  // as References has it
   float* factor = nullptr;
   float* target_g = nullptr;
 };
 void launch_row_factors(const FactorInputs& k, const RowFactors& out, cudaStream_t stream);
 
-// E' = factor * E, bf16, zeros beyond the rows that count.
+// Writes factor * E in bf16, and zeros beyond the rows that count.
 void launch_scaled_rows(const Listed& list, const Matrix& e, const float* factor, int depth,
                         void* scaled, std::int64_t stride, cudaStream_t stream);
 
-// dE[position] = factor * sums + target_g * C[target].
+// Stores dE[position] = factor * sums + target_g * C[target].
 struct StoreDe {
   Listed list;
   const float* sums = nullptr;  // (rows, depth)
@@ -110,14 +107,14 @@ struct StoreDe {
 };
 void launch_store_de(const StoreDe& store, cudaStream_t stream);
 
-// Column sums of factor * x, added to dbias in fp64 in the order of the rows.
+// Adds the column sums of factor * x to dbias, in fp64 and in the order of the rows.
 void launch_add_dbias(const Listed& list, const void* x, std::int64_t x_stride, const float* factor,
                       double inverse_scale, int V, double* dbias, bool first, cudaStream_t stream);
 
-// Zeros in a matrix (the first chunk's dC) where no row counts at all.
+// Writes zeros to a matrix (the first chunk's dC) where no row counts at all.
 void launch_clear_if_none(const int* count, void* values, std::int64_t bytes, cudaStream_t stream);
 
-// Zeros in the rows of a 16-bit matrix that no tile of a logits kernel covered.
+// Writes zeros to the rows of a 16-bit matrix that no tile of a logits kernel covered.
 void launch_clear_rest(const Listed& list, void* matrix, std::int64_t stride, int columns,
                        int block_rows, cudaStream_t stream);
 

@@ -8,7 +8,7 @@ std::int64_t partial_entries(const Grid& grid, int rows) {
   const int blocks = (rows + grid.block_rows() - 1) / grid.block_rows();
   std::int64_t most = 0;
   // The fewer rows count, the smaller the groups may be. One more of the largest groups only adds
-  // entries, so the last numbers of blocks hold the most.
+  // entries, so one of the largest numbers of blocks has the most.
   for (int b = std::max(1, blocks - grid.largest_group + 1); b <= blocks; ++b) {
     const TileWalk walk = TileWalk::make(b, 1, grid.clusters(), grid.largest_group);
     std::int64_t entries = 0;

@@ -7,11 +7,9 @@
 namespace cutloss::cuda::fused {
 namespace {
 
-using cuda::kThreads;
-
 constexpr int kColumnsOfBlock = 2 * kThreads;
 
-// The sort's arrays: targets and rows as they come, and in the order of targets.
+// The sort's arrays: targets and rows as they come, and both in the order of targets.
 struct Order {
   unsigned *target, *row, *sorted_target, *sorted_row;
 };
@@ -22,14 +20,14 @@ Order order_of(const TargetSums& t) {
           first + 3 * std::int64_t{t.capacity}};
 }
 
-// Bits of V: rows without a target sort as V, behind all others.
+// The number of bits of V. Rows without a target sort as V, behind all others.
 int bits(int V) {
   int count = 1;
   while (count < 32 && (V >> count) != 0) ++count;
   return count;
 }
 
-// Equal targets stay in the order of their rows.
+// Sorts rows by target; equal targets stay in the order of their rows.
 cudaError_t sort(const Order& o, int capacity, int V, void* scratch, std::size_t& bytes,
                  cudaStream_t stream) {
   return cub::DeviceRadixSort::SortPairs(scratch, bytes, o.target, o.sorted_target, o.row,
@@ -39,9 +37,9 @@ cudaError_t sort(const Order& o, int capacity, int V, void* scratch, std::size_t
 __global__ void read_targets(Listed list, int capacity, int V, Order order) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= capacity) return;
-  const int left = *list.count - list.first;
+  const int left = *list.table.count - list.first;
   const bool counts = i < left && i < list.rows;
-  const int target = counts ? list.target[list.first + i] : -1;
+  const int target = counts ? list.table.target[list.first + i] : -1;
   order.target[i] = target < 0 ? V : target;
   order.row[i] = i;
 }
@@ -55,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) sum_targets(TargetSums t, Order orde
   if (target >= static_cast<unsigned>(t.V) || (first > 0 && targets[first - 1] == target)) return;
   int end = first + 1;
   if (end < t.capacity && targets[end] == target) {
-    int beyond = t.capacity;  // halving: entries before `end` are of this target
+    int beyond = t.capacity;  // the search halves: entries before `end` have this target
     while (end < beyond) {
       const int middle = end + (beyond - end) / 2;
       if (targets[middle] == target) {
@@ -87,37 +85,38 @@ __global__ void __launch_bounds__(kThreads) sum_targets(TargetSums t, Order orde
   for (int k = first + static_cast<int>(threadIdx.x); k < end; k += 32) {
     sum += t.target_g[row[k]];
   }
-  sum = cuda::warp_sum(sum);
+  sum = warp_sum(sum);
   if (threadIdx.x == 0) t.dbias[target] += sum * t.inverse_scale;
 }
 
 }  // namespace
 
 std::int64_t target_sort_bytes(int capacity) {
-  // Copies of the pairs, and what the sort's blocks tell each other.
+  // The sort needs copies of the pairs, and memory in which its blocks tell each other their
+  // counts.
   return std::int64_t{capacity} * 10 + (std::int64_t{1} << 17);
 }
 
 std::int64_t needed_sort_bytes(int capacity, int V) {
   std::size_t bytes = 0;
-  cuda::check(sort({}, capacity, V, nullptr, bytes, nullptr), "the size of a sort");
+  check(sort({}, capacity, V, nullptr, bytes, nullptr), "the size of a sort");
   return static_cast<std::int64_t>(bytes);
 }
 
 void launch_target_sums(const TargetSums& t, cudaStream_t stream) {
   const Order order = order_of(t);
-  cuda::launch(read_targets, "read_targets", divide_up(t.capacity, kThreads), kThreads, stream,
-               t.list, t.capacity, t.V, order);
+  launch(read_targets, "read_targets", divide_up(t.capacity, kThreads), kThreads, stream, t.list,
+         t.capacity, t.V, order);
   auto bytes = static_cast<std::size_t>(t.sort_bytes);
-  cuda::check(sort(order, t.capacity, t.V, t.sort, bytes, stream), "a sort of targets");
+  check(sort(order, t.capacity, t.V, t.sort, bytes, stream), "a sort of targets");
   const bool wants_dc = t.sums != nullptr;
   if (wants_dc) {
-    cuda::check(cudaMemsetAsync(t.sum_of_column, 0xff, std::size_t(t.V) * 4, stream),
-                "clearing of the targets' places");
+    check(cudaMemsetAsync(t.sum_of_column, 0xff, std::size_t(t.V) * 4, stream),
+          "clearing of the targets' places");
   }
   const dim3 blocks(t.capacity, wants_dc ? divide_up(t.depth, kColumnsOfBlock) : 1);
   sum_targets<<<blocks, kThreads, 0, stream>>>(t, order);
-  cuda::check(cudaGetLastError(), "sum_targets");
+  check(cudaGetLastError(), "sum_targets");
 }
 
 }  // namespace cutloss::cuda::fused

@@ -8,28 +8,26 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define CUTLOSS_WALK __host__ __device__
-#else
-#define CUTLOSS_WALK
-#endif
+#include "core/host_device.h"
+
+#define CUTLOSS_WALK CUTLOSS_HOST_DEVICE
 
 namespace cutloss::cuda::fused {
 
 struct TilePosition {
   int row_block;
   int column_tile;
-  int run;  // which run of equal groups
+  int run;  // the number of its run of equal groups
 };
 
 struct TileWalk {
-  // Groups of one size, one after the other.
+  // A run is some groups of one size, one after the other.
   struct Run {
     int first_tile;
     int first_block;
-    int group;  // row blocks in each group
+    int group;  // how many row blocks each group has
   };
-  static constexpr int kMostRuns = 8;  // the divisors of a number below 200 that are ever used
+  static constexpr int kMostRuns = 8;  // no number below 200 needs more of its divisors
 
   int runs = 0;
   int tiles = 0;
@@ -38,7 +36,7 @@ struct TileWalk {
   int clusters = 1;
   Run run[kMostRuns];
 
-  // Greedy: the largest divisor of `clusters` that is at most `largest` and what is left.
+  // Each group is the largest divisor of `clusters` that is at most `largest` and what is left.
   CUTLOSS_WALK static TileWalk make(int row_blocks, int column_tiles, int clusters, int largest) {
     TileWalk walk;
     walk.row_blocks = row_blocks;
@@ -51,7 +49,7 @@ struct TileWalk {
       const int left = row_blocks - first;
       if (group > left) group = left;
       while (clusters % group != 0) --group;
-      // The last run takes the rest: groups of one, where it must.
+      // The last run takes all that is left, in groups of one.
       const bool last = walk.runs == kMostRuns - 1;
       if (last) group = 1;
       walk.run[walk.runs++] = {first * column_tiles, first, group};
@@ -81,21 +79,21 @@ struct TileWalk {
   CUTLOSS_WALK int sharer(int r, int cluster) const { return cluster / run[r].group; }
 };
 
-// The same of two products in one kernel, whose tiles take different times: few long ones, and many
-// short ones, of which the clusters that have one long tile less take so many first that all end
-// together. Clusters of an odd number take their short tiles before the long ones: what short tiles
-// read and write of memory passes beside the others' multiplications.
+// The walk of two products in one kernel, whose tiles take different times: few long ones, and many
+// short ones. Clusters that have one long tile less take more short ones, so that all end together.
+// Clusters of an odd number take their short tiles before the long ones: what short tiles read from
+// memory and write to it passes beside the others' multiplications.
 struct TwoWalks {
   TileWalk long_tiles, short_tiles;
-  int heavy = 0;  // the first so many clusters have one long tile more than the others ...
-  int ahead = 0;  // ... which have so many short tiles more
+  int heavy = 0;  // how many clusters, the first ones, have one long tile more than the others
+  int ahead = 0;  // how many short tiles more these others have
 
   struct Item {
     bool is_long;
-    int tile;  // of its walk; -1: the cluster has no more
+    int tile;  // its number in its walk; -1 where the cluster has no more
   };
 
-  // `long_time` and `short_time`: what a tile takes, in any unit.
+  // `long_time` and `short_time` are what a tile takes, in any unit.
   CUTLOSS_WALK static TwoWalks make(const TileWalk& long_tiles, const TileWalk& short_tiles,
                                     int long_time, int short_time) {
     TwoWalks walks{long_tiles, short_tiles, long_tiles.tiles % long_tiles.clusters};
@@ -126,7 +124,7 @@ struct TwoWalks {
     return {false, light * ahead + (n - more) * clusters + clusters - 1 - cluster};
   }
 
-  // When the last cluster ends.
+  // The time at which the last cluster ends.
   CUTLOSS_WALK std::int64_t time(int long_time, int short_time) const {
     std::int64_t most = 0;
     const int latest[] = {heavy > 0 ? heavy - 1 : 0, heavy, long_tiles.clusters - 1};
@@ -139,7 +137,7 @@ struct TwoWalks {
   }
 
  private:
-  // How many of 0, step, 2 step, ... lie below `end`.
+  // Counts how many of 0, step, 2 step, ... lie below `end`.
   CUTLOSS_WALK static int every(int end, int step) { return end > 0 ? (end + step - 1) / step : 0; }
 };
 

@@ -1,4 +1,4 @@
-// The sizes of the fused engine, and why. Measured on an H200 (docs/kernels.md).
+// The sizes of the fused engine, with the reasons. They were measured on an H200 (docs/kernels.md).
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace cutloss::cuda::fused {
 
-// Rows come in blocks of so many.
+// How many rows a block has.
 inline constexpr std::int64_t kBlockRows = 256;
 
 // Beyond this a slab of gradients gains nothing: slabs of 44,000 to 51,000 columns (1 GiB in
@@ -18,17 +18,17 @@ inline constexpr std::int64_t kBlockRows = 256;
 // 26,000 (512 MiB).
 inline constexpr std::int64_t kMostSlab = 26112;
 inline constexpr std::int64_t kSlabUnit = 64;
-// Under this most of the device would wait.
+// With fewer columns most of the device would wait.
 inline constexpr std::int64_t kLeastSlab = 768;
-// By rows: chunks of more rows gain little, dC's sums pass by once for each.
+// By rows chunks of more rows gain little. dC's sums are read and written once for each chunk.
 inline constexpr std::int64_t kGoodChunk = 2048;
 inline constexpr std::int64_t kMostChunk = 4096;
-// Under so many rows dC's sums take longer than a fourth product.
+// With fewer rows dC's sums take longer than a fourth product.
 inline constexpr std::int64_t kLeastChunk = 1024;
-// Columns of C that are converted at a time in forward where not all of it is.
+// How many columns of C are converted at a time in forward, where not all of them are.
 inline constexpr std::int64_t kForwardSlab = 24576;
 inline constexpr std::int64_t kSmallForwardSlab = 1536;
-// Columns of C that are converted at a time, as memory allows.
+// How many columns of C are converted at a time, as memory allows.
 inline constexpr std::int64_t kSomeColumns[] = {32768, 8192};
 // cuBLASLt's workspace, as memory allows, and the time that less of it costs dE's product, in
 // products.

@@ -27,15 +27,15 @@ void Components<T>::add_statistics(const Block& block, bool keep) {
   products.multiply_logits(operands.e(block.rows, block.chunk), operands.c(block.columns),
                            block.rows.count, block.columns.count, z, stride);
   const std::int64_t in_chunk = block.rows.begin - block.chunk.begin;
-  StatisticsOf<T> what;
-  what.block = logit_block(z, stride, block.rows, block.columns);
-  what.states = call.buffer<RowState<T>>(buffer::kStates) + in_chunk;
-  what.entropy = call.p.wanted.entropy;
-  what.argmax = call.p.wanted.argmax;
-  what.zbar = call.p.wanted.zbar;
-  what.class_weight = operands.class_weight(block.columns.begin);
-  if (keep) what.kept = kept(in_chunk, block.columns.begin);
-  row_statistics(what, call.stream);
+  SlabStatistics<T> statistics;
+  statistics.block = logit_block(z, stride, block.rows, block.columns);
+  statistics.states = call.buffer<RowState<T>>(buffer::kStates) + in_chunk;
+  statistics.entropy = call.p.wanted.entropy;
+  statistics.argmax = call.p.wanted.argmax;
+  statistics.zbar = call.p.wanted.zbar;
+  statistics.class_weight = operands.class_weight(block.columns.begin);
+  if (keep) statistics.kept = kept(in_chunk, block.columns.begin);
+  row_statistics(statistics, call.stream);
 }
 
 template <class T>
@@ -65,37 +65,38 @@ BlockGradient Components<T>::place_of_g(const Block& block) const {
 }
 
 template <class T>
-GradientOf<T> Components<T>::gradient_of(const Block& block, const BlockGradient& g) {
-  GradientOf<T> what;
-  what.gradients = coefficients.of(block.chunk, block.rows.begin);
-  what.class_weight = operands.class_weight(block.columns.begin);
-  what.g = g.data;
-  what.g_stride = g.stride;
-  what.g_type = call.d.operand;
-  return what;
+SlabGradient<T> Components<T>::slab_gradient(const Block& block, const BlockGradient& g) {
+  SlabGradient<T> gradient;
+  gradient.gradients = coefficients.from(block.chunk, block.rows.begin);
+  gradient.class_weight = operands.class_weight(block.columns.begin);
+  gradient.g = g.data;
+  gradient.g_stride = g.stride;
+  gradient.g_type = call.d.operand;
+  return gradient;
 }
 
 template <class T>
 BlockGradient Components<T>::from_kept_logits(const Block& block) {
   const BlockGradient g = place_of_g(block);
-  GradientOf<T> what = gradient_of(block, g);
+  SlabGradient<T> gradient = slab_gradient(block, g);
   const Kept<T> place = kept(block.rows.begin - block.chunk.begin, block.columns.begin);
-  what.block = logit_block(place.exponentials ? nullptr : static_cast<T*>(place.data), place.stride,
-                           block.rows, block.columns);
-  what.transformed = !call.p.transform.softcap;  // with one the products are kept as they are
+  gradient.block = logit_block(place.exponentials ? nullptr : static_cast<T*>(place.data),
+                               place.stride, block.rows, block.columns);
+  gradient.transformed = !call.p.transform.softcap;  // with a softcap products are kept
   if (place.exponentials) {
-    row_gradient_from_exponentials(what, place, call.d.sizes.slab, call.stream);
+    row_gradient_from_exponentials(gradient, place, call.d.sizes.slab, call.stream);
   } else {
-    row_gradient(what, call.stream);
+    row_gradient(gradient, call.stream);
   }
   return g;
 }
 
-// As many logits at a time as forward has.
+// The logits are made in blocks of the sizes that the decision has for backward, several to a block
+// of g.
 template <class T>
 BlockGradient Components<T>::from_product(const Block& block) {
   const BlockGradient g = place_of_g(block);
-  GradientOf<T> what = gradient_of(block, g);
+  SlabGradient<T> gradient = slab_gradient(block, g);
   const DType operand = call.d.operand;
   const Sizes& s = call.d.sizes;
   T* z = call.buffer<T>(buffer::kZ);
@@ -109,26 +110,26 @@ BlockGradient Components<T>::from_product(const Block& block) {
       Matrix e = operands.e(block.rows, block.chunk);
       e.data = at(e.data, operand, r * e.stride);
       products.multiply_logits(e, c, some.count, slab.count, z, z_stride);
-      what.block = logit_block(z, z_stride, some, slab);
-      what.gradients = coefficients.of(block.chunk, some.begin);
-      what.class_weight = operands.class_weight(v);
-      what.g = at(g.data, operand, r * g.stride + (v - block.columns.begin));
-      row_gradient(what, call.stream);
+      gradient.block = logit_block(z, z_stride, some, slab);
+      gradient.gradients = coefficients.from(block.chunk, some.begin);
+      gradient.class_weight = operands.class_weight(v);
+      gradient.g = at(g.data, operand, r * g.stride + (v - block.columns.begin));
+      row_gradient(gradient, call.stream);
     }
   }
   return g;
 }
 
 template <class T>
-LogitBlock<T> Components<T>::logit_block(T* z, std::int64_t stride, RowRange of_rows,
+LogitBlock<T> Components<T>::logit_block(T* z, std::int64_t stride, RowRange block_rows,
                                          Columns columns) const {
   LogitBlock<T> block;
   block.z = z;
   block.stride = stride;
-  block.rows = static_cast<int>(of_rows.count);
+  block.rows = static_cast<int>(block_rows.count);
   block.columns = static_cast<int>(columns.count);
   block.table = rows.table();
-  block.first_entry = of_rows.begin;
+  block.first_entry = block_rows.begin;
   block.first_column = static_cast<int>(columns.begin);
   block.bias = operands.bias(columns.begin);
   block.softcap = operands.softcap();

@@ -1,4 +1,4 @@
-// What the sessions of cuda/library are made of.
+// The components that the sessions of cuda/library are made of.
 #pragma once
 
 #include <memory>
@@ -7,12 +7,12 @@
 #include "cuda/gradient_sums.h"
 #include "cuda/library/decision.h"
 #include "cuda/library/kernels.h"
-#include "cuda/rows/row_coefficients.h"
+#include "cuda/rows/chunk_coefficients.h"
 #include "loops/sweep.h"
 
 namespace cutloss::cuda::library {
 
-// T: the stat dtype.
+// T is the stat dtype.
 template <class T>
 struct Components {
   Components(std::shared_ptr<const Decision> decision, const Args& args, Pass pass)
@@ -24,16 +24,17 @@ struct Components {
         sums(call, rows, operands, products) {}
 
   void begin();
-  // Statistics of a chunk whose logits are forgotten, or kept.
+  // Makes the statistics of a chunk whose logits are kept or forgotten.
   void make_statistics(RowRange chunk, bool keep);
-  // Its gradients, from what was kept of its logits or from logits that are made once more.
+  // Makes the gradients of a chunk, from what was kept of its logits or from logits that are made
+  // once more.
   void make_gradients(RowRange chunk, bool from_kept);
 
   const Call call;
   ListedRows<T> rows;
   Operands<T> operands;
   Products products;
-  RowCoefficientsOf<T> coefficients;
+  ChunkCoefficients<T> coefficients;
   GradientSums<T> sums;
 
  private:
@@ -41,7 +42,7 @@ struct Components {
   BlockGradient from_kept_logits(const Block& block);
   BlockGradient from_product(const Block& block);
   BlockGradient place_of_g(const Block& block) const;
-  GradientOf<T> gradient_of(const Block& block, const BlockGradient& g);
+  SlabGradient<T> slab_gradient(const Block& block, const BlockGradient& g);
   LogitBlock<T> logit_block(T* z, std::int64_t stride, RowRange rows, Columns columns) const;
   Kept<T> kept(std::int64_t row_in_chunk, std::int64_t column) const;
 };

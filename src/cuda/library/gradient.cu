@@ -1,4 +1,4 @@
-// Backward's row pass: g of a block, from logits or from what forward kept.
+// Backward's row pass, which makes g of a block from logits or from what forward kept.
 #include "cuda/library/piece.cuh"
 
 namespace cutloss::cuda {
@@ -18,7 +18,7 @@ __device__ __forceinline__ Place place_of(int pieces) {
 }
 
 template <class T, class G>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int pieces) {
+__global__ void __launch_bounds__(kThreads) gradient_kernel(SlabGradient<T> s, int pieces) {
   using P = Piece<T>;
   const auto [row, piece] = place_of(pieces);
   if (row >= s.block.rows) return;
@@ -38,14 +38,15 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int
   const T cap = s.block.softcap;
   const T* bias = s.block.bias == nullptr ? nullptr : s.block.bias + first;
   if (cap != T(0)) {
-    add_bias(z, bias, columns);  // and no more: the slope is made of a, z on the way
+    add_bias(z, bias, columns);  // the slope is made of a, and z follows on the way
   } else if (!s.transformed) {
     transform_piece(z, bias, T(0), k.inv_temperature, columns);
   }
   int target = s.block.table.target[entry] - s.block.first_column - first;
   if (target >= kPieceColumns<T> || target >= columns) target = -1;
 
-  // Instructions bound this pass: what few losses want is behind branches that a piece takes whole.
+  // Instructions bound this pass, so what few losses want is behind branches that a piece takes
+  // whole.
   T g_target = 0;
   if (target >= 0) {
 #pragma unroll
@@ -90,8 +91,8 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientOf<T> s, int
 // K: of what is kept, and of g.
 template <class T, class K>
 __global__ void __launch_bounds__(kThreads)
-    from_exponentials_kernel(GradientOf<T> s, Kept<T> kept, std::int64_t slab, int pieces_per_slab,
-                             int pieces) {
+    from_exponentials_kernel(SlabGradient<T> s, Kept<T> kept, std::int64_t slab,
+                             int pieces_per_slab, int pieces) {
   constexpr int kVector = 16 / sizeof(K);
   constexpr int kVectors = kPieceColumns<T> / (32 * kVector);
   using Vector = Pack<K, kVector>;
@@ -146,7 +147,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A warp to a piece, counted in 32 bits: 2^41 logits.
+// The number of blocks, with a warp to a piece. Pieces are counted in 32 bits, which suffices for
+// 2^41 logits.
 std::int64_t blocks_for(std::int64_t rows, std::int64_t pieces) {
   if (rows * pieces > 0x7fffffff) {
     throw Error(ErrorCode::unsupported,
@@ -156,14 +158,14 @@ std::int64_t blocks_for(std::int64_t rows, std::int64_t pieces) {
 }
 
 template <class T, class G>
-void run(const GradientOf<T>& s, cudaStream_t stream) {
+void run(const SlabGradient<T>& s, cudaStream_t stream) {
   const std::int64_t pieces = divide_up(s.block.columns, kPieceColumns<T>);
   launch(gradient_kernel<T, G>, "row_gradient", blocks_for(s.block.rows, pieces), kThreads, stream,
          s, static_cast<int>(pieces));
 }
 
 template <class T, class K>
-void run(const GradientOf<T>& s, const Kept<T>& kept, std::int64_t slab, cudaStream_t stream) {
+void run(const SlabGradient<T>& s, const Kept<T>& kept, std::int64_t slab, cudaStream_t stream) {
   const std::int64_t per_slab = divide_up(slab, kPieceColumns<T>);
   const std::int64_t pieces = divide_up(s.block.columns, slab) * per_slab;
   launch(from_exponentials_kernel<T, K>, "row_gradient_from_exponentials",
@@ -173,40 +175,22 @@ void run(const GradientOf<T>& s, const Kept<T>& kept, std::int64_t slab, cudaStr
 
 }  // namespace
 
-template <>
-void row_gradient<float>(const GradientOf<float>& s, cudaStream_t stream) {
-  switch (s.g_type) {
-    case DType::bf16:
-      return run<float, __nv_bfloat16>(s, stream);
-    case DType::f16:
-      return run<float, __half>(s, stream);
-    default:
-      return run<float, float>(s, stream);
-  }
+template <class T>
+void row_gradient(const SlabGradient<T>& s, cudaStream_t stream) {
+  for_stored_type<T>(s.g_type, [&]<class G>(G*) { run<T, G>(s, stream); });
 }
 
-template <>
-void row_gradient<double>(const GradientOf<double>& s, cudaStream_t stream) {
-  run<double, double>(s, stream);
+template <class T>
+void row_gradient_from_exponentials(const SlabGradient<T>& s, const Kept<T>& kept,
+                                    std::int64_t slab, cudaStream_t stream) {
+  for_stored_type<T>(s.g_type, [&]<class G>(G*) { run<T, G>(s, kept, slab, stream); });
 }
 
-template <>
-void row_gradient_from_exponentials<float>(const GradientOf<float>& s, const Kept<float>& kept,
-                                           std::int64_t slab, cudaStream_t stream) {
-  switch (s.g_type) {
-    case DType::bf16:
-      return run<float, __nv_bfloat16>(s, kept, slab, stream);
-    case DType::f16:
-      return run<float, __half>(s, kept, slab, stream);
-    default:
-      return run<float, float>(s, kept, slab, stream);
-  }
-}
-
-template <>
-void row_gradient_from_exponentials<double>(const GradientOf<double>& s, const Kept<double>& kept,
-                                            std::int64_t slab, cudaStream_t stream) {
-  run<double, double>(s, kept, slab, stream);
-}
+#define CUTLOSS_INSTANCES(T)                                                           \
+  template void row_gradient(const SlabGradient<T>&, cudaStream_t);                    \
+  template void row_gradient_from_exponentials(const SlabGradient<T>&, const Kept<T>&, \
+                                               std::int64_t, cudaStream_t);
+CUTLOSS_INSTANCES(float)
+CUTLOSS_INSTANCES(double)
 
 }  // namespace cutloss::cuda

@@ -1,5 +1,5 @@
-// The row kernels that work on slabs of logits in memory: each function launches on a stream and
-// returns. T is the stat dtype, float or double.
+// The row kernels that work on slabs of logits in memory. Each function launches a kernel on a
+// stream and returns. T is the stat dtype, float or double.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,11 +12,11 @@
 
 namespace cutloss::cuda {
 
-// Columns that one warp takes at a time; what is kept has a maximum for each such piece.
+// How many columns one warp takes at a time. What is kept has a maximum for each such piece.
 template <class T>
 inline constexpr int kPieceColumns = 4096 / sizeof(T);
 
-// A block of logits in memory: before bias, softcap and temperature.
+// A block of logits in memory, to which bias, softcap and temperature are not yet applied.
 template <class T>
 struct LogitBlock {
   T* z = nullptr;
@@ -25,53 +25,54 @@ struct LogitBlock {
   int columns = 0;
   RowTable table;
   std::int64_t first_entry = 0;
-  int first_column = 0;     // of the vocabulary
-  const T* bias = nullptr;  // of these columns, or null
-  T softcap = 0;            // 0: none
+  int first_column = 0;     // the block's first column in the vocabulary
+  const T* bias = nullptr;  // the bias of these columns, or null
+  T softcap = 0;            // 0 where there is none
 };
 
-// What forward keeps for backward: a row-major matrix of the chunk's rows.
+// What forward keeps for backward, a row-major matrix of the chunk's rows.
 template <class T>
 struct Kept {
   void* data = nullptr;  // the block's first row and column, or null
   std::int64_t stride = 0;
   DType type = DType::f32;
   bool exponentials = false;
-  T* maxima = nullptr;  // of the block's first row and piece
+  T* maxima = nullptr;  // that of the block's first row and piece
   std::int64_t maxima_stride = 0;
 };
 
-// What e^(z - maximum) is multiplied with before it is kept: fp16 then holds 2^-38 of a maximum.
+// The factor that e^(z - maximum) gets before it is kept: fp16 then holds 2^-38 of a maximum.
 constexpr float kept_scale(DType type) { return type == DType::f16 ? 0x1p14f : 1.0f; }
 
 template <class T>
-struct StatisticsOf {
+struct SlabStatistics {
   LogitBlock<T> block;
-  RowState<T>* states = nullptr;  // of the block's first row
+  RowState<T>* states = nullptr;  // that of the block's first row
   bool entropy = false, argmax = false, zbar = false;
-  const T* class_weight = nullptr;  // of these columns, or null: ones
+  const T* class_weight = nullptr;  // the weights of these columns, or null for ones
   Kept<T> kept;
 };
 template <class T>
-void row_statistics(const StatisticsOf<T>& what, cudaStream_t stream);
+void row_statistics(const SlabStatistics<T>& s, cudaStream_t stream);
 
 template <class T>
-struct GradientOf {
-  LogitBlock<T> block;                        // z: logits, or what is kept (as T)
-  const RowGradient<T>* gradients = nullptr;  // of the block's first row
+struct SlabGradient {
+  LogitBlock<T> block;                        // its z are logits, or what is kept, as T
+  const RowGradient<T>* gradients = nullptr;  // those of the block's first row on
   const T* class_weight = nullptr;
-  bool transformed = false;  // z is final: kept, without a softcap
+  bool transformed = false;  // z is kept without a softcap, so the transform is applied already
   void* g = nullptr;
   std::int64_t g_stride = 0;
   DType g_type = DType::f32;
 };
-// g from logits.
+// Makes g from logits.
 template <class T>
-void row_gradient(const GradientOf<T>& what, cudaStream_t stream);
+void row_gradient(const SlabGradient<T>& s, cudaStream_t stream);
 
-// g from kept exponentials; columns begin at a slab, `slab` columns to a slab. May be in place.
+// Makes g from kept exponentials, maybe in their place. The block begins with a slab, and a slab
+// has `slab` columns.
 template <class T>
-void row_gradient_from_exponentials(const GradientOf<T>& what, const Kept<T>& kept,
+void row_gradient_from_exponentials(const SlabGradient<T>& s, const Kept<T>& kept,
                                     std::int64_t slab, cudaStream_t stream);
 
 }  // namespace cutloss::cuda

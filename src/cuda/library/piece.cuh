@@ -1,5 +1,5 @@
-// A piece of a row of logits in the registers of one warp: kPieceColumns columns, of which a lane
-// holds vectors of 16 bytes, 32 vectors apart. Nothing is read beyond the row's stride.
+// A piece of a row of logits in the registers of one warp. It has kPieceColumns columns, of which a
+// lane holds vectors of 16 bytes, 32 vectors apart. Nothing is read beyond the row's stride.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,22 @@ struct Piece {
   }
 };
 
-// `columns`: from the piece's first to the end of the row.
+// Calls use(pointer to an element type) for a dtype in which numbers of the stat dtype T are
+// stored.
+template <class T, class Use>
+void for_stored_type(DType type, Use use) {
+  if constexpr (std::is_same_v<T, double>) {
+    use(static_cast<double*>(nullptr));
+  } else if (type == DType::bf16) {
+    use(static_cast<__nv_bfloat16*>(nullptr));
+  } else if (type == DType::f16) {
+    use(static_cast<__half*>(nullptr));
+  } else {
+    use(static_cast<float*>(nullptr));
+  }
+}
+
+// Reads a piece. `columns` is the number from the piece's first to the end of the row.
 template <class T>
 __device__ __forceinline__ void load_piece(const T* from, int columns,
                                            T (&value)[Piece<T>::kValues]) {
@@ -52,7 +67,7 @@ __device__ __forceinline__ void store_piece(const T (&value)[Piece<T>::kValues],
   }
 }
 
-// bias: the piece's first, or null.
+// Adds the bias, which points to that of the piece's first column, or is null.
 template <class T>
 __device__ __forceinline__ void add_bias(T (&value)[Piece<T>::kValues], const T* bias,
                                          int columns) {
@@ -64,7 +79,7 @@ __device__ __forceinline__ void add_bias(T (&value)[Piece<T>::kValues], const T*
   }
 }
 
-// z = softcap(a + bias) * inv_temperature.
+// Makes z = softcap(a + bias) * inv_temperature.
 template <class T>
 __device__ __forceinline__ void transform_piece(T (&value)[Piece<T>::kValues], const T* bias,
                                                 T softcap, T inv_temperature, int columns) {

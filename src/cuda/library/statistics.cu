@@ -1,7 +1,6 @@
-// Forward's row pass: one read of a block of logits. A warp takes a piece of a row at a time and
-// joins it to the row's state, as logit_math.h says; where rows are few, several warps share one,
-// each a run of pieces, joined in order.
-#include <algorithm>
+// Forward's row pass, which reads a block of logits once. A warp takes a piece of a row at a time
+// and joins it to the row's state, as row_state.h says. Where rows are few several warps share one:
+// each takes a run of pieces, and the runs are joined in order.
 
 #include "cuda/library/piece.cuh"
 
@@ -10,13 +9,13 @@ namespace {
 
 constexpr int kWarps = kThreads / 32;
 
-// What is kept where nothing is: the kernel then needs fewer registers.
+// The type of what is kept where nothing is: the kernel then needs fewer registers.
 struct Nothing {};
 
-// A piece's e^(z - shift) to memory, times the softcap's slope; the target's place then holds its
-// own slope. Instructions bound this pass, so what most losses do not want is behind branches that
-// a whole piece takes. `from`, `bias`: the piece's, which the slopes are made of. They are read
-// once more, from a cache: there are no registers in which they could have waited.
+// Writes a piece's e^(z - shift) times the softcap's slope to memory. The target's place then holds
+// its own slope. Instructions bound this pass, so what most losses do not want is behind branches
+// that a whole piece takes. The slopes are made of `from` and `bias`, those of the piece, which are
+// read once more, from a cache: there are no registers in which they could have waited.
 template <class T, class K>
 __device__ __forceinline__ void keep_piece(T (&e)[Piece<T>::kValues], T softcap, const T* from,
                                            const T* bias, int target, K* kept, int columns) {
@@ -46,12 +45,12 @@ __device__ __forceinline__ void keep_piece(T (&e)[Piece<T>::kValues], T softcap,
 }
 
 template <class T, class K, bool kAll>
-__device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t row, int piece,
+__device__ __forceinline__ void add_piece(const SlabStatistics<T>& s, std::int64_t row, int piece,
                                           int vocabulary_target, T inv_temperature,
                                           RowState<T>& state) {
   using P = Piece<T>;
   const int first = piece * kPieceColumns<T>;
-  const int columns = s.block.columns - first;  // or more than a piece
+  const int columns = s.block.columns - first;  // there may be more than a piece has
   T z[P::kValues];
   const T* from = s.block.z + row * s.block.stride + first;
   const T* bias = s.block.bias == nullptr ? nullptr : s.block.bias + first;
@@ -142,17 +141,17 @@ __device__ __forceinline__ void add_piece(const StatisticsOf<T>& s, std::int64_t
   merge(state, part);
 }
 
-// Blocks on a multiprocessor, as registers allow.
+// How many blocks share a multiprocessor, as registers allow.
 template <class T, class K, bool kAll>
 constexpr int kBlocks = sizeof(T) == 8                        ? 1
                         : std::is_same_v<K, Nothing> && !kAll ? 3
                                                               : 2;
 
-// kAll: entropy, zbar or argmax are wanted.
+// With kAll entropy, zbar or argmax are wanted.
 template <class T, class K, bool kAll>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
-    statistics_kernel(StatisticsOf<T> s, int warps_per_row) {
-  // Bytes, because a RowState has initialisers, which shared memory may not have.
+    statistics_kernel(SlabStatistics<T> s, int warps_per_row) {
+  // These are bytes because a RowState has initialisers, which shared memory may not have.
   alignas(16) __shared__ unsigned char bytes[kWarps * sizeof(RowState<T>)];
   auto* shared = reinterpret_cast<RowState<T>*>(bytes);
   const int warp = threadIdx.x / 32;
@@ -164,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
   RowState<T> state;
   if (live) {
     if (part == 0 && s.block.first_column > 0) state = s.states[row];
-    if (!kAll) {  // registers are short: what is not wanted shall not take one
+    if (!kAll) {  // registers are short, so what is not wanted must not take one
       state.zbar = state.weight_seen = 0;
       state.argmax = -1;
     }
@@ -186,7 +185,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, kAll>))
   if (live && part == 0 && threadIdx.x % 32 == 0) s.states[row] = state;
 }
 
-// Enough warps to fill a large GPU; the same on every GPU, so that all make the same bits.
+// How many warps share a row: enough in all to fill a large GPU. The number is the same for every
+// GPU, so that all make the same bits.
 int warps_for(std::int64_t rows, std::int64_t pieces) {
   constexpr std::int64_t kEnough = 4096;
   int warps = 1;
@@ -195,7 +195,7 @@ int warps_for(std::int64_t rows, std::int64_t pieces) {
 }
 
 template <class T, class K>
-void run(const StatisticsOf<T>& s, cudaStream_t stream) {
+void run(const SlabStatistics<T>& s, cudaStream_t stream) {
   const int warps = warps_for(s.block.rows, divide_up(s.block.columns, kPieceColumns<T>));
   const bool all = s.entropy || s.zbar || s.argmax;
   launch(all ? statistics_kernel<T, K, true> : statistics_kernel<T, K, false>, "row_statistics",
@@ -204,22 +204,12 @@ void run(const StatisticsOf<T>& s, cudaStream_t stream) {
 
 }  // namespace
 
-template <>
-void row_statistics<float>(const StatisticsOf<float>& s, cudaStream_t stream) {
-  if (s.kept.data == nullptr) return run<float, Nothing>(s, stream);
-  switch (s.kept.type) {
-    case DType::bf16:
-      return run<float, __nv_bfloat16>(s, stream);
-    case DType::f16:
-      return run<float, __half>(s, stream);
-    default:
-      return run<float, float>(s, stream);
-  }
+template <class T>
+void row_statistics(const SlabStatistics<T>& s, cudaStream_t stream) {
+  if (s.kept.data == nullptr) return run<T, Nothing>(s, stream);
+  for_stored_type<T>(s.kept.type, [&]<class K>(K*) { run<T, K>(s, stream); });
 }
-
-template <>
-void row_statistics<double>(const StatisticsOf<double>& s, cudaStream_t stream) {
-  s.kept.data == nullptr ? run<double, Nothing>(s, stream) : run<double, double>(s, stream);
-}
+template void row_statistics(const SlabStatistics<float>& s, cudaStream_t stream);
+template void row_statistics(const SlabStatistics<double>& s, cudaStream_t stream);
 
 }  // namespace cutloss::cuda

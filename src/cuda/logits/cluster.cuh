@@ -1,12 +1,13 @@
-// Instructions that some GPUs have and others lack, one wrapper each: copies that run on their own
-// (sm_80), clusters of blocks that see each other's shared memory (sm_90). PTX ISA 7.8 and later.
+// Wrappers of instructions that some GPUs have and others lack: copies that run on their own
+// (sm_80), and clusters of blocks that see each other's shared memory (sm_90). They need PTX ISA
+// 7.8 or later.
 #pragma once
 
 #include <cstdint>
 
 namespace cutloss::cuda {
 
-// Copies 16 bytes to shared memory. Seen by this thread after fetch_wait; before sm_80 at once.
+// Copies 16 bytes to shared memory. This thread sees them after fetch_wait; before sm_80 at once.
 __device__ __forceinline__ void fetch(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
@@ -33,14 +34,14 @@ __device__ __forceinline__ void fetch_wait() {
 #endif
 }
 
-// Every thread of the cluster arrives, then waits for all others; what was written to shared memory
-// before the one is seen after the other.
+// Every thread of the cluster arrives, then waits for all others. What was written to shared memory
+// before the arrival is seen after the wait.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
-// The same where nothing was written for others: no fence that waits for the thread's own stores.
+// Arrives where nothing was written for others: no fence waits for the thread's own stores.
 __device__ __forceinline__ void cluster_arrive_after_reads() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -52,7 +53,7 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// The same place in the shared memory of another block of the cluster.
+// Returns the address of the same place in the shared memory of another block of the cluster.
 template <class T>
 __device__ __forceinline__ const T* in_block(const T* shared, int block) {
 #if __CUDA_ARCH__ >= 900

@@ -1,4 +1,7 @@
-// Losses over logits on a device.
+// Losses over logits on a CUDA device, and the table of what CUDA devices do without a plan.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <limits>
 
 #include "core/dtype.h"
@@ -15,7 +18,7 @@ namespace cutloss {
 namespace {
 
 cuda::RowFacts facts_of(const Problem& p, const LogitsArgs& args) {
-  // What a vector of 16 bytes holds beyond the last column must be a number, too.
+  // Columns that a vector of 16 bytes holds beyond the last one must fit into 32 bits, too.
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() - 64;
   std::string refusal = cuda::index_refusal(p, cuda::current_device());
   if (refusal.empty()) refusal = cuda::size_refusal(p.rows, classes_of(p).total, kMost);
@@ -36,7 +39,8 @@ cuda::LogitRows<T> rows_of(const Problem& p, const LogitsArgs& args, Pass pass) 
   rows.gradient_row_stride = p.wanted.dlogits_row_stride;
   rows.statistics = makes_statistics(pass);
   rows.rows = args.rows;
-  // What is not wanted is not written, even where there is room for it. Backward reads the entropy.
+  // Outputs that are not wanted are not written, even where there is room. Backward reads the
+  // entropy.
   const bool reads_entropy = !makes_statistics(pass) && args.upstream.d_entropy != nullptr;
   if (!p.wanted.entropy && !reads_entropy) rows.rows.entropy = nullptr;
   if (!p.wanted.zbar || !makes_statistics(pass)) rows.rows.zbar = rows.rows.zbar_centred = nullptr;
@@ -55,14 +59,20 @@ void cuda::logits(const Problem& p, const LogitsArgs& args, Pass pass) {
   const int blocks = logits_of(p).blocks_per_row;
   switch (logits_of(p).type) {
     case DType::bf16:
-      return cuda::logit_rows_bf16(rows_of<float>(p, args, pass), blocks, stream);
+      return cuda::run_logit_rows<__nv_bfloat16>(rows_of<float>(p, args, pass), blocks, stream);
     case DType::f16:
-      return cuda::logit_rows_f16(rows_of<float>(p, args, pass), blocks, stream);
+      return cuda::run_logit_rows<__half>(rows_of<float>(p, args, pass), blocks, stream);
     case DType::f32:
-      return cuda::logit_rows_f32(rows_of<float>(p, args, pass), blocks, stream);
+      return cuda::run_logit_rows<float>(rows_of<float>(p, args, pass), blocks, stream);
     case DType::f64:
-      return cuda::logit_rows_f64(rows_of<double>(p, args, pass), blocks, stream);
+      return cuda::run_logit_rows<double>(rows_of<double>(p, args, pass), blocks, stream);
   }
+}
+
+const DeviceCalls& cuda_calls() {
+  static constexpr DeviceCalls calls{cuda::loss_terms,   cuda::sum_loss, cuda::close_rows,
+                                     cuda::empty_states, cuda::logits,   cuda::scale};
+  return calls;
 }
 
 }  // namespace cutloss

@@ -1,6 +1,6 @@
 // One kernel for statistics and gradient of rows of logits.
 //
-// Memory is what it waits for. A row is therefore read once: the blocks that share it (a cluster,
+// The kernel waits for memory. A row is therefore read once: the blocks that share it (a cluster,
 // which exchanges a few numbers) hold it in their shared memory between the statistics, which need
 // all of it, and the gradient. What does not fit there is read again, from the L2 cache at best.
 // Copies to shared memory run ahead of the arithmetic, and several blocks share a multiprocessor,
@@ -12,7 +12,6 @@
 
 #include <climits>
 #include <cmath>
-#include <limits>
 
 #include "core/loss_terms.h"
 #include "core/row_outputs.h"
@@ -27,27 +26,27 @@ namespace {
 
 constexpr int kMostRowThreads = 512;
 
-// Blocks of so many threads on a multiprocessor, for which the compiler limits registers. Where the
-// sum alone is wanted 40 do: with 62 fewer blocks are there, and rows of 131072 took 1.54 times the
-// time of their copy instead of 1.31 (H200). Counting instructions is worth it: reading shared
-// memory by 16 bytes instead of 2 made that 1.23.
+// How many blocks of kMostRowThreads share a multiprocessor, for which the compiler limits
+// registers. Where the sum alone is wanted 40 registers suffice: with 62 fewer blocks fit, and rows
+// of 131072 took 1.54 times the time of their copy instead of 1.31 (H200). Counting instructions is
+// worth it: reading shared memory by 16 bytes instead of 2 made that 1.23.
 template <class T, bool kPlain>
 constexpr int kBlocksAtOnce = sizeof(T) == 8 ? 1
                               : kPlain       ? 3
                                              : 2;
 
-constexpr int kAhead = 8;  // copies to shared memory that a thread has under way
+constexpr int kAhead = 8;  // how many copies to shared memory a thread has under way
 
 template <class E>
 using Vector = Pack<E, 16 / static_cast<int>(sizeof(E))>;
 template <class E>
 constexpr int kVectorOf = 16 / static_cast<int>(sizeof(E));
 
-// A column that no vector holds: what is in none of [0, V) must not be found among the elements of
+// A column that no vector holds. A target outside of [0, V) must not be found among the elements of
 // other rows either.
 constexpr int kNoColumn = INT_MIN / 2;
 
-// e^x for x <= 0 in two instructions, to 2 ulp; results under 2^-126 are 0.
+// Makes e^x for x <= 0 in two instructions, to 2 ulp; results under 2^-126 are 0.
 __device__ __forceinline__ float exp_nonpositive(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
@@ -55,7 +54,7 @@ __device__ __forceinline__ float exp_nonpositive(float x) {
 }
 __device__ __forceinline__ double exp_nonpositive(double x) { return exp(x); }
 
-// All 16 bytes at once: left to itself the compiler reads shared memory element by element.
+// Reads all 16 bytes at once: left to itself the compiler reads shared memory element by element.
 template <class E>
 __device__ __forceinline__ Vector<E> load(const Vector<E>* at) {
   Vector<E> vector;
@@ -65,7 +64,8 @@ __device__ __forceinline__ Vector<E> load(const Vector<E>* at) {
 
 template <class E, class T>
 __device__ __forceinline__ void widen_all(const Vector<E>& vector, T (&z)[kVectorOf<E>]) {
-  if constexpr (std::is_same_v<E, __nv_bfloat16>) {  // an instruction each, two through cuda_bf16.h
+  if constexpr (std::is_same_v<E, __nv_bfloat16>) {  // this takes one instruction each, cuda_bf16.h
+                                                     // two
     const auto* pairs = reinterpret_cast<const unsigned*>(vector.value);
 #pragma unroll
     for (int i = 0; i < kVectorOf<E>; i += 2) {
@@ -83,7 +83,7 @@ __device__ __forceinline__ Vector<E> narrow_all(const T (&z)[kVectorOf<E>]) {
   Vector<E> vector;
 #pragma unroll
   for (int i = 0; i < kVectorOf<E>; ++i) {
-    // The 16-bit dtypes in pairs: half the instructions.
+    // The 16-bit dtypes are rounded in pairs, which takes half the instructions.
     if constexpr (std::is_same_v<E, __nv_bfloat16>) {
       if (i % 2 == 0) {
         *reinterpret_cast<__nv_bfloat162*>(&vector.value[i]) =
@@ -104,8 +104,8 @@ __device__ __forceinline__ Vector<E> narrow_all(const T (&z)[kVectorOf<E>]) {
 template <class E>
 struct Slice {
   const Vector<E>* data;
-  int first_column;  // of data[0]; less than 0 where the row begins later
-  int count;         // vectors
+  int first_column;  // the column of data[0], less than 0 where the row begins later
+  int count;         // how many vectors it has
 };
 
 template <class E>
@@ -119,8 +119,8 @@ __device__ __forceinline__ Slice<E> slice_of(const E* row, int V, int parts, int
           min(each, vectors - first)};
 }
 
-// Calls use(vector, i) for the thread's vectors of [begin, end), kAtOnce loads ahead of the first
-// use.
+// Calls use(vector, i) for the thread's vectors of [begin, end). kAtOnce loads are ahead of the
+// first use.
 template <int kAtOnce, class E, class Use>
 __device__ __forceinline__ void for_each_vector(const Vector<E>* data, int begin, int end,
                                                 Use use) {
@@ -142,7 +142,7 @@ __device__ __forceinline__ void for_each_vector(const Vector<E>* data, int begin
 template <class T>
 struct RowView {
   int V;
-  int target;  // or kNoColumn
+  int target;  // the target's column, or kNoColumn
   T softcap, inv_temperature;
 };
 
@@ -163,8 +163,8 @@ __device__ __forceinline__ bool holds_target(const RowView<T>& row, int column) 
          static_cast<unsigned>(kVector);
 }
 
-// Joins a vector's logits to a thread's state, as logit_math.h's merge does. kPlain: z is the logit
-// as it is, and nothing but the sum is wanted.
+// Joins a vector's logits to a thread's state, as row_state.h's merge does. With kPlain z is the
+// logit as it is, and nothing but the sum is wanted.
 template <bool kPlain, class E, class T>
 __device__ __forceinline__ void add_vector(const LogitRows<T>& s, const RowView<T>& row,
                                            const Vector<E>& vector, int column,
@@ -238,8 +238,9 @@ __device__ __forceinline__ int warp_min(int value) {
   return value;
 }
 
-// The states of a warp's lanes, of different columns, become one, in every lane: row_state.h's
-// merge of all at once. Of equal logits the first is the argmax, whichever lane has it.
+// Merges the states of a warp's lanes, which are of different columns, to one in every lane. It is
+// row_state.h's merge of all at once. Of equal logits the first is the argmax, whichever lane has
+// it.
 template <bool kPlain, class T>
 __device__ void merge_lanes(RowState<T>& state) {
   const T top = warp_max(state.max);
@@ -261,11 +262,12 @@ __device__ void merge_lanes(RowState<T>& state) {
   if (found != 0) state.target_logit = __shfl_sync(kAllLanes, state.target_logit, __ffs(found) - 1);
 }
 
-// The gradient of a vector's logits.
+// Makes the gradient of a vector's logits.
 template <bool kPlain, class E, class T>
-__device__ __forceinline__ Vector<E> gradient_of(const RowCoefficients<T>& k, const RowView<T>& row,
-                                                 T target_g, T factor, const T* class_weight,
-                                                 const Vector<E>& vector, int column) {
+__device__ __forceinline__ Vector<E> vector_gradient(const RowCoefficients<T>& k,
+                                                     const RowView<T>& row, T target_g, T factor,
+                                                     const T* class_weight, const Vector<E>& vector,
+                                                     int column) {
   constexpr int kVector = kVectorOf<E>;
   T z[kVector];
   widen_all<E>(vector, z);
@@ -301,7 +303,7 @@ __device__ __forceinline__ Vector<E> gradient_of(const RowCoefficients<T>& k, co
 template <class E>
 struct Output {
   E* row;
-  bool aligned;  // its vectors lie as those of the logits do
+  bool aligned;  // whether its vectors lie as those of the logits do
 
   __device__ __forceinline__ void store(const Vector<E>& vector, int column, int V) const {
     constexpr int kVector = kVectorOf<E>;
@@ -316,8 +318,8 @@ struct Output {
   }
 };
 
-// `held`: vectors that a block has shared memory for. Blocks that make statistics together are a
-// cluster.
+// `held` is the number of vectors that a block has shared memory for. Blocks that make statistics
+// together are a cluster.
 template <class E, class T, bool kPlain>
 __global__ void __launch_bounds__(kMostRowThreads, (kBlocksAtOnce<T, kPlain>))
     logit_rows_kernel(LogitRows<T> s, int blocks_per_row, int held) {
@@ -325,9 +327,10 @@ __global__ void __launch_bounds__(kMostRowThreads, (kBlocksAtOnce<T, kPlain>))
   constexpr int kAtOnce = 2;
   extern __shared__ uint4 shared_vectors[];
   auto* kept = reinterpret_cast<Vector<E>*>(shared_vectors);
-  // Bytes, because a RowState has initialisers, which shared memory may not have.
+  // These are bytes because a RowState has initialisers, which shared memory may not have.
   alignas(16) __shared__ unsigned char state_bytes[33 * sizeof(RowState<T>)];
-  auto* states = reinterpret_cast<RowState<T>*>(state_bytes);  // of warps, then of the block
+  auto* states =
+      reinterpret_cast<RowState<T>*>(state_bytes);  // those of the warps, then the block's
   __shared__ RowCoefficients<T> shared_k;
   __shared__ T shared_target_g;
 
@@ -441,15 +444,16 @@ __global__ void __launch_bounds__(kMostRowThreads, (kBlocksAtOnce<T, kPlain>))
     const T factor = k.a * std::exp(-k.log_sum);
     const auto put = [&](const Vector<E>& vector, int i) {
       const int column = slice.first_column + i * kVector;
-      out.store(gradient_of<kPlain, E>(k, view, target_g, factor, s.class_weight, vector, column),
-                column, f.V);
+      out.store(
+          vector_gradient<kPlain, E>(k, view, target_g, factor, s.class_weight, vector, column),
+          column, f.V);
     };
     for (int i = static_cast<int>(threadIdx.x); i < in_shared; i += stride) {
       put(load<E>(kept + i), i);
     }
     for_each_vector<kAtOnce, E>(slice.data, in_shared, slice.count, put);
   }
-  if (clustered) {  // what others read is here until they have
+  if (clustered) {  // a block stays until the others have read what it holds
     __syncwarp();
     cluster_wait();
   }
@@ -457,18 +461,18 @@ __global__ void __launch_bounds__(kMostRowThreads, (kBlocksAtOnce<T, kPlain>))
 
 // --- launch -------------------------------------------------------------------------------------
 
-// Shared memory beside the vectors, the system's kilobyte included.
+// The shared memory beside the vectors, the system's kilobyte included.
 constexpr std::int64_t kOtherShared = 3 << 10;
-// Three blocks of these share a multiprocessor of Hopper (228 KB). On an H200, in units of a copy:
-// rows of 64 KB take 1.10 in one block and 1.14 in two, rows of 100 KB 1.24 in one and 1.15 in two,
-// rows of 256 KB 1.69 in two, 1.23 in four, 1.20 in eight.
+// Three blocks with slices of this size share a multiprocessor of Hopper (228 KB). On an H200, in
+// units of a copy: rows of 64 KB take 1.10 in one block and 1.14 in two, rows of 100 KB 1.24 in one
+// and 1.15 in two, rows of 256 KB 1.69 in two, 1.23 in four, 1.20 in eight.
 constexpr std::int64_t kGoodSlice = 66 << 10;
-constexpr int kMostBlocksPerRow = 8;  // of a cluster that every GPU with clusters allows
-// A slice that is worth a block, and blocks that fill a large GPU; the same on every GPU, so that
-// all make the same bits.
+constexpr int kMostBlocksPerRow = 8;  // every GPU with clusters allows clusters of so many
+// The size of a slice that is worth a block, and a number of blocks that fill a large GPU. They are
+// the same for every GPU, so that all make the same bits.
 constexpr std::int64_t kLeastSlice = 8 << 10;
 constexpr std::int64_t kEnoughBlocks = 1024;
-// Vectors of a block that only makes gradients.
+// How many vectors a block takes that only makes gradients.
 constexpr std::int64_t kGradientVectors = 2048;
 
 struct LogitLaunch {
@@ -481,7 +485,8 @@ inline std::int64_t slice_bytes(std::int64_t vectors, std::int64_t blocks) {
   return divide_up(vectors, blocks) * 16;
 }
 
-// The kernel's own code must know clusters, not the device alone.
+// Whether the kernel can run in clusters: its own code must be compiled for them, and the device
+// must have them.
 template <class Kernel>
 bool has_clusters(Kernel kernel) {
   if (current_device().sm < 90) return false;
@@ -523,6 +528,8 @@ inline LogitLaunch launch_for(std::int64_t positions, std::int64_t vectors, bool
   return launch;
 }
 
+}  // namespace
+
 template <class E, class T>
 void run_logit_rows(const LogitRows<T>& s, int asked, cudaStream_t stream) {
   const RowFacts& f = s.facts;
@@ -541,13 +548,13 @@ void run_logit_rows(const LogitRows<T>& s, int asked, cudaStream_t stream) {
   }
   constexpr int kVector = kVectorOf<E>;
   const std::int64_t vectors = divide_up(std::int64_t{f.V} + kVector - 1, kVector);
-  const LogitLaunch how = launch_for(s.positions, vectors, s.statistics, asked, clusters);
-  const std::int64_t blocks = s.positions * how.blocks_per_row;
+  const LogitLaunch launch = launch_for(s.positions, vectors, s.statistics, asked, clusters);
+  const std::int64_t blocks = s.positions * launch.blocks_per_row;
   if (blocks > INT_MAX) {
     throw Error(ErrorCode::unsupported,
                 text("logit_rows: ", s.positions, " rows of ", f.V, " logits are too many blocks"));
   }
-  const auto shared = static_cast<int>(how.held * 16);
+  const auto shared = static_cast<int>(launch.held * 16);
   if (shared > 0) {
     // Properties of the kernel on the current device; setting them again costs a microsecond.
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
@@ -558,21 +565,20 @@ void run_logit_rows(const LogitRows<T>& s, int asked, cudaStream_t stream) {
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(shared);
   config.stream = stream;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(how.blocks_per_row);
+  cluster.val.clusterDim.x = static_cast<unsigned>(launch.blocks_per_row);
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  if (s.statistics && how.blocks_per_row > 1) {
+  if (s.statistics && launch.blocks_per_row > 1) {
     config.attrs = &cluster;
     config.numAttrs = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, s, static_cast<int>(how.blocks_per_row),
-                           static_cast<int>(how.held)),
+  check(cudaLaunchKernelEx(&config, kernel, s, static_cast<int>(launch.blocks_per_row),
+                           static_cast<int>(launch.held)),
         "logit_rows");
 }
 
-}  // namespace
 }  // namespace cutloss::cuda

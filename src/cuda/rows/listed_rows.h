@@ -1,4 +1,4 @@
-// The rows that count, as a list in device memory.
+// The list of the rows that count, in device memory.
 #pragma once
 
 #include "core/row_outputs.h"
@@ -7,17 +7,17 @@
 
 namespace cutloss::cuda {
 
-// T: the stat dtype.
+// T is the stat dtype.
 template <class T>
 class ListedRows {
  public:
   explicit ListedRows(const Call& call);
 
   void list() const;
-  // Zeros in the per-row outputs of ignored rows.
+  // Writes zeros to the per-row outputs of ignored rows.
   void clear_ignored() const;
 
-  // How many entries the loops must cover: the rows that count where the host knows, else all.
+  // How many entries the loops must cover: the rows that count where the host knows them, else all.
   std::int64_t to_cover() const;
   RowList entries(RowRange range) const { return {table_.row + range.begin, range.count}; }
 

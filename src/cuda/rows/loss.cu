@@ -1,16 +1,19 @@
-// From targets to the loss: its coefficients, and the sum of the rows' outputs times them. One
-// block each, in fp64 and in a fixed order: each thread every 1024th row, then the threads.
+// The kernels that make a loss's coefficients from targets, and the sum of the rows' outputs times
+// them. Each is one block, which sums in fp64 and in a fixed order: each thread takes every 1024th
+// row, then the threads' sums are added.
+#include "core/dtype.h"
 #include "core/loss_terms.h"
+#include "cuda/device_calls.h"
 #include "cuda/math.cuh"
-#include "cuda/rows/kernels.h"
 #include "cuda/rows/row_facts.cuh"
+#include "cuda/rows/row_facts.h"
 
 namespace cutloss::cuda {
 namespace {
 
 constexpr int kSumThreads = 1024;
 
-// The block's sum, in every thread of it.
+// Returns the block's sum to every thread of it.
 template <class U>
 __device__ U block_sum(U value) {
   __shared__ U sums[kSumThreads / 32];
@@ -97,24 +100,19 @@ __global__ void __launch_bounds__(kSumThreads)
 
 }  // namespace
 
-template <class T>
-void loss_terms(const RowFacts& facts, const Weighting& weighting, const LossTerms& terms,
-                cudaStream_t stream) {
-  launch(loss_terms_kernel<T>, "loss_terms", 1, kSumThreads, stream, facts, weighting, terms);
+void loss_terms(const LossRows& rows, const Weighting& weighting, const void* targets,
+                const LossTerms& terms, void* stream) {
+  for_stat(rows.type, [&]<class T>(T*) {
+    launch(loss_terms_kernel<T>, "loss_terms", 1, kSumThreads, static_cast<cudaStream_t>(stream),
+           row_facts(rows, targets), weighting, terms);
+  });
 }
 
-template <class T>
-void sum_loss(const RowFacts& facts, const RowOutputs& out, const RowGradients& upstream,
-              const bool* undefined, void* loss, cudaStream_t stream) {
-  launch(sum_loss_kernel<T>, "sum_loss", 1, kSumThreads, stream, facts, out, upstream, undefined,
-         static_cast<T*>(loss));
+void sum_loss(const LossSum& s, void* loss, void* stream) {
+  for_stat(s.rows.type, [&]<class T>(T*) {
+    launch(sum_loss_kernel<T>, "sum_loss", 1, kSumThreads, static_cast<cudaStream_t>(stream),
+           row_facts(s.rows, s.targets), s.out, s.upstream, s.undefined, static_cast<T*>(loss));
+  });
 }
-
-#define CUTLOSS_INSTANCES(T)                                                                      \
-  template void loss_terms<T>(const RowFacts&, const Weighting&, const LossTerms&, cudaStream_t); \
-  template void sum_loss<T>(const RowFacts&, const RowOutputs&, const RowGradients&, const bool*, \
-                            void*, cudaStream_t);
-CUTLOSS_INSTANCES(float)
-CUTLOSS_INSTANCES(double)
 
 }  // namespace cutloss::cuda

@@ -1,5 +1,7 @@
-// Kernels on whole matrices: rows copied, converted, gathered, scattered; zeros, NaNs, scaling.
+// Kernels on whole matrices: they copy, convert, gather and scatter rows, write zeros and NaNs,
+// scale, and sum columns.
 #include "core/dtype.h"
+#include "cuda/device_calls.h"
 #include "cuda/math.cuh"
 #include "cuda/rows/kernels.h"
 #include "cuda/rows/row_facts.cuh"
@@ -21,7 +23,7 @@ __device__ __forceinline__ To convert(From value) {
   }
 }
 
-// A block to a row.
+// A block copies a row.
 template <class From, class To, bool kVectors>
 __global__ void __launch_bounds__(kCopyThreads, 4) copy_kernel(RowCopy c, Places places, Way way) {
   const std::int64_t i = blockIdx.x;
@@ -124,7 +126,8 @@ __global__ void __launch_bounds__(kThreads)
   using Vector = Pack<E, kVector>;
   const T by = widen<T>(*factor);
   if (by == T(1)) return;
-  // Single values up to the first multiple of 16 bytes, vectors, and the rest.
+  // Values up to the first multiple of 16 bytes and those at the end are taken singly, others in
+  // vectors.
   const auto address = reinterpret_cast<std::uintptr_t>(values);
   std::int64_t head = static_cast<std::int64_t>((16 - address % 16) % 16 / sizeof(E));
   if (head > count) head = count;
@@ -147,17 +150,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Blocks of a kernel that loops over its values: enough for any GPU.
+// The number of blocks of a kernel that loops over its values: enough for any GPU.
 std::int64_t blocks_for(std::int64_t values) {
   constexpr std::int64_t kMost = 4096;
   const std::int64_t blocks = divide_up(values, kThreads);
   return blocks < kMost ? blocks : kMost;
 }
 
-// The threads of a row of column_sums: narrow strips, so that a slab has work for a whole device.
+// How many threads of column_sums take a row. Strips are narrow, so that a slab has work for a
+// whole device.
 constexpr int kStripLanes = 8;
 
-// Eight threads sum a strip of columns over every 32nd row; those sums are joined in order. A
+// Eight threads sum a strip of columns over every 32nd row, and those sums are joined in order. A
 // few rows at a time are summed in fp32, those sums in fp64: where all rows are alike, a long sum
 // in fp32 would lose digits that no product loses.
 template <class G>
@@ -237,20 +241,21 @@ void poison_where_wrong(const RowTable& table, void* values, DType type, std::in
 }
 
 void scale(DType type, void* values, std::int64_t count, DType factor_type, const void* factor,
-           cudaStream_t stream) {
+           void* stream) {
   for_type(type, [&]<class E>(E*) {
     for_type(factor_type, [&]<class F>(F*) {
       launch(scale_kernel<E, F>, "scale_in_place", blocks_for(divide_up(count * size_of(type), 16)),
-             kThreads, stream, static_cast<E*>(values), count, static_cast<const F*>(factor));
+             kThreads, static_cast<cudaStream_t>(stream), static_cast<E*>(values), count,
+             static_cast<const F*>(factor));
     });
   });
 }
 
-void column_sums(const ColumnSums& what, cudaStream_t stream) {
-  for_type(what.type, [&]<class G>(G*) {
+void column_sums(const ColumnSums& s, cudaStream_t stream) {
+  for_type(s.type, [&]<class G>(G*) {
     launch(column_sums_kernel<G>, "column_sums",
-           divide_up(what.columns, kStripLanes * 16 / static_cast<std::int64_t>(sizeof(G))),
-           kThreads, stream, what);
+           divide_up(s.columns, kStripLanes * 16 / static_cast<std::int64_t>(sizeof(G))), kThreads,
+           stream, s);
   });
 }
 

@@ -29,6 +29,10 @@ RowFacts row_facts(const Rows& rows, const Classes& classes, const void* targets
   return facts;
 }
 
+RowFacts row_facts(const LossRows& rows, const void* targets) {
+  return row_facts(rows.rows, {0, rows.classes, rows.classes}, targets);
+}
+
 RowFacts row_facts(const Problem& problem, const void* targets, const void* temperature) {
   RowFacts facts = row_facts(problem.rows, classes_of(problem), targets);
   facts.temperature = problem.rows.has_temperature ? temperature : nullptr;

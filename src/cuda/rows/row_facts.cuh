@@ -1,4 +1,4 @@
-// The target of a row, and its entry of an array that may be absent.
+// How kernels read a row's target, its temperature, and an array that may be absent.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ __device__ inline bool counts(const RowFacts& f, int n) {
   return target_of(f, n) != f.ignore_index;
 }
 
-// NaN where the row's temperature is not usable.
+// The row's inverse temperature, or NaN where its temperature is not usable.
 template <class T>
 __device__ T inv_temperature(const RowFacts& f, int n) {
   const double own =

@@ -1,18 +1,19 @@
-// Kernels with a thread for each row: the list of rows, their results and coefficients.
-#include <algorithm>
-#include <climits>
+// Kernels with a thread for each row, which make the list of rows, their results and coefficients.
 
+#include "core/dtype.h"
 #include "core/loss_terms.h"
 #include "core/row_outputs.h"
+#include "cuda/device_calls.h"
 #include "cuda/math.cuh"
 #include "cuda/rows/kernels.h"
 #include "cuda/rows/row_facts.cuh"
+#include "cuda/rows/row_facts.h"
 
 namespace cutloss::cuda {
 namespace {
 
 constexpr int kScanThreads = 1024;
-constexpr int kScanRows = 4;  // a thread takes at a time
+constexpr int kScanRows = 4;  // how many rows a thread takes at a time
 
 template <class T>
 __device__ void write_entry(const RowFacts& f, const RowTable& table, int entry, int n) {
@@ -30,7 +31,7 @@ __device__ void write_nothing(const RowTable& table, int entry) {
   static_cast<T*>(table.inv_temperature)[entry] = T(1);
 }
 
-// The number of `mine` in threads before this one; *all: in all threads.
+// Returns the sum of `mine` over the threads before this one, and writes that over all to *all.
 __device__ int scan(int mine, int* all) {
   __shared__ int sums[kScanThreads / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -58,7 +59,7 @@ __device__ int scan(int mine, int* all) {
   return before;
 }
 
-// One block: the list is short beside the logits, and its order is that of the rows.
+// One block makes the list, which is short beside the logits and has the order of the rows.
 template <class T>
 __global__ void __launch_bounds__(kScanThreads) list_rows_kernel(RowFacts f, RowTable table) {
   int found = 0;
@@ -118,10 +119,10 @@ __global__ void __launch_bounds__(kThreads)
   finish_row(out, n, states[i], target, weight, classes);
 }
 
-// A thread closes a row, of the states of all shards in their order.
+// A thread closes a row from the states of all shards, in their order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    close_shards_kernel(RowFacts f, RowStates s, std::int64_t count, RowOutputs out) {
+    close_rows_kernel(RowFacts f, RowStates s, std::int64_t count, RowOutputs out) {
   const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= count) return;
   const std::int64_t n = s.some.rows == nullptr ? i : s.some.rows[i];
@@ -152,7 +153,8 @@ __device__ T block_max(T value) {
   return value;
 }
 
-// fp16 products only, so the rows are in fp32. A NaN is left out of the maximum: it stays a NaN.
+// This is for fp16 products alone, so the rows are in fp32. A NaN is left out of the maximum: its
+// row makes NaN anyway.
 __global__ void __launch_bounds__(kScanThreads)
     make_scalars_kernel(Coefficients c, float logit_scale, DeviceScalars* scalars) {
   float weight = 1;
@@ -232,18 +234,21 @@ void finish_rows(const RowTable& table, std::int64_t first, std::int64_t count,
          first, static_cast<int>(count), states, class_weight, out, classes);
 }
 
-template <class T>
-void close_shards(const RowFacts& facts, const RowStates& states, const RowOutputs& out,
-                  cudaStream_t stream) {
-  const std::int64_t count = states.some.rows == nullptr ? facts.rows : states.some.count;
-  launch(close_shards_kernel<T>, "close_rows", divide_up(count, kThreads), kThreads, stream, facts,
-         states, count, out);
+void close_rows(const LossRows& rows, const RowStates& states, const RowOutputs& out,
+                void* stream) {
+  for_stat(rows.type, [&]<class T>(T*) {
+    const RowFacts facts = row_facts(rows, states.targets);
+    const std::int64_t count = states.some.rows == nullptr ? facts.rows : states.some.count;
+    launch(close_rows_kernel<T>, "close_rows", divide_up(count, kThreads), kThreads,
+           static_cast<cudaStream_t>(stream), facts, states, count, out);
+  });
 }
 
-template <class T>
-void empty_states(std::int64_t rows, RowState<T>* states, cudaStream_t stream) {
-  launch(empty_states_kernel<T>, "empty_states", divide_up(rows, kThreads), kThreads, stream, rows,
-         states);
+void empty_states(DType stat, std::int64_t rows, void* states, void* stream) {
+  for_stat(stat, [&]<class T>(T*) {
+    launch(empty_states_kernel<T>, "empty_states", divide_up(rows, kThreads), kThreads,
+           static_cast<cudaStream_t>(stream), rows, static_cast<RowState<T>*>(states));
+  });
 }
 
 void make_scalars(const Coefficients& coefficients, double logit_scale, DeviceScalars* scalars,
@@ -265,9 +270,6 @@ void make_coefficients(const Coefficients& coefficients, const DeviceScalars* sc
                                  cudaStream_t);                                                  \
   template void finish_rows<T>(const RowTable&, std::int64_t, std::int64_t, const RowState<T>*,  \
                                const T*, const RowOutputs&, const Classes&, cudaStream_t);       \
-  template void close_shards<T>(const RowFacts&, const RowStates&, const RowOutputs&,            \
-                                cudaStream_t);                                                   \
-  template void empty_states<T>(std::int64_t, RowState<T>*, cudaStream_t);                       \
   template void make_coefficients<T>(const Coefficients&, const DeviceScalars*, RowGradient<T>*, \
                                      cudaStream_t);
 CUTLOSS_INSTANCES(float)

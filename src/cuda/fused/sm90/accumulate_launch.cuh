@@ -22,7 +22,7 @@ inline CUtensorMap rows_of_e(const DcProduct& s, int rows) {
 }
 
 inline Accumulated operands_of(const DcProduct& s) {
-  // The rows of the list are the product's depth; columns (D) come fastest, since going down the
+  // The rows of the list are the product's depth. Columns (D) come fastest, since going down the
   // vocabulary first would read g again for each tile of D.
   ProductParams params{};
   params.rows = s.V;

@@ -1,5 +1,5 @@
-// The kernel of backward by vocabulary, one instance for each element type.
-// Where rows of E have positions (bf16 alone), one of two kernels does the work, as in forward.
+// The kernel of backward by vocabulary, instance by instance. Where rows of E have positions, which
+// bf16 alone allows, one of two kernels does the work, as in forward.
 #pragma once
 
 #include "cuda/fused/sm90/epilogues/gradient.cuh"

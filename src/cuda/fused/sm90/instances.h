@@ -1,4 +1,4 @@
-// The instances of the kernels, without the headers that they are compiled with.
+// Declares the instances of the kernels without the headers that they are compiled with.
 #pragma once
 
 #include "cuda/fused/kernels.h"
@@ -14,12 +14,13 @@ using cutlass::half_t;
 
 namespace cutloss::cuda::fused::sm90 {
 
-// Element type; clusters share rows, not columns; entropy, zbar and argmax too.
+// An instance for an element type. With kSharesRows clusters share rows, not columns; with kAll
+// entropy, zbar and argmax are made, too.
 template <class Element, bool kSharesRows, bool kAll>
 void launch_statistics_instance(const Logits& logits, const Statistics& statistics,
                                 const Grid& grid, cudaStream_t stream);
-// g is a multiple of p; of p and the softcap's slope; or has terms of entropy and zbar, without and
-// with a softcap.
+// The kinds of g: a multiple of p; of p and the softcap's slope; with terms of entropy and zbar,
+// without a softcap and with one.
 enum class GradientKind { plain, capped, general, general_capped };
 template <class Element, GradientKind kKind>
 void launch_gradient_instance(const Logits& logits, const GradientOfLogits& gradient,

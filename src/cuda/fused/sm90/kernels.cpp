@@ -1,8 +1,6 @@
 // Hopper's table of kernels.
 #include "cuda/fused/kernels.h"
 
-#include <algorithm>
-
 #include "cuda/fused/sm90/dc_and_de.h"
 #include "cuda/fused/sm90/instances.h"
 #include "cuda/fused/sm90/tuning.h"
@@ -16,7 +14,7 @@ Grid grid_for(int multiprocessors, int rows, int columns, bool may_share_rows) {
   grid.largest_group = kLargestGroup;
   grid.width = kTileColumns;
   if (rows > 128 || !may_share_rows) return grid;
-  // Few rows: the time is that of reading C. Tiles just narrow enough that all blocks get equally
+  // Few rows take the time of reading C. Tiles are just narrow enough that all blocks get equally
   // many.
   grid.shares_rows = true;
   const int tiles = (columns + kTileColumns * grid.blocks - 1) / (kTileColumns * grid.blocks);
@@ -35,26 +33,28 @@ double dc_and_de_time(int multiprocessors, std::int64_t rows, std::int64_t colum
          (static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(D));
 }
 
+// Calls use(pointer to the element type) of logits' operands.
+template <class Use>
+void for_element(DType type, Use use) {
+  type == DType::f16 ? use(static_cast<cute::half_t*>(nullptr))
+                     : use(static_cast<cute::bfloat16_t*>(nullptr));
+}
+
 void launch_statistics(const Logits& logits, const Statistics& statistics, const Grid& grid,
                        cudaStream_t stream) {
-  const auto launch = [&]<class Element>(Element*) {
+  for_element(logits.type, [&]<class Element>(Element*) {
     const auto instance =
         grid.shares_rows ? (statistics.all ? launch_statistics_instance<Element, true, true>
                                            : launch_statistics_instance<Element, true, false>)
                          : (statistics.all ? launch_statistics_instance<Element, false, true>
                                            : launch_statistics_instance<Element, false, false>);
     instance(logits, statistics, grid, stream);
-  };
-  if (logits.type == DType::f16) {
-    launch(static_cast<cute::half_t*>(nullptr));
-  } else {
-    launch(static_cast<cute::bfloat16_t*>(nullptr));
-  }
+  });
 }
 
 void launch_gradient(const Logits& logits, const GradientOfLogits& gradient, const Grid& grid,
                      cudaStream_t stream) {
-  const auto launch = [&]<class Element>(Element*) {
+  for_element(logits.type, [&]<class Element>(Element*) {
     using Kind = GradientKind;
     const bool capped = logits.transform.softcap != 0.f;
     const auto instance = gradient.general
@@ -63,12 +63,7 @@ void launch_gradient(const Logits& logits, const GradientOfLogits& gradient, con
                               : (capped ? launch_gradient_instance<Element, Kind::capped>
                                         : launch_gradient_instance<Element, Kind::plain>);
     instance(logits, gradient, grid, stream);
-  };
-  if (logits.type == DType::f16) {
-    launch(static_cast<cute::half_t*>(nullptr));
-  } else {
-    launch(static_cast<cute::bfloat16_t*>(nullptr));
-  }
+  });
 }
 
 }  // namespace

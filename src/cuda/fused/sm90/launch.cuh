@@ -11,7 +11,7 @@ namespace cutloss::cuda::fused::sm90 {
 template <int kBytes, class Kernel, class... Arguments>
 void launch_blocks(Kernel* kernel, int blocks, cudaStream_t stream, const Arguments&... arguments) {
   static_assert(kBytes <= kMostSharedBytes);
-  // A property of the kernel on the current device; setting it again costs a microsecond.
+  // This is a property of the kernel on the current device. Setting it again costs a microsecond.
   cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
               "the Hopper kernel's shared memory");
   cudaLaunchConfig_t config{};
@@ -36,7 +36,7 @@ void launch_product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMa
                                                 b, out, row_of_b, params, epilogue);
 }
 
-// The operands of a block of logits: E and C, the depth contiguous in both.
+// Launches the product of a block of logits: E times C, with a contiguous depth in both.
 template <class Config, class Epilogue>
 void launch_logits(const Logits& l, const CUtensorMap* out,
                    const typename Epilogue::Params& epilogue, const Grid& grid,

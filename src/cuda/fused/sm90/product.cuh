@@ -1,11 +1,11 @@
 // The persistent kernel behind every product of this folder: out = A * B^T over tiles of 128 rows
 // and 192 columns, with what happens to a finished tile left to an epilogue.
 //
-// Three warp groups: one brings tiles of A and B into shared memory (TMA), two multiply, in turn:
-// while one runs its epilogue the other has the tensor cores. Blocks come in clusters of two that
-// share one operand, read once for both: the columns (B), each block with rows of its own, or,
-// where rows are few, the rows (A), each with columns of its own.
-// docs/kernels.md has the budget of shared memory and registers, and what was measured.
+// A block has three warp groups. One brings tiles of A and B into shared memory (TMA), two multiply
+// in turn: while one runs its epilogue the other has the tensor cores. Blocks come in clusters of
+// two that share one operand, read once for both: the columns (B), each block with rows of its own,
+// or, where rows are few, the rows (A), each with columns of its own. docs/kernels.md has the
+// budget of shared memory and registers, and what was measured.
 #pragma once
 
 #include <cuda.h>
@@ -41,12 +41,13 @@ inline constexpr int kCluster = 2;
 inline constexpr int kStages = 5;
 enum class Share { columns, rows };
 
-// Operands whose rows lie anywhere. a: all threads that load copy rows of A. b: rows of B are the
-// product's depth, and one warp loads them, in one box where they are neighbours, else row by row.
+// Which operand has rows that lie anywhere. With `a` all threads that load copy rows of A. With `b`
+// rows of B are the product's depth, and one warp loads them, in one box where they are neighbours,
+// and else row by row.
 enum class Gather { nothing, a, b };
 struct NoMap {};
 
-// What a kernel is compiled for.
+// The facts that a kernel is compiled for.
 template <class Element_, Major kMajorA_, Major kMajorB_, Share kShare_,
           Gather kGather_ = Gather::nothing>
 struct Config {
@@ -56,9 +57,9 @@ struct Config {
   static constexpr bool kGather = kGather_ == Gather::a;
   static constexpr bool kGatherB = kGather_ == Gather::b;
   using MapOfRow = std::conditional_t<kGatherB, CUtensorMap, NoMap>;
-  // Of a cluster's tile.
+  // The rows and columns of a cluster's tile.
   static constexpr int kBlockRows = kShare == Share::columns ? kCluster * kTileRows : kTileRows;
-  // Registers a thread: of the warp group that loads, of those that multiply.
+  // Registers of a thread in the warp group that loads, and in those that multiply.
   static constexpr int kLoaderRegisters = kGather ? 40 : 24;
   static constexpr int kMultiplierRegisters = kGather ? 232 : 240;
 
@@ -81,31 +82,32 @@ struct Shared {
   using Element = typename Config::Element;
   alignas(1024) Element a[kStages * kTileRows * kTileDepth];
   alignas(1024) Element b[kStages * kTileColumns * kTileDepth];
-  alignas(1024) char epilogue[8 * Epilogue::kWarpBytes];  // of each warp that multiplies
-  typename Epilogue::Facts facts[2];                      // of each group that multiplies
+  alignas(1024) char epilogue[8 * Epilogue::kWarpBytes];  // a part for each warp that multiplies
+  typename Epilogue::Facts facts[2];                      // one for each group that multiplies
   alignas(8) std::uint64_t full[kStages];
   alignas(8) std::uint64_t empty[kStages];
   Walk walk;
 };
 template <class Config, class Epilogue>
 inline constexpr int kSharedBytes = sizeof(Shared<Config, Epilogue>);
-inline constexpr int kMostSharedBytes = 227 * 1024;  // of a block
+inline constexpr int kMostSharedBytes = 227 * 1024;  // what a block may have
 
 struct ProductParams {
-  int rows;  // of the product, at most
+  int rows;  // an upper bound of the product's rows
   int columns;
-  int depth;            // at most
+  int depth;            // an upper bound, as rows is
   int width;            // columns of a tile: 192, or fewer where that balances the blocks' work
-  const int* count;     // null, or in device memory: the entries of the list of rows that count ...
-  int first;            // ... of which this product's first row (or depth) is number `first`
+  const int* count;     // null, or how many entries the list of rows has, in device memory
+  int first;            // the number in that list of this product's first row (or depth)
   bool count_is_depth;  // the list runs along the product's depth, not along its rows
   int largest_group;
-  const int* only_if;  // null, or in device memory: nothing is done where it is 0
-                       // (nor where there is no row, or no depth: the output stays as it is)
-  // Null: row r of A is row r of the product. Else row r of the product is row
+  // Null, or a number in device memory: nothing is done where it is 0. Nor is anything done where
+  // there is no row, or no depth: the output stays as it is.
+  const int* only_if;
+  // Where it is null, row r of A is row r of the product. Else row r of the product is row
   // positions[first + r] of `a`. Of the two kernels, the one that gathers works where these rows
-  // do not lie one after the other, the other one where they do. With Gather::b the same of the
-  // depth and of B, and one kernel does both.
+  // do not lie one after the other, the other one where they do. With Gather::b the positions
+  // are those of the depth and of B, and one kernel does both.
   const int* positions;
   const void* a;
   std::int64_t a_stride;
@@ -117,11 +119,11 @@ __device__ inline int clamp_count(const ProductParams& p, int most) {
   return left < 0 ? 0 : (left < most ? left : most);
 }
 
-// Where a thread is in the ring of stages. Those that load begin with parity 1: the stages are
-// empty.
+// The place of a thread in the ring of stages. Threads that load begin with parity 1, since the
+// stages are empty.
 struct Ring {
   int stage = 0, parity = 0;
-  // After so many steps.
+  // The place after so many steps.
   static __device__ Ring at(unsigned steps) {
     return {static_cast<int>(steps % kStages), static_cast<int>(steps / kStages) & 1};
   }
@@ -139,8 +141,8 @@ __device__ __forceinline__ void init_barriers(SharedOf& shared) {
   ptx::barrier_init_fence();
 }
 
-// Loads the operands of a tile, a step of its depth at a time. `row`: the tile's first in A as it
-// lies. `from`: with Gather::a, where this thread's 16 bytes of rows of the tile come from.
+// Loads the operands of a tile, a step of its depth at a time. `row` is the tile's first in A as it
+// lies. With Gather::a `from` says where this thread's 16 bytes of rows of the tile come from.
 template <class Config, class SharedOf>
 __device__ __forceinline__ void load_operands(SharedOf& shared, Ring& ring,
                                               const CUtensorMap& map_a, const CUtensorMap& map_b,
@@ -152,7 +154,7 @@ __device__ __forceinline__ void load_operands(SharedOf& shared, Ring& ring,
   using Element = typename Config::Element;
   constexpr bool kSharesColumns = Config::kShare == Share::columns;
   constexpr int kABytes = kTileRows * kTileDepth * 2;
-  constexpr std::uint16_t kBoth = 3;  // blocks of the cluster
+  constexpr std::uint16_t kBoth = 3;  // the mask of both blocks of the cluster
   const int thread = threadIdx.x;
   // With Gather::b a lane has a row of the block's half. Beyond the depth, where A is zero, it
   // takes the last row again: what lies there may be no number. Positions are read a step ahead.
@@ -224,7 +226,7 @@ __device__ __forceinline__ void load_operands(SharedOf& shared, Ring& ring,
   }
 }
 
-// The sums of a tile: waits for its stages and hands them back.
+// Makes the sums of a tile: waits for its stages and hands them back.
 template <class Config, class SharedOf, class Sums>
 __device__ __forceinline__ void multiply_tile(SharedOf& shared, Ring ring, int steps, Sums& sums) {
   using namespace cute;
@@ -272,7 +274,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   using namespace cute;
   constexpr bool kSharesColumns = Config::kShare == Share::columns;
 
-  // Aligned by hand it would no longer be known as shared memory, and every access be a slow one.
+  // If it were aligned by hand, the compiler would no longer know it as shared memory, and every
+  // access would be slow.
   extern __shared__ __align__(1024) char raw_shared[];
   auto& shared = *reinterpret_cast<Shared<Config, Epilogue>*>(raw_shared);
   const int thread = threadIdx.x;
@@ -370,10 +373,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   cluster_wait();
 }
 
-// Where in a tile a thread's sums lie: those of row m * 64 + r * 8 + warp * 16 + lane / 4, columns
-// i / 2 * 8 + lane % 4 * 2 + i % 2. Work on them in place: they occupy most of the registers, and
-// a copy of a row would not fit beside them.
-inline constexpr int kRowsOfThread = 4;  // index 2 m + r
+// A thread's sums are those of row m * 64 + r * 8 + warp * 16 + lane / 4 of the tile, columns i / 2
+// * 8 + lane % 4 * 2 + i % 2. They must be worked on in place: they occupy most of the registers,
+// and a copy of a row would not fit beside them.
+inline constexpr int kRowsOfThread = 4;  // a row's index is 2 m + r
 inline constexpr int kRowSums = kTileColumns / 4;
 
 template <class Sums>
@@ -398,8 +401,9 @@ struct Lane {
   __device__ int column(int i) const { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
 };
 
-// Stores 16 rows of a warp, 64 columns of 16 bits, through its 2 KB of shared memory. Part m of
-// the tile, columns h * 64 and on; pack(low, high) makes a pair of 16-bit numbers.
+// Stores 16 rows of a warp, 64 columns of 16 bits, through its 2 KB of shared memory. They are
+// those of part m of the tile from column h * 64 on. pack(low, high) makes a pair of 16-bit
+// numbers.
 template <class Sums, class Pack>
 __device__ __forceinline__ void store_strip(Sums& sums, int m, int h, const CUtensorMap* map,
                                             char* buffer, int row, int column, Pack pack) {

@@ -1,5 +1,5 @@
-// Hopper's instructions that C++ has no words for, one wrapper each: mbarriers, the bulk tensor
-// copies (TMA), stores of matrix fragments, exp2. PTX ISA 8.0 and later.
+// Wrappers of Hopper's instructions that C++ has no words for: mbarriers, the bulk tensor copies
+// (TMA), stores of matrix fragments, exp2. They need PTX ISA 8.0 or later.
 #pragma once
 
 #include <cuda.h>
@@ -67,7 +67,8 @@ __device__ __forceinline__ void load_tile(const CUtensorMap* map, std::uint64_t*
       : "memory");
 }
 
-// The same tile to the same place in every block of `blocks`, each of whose barriers is told.
+// Copies the same tile to the same place in every block of `blocks`, and tells each block's
+// barrier.
 __device__ __forceinline__ void load_tile_multicast(const CUtensorMap* map, std::uint64_t* barrier,
                                                     void* shared, int x, int y,
                                                     std::uint16_t blocks) {
@@ -86,8 +87,8 @@ __device__ __forceinline__ void store_tile(const CUtensorMap* map, const void* s
       : "memory");
 }
 
-// global += shared, in fp32. Each element is added to by one thread block of a launch, so the
-// result does not depend on any order.
+// Adds a tile in shared memory to one in global memory, in fp32. One thread block of a launch adds
+// to each element, so the result does not depend on any order.
 __device__ __forceinline__ void add_tile(const CUtensorMap* map, const void* shared, int x, int y) {
   asm volatile(
       "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group "
@@ -100,7 +101,7 @@ __device__ __forceinline__ void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until at most `groups` of this thread's store groups still read shared memory.
+// Waits until at most `groups` of this thread's store groups still read shared memory.
 template <int groups>
 __device__ __forceinline__ void wait_stores_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(groups) : "memory");
@@ -110,20 +111,21 @@ __device__ __forceinline__ void wait_stores_done() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// Shared memory written by ordinary stores, or by cp.async, is about to be read by the copy
-// engine or the tensor cores.
+// Must stand between ordinary stores, or cp.async, that write shared memory, and the copy engine or
+// the tensor cores that read it.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// 16 bytes from global to shared memory, the first `bytes` of them read and the others 0.
+// Copies 16 bytes from global to shared memory. The first `bytes` of them are read, the others are
+// 0.
 __device__ __forceinline__ void copy_16_bytes(std::uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(bytes)
                : "memory");
 }
 
-// The barrier is arrived at when this thread's copies so far have landed.
+// Arrives at the barrier when this thread's copies so far have landed.
 __device__ __forceinline__ void arrive_after_copies(std::uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
@@ -140,21 +142,21 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
 
 // --- arithmetic --------------------------------------------------------------------------------
 
-// 2^x, relative error about 2^-22; results below 2^-126 are 0.
+// Makes 2^x with a relative error of about 2^-22; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// 1 / x, relative error about 2^-23, for x of ordinary size.
+// Makes 1 / x with a relative error of about 2^-23, for x of ordinary size.
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// Two fp32 to a pair of 16-bit numbers, `low` in the low half.
+// Makes a pair of 16-bit numbers of two fp32, with `low` in the low half.
 __device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
   std::uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -166,7 +168,8 @@ __device__ __forceinline__ std::uint32_t pack_f16(float low, float high) {
   return pair;
 }
 
-// Four 8x8 matrices of 16-bit numbers, from the layout of a product's sums to rows of 16 bytes.
+// Stores four 8x8 matrices of 16-bit numbers, from the layout of a product's sums to rows of 16
+// bytes.
 __device__ __forceinline__ void store_matrices(std::uint32_t shared, std::uint32_t a,
                                                std::uint32_t b, std::uint32_t c, std::uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),

@@ -7,7 +7,7 @@
 
 namespace cutloss::cuda::fused::sm90 {
 
-// Where rows of E have positions, one of the two kernels does the work: the device knows which.
+// Where rows of E have positions, one of two kernels does the work. The device knows which.
 #define CUTLOSS_STATISTICS_INSTANCE(Element, kShare, kAll)                                    \
   template <>                                                                                 \
   void launch_statistics_instance<Element, kShare == Share::rows, kAll>(                      \

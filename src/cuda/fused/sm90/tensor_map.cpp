@@ -9,8 +9,8 @@
 namespace cutloss::cuda::fused::sm90 {
 namespace {
 
-// The one function of the driver's own interface that is needed: asked for at run time, so that
-// nothing links libcuda.
+// The one function of the driver's own interface that is needed. It is looked up at run time, so
+// that nothing links to libcuda.
 PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   static const auto function = [] {
     void* entry = nullptr;
@@ -24,14 +24,9 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 }
 
 CUtensorMapDataType data_type(DType type) {
-  switch (type) {
-    case DType::f32:
-      return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-    case DType::f16:
-      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    default:
-      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  }
+  return type == DType::f32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+         : type == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 
 }  // namespace

@@ -25,16 +25,16 @@ __device__ __forceinline__ float tanh_of_gap(float gap) { return copysignf(1.f, 
 // 1 - tanh^2 = (1 - |tanh|) (1 + |tanh|)
 __device__ __forceinline__ float slope_of_gap(float gap) { return fabsf(gap) * (2.f - fabsf(gap)); }
 
-// What the epilogue of a tile needs of its columns and rows, in shared memory: read while the other
-// group multiplies, since in the epilogue nothing would hide the way to device memory.
+// What the epilogue of a tile needs of its columns and rows, in shared memory. It is read while the
+// other group multiplies, since in the epilogue nothing would hide the way to device memory.
 struct TileFacts {
   float bias[kTileColumns];
   float weight[kTileColumns];  // 0 beyond the vocabulary
   float inv_temperature[kTileRows];
-  int target[kTileRows];  // the column in the tile, or anything outside of it
+  int target[kTileRows];  // the column in the tile, or any number outside of it
 };
 
-// Called by the 128 threads of a group. origin: the product's first column.
+// The 128 threads of a group read the facts together. `origin` is the product's first column.
 __device__ __forceinline__ void read_facts(TileFacts& facts, const LogitTransform& transform,
                                            const float* class_weight, const int* target, int origin,
                                            int first_row, int first_column, int rows,
@@ -53,7 +53,7 @@ __device__ __forceinline__ void read_facts(TileFacts& facts, const LogitTransfor
   facts.target[thread] = column < last_column ? column - first_column : -1;
 }
 
-// A row's sums times a factor, plus its share of the bias, in place.
+// Multiplies a row's sums with a factor and adds the bias's share, in place.
 template <class Row>
 __device__ __forceinline__ void scale_and_shift(Row z, const LogitTransform& f,
                                                 const TileFacts& facts, float after) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ void scale_and_shift(Row z, const LogitTransform& f,
   }
 }
 
-// Columns beyond the tile's last become `nothing`.
+// Columns beyond the tile's last one become `nothing`.
 template <class Row>
 __device__ __forceinline__ void cut_off(Row z, int first_column, int last_column,
                                         float nothing = -kInfinity) {
@@ -82,7 +82,7 @@ __device__ __forceinline__ void cut_off(Row z, int first_column, int last_column
   }
 }
 
-// A row's sums to logits, in place; -inf beyond the tile's last column.
+// Makes logits of a row's sums, in place, and -inf beyond the tile's last column.
 template <class Row>
 __device__ __forceinline__ void to_logits(Row z, const LogitTransform& f, const TileFacts& facts,
                                           float inv_temperature, int first_column,
@@ -98,8 +98,8 @@ __device__ __forceinline__ void to_logits(Row z, const LogitTransform& f, const 
   cut_off(z, first_column, last_column);
 }
 
-// With a softcap: to gaps, of which the logit (tanh_of_gap times softcap * inv_temperature) and its
-// slope are simple functions.
+// Makes gaps of a row's sums where there is a softcap. The logit (tanh_of_gap times softcap *
+// inv_temperature) and its slope are simple functions of a gap.
 template <class Row>
 __device__ __forceinline__ void to_gaps(Row z, const LogitTransform& f, const TileFacts& facts) {
   scale_and_shift(z, f, facts, f.inv_softcap);
@@ -108,7 +108,7 @@ __device__ __forceinline__ void to_gaps(Row z, const LogitTransform& f, const Ti
 }
 
 // Calls found(z) where the thread holds the target's logit, which then becomes `replacement`.
-// target: the column in the tile, or anything outside of it.
+// `target` is the column in the tile, or any number outside of it.
 template <class Row, class Found>
 __device__ __forceinline__ void take_target(Row z, int target, float replacement, Found found) {
   if (!__any_sync(~0u, static_cast<unsigned>(target) < kTileColumns)) return;

@@ -1,17 +1,18 @@
-// Sums of a product, dC's or dE's: added to, or first written to, fp32 in device memory, or, where
-// one product makes all of dC, written in 16 bits. By rows, dC's targets are added on the way.
+// The epilogue of dC's and dE's products. It adds the sums to fp32 numbers in device memory, or
+// writes them there first; where one product makes all of dC, it writes 16 bits. By rows it adds
+// the targets' part of dC on the way.
 #pragma once
 
 #include <type_traits>
 
-#include "cuda/fused/sm90/product.cuh"
+#include "cuda/fused/sm90/epilogues/storing.cuh"
 
 namespace cutloss::cuda::fused::sm90 {
 
 struct AccumulateParams {
-  bool add;  // fp32 only; else the output is overwritten
+  bool add;  // possible with fp32 alone; without it the output is overwritten
   float scale;
-  const int* sum_of_row;  // null: no sums
+  const int* sum_of_row;  // null where there are no sums to add
   const float* sums;
   int sums_stride;
 };
@@ -21,18 +22,11 @@ struct AccumulateFacts {
 };
 
 template <class Out>
-class AccumulateEpilogue {
+class AccumulateEpilogue : public StoringEpilogue<AccumulateParams, AccumulateFacts> {
  public:
-  static constexpr int kWarpBytes = kStripBytes;
+  using StoringEpilogue::StoringEpilogue;
 
-  using Facts = AccumulateFacts;
-  using Params = AccumulateParams;
-
-  __device__ AccumulateEpilogue(const Params& params, const CUtensorMap* out, char* buffer,
-                                Facts& facts, const TileWalk&, int, int, int)
-      : p_(params), out_(out), buffer_(buffer), facts_(facts) {}
-
-  // Not needed where there are no sums.
+  // This is needed only where there are sums to add.
   __device__ __forceinline__ void prepare(int first_row, int, int rows, int) {
     const int thread = threadIdx.x % 128;
     const int row = first_row + thread;
@@ -73,12 +67,10 @@ class AccumulateEpilogue {
     }
   }
 
-  __device__ void finish() {}
-
  private:
   template <class Row>
   __device__ __forceinline__ void add_sum(Row z, int sum, int first_column, int last_column) {
-    if (!__any_sync(~0u, sum >= 0)) return;  // most rows are nobody's target
+    if (!__any_sync(~0u, sum >= 0)) return;  // most rows have no sum
     const int own = threadIdx.x % 4 * 2;     // the thread's first column
     const int columns = sum >= 0 ? last_column - first_column - own : 0;
     const float* from = p_.sums + std::int64_t{sum} * p_.sums_stride + first_column + own;
@@ -91,7 +83,7 @@ class AccumulateEpilogue {
     }
   }
 
-  // 16 rows of a warp, 32 columns.
+  // Stores 16 rows of a warp, 32 columns.
   template <class Sums>
   __device__ __forceinline__ void store_fp32(Sums& sums, int m, int h, int row, int column) {
     const Lane at;
@@ -118,11 +110,6 @@ class AccumulateEpilogue {
     }
     ptx::commit_stores();
   }
-
-  const Params& p_;
-  const CUtensorMap* out_;
-  char* buffer_;
-  Facts& facts_;
 };
 
 }  // namespace cutloss::cuda::fused::sm90

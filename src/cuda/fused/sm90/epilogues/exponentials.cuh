@@ -1,33 +1,31 @@
-// By rows: the logits of a chunk leave as x = e^(z - reference), one reference for each row, times
-// the softcap's slope; their sums stay in fp32. The target is left out of both (x is 0 there): its
-// part of the gradients is added exactly, elsewhere. docs/math.md, "Reference exponents".
+// The epilogue by rows: the logits of a chunk are stored as x = e^(z - reference), one reference
+// for each row, times the softcap's slope; their sums stay in fp32. The target is left out of both
+// (x is 0 there): its part of the gradients is added exactly, elsewhere. docs/math.md, "Reference
+// exponents".
 #pragma once
 
 #include "cuda/fused/kernels.h"
+#include "cuda/fused/sm90/epilogues/storing.cuh"
 #include "cuda/fused/sm90/transform.cuh"
 
 namespace cutloss::cuda::fused::sm90 {
 
+struct ExponentialsFacts : TileFacts {
+  float reference[kTileRows];
+};
+
+struct ExponentialsParams {
+  LogitTransform transform;
+  const int* target;       // (rows)
+  const float* reference;  // (rows)
+  float2* sum_and_max;     // (rows, column tiles): the sum of e^(z - reference), the largest z
+  int column_tiles;
+};
+
 template <bool kCapped>
-class ExponentialsEpilogue {
+class ExponentialsEpilogue : public StoringEpilogue<ExponentialsParams, ExponentialsFacts> {
  public:
-  static constexpr int kWarpBytes = kStripBytes;
-
-  struct Facts : TileFacts {
-    float reference[kTileRows];
-  };
-
-  struct Params {
-    LogitTransform transform;
-    const int* target;       // (rows)
-    const float* reference;  // (rows)
-    float2* sum_and_max;     // (rows, column tiles): of e^(z - reference), of z
-    int column_tiles;
-  };
-
-  __device__ ExponentialsEpilogue(const Params& params, const CUtensorMap* out, char* buffer,
-                                  Facts& facts, const TileWalk&, int, int, int)
-      : p_(params), out_(out), buffer_(buffer), facts_(facts) {}
+  using StoringEpilogue::StoringEpilogue;
 
   __device__ __forceinline__ void prepare(int first_row, int first_column, int rows,
                                           int last_column) {
@@ -50,7 +48,7 @@ class ExponentialsEpilogue {
         const bool valid = row < rows;
         const float inv_temperature = facts_.inv_temperature[at.row(i)];
         const auto z = row_of(sums, i);
-        // x in z; with a softcap z holds gaps, and the logits' unit is the cap.
+        // z becomes x. With a softcap it holds gaps on the way, and the logits' unit is the cap.
         constexpr float kNothing = kCapped ? kNoGap : -kInfinity;
         const float unit = kCapped ? p_.transform.softcap * inv_temperature : 1.f;
         if constexpr (kCapped) {
@@ -105,14 +103,6 @@ class ExponentialsEpilogue {
       }
     }
   }
-
-  __device__ void finish() {}
-
- private:
-  const Params& p_;
-  const CUtensorMap* out_;
-  char* buffer_;
-  Facts& facts_;
 };
 
 }  // namespace cutloss::cuda::fused::sm90

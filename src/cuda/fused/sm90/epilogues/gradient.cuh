@@ -1,33 +1,31 @@
-// Backward by vocabulary: the logits of a slab are made again and leave as g, rounded once.
+// The epilogue of backward by vocabulary: the logits of a slab, made again, are stored as g,
+// rounded once.
 #pragma once
 
 #include <type_traits>
 
+#include "cuda/fused/sm90/epilogues/storing.cuh"
 #include "cuda/fused/sm90/instances.h"
 #include "cuda/fused/sm90/transform.cuh"
 
 namespace cutloss::cuda::fused::sm90 {
 
+struct GradientFacts : TileFacts {
+  float4 row[kTileRows];  // row_max, log_sum, a, target_g
+};
+
+struct GradientParams {
+  LogitTransform transform;
+  const int* target;
+  int origin;  // as in StatisticsEpilogue
+  const cuda::RowGradient<float>* row;
+  const float* class_weight;  // (columns), or null
+};
+
 template <class Element, GradientKind kKind>
-class GradientEpilogue {
+class GradientEpilogue : public StoringEpilogue<GradientParams, GradientFacts> {
  public:
-  static constexpr int kWarpBytes = kStripBytes;
-
-  struct Facts : TileFacts {
-    float4 row[kTileRows];  // row_max, log_sum, a, target_g
-  };
-
-  struct Params {
-    LogitTransform transform;
-    const int* target;
-    int origin;  // as in StatisticsEpilogue
-    const cuda::RowGradient<float>* row;
-    const float* class_weight;  // (columns), or null
-  };
-
-  __device__ GradientEpilogue(const Params& params, const CUtensorMap* out, char* buffer,
-                              Facts& facts, const TileWalk&, int, int, int)
-      : p_(params), out_(out), buffer_(buffer), facts_(facts) {}
+  using StoringEpilogue::StoringEpilogue;
 
   __device__ __forceinline__ void prepare(int first_row, int first_column, int rows,
                                           int last_column) {
@@ -93,8 +91,6 @@ class GradientEpilogue {
     }
   }
 
-  __device__ void finish() {}
-
  private:
   static constexpr bool kGaps = kKind == GradientKind::general_capped;
 
@@ -113,8 +109,8 @@ class GradientEpilogue {
     return __ldg(reinterpret_cast<const float4*>(p_.row + row) + 1);
   }
 
-  // Logits, or gaps, to g = [p (a - d_entropy (t + H)) + zbar weight] slope, t = log p, in place.
-  // own: row_max, log_sum, a, target_g; more: d_entropy, entropy, zbar.
+  // Makes g = [p (a - d_entropy (t + H)) + zbar weight] slope of logits, or gaps, in place; t = log
+  // p. `own` is row_max, log_sum, a, target_g, and `more` is d_entropy, entropy, zbar.
   template <class Z>
   __device__ __forceinline__ void to_g(Z z, const float4& own, const float4& more, int target,
                                        float inv_temperature) const {
@@ -132,7 +128,7 @@ class GradientEpilogue {
       const auto by_gap = [&](float gap, float g) {
         return g * slope_of_gap(gap) * inv_temperature;
       };
-      // Two loops: with one for both, ptxas spills 1.3 KB.
+      // There are two loops because ptxas spills 1.3 KB with one for both.
       if (more.z == 0.f) {
         CUTE_UNROLL
         for (int k = 0; k < kRowSums; ++k) z[k] = by_gap(z[k], by_p(tanh_of_gap(z[k]) * cap));
@@ -146,7 +142,8 @@ class GradientEpilogue {
     } else {
       CUTE_UNROLL
       for (int k = 0; k < kRowSums; ++k) z[k] = by_p(z[k]);
-      // By itself: beside the exponentials the weights would not find registers.
+      // This loop is by itself because beside the exponentials the weights would not find
+      // registers.
       if (more.z != 0.f) {
         CUTE_UNROLL
         for (int k = 0; k < kRowSums; ++k) {
@@ -158,11 +155,6 @@ class GradientEpilogue {
     }
     take_target(z, target, at_target, [](float) {});
   }
-
-  const Params& p_;
-  const CUtensorMap* out_;
-  char* buffer_;
-  Facts& facts_;
 };
 
 }  // namespace cutloss::cuda::fused::sm90

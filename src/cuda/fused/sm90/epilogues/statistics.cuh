@@ -1,6 +1,6 @@
-// Forward: each thread carries the running statistics of its four rows through all tiles of a row
-// block, so that no logit leaves the registers. Where a cluster turns to another row block, each
-// of its two groups of threads leaves one set of partial statistics per row.
+// The epilogue of forward: each thread carries the running statistics of its four rows through all
+// tiles of a row block, so that no logit leaves the registers. Where a cluster turns to another row
+// block, each of its two groups of threads leaves one set of partial statistics per row.
 #pragma once
 
 #include "core/row_state.h"
@@ -9,10 +9,10 @@
 
 namespace cutloss::cuda::fused::sm90 {
 
-// kAll: entropy, zbar and argmax too.
+// With kAll entropy, zbar and argmax are made, too.
 template <bool kAll>
 class StatisticsEpilogue {
-  static constexpr int kNumbers = kAll ? 5 : 2;  // of a row
+  static constexpr int kNumbers = kAll ? 5 : 2;  // how many numbers of a row wait
 
  public:
   // The statistics wait in shared memory, each thread's in a column of its own: the registers are
@@ -23,11 +23,11 @@ class StatisticsEpilogue {
 
   struct Params {
     LogitTransform transform;
-    const int* target;    // (rows): a column of the vocabulary, or -1
+    const int* target;    // (rows), columns of the vocabulary, or -1
     int origin;           // the column of the vocabulary that is this product's first
-    float* target_logit;  // (rows): written where the target is among the columns
+    float* target_logit;  // (rows), written where the target is among the columns
     Partials partials;
-    const float* class_weight;  // (columns), or null: all ones
+    const float* class_weight;  // (columns), or null for ones
   };
 
   __device__ StatisticsEpilogue(const Params& params, const CUtensorMap*, char* buffer,
@@ -93,7 +93,7 @@ class StatisticsEpilogue {
   }
 
  private:
-  using Row = RowState<float>;  // what kAll alone wants stays as it is without it
+  using Row = RowState<float>;  // without kAll the members that it needs stay as they are
 
   struct ExpApprox {
     __device__ float operator()(float x) const { return exp_approx(x); }
@@ -125,7 +125,8 @@ class StatisticsEpilogue {
     }
   }
 
-  // After `add`, whose maximum it is relative to. target: as in take_target; it is left out.
+  // Must follow `add`, whose maximum zbar is relative to. `target` is as in take_target, and is
+  // left out.
   template <class Z>
   __device__ __forceinline__ void add_zbar(Z z, Row& row, int target) {
     const Lane at;
@@ -179,7 +180,7 @@ class StatisticsEpilogue {
     row.max = top;
   }
 
-  // The state of a row in another lane; its target's logit is in nobody's.
+  // The state of a row in another lane. No lane's state holds the target's logit.
   static __device__ __forceinline__ Row from_lane(const Row& row, int lanes) {
     const auto other = [lanes](auto value) { return __shfl_xor_sync(~0u, value, lanes); };
     Row from;
