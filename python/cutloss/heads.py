@@ -1,7 +1,8 @@
 """Losses that hold their classifier: ``LinearCrossEntropyLoss`` and ``CausalLMHead``.
 
 ``LinearCrossEntropy`` has the options, and is given the classifier with each call. The two here
-have one of those, and a classifier: their own, or another module's, which they then share.
+have one of those, and a classifier: their own, or another module's, which they then share. Its
+parameters have the names, in checkpoints too, that they have in an nn.Linear in the head's place.
 """
 
 from collections.abc import Iterator
@@ -304,6 +305,10 @@ class CausalLMHead(_Head):
     that dtype, bias, scale and cap included, and the loss is of logits in fp32.
 
     Hidden states whose label does not count are never used for the loss: they may be NaN.
+
+    Weight and bias are named as those of an nn.Linear in this place, in named_parameters and in the
+    state_dict: a checkpoint with ``lm_head.weight`` loads where ``self.lm_head`` is this, and is
+    saved so. Names of cutloss 0.1 (``lm_head.output_embeddings.weight``) load too.
 
     :param output_embeddings: As in :class:`LinearCrossEntropyLoss`: the module to share, or
         in_features. A tied embedding stays one Parameter through state_dict, deepcopy, ``.to()``
