@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from architectures import make
+from peft import LoraConfig, get_peft_model
 from test_transformers import NoLogits, assert_same, run
 from transformers import BatchEncoding
 
@@ -156,6 +157,14 @@ def test_models_that_need_more_than_text(build):
     assert outputs.logits is None
     inner = outputs.get("language_model_outputs")
     assert inner is None or inner.logits is None
+
+
+def test_an_adapter():
+    model, batch = made(whisper)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    assert cutloss.patch(adapted, verify=batch) is adapted
+    with NoLogits():
+        adapted.train()(**batch).loss.backward()
 
 
 def test_the_batch_stays_as_it_is():
