@@ -1,10 +1,10 @@
-"""The names of a head's parameters: those of the layer whose place it took, so that a checkpoint with
-``lm_head.weight`` loads where ``lm_head`` is a head, and is saved under that name.
+"""The names of a head's parameters: those of the layer whose place it took, so that a checkpoint
+with ``lm_head.weight`` loads where ``lm_head`` is a head, and is saved under that name.
 
 A head holds its classifier as a submodule, which it may share (decision 7), and PyTorch puts the
-names of submodules into those of parameters. Here it is left out: in the state_dict, by hooks of the
-head, and in named_parameters, since optimizers, FSDP and distributed checkpoints take the names of
-one for those of the other (decision 19).
+names of submodules into those of parameters. Here it is left out: in the state_dict, by hooks of
+the head, and in named_parameters, since optimizers, FSDP and distributed checkpoints take the names
+of one for those of the other (decision 19).
 """
 
 from collections.abc import Iterator
@@ -71,7 +71,8 @@ def _after_save(head: nn.Module, state_dict: dict, prefix: str, local_metadata: 
             bias[prefix + short] = value
         else:
             rest[key] = value
-    state_dict.update(**classifier, **bias, **rest)  # the order of an nn.Linear, then what is ours
+    # In the order of an nn.Linear, then what is ours.
+    state_dict.update({**classifier, **bias, **rest})
 
 
 def _before_load(
@@ -102,7 +103,10 @@ def _before_load(
 
 def _after_load(head: nn.Module, incompatible_keys) -> None:
     """What is said of names is said of those in the checkpoint."""
-    prefix, error_msgs = head.__dict__.pop(_LOADING)
+    found = head.__dict__.pop(_LOADING, None)
+    if found is None:  # a shallow copy of a head, whose hooks are those of the head
+        return
+    prefix, error_msgs = found
     for child in (CLASSIFIER, OWN_BIAS):
         path = f"{prefix}{child}."
         for keys in incompatible_keys:

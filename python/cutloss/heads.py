@@ -95,13 +95,13 @@ class _Head(nn.Module):
 
     @property
     def parametrizations(self) -> nn.Module:
-        """Those of the classifier, of torch.nn.utils.parametrize, by the names that their parameters
-        have."""
+        """Those of the classifier, of torch.nn.utils.parametrize, by the names that their
+        parameters have."""
         return self.output_embeddings.parametrizations
 
     def __setattr__(self, name: str, value: object) -> None:
-        """A weight or a bias is set in the module that has it: ``lm_head.weight = embedding.weight``
-        ties them."""
+        """A weight or a bias is set in the module that has it, so that ``lm_head.weight =
+        embedding.weight`` ties them."""
         if name not in ("weight", "bias") or getattr(self, name) is None:
             super().__setattr__(name, value)
             return
@@ -114,6 +114,16 @@ class _Head(nn.Module):
             # Of Transformers, where a checkpoint lacks it: to stay.
             value = nn.Parameter(value, parameters[name].requires_grad)
         setattr(module, name, value)
+
+    def __setstate__(self, state: dict) -> None:
+        """A head that cutloss 0.1 pickled whole has its bias elsewhere, and no hooks."""
+        super().__setstate__(state)
+        parameters = private.parameters_of(self)
+        if "own_bias" in parameters:
+            own_bias = parameters.pop("own_bias")
+            if own_bias is not None:
+                self.add_module(_checkpoint_names.OWN_BIAS, _Bias(own_bias))
+            _checkpoint_names.install(self)
 
     def named_modules(
         self,

@@ -8,6 +8,7 @@ import processes
 import pytest
 import torch
 from processes import checks
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -134,6 +135,44 @@ def test_checkpoints_of_earlier_versions(name):
     bias = "output_embeddings.bias" if model.lm_head.own_bias is None else "own_bias"
     model.load_state_dict(formerly(before.state_dict(), bias), strict=True)
     assert_same_state(model.state_dict(), before.state_dict())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_that_an_earlier_version_pickled_whole(bias):
+    head = CausalLMHead(nn.Embedding(V, D), bias=bias)
+    if bias:
+        nn.init.normal_(head.bias)
+    state = dict(head.__dict__)
+    state["_parameters"] = {"own_bias": head.own_bias}
+    state["_modules"] = {k: v for k, v in state["_modules"].items() if k != "_own"}
+    for name in state:
+        if "state_dict" in name:
+            state[name] = type(state[name])()
+    old = CausalLMHead.__new__(CausalLMHead)
+    old.__setstate__(state)
+    assert old.bias is head.bias and old.own_bias is head.bias
+    assert list(old.state_dict()) == ["weight", "bias"][: 1 + bias]
+    old.load_state_dict(head.state_dict())
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_files_of_safetensors(name, tmp_path):
+    """Which has each tensor once, and asks the model for its other names."""
+    before, model = pair(name)
+    save_model(before, tmp_path / "file")
+    load_model(model, tmp_path / "file")
+    assert_same_state(model.state_dict(), before.state_dict())
+    again = stock(2, **HEADS[name][0])
+    save_model(model, tmp_path / "file")
+    load_model(again, tmp_path / "file")
+    assert_same_state(again.state_dict(), before.state_dict())
+
+
+def test_a_shallow_copy():
+    before, model = pair("of its own")
+    head = copy.copy(model.lm_head)
+    head.load_state_dict(before.lm_head.state_dict())
+    assert torch.equal(model.lm_head.weight, before.lm_head.weight)
 
 
 def test_what_is_said_of_names_is_said_of_those_in_the_checkpoint():

@@ -98,16 +98,16 @@ def patch(
     :param label_smoothing: As F.cross_entropy's, in training.
     :param max_workspace: As :func:`cutloss.linear_cross_entropy`'s.
     :param impl: "torch" makes the logits, with PyTorch's own operators: for comparisons.
-    :param verify: Compare the loss, and its gradient for the hidden states, with the model's own on 2
-        sequences of 4 tokens, and raise where they differ. Or a batch to compare on, for a model
+    :param verify: Compare the loss, and its gradient for the hidden states, with the model's own on
+        2 sequences of 4 tokens, and raise where they differ. Or a batch to compare on, for a model
         that needs more than text: a mapping of the arguments of its forward, tensors on its
         device, labels among them, as a processor or collator makes it. It runs the model twice in
         evaluation mode, on its own device, the first time with its logits, and leaves the batch,
         random state, modes, buffers and gradients as they were. False for a model that can not run
         yet (on the meta device).
     :return: The model.
-    :raises NotImplementedError: where the model's classifier or forward can not be done, or its loss
-        or gradient differ; the model is as it was, as it is after every error.
+    :raises NotImplementedError: where the model's classifier or forward can not be done, or its
+        loss or gradient differ; the model is as it was, as it is after every error.
     :raises RuntimeError: where the model itself can not take the batch.
     :raises ValueError: where the batch has no labels or is on another device than the model, or the
         model makes no finite loss of it.

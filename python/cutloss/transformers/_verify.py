@@ -48,11 +48,8 @@ def verify(
                 f"cutloss.patch can not do the forward of {name}, and leaves the model as it was: "
                 f"{error}"
             ) from error
-        probes = switch.now.probes
-        got_grads = torch.autograd.grad(got, probes, allow_unused=True)
-        got_grads = [torch.zeros_like(p) if g is None else g for p, g in zip(probes, got_grads)]
+        got_grads = _gradients(got, switch.now.probes)
 
-    want_grads, got_grads = (list(map(_sharded.gathered, grads)) for grads in (want_grads, got_grads))
     # A classifier that casts its input may be in fewer bits than that.
     dtypes = {want_grads[0].dtype, switch.layers[0].weight.dtype}
     of_loss, of_grads = max(_TOLERANCE.get(dtype, _OF_16_BITS) for dtype in dtypes)
@@ -74,8 +71,8 @@ def verify(
         difference = _norm(g.to(w.dtype) - w)
         if not difference <= of_grads * _norm(w) + torch.finfo(w.dtype).tiny:
             raise NotImplementedError(
-                f"on {on} the gradient for the hidden states of {name} has norm {_norm(w):.7g}, and "
-                f"{_norm(g):.7g} with cutloss, and their difference has {difference:.7g}: its "
+                f"on {on} the gradient for the hidden states of {name} has norm {_norm(w):.7g}, "
+                f"and {_norm(g):.7g} with cutloss, and their difference has {difference:.7g}: its "
                 f"forward does something to the logits that cutloss.patch does not do. The model "
                 f"is unpatched; please report its class"
             )
@@ -83,7 +80,7 @@ def verify(
 
 def _of_stock(
     model: nn.Module, switch: Switch, stock, inputs: dict, on: str, is_tiny: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, list[Tensor]]:
     """The model's own loss, and its gradients for what enters the classifier."""
     name = type(model).__name__
     switch.now.probes = []
@@ -98,8 +95,8 @@ def _of_stock(
             else f"verify takes what {name}(**batch) takes"
         )
         raise RuntimeError(
-            f"cutloss.patch compares its loss with that of {name} on {on}, which the model itself "
-            f"can not take ({type(error).__name__}: {error}): {advice}"
+            f"cutloss.patch compares its loss with that of {name} on {on}, which the model "
+            f"itself can not take ({type(error).__name__}: {error}): {advice}"
         ) from error
     if not switch.now.probes:
         raise NotImplementedError(
@@ -113,9 +110,7 @@ def _of_stock(
             f"compared: take a batch in which some label counts (is not -100), and a model whose "
             f"weights are finite"
         )
-    probes = switch.now.probes
-    grads = torch.autograd.grad(loss, probes, allow_unused=True)
-    return loss.detach(), tuple(torch.zeros_like(p) if g is None else g for p, g in zip(probes, grads))
+    return loss.detach(), _gradients(loss, switch.now.probes)
 
 
 def _loss(output, name: str, on: str) -> Tensor:
@@ -132,6 +127,13 @@ def _loss(output, name: str, on: str) -> Tensor:
         f"on {on} the forward of {name} returns no loss ({found}{names}), and so there is none to "
         f"compare: give it labels of which it makes one, or pass verify=False"
     )
+
+
+def _gradients(loss: Tensor, probes: list[Tensor]) -> list[Tensor]:
+    """Whole ones; zeros where the loss makes no use of what went into the classifier."""
+    grads = torch.autograd.grad(loss, probes, allow_unused=True)
+    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(probes, grads)]
+    return list(map(_sharded.gathered, grads))
 
 
 def _norm(t: Tensor) -> float:
