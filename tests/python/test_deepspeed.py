@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import os
 import sys
+import tempfile
 
 import processes
 import pytest
@@ -39,7 +40,11 @@ def engine_of(model, stage, **config):
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         # Its default keeps small weights whole everywhere.
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
         **config,
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -101,11 +106,29 @@ def check_backward_without_the_weight(world, schedule):
         loss.backward()
 
 
+def check_saved_weights(world, stage, tied):
+    """A head loads what DeepSpeed saves; from ZeRO-3 it has the paths of submodules for names."""
+    start()
+    model, other = make(tied), make(tied)
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    engine = engine_of(model, stage)
+    with tempfile.TemporaryDirectory() as folder:
+        engine.save_16bit_model(folder, "weights.bin")
+        if world.rank == 0:
+            saved = torch.load(f"{folder}/weights.bin")
+            assert ("head.weight" in saved) == (stage != 3)
+            torch.nn.init.zeros_(other.head.weight)
+            other.load_state_dict(saved, strict=True)
+            for name, value in other.state_dict().items():
+                assert torch.equal(value, values[name]), name
+
+
 SCHEDULES = ("rows", "vocabulary")
 CHECKS = [
     *checks(check_zero, (3,), (Model, WithTheFunction), (False, True), SCHEDULES),
     *checks(check_zero, (1, 2), (Model,), (True,), SCHEDULES[:1]),
     *checks(check_backward_without_the_weight, SCHEDULES),
+    *checks(check_saved_weights, (2, 3), (False, True)),
 ]
 
 

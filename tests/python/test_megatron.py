@@ -165,6 +165,9 @@ def check_head(world, bias):
     p = problem(world)
     Head = column_parallel_head(ColumnParallelLinear, softcap=4.0)
     layer = layer_of(world, p, Head, bias=bias)
+    before = layer_of(world, p, ColumnParallelLinear, bias=bias)
+    layer.load_state_dict(before.state_dict(), strict=True)  # names are those of the class
+    assert list(layer.state_dict()) == list(before.state_dict())
     hidden = mine(world, p, False)
     loss = layer(hidden, labels=p.labels)
     (loss * p.mask).sum().backward()

@@ -4,7 +4,10 @@ import copy
 import functools
 import inspect
 import itertools
+import operator
+from collections.abc import Mapping
 from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -57,7 +60,7 @@ def patch(
     label_smoothing: float = 0.0,
     max_workspace: int | None = None,
     impl: str = "auto",
-    verify: bool = True,
+    verify: bool | Mapping[str, Any] = True,
 ) -> nn.Module:
     """Let a causal language model of Transformers compute its training loss without logits::
 
@@ -95,15 +98,21 @@ def patch(
     :param label_smoothing: As F.cross_entropy's, in training.
     :param max_workspace: As :func:`cutloss.linear_cross_entropy`'s.
     :param impl: "torch" makes the logits, with PyTorch's own operators: for comparisons.
-    :param verify: Compare loss and gradient with the model's own on 2 sequences of 4 tokens, and
-        raise where they differ. It runs the model twice in evaluation mode, on its own device, and
-        leaves random state, modes, buffers and gradients as they were. False for a model that can
-        not run yet (on the meta device).
+    :param verify: Compare the loss, and its gradient for the hidden states, with the model's own on
+        2 sequences of 4 tokens, and raise where they differ. Or a batch to compare on, for a model
+        that needs more than text: a mapping of the arguments of its forward, tensors on its
+        device, labels among them, as a processor or collator makes it. It runs the model twice in
+        evaluation mode, on its own device, the first time with its logits, and leaves the batch,
+        random state, modes, buffers and gradients as they were. False for a model that can not run
+        yet (on the meta device).
     :return: The model.
-    :raises NotImplementedError: where the model's classifier or forward can not be done; the model
-        is as it was.
+    :raises NotImplementedError: where the model's classifier or forward can not be done, or its
+        loss or gradient differ; the model is as it was, as it is after every error.
+    :raises RuntimeError: where the model itself can not take the batch.
+    :raises ValueError: where the batch has no labels or is on another device than the model, or the
+        model makes no finite loss of it.
     """
-    checks.flags(verify=verify)
+    batch = _verify.check(verify)
     if return_logits is not None:
         checks.flags(return_logits=return_logits)
     checks.max_workspace(max_workspace)
@@ -125,9 +134,9 @@ def patch(
     target.__dict__[place_of_forward(target)] = MethodType(held.forward, target)
     for module in [target] if model is target else [target, model]:
         held.guards += _guard.install(module)
-    if verify:
+    if verify or batch is not None:
         try:
-            _verify.verify(target, switch, held.stock(target))
+            _verify.verify(target, switch, held.stock(target), batch)
         except BaseException:
             unpatch(target)
             raise
@@ -241,9 +250,16 @@ def _forward_of(level: int, of_class):
 
 
 def _without_logits(output):
-    """None in their place; outputs keep their class, tuples their length."""
+    """None in their place, in the outputs of inner models too; outputs keep their class, tuples
+    their length."""
+    if isinstance(output, UnmadeLogits):
+        return None
     if isinstance(output, tuple):
-        return tuple(None if isinstance(v, UnmadeLogits) else v for v in output)
-    return type(output)(
-        **{k: None if isinstance(v, UnmadeLogits) else v for k, v in output.items()}
-    )
+        values = [_without_logits(v) for v in output]
+        is_same = all(map(operator.is_, values, output))
+        return output if is_same else tuple(values)
+    if isinstance(output, dict):
+        values = {k: _without_logits(v) for k, v in output.items()}
+        is_same = all(values[k] is output[k] for k in values)
+        return output if is_same else type(output)(**values)
+    return output

@@ -1,7 +1,12 @@
-"""Whether a patched model's loss is its own: on a tiny batch, when it is patched."""
+"""Whether a patched model's loss is its own: on a tiny batch, or one of the user's, when it is
+patched."""
 
 import contextlib
+import copy
 import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,77 +23,191 @@ _TOLERANCE = {torch.float64: (1e-4, 1e-3), torch.float32: (1e-4, 1e-3)}
 _OF_16_BITS = (3e-2, 1e-1)
 
 
-def verify(model: nn.Module, switch: Switch, stock) -> None:
-    """Raises where loss, or the gradient for what enters the classifier, differ from stock's."""
-    inputs = _inputs(model, switch, stock)
+def verify(
+    model: nn.Module, switch: Switch, stock, batch: Mapping[str, Any] | None = None
+) -> None:
+    """Raises where loss, or the gradient for what enters the classifier, differ from stock's.
+
+    :param batch: Of the user. None: a tiny one is made."""
     name = type(model).__name__
+    if batch is None:
+        inputs, on = _inputs(model, switch, stock), "a tiny batch"
+    else:
+        inputs, on = _checked(model, batch), "the batch that verify was given"
     with _as_it_was(model, switch):
-        try:
-            switch.now.probes = []
-            output = stock(**inputs)
-            want = _loss(output)
-            want_grads = torch.autograd.grad(want, switch.now.probes) if switch.now.probes else ()
-        except Exception as error:
-            raise RuntimeError(
-                f"cutloss.patch compares its loss with that of {name} on a tiny batch, which the "
-                f"model itself can not take (see above): pass verify=False and compare on a batch "
-                f"of yours"
-            ) from error
-        if not switch.now.probes:
-            raise NotImplementedError(
-                f"the forward of {name} computes its loss without a call of its classifier "
-                f"(another library may have replaced it): cutloss.patch can not take part in it"
-            )
+        want, want_grads = _of_stock(model, switch, stock, _copied(inputs), on, batch is None)
         switch.now.probes = []
         try:
-            output, took_loss = _switch.without_logits(switch, model.training, stock, (), inputs)
+            output, took_loss = _switch.without_logits(
+                switch, model.training, stock, (), _copied(inputs)
+            )
             _switch.check_loss(took_loss, model)
-            got = _loss(output)
+            got = _loss(output, name, on)
         except LogitsNotMadeError as error:
             raise NotImplementedError(
                 f"cutloss.patch can not do the forward of {name}, and leaves the model as it was: "
                 f"{error}"
             ) from error
-        got_grads = torch.autograd.grad(got, switch.now.probes)
+        got_grads = _gradients(got, switch.now.probes)
 
-    want_grads, got_grads = (list(map(_sharded.gathered, grads)) for grads in (want_grads, got_grads))
     # A classifier that casts its input may be in fewer bits than that.
     dtypes = {want_grads[0].dtype, switch.layers[0].weight.dtype}
     of_loss, of_grads = max(_TOLERANCE.get(dtype, _OF_16_BITS) for dtype in dtypes)
     want, got = want.item(), got.item()
     if not abs(got - want) <= of_loss * (1 + abs(want)):
         raise NotImplementedError(
-            f"on a tiny batch the loss of {name} is {want:.7g}, and {got:.7g} with cutloss: its "
+            f"on {on} the loss of {name} is {want:.7g}, and {got:.7g} with cutloss: its "
             f"forward does something to the logits or the loss that cutloss.patch does not do. The "
             f"model is unpatched; please report its class"
+        )
+    shapes = [[tuple(g.shape) for g in grads] for grads in (want_grads, got_grads)]
+    if shapes[0] != shapes[1]:
+        raise NotImplementedError(
+            f"on {on} the forward of {name} calls its classifier with hidden states of shape "
+            f"{shapes[0]}, and with cutloss of {shapes[1]}: it looks at the logits. The model is "
+            f"unpatched; please report its class"
         )
     for w, g in zip(want_grads, got_grads):
         difference = _norm(g.to(w.dtype) - w)
         if not difference <= of_grads * _norm(w) + torch.finfo(w.dtype).tiny:
             raise NotImplementedError(
-                f"on a tiny batch the gradient for the hidden states of {name} has norm "
-                f"{_norm(w):.7g}, and with cutloss differs from it by {difference:.7g}: its "
+                f"on {on} the gradient for the hidden states of {name} has norm {_norm(w):.7g}, "
+                f"and {_norm(g):.7g} with cutloss, and their difference has {difference:.7g}: its "
                 f"forward does something to the logits that cutloss.patch does not do. The model "
                 f"is unpatched; please report its class"
             )
 
 
-def _loss(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output["loss"]
+def _of_stock(
+    model: nn.Module, switch: Switch, stock, inputs: dict, on: str, is_tiny: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The model's own loss, and its gradients for what enters the classifier."""
+    name = type(model).__name__
+    switch.now.probes = []
+    try:
+        with torch.random.fork_rng(_cuda_devices(model)):  # both draw the same numbers, if any
+            output = stock(**inputs)
+    except Exception as error:
+        advice = (
+            "pass verify=batch, one of yours: a mapping of the forward's arguments, with labels; "
+            "or verify=False, and nothing is compared"
+            if is_tiny
+            else f"verify takes what {name}(**batch) takes"
+        )
+        raise RuntimeError(
+            f"cutloss.patch compares its loss with that of {name} on {on}, which the model "
+            f"itself can not take ({type(error).__name__}: {error}): {advice}"
+        ) from error
+    if not switch.now.probes:
+        raise NotImplementedError(
+            f"the forward of {name} computes its loss without a call of its classifier "
+            f"(another library may have replaced it): cutloss.patch can not take part in it"
+        )
+    loss = _loss(output, name, on)
+    if not math.isfinite(loss.item()):
+        raise ValueError(
+            f"on {on} the loss of {name} itself is {loss.item()}, with which nothing can be "
+            f"compared: take a batch in which some label counts (is not -100), and a model whose "
+            f"weights are finite"
+        )
+    return loss.detach(), _gradients(loss, switch.now.probes)
+
+
+def _loss(output, name: str, on: str) -> Tensor:
+    has_names = isinstance(output, Mapping)
+    loss = output.get("loss") if has_names else output[0] if isinstance(output, tuple) else output
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+        return loss
+    if isinstance(loss, Tensor):
+        found = f"a tensor of shape {tuple(loss.shape)} in place of one number with a gradient"
+    else:
+        found = f"{type(loss).__name__} in its place"
+    names = f", among {', '.join(map(str, output))}" if has_names else ""
+    raise ValueError(
+        f"on {on} the forward of {name} returns no loss ({found}{names}), and so there is none to "
+        f"compare: give it labels of which it makes one, or pass verify=False"
+    )
+
+
+def _gradients(loss: Tensor, probes: list[Tensor]) -> list[Tensor]:
+    """Whole ones; zeros where the loss makes no use of what went into the classifier."""
+    grads = torch.autograd.grad(loss, probes, allow_unused=True)
+    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(probes, grads)]
+    return list(map(_sharded.gathered, grads))
 
 
 def _norm(t: Tensor) -> float:
     return float(torch.linalg.vector_norm(t, dtype=torch.float64))
 
 
+def _refusal_of_meta(model: nn.Module) -> str:
+    return (
+        f"this {type(model).__name__} is on the meta device, where it can not run for "
+        f"cutloss.patch to compare losses: pass verify=False, or patch it when it has weights"
+    )
+
+
+# A batch of the user ------------------------------------------------------------------------------
+
+
+def check(value: object) -> Mapping[str, Any] | None:
+    """The batch in patch's verify, if that is one."""
+    if isinstance(value, (bool, int)):
+        return None
+    if isinstance(value, Mapping):
+        return value
+    raise TypeError(
+        f"verify must be True, False or a batch, a mapping of the arguments of the model's forward "
+        f"(dict(input_ids=..., labels=...)), got {type(value).__name__}"
+    )
+
+
+def _checked(model: nn.Module, batch: Mapping[str, Any]) -> dict:
+    name = type(model).__name__
+    if all(p.is_meta for p in model.parameters()):
+        raise ValueError(_refusal_of_meta(model))
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError(
+            f"the batch that verify was given has no labels, of which {name} could make a loss: it "
+            f"has {', '.join(map(str, batch)) or 'nothing'}; add them, as in training"
+        )
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels in the batch that verify was given must be a tensor, got "
+            f"{type(labels).__name__}: a tokenizer, processor or collator makes tensors with "
+            f"return_tensors='pt'"
+        )
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    is_spread = len(devices) > 1 or hasattr(model, "hf_device_map")  # hooks move what comes in
+    for key, value in batch.items():
+        if not is_spread and isinstance(value, Tensor) and value.device not in devices:
+            raise ValueError(
+                f"{key} in the batch that verify was given is on {value.device}, and {name} on "
+                f"{devices.pop()}: move one of them to the other"
+            )
+    return dict(batch)
+
+
+def _copied(value: Any) -> Any:
+    """What a forward may change in place: what it is given stays as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if type(value) is dict:
+        return {k: _copied(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return copy.deepcopy(value)
+
+
+# The tiny batch -----------------------------------------------------------------------------------
+
+
 def _inputs(model: nn.Module, switch: Switch, stock) -> dict:
     """2 sequences of 4 ordinary tokens, one label ignored."""
     weight = model.get_input_embeddings().weight
     if weight.is_meta:
-        raise ValueError(
-            f"this {type(model).__name__} is on the meta device, where it can not run for "
-            f"cutloss.patch to compare losses: pass verify=False, or patch it when it has weights"
-        )
+        raise ValueError(_refusal_of_meta(model))
     V = min(shape(weight)[0], shape(switch.layers[0].weight)[0])
     special = _special_tokens(model.config)
     ordinary = [i for i in range(min(V, 64 + len(special))) if i not in special] or [0]
@@ -115,6 +234,10 @@ def _special_tokens(config) -> set[int]:
     return found
 
 
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return list({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module, switch: Switch):
     """In evaluation mode, without a gradient for the classifier; everything restored after."""
@@ -127,9 +250,8 @@ def _as_it_was(model: nn.Module, switch: Switch):
         if b is not None and not b.is_meta
     ]
     wanted = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng([d.index for d in devices]), torch.enable_grad():
+        with torch.random.fork_rng(_cuda_devices(model)), torch.enable_grad():
             model.eval()
             for p in wanted:
                 p.requires_grad_(False)
