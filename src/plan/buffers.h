@@ -3,8 +3,6 @@
 
 #include <string_view>
 
-#include "plan/decision.h"
-
 namespace cutloss::buffer {
 
 // A RowState for each row of the chunk.
@@ -16,7 +14,7 @@ inline constexpr std::string_view kZ = "logits";
 inline constexpr std::string_view kG = "g";
 // The sums of the chunk's dE and of dC of a slab or of the vocabulary, in the stat dtype, and those
 // of dbias in fp64.
-inline constexpr std::string_view kDeSums = kDeSumsName;
+inline constexpr std::string_view kDeSums = "dE's sums";
 inline constexpr std::string_view kDcSums = "dC's sums";
 inline constexpr std::string_view kDbiasSums = "dbias's sums";
 // The logits or exponentials that are kept.

@@ -6,7 +6,9 @@
 #include <utility>
 
 #include "core/dtype.h"
+#include "cutloss/call.h"
 #include "plan/buffers.h"
+#include "plan/decision.h"
 
 namespace cutloss {
 

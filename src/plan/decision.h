@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string_view>
 
 #include "core/ledger.h"
 #include "core/ranges.h"
@@ -76,8 +75,6 @@ void set_problem(Decision& d, const Algorithm& algorithm, const Problem& problem
 // Finds the first column, a multiple of `unit`, from which on dE's sums may wait in the rows of dC;
 // V where they may not. `in_place` says that dE's sums have a place already.
 std::int64_t begin_of_last_columns(const Decision& d, bool in_place, std::int64_t unit);
-// The name that every engine gives to the buffer of dE's sums.
-inline constexpr std::string_view kDeSumsName = "dE's sums";
 inline constexpr std::int64_t kSumsAlign = 256;
 // Where dE's sums begin in dC: at the row of the first last column, or at the next multiple of
 // kSumsAlign bytes.

@@ -8,6 +8,7 @@
 #include "core/refuse.h"
 #include "core/text.h"
 #include "core/validate.h"
+#include "plan/buffers.h"
 #include "plan/plan.h"
 
 namespace cutloss {
@@ -136,7 +137,7 @@ class Choice {
                       : wanted.dc.add   ? "dC is added to"
                                         : nullptr;
     for (const Booking& booking : d.backward.bookings()) {
-      if (why == nullptr || booking.name != kDeSumsName || !booking.lies_in.empty()) continue;
+      if (why == nullptr || booking.name != buffer::kDeSums || !booking.lies_in.empty()) continue;
       reasons_.push_back(text("vocabulary: dE's sums take ", memory_text(booking.bytes),
                               " of their own, since ", why,
                               "; in a dC that is written they would wait for its last rows"));
