@@ -1,7 +1,7 @@
 #include "call.h"
 
 #include "place.h"
-#include "plans.h"
+#include "spec/plan_cache.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -181,7 +181,7 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   p.has_class_weight = o.class_weight.has_value();
   p.device = device_.device();
   p.device_index = device_.index();
-  plan_ = plan_for(p);
+  plan_ = spec::plan_for(p);
   if (kept_bytes() != options.kept_bytes) {
     refuse("kept_bytes must be what the plan says, " + std::to_string(kept_bytes()) + ", got " +
            std::to_string(options.kept_bytes));

@@ -4,18 +4,21 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "call.h"
 #include "chunks.h"
 #include "place.h"
-#include "plans.h"
 #include "shards.h"
+#include "spec/plan_fields.h"
 #include "terms.h"
 
 namespace cutloss::binding {
 namespace {
+
+using torch::stable::accelerator::DeviceGuard;
 
 // statistics(operands, terms, undefined, *, options)
 //   -> (loss, nll, lse, row_max, log_sum, entropy, zbar_centred, argmax, kept); no terms, no loss
@@ -158,7 +161,7 @@ void scale(Stack& stack) {
 #define CUTLOSS_PLAN_SIZES                                                            \
   "int sequences, int length, int V, int D, ScalarType e_dtype, ScalarType c_dtype, " \
   "ScalarType? bias_dtype, ScalarType target_dtype, bool has_row_temperature, "       \
-  "bool has_class_weight, bool at_forward, bool on_cuda, int device_index=-1, "       \
+  "bool has_class_weight, bool known_at_forward, bool on_cuda, int device_index=-1, " \
   "int[] e_strides=[], int e_offset=0, int[] c_strides=[], int c_offset=0"
 
 // What becomes of a tensor of `dims` dimensions, (..., rows, D), that a plan is told of.
@@ -174,8 +177,9 @@ Strides told_strides(Place place, const std::vector<std::int64_t>& strides, std:
   return strides_in_place(place, device).value_or(Strides{});
 }
 
-// A plan without data: sizes, dtypes, strides and options.
-std::shared_ptr<const Plan> read_plan(Stack& s) {
+// A problem without data: sizes, dtypes, strides and options. Its CUDA device becomes the current
+// one for as long as `guard` lives.
+Problem read_problem(Stack& s, std::unique_ptr<DeviceGuard>& guard) {
   struct {
     std::int64_t sequences, length, V, D;
   } sizes{};
@@ -189,7 +193,7 @@ std::shared_ptr<const Plan> read_plan(Stack& s) {
   const auto targets = s.next<ScalarType>();
   const bool has_row_temperature = s.next<bool>();
   const bool has_class_weight = s.next<bool>();
-  const bool at_forward = s.next<bool>();
+  const bool known_at_forward = s.next<bool>();
   const bool on_cuda = s.next<bool>();
   const std::int64_t device_index = s.next<std::int64_t>();
   const auto e_strides = s.next<std::vector<std::int64_t>>();
@@ -198,7 +202,7 @@ std::shared_ptr<const Plan> read_plan(Stack& s) {
   const std::int64_t c_offset = s.next<std::int64_t>();
   const Options options = read_options(s);
 
-  Problem p = problem_of(options, at_forward ? Upstream::at_forward : Upstream::at_backward);
+  Problem p = problem_of(options, known_at_forward ? Upstream::at_forward : Upstream::at_backward);
   p.rows.sequences = sizes.sequences;
   p.rows.length = sizes.length;
   p.device = on_cuda ? Device::cuda : Device::cpu;
@@ -219,27 +223,22 @@ std::shared_ptr<const Plan> read_plan(Stack& s) {
   p.rows.target_type = index_type_of(targets);
   p.rows.has_temperature = has_row_temperature;
   p.has_class_weight = has_class_weight;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
   try {
     if (on_cuda && device_index >= 0) {
-      guard.emplace(static_cast<std::int32_t>(device_index));
+      guard = std::make_unique<DeviceGuard>(static_cast<std::int32_t>(device_index));
       p.device_index = static_cast<int>(device_index);
     }
   } catch (const std::runtime_error&) {
     // A device of fake tensors only. What is missing, the engines say.
   }
-  return plan_for(p);
+  return p;
 }
 
-// plan(sizes, *, options) -> [schedule, bytes kept from forward to backward, bytes of scratch of
-// forward, of backward, products]
+// plan(sizes, *, options) -> JSON (spec/plan_fields.h)
 void plan(Stack& stack) {
-  const auto made = read_plan(stack);
-  const Plan& plan = *made;
-  const std::int64_t scratch = plan.keeps_logits ? 0 : plan.kept_bytes;
-  stack.put(std::vector<std::int64_t>{
-      static_cast<std::int64_t>(plan.schedule), plan.kept_bytes - scratch,
-      plan.forward_workspace_bytes + scratch, plan.backward_workspace_bytes, plan.products});
+  std::unique_ptr<DeviceGuard> guard;
+  const Problem problem = read_problem(stack, guard);
+  stack.put(spec::plan_fields(problem, spec::decide(problem)));
 }
 
 void has_cuda(Stack& stack) {
@@ -252,13 +251,7 @@ void has_cuda(Stack& stack) {
 
 void version(Stack& stack) { stack.put(std::string(CUTLOSS_VERSION)); }
 
-void describe_plan(Stack& stack) { stack.put(describe(*read_plan(stack))); }
-
-void describe_machine(Stack& stack) {
-  std::string text;
-  for (const std::string& line : cutloss::describe_machine()) text += line + "\n";
-  stack.put(text);
-}
+void engines(Stack& stack) { stack.put(spec::engine_fields()); }
 
 }  // namespace
 
@@ -304,9 +297,8 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
         ") -> ()");
   m.def("is_read_in_place(Tensor t) -> bool");
   m.def("scale_(Tensor(a!) t, Tensor factor) -> ()");
-  m.def("plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> int[]");
-  m.def("describe_plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> str");
-  m.def("describe_machine() -> str");
+  m.def("plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> str");
+  m.def("engines() -> str");
   m.def("has_cuda() -> bool");
   m.def("version() -> str");
 }
@@ -349,8 +341,7 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) {
 // No tensor among their arguments, so no device to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(cutloss, CompositeExplicitAutograd, m) {
   m.impl("plan", &boxed<plan>);
-  m.impl("describe_plan", &boxed<describe_plan>);
-  m.impl("describe_machine", &boxed<describe_machine>);
+  m.impl("engines", &boxed<engines>);
   m.impl("has_cuda", &boxed<has_cuda>);
   m.impl("version", &boxed<version>);
 }

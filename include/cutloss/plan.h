@@ -50,12 +50,25 @@ struct Plan {
 // Throws Error(invalid_value, invalid_type, unsupported, workspace).
 Plan make_plan(const Problem& problem);
 
+// The fewest bytes of Problem::max_workspace for which make_plan makes a plan, whatever the
+// problem's own limit is. Throws as make_plan, workspace apart.
+std::int64_t least_workspace(const Problem& problem);
+
 // The plan in words: algorithm, schedule, sizes, the memory buffer by buffer, and the reasons. For
 // people: the text may change.
 std::string describe(const Plan& plan);
 
-// What was found on this machine: a line for each engine (and why it is not there), the
-// libraries behind it with their versions, processor features.
+// An engine of this build, on this machine.
+struct EngineHere {
+  std::string name;
+  // Why it cannot be used here; empty where it can.
+  std::string absent;
+  // The libraries behind it with their versions, and the hardware that it has found.
+  std::string description;
+};
+std::vector<EngineHere> engines_here();
+
+// The same in words, a line for each engine. For people: the text may change.
 std::vector<std::string> describe_machine();
 
 // The numbers that plans of this build are made by: a line for each, by engine. What was measured

@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import BF16, F16, F32, F64
 
+import cutloss
 from cutloss._core import decide
 from cutloss._core.options import SCHEDULES, Options
 from cutloss._torch import library
@@ -40,8 +41,8 @@ def test_the_bound_is_sufficient(N, V, D, dtype):
         if decide.rows_fit(s, o):
             limit = decide.DEFAULT_WORKSPACE if budget is None else budget
             forced = o.but(schedule=ROWS, max_workspace=limit)
-            schedule, kept, forward, backward, _ = library.plan(s.arguments(at_forward=True), forced)
-            assert schedule == ROWS and kept + max(forward, backward) <= limit
+            plan = library.plan(s.arguments(known_at_forward=True), forced)
+            assert plan.schedule == "rows" and plan.peak_bytes <= limit
 
 
 def test_the_bound_says_both():
@@ -75,45 +76,116 @@ def test_fp16_waits_for_the_loss_scale(compute, e_dtype):
     assert not choice.immediate
 
 
+def planned(s, o, known_at_forward=True):
+    return library.plan(s.arguments(known_at_forward), o)
+
+
 def test_the_default_workspace_is_that_of_the_library():
-    s = sizes(100, 1000, 64)
-    text = library.describe_plan(s.arguments(at_forward=True), options(F32))
-    assert f"fits in {decide.DEFAULT_WORKSPACE} bytes" in text
+    assert f"fits in {decide.DEFAULT_WORKSPACE} bytes" in str(planned(sizes(100, 1000, 64), options(F32)))
 
 
 def test_a_plan_of_strides():
     s = sizes(64, 300, 32)
-    packed = library.describe_plan(s.arguments(at_forward=True), options(F32))
+    packed = planned(s, options(F32))
     s = s._replace(e=decide.Place((64 * 32, 32, 1)), c=decide.Place((32, 1)))
-    assert library.describe_plan(s.arguments(at_forward=True), options(F32)) == packed
+    assert planned(s, options(F32)) == packed
     s = s._replace(c=decide.Place((1, 300)))  # of a transposed matrix, which is copied
-    assert library.describe_plan(s.arguments(at_forward=True), options(F32)) == packed
+    assert planned(s, options(F32)) == packed
     s = s._replace(c=decide.Place((32,)))
     with pytest.raises(ValueError, match="c_strides must be 2 numbers or none, got 1"):
-        library.describe_plan(s.arguments(at_forward=True), options(F32))
+        planned(s, options(F32))
 
 
 def test_a_plan_says_why():
-    text = library.describe_plan(
-        sizes(4096, 30000, 64).arguments(at_forward=True), options(F32, max_workspace=8 << 20)
+    plan = planned(sizes(4096, 30000, 64), options(F32, max_workspace=8 << 20))
+    assert plan.schedule == "vocabulary"
+    why = "with the loss: rows, 3 products: needs at least"
+    assert any(r.startswith(why) and "8388608" in r for r in plan.reasons)
+
+
+def meta(N, V, D, dtype=F32, **more):
+    tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape in ((N, D), (V, D))]
+    targets = torch.empty(N, dtype=torch.int64, device="meta")
+    return cutloss.plan(
+        *(t.requires_grad_() for t in tensors), targets, device=problems.device, **more
     )
-    assert "vocabulary" in text and "needs at least" in text and "8388608" in text
+
+
+def test_a_plan_is_fields():
+    """What its text says, and what the memory adds up to."""
+    plan = meta(256, 1000, 64)
+    assert plan.in_forward and plan.schedule == "rows" and not plan.keeps_logits
+    assert plan.rows == 256 and plan.chunks * plan.chunk_rows >= 256
+    assert plan.products == 3 and 3 <= plan.predicted_time < 10
+    assert plan.kept_bytes == 0 and plan.peak_bytes == plan.forward_bytes
+    assert f"algorithm {plan.algorithm}" in str(plan) and f"engine {plan.engine}" in str(plan)
+    assert plan.reasons and all(reason in str(plan) for reason in plan.reasons)
+    assert plan.algorithm.startswith(plan.engine)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"schedule": "vocabulary"}], ids=str)
+def test_the_ledger_is_the_memory(options):
+    plan = meta(256, 1000, 64, **options)
+    sums = dict.fromkeys(("kept", "forward", "backward"), 0)
+    for buffer in plan.ledger:
+        assert f"{buffer.name} {buffer.bytes}" in str(plan)
+        assert buffer.lifetime in ("step", "seam", "call", "kept")
+        assert bool(buffer.lies_in) == bool(buffer.until)
+        if not buffer.lies_in:
+            sums[buffer.memory] += buffer.bytes
+    # Each buffer begins at a multiple of the alignment, 1 KiB at most.
+    kept, forward, backward = sums.values()
+    if not plan.keeps_logits:
+        kept, forward = 0, kept + forward
+    for booked, bytes_ in ((kept, plan.kept_bytes), (forward, plan.forward_bytes), (backward, plan.backward_bytes)):
+        assert booked <= bytes_ <= booked + 1024 * len(plan.ledger)
+    assert plan.peak_bytes > 0
+
+
+@pytest.mark.parametrize("how", [{}, {"schedule": "rows"}, {"reduction": "none"}], ids=str)
+def test_the_least_bytes_are_enough(how):
+    least = meta(5000, 3001, 64, **how).least_bytes
+    assert meta(5000, 3001, 64, max_workspace=least, **how).peak_bytes <= least
+    with pytest.raises(ValueError, match=f"the smallest plan needs {least} bytes"):
+        meta(5000, 3001, 64, max_workspace=least - 1, **how)
+
+
+def test_a_plan_is_that_of_the_call(monkeypatch, capfd):
+    """Of tensors that are there, those of the call that follows; it reads nothing of them."""
+    p = problems.make((3, 40), bias=True, shift=1, label_smoothing=0.1)
+    plan = cutloss.plan(p.e, p.c, p.targets, p.bias, **p.options)
+    said = cutloss.plan(p.e, p.c, p.targets, p.bias, **p.options, schedule=plan.schedule)
+    monkeypatch.setenv("CUTLOSS_VERBOSE", "1")
+    cutloss.linear_cross_entropy(p.e, p.c, p.targets, p.bias, **p.options).backward()
+    assert said.text in capfd.readouterr().err
+    with torch.no_grad():
+        assert cutloss.plan(p.e, p.c, p.targets, p.bias, **p.options).schedule == "none"
+    p.targets.fill_(12345)  # of no class
+    assert cutloss.plan(p.e, p.c, p.targets, p.bias, **p.options) == plan
+
+
+def test_what_has_no_plan():
+    with pytest.raises(ValueError, match="impl='torch' stores all logits and has no plan"):
+        meta(8, 8, 8, impl="torch")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'softcup'"):
+        meta(8, 8, 8, softcup=3.0)
+    with pytest.raises(ValueError, match="softcap must be finite"):
+        meta(8, 8, 8, softcap=-3.0)
 
 
 def test_what_was_found_on_this_machine():
-    text = library.describe_machine()
-    assert "engine cpu" in text and "threads" in text
+    engines = {engine.name: engine for engine in library.engines()}
+    assert not engines["cpu"].absent and "threads" in engines["cpu"].description
 
 
 def test_one_engine_only(device, monkeypatch):
     """CUTLOSS_ENGINE in the environment, for tests and measurements."""
     engine = {"cpu": "cpu", "cuda": "cuda/library"}[device]
-    arguments = sizes(64, 300, 32).arguments(at_forward=True)
     monkeypatch.setenv("CUTLOSS_ENGINE", engine)
-    assert f"engine {engine} " in library.describe_plan(arguments, options(F32))
+    assert planned(sizes(64, 300, 32), options(F32)).engine == engine
     monkeypatch.setenv("CUTLOSS_ENGINE", "none")
     with pytest.raises(ValueError, match="there is no engine 'none' in this build; it has .*cpu"):
-        library.describe_plan(arguments, options(F32))
+        planned(sizes(64, 300, 32), options(F32))
 
 
 @pytest.mark.parametrize("name", ["statistics", "gradients", "loss_and_gradients", "plan"])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._torch import autograd, library, private
 from .options import SCHEDULES, Options
+from .plan import Plan
 
 DEFAULT_WORKSPACE = 512 << 20  # kDefaultWorkspace of cutloss.h
 
@@ -44,10 +45,11 @@ class Sizes(NamedTuple):
     e: Place = Place()
     c: Place = Place()
 
-    def arguments(self, at_forward: bool) -> tuple:
-        """The leading arguments of the operators plan and describe_plan."""
+    def arguments(self, known_at_forward: bool) -> tuple:
+        """The leading arguments of the operator plan. `known_at_forward`: whether the loss is a sum
+        of the rows' outputs, with weights that are known in forward."""
         *problem, on_cuda, device_index, e, c = self
-        return *problem, at_forward, on_cuda, device_index, *e, *c
+        return *problem, known_at_forward, on_cuda, device_index, *e, *c
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,25 @@ def _decided_before(
     return _decided(sizes, Options(*values), needs, known_at_forward)
 
 
+def planned(
+    operands: tuple,
+    options: Options,
+    known_at_forward: bool,
+    device: torch.device | str | None = None,
+) -> Plan:
+    """The plan of a call. `device`: where it would be, if not where the operands are."""
+    e, c, bias = operands[:3]
+    de, dc, dbias = map(autograd.wants_gradient, (e, c, bias))
+    options = options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
+    sizes = sizes_of(*operands)
+    if device is not None:
+        device = torch.device(device)
+        index = -1 if device.index is None else device.index
+        sizes = sizes._replace(on_cuda=device.type == "cuda", device_index=index)
+        options = options.but(allow_tf32=library.allow_tf32(device.type, options.compute_dtype))
+    return library.plan(sizes.arguments(known_at_forward), options)
+
+
 def _is_symbolic(sizes: Sizes) -> bool:
     """Whether the compiler traces, or a size is a symbol."""
     numbers = (sizes.sequences, sizes.length, sizes.V, sizes.D)
@@ -122,12 +143,8 @@ def choose(sizes: Sizes, options: Options, known_at_forward: bool) -> Choice:
     immediate = known_at_forward and not _waits_for_loss_scale(sizes, options)
     if _is_symbolic(sizes):
         return _choose_by_bound(sizes, options, immediate)
-    if immediate:
-        schedule, *_ = library.plan(sizes.arguments(at_forward=True), options)
-        if schedule == SCHEDULES["rows"]:
-            return Choice(True, schedule)
-    schedule, kept_bytes, *_ = library.plan(sizes.arguments(at_forward=False), options)
-    return Choice(False, schedule, kept_bytes)
+    plan = library.plan(sizes.arguments(immediate), options)
+    return Choice(plan.in_forward, SCHEDULES[plan.schedule], plan.kept_bytes)
 
 
 def _choose_by_bound(sizes: Sizes, options: Options, immediate: bool) -> Choice:

@@ -73,7 +73,7 @@ def checked_options(
         schedule=SCHEDULES[schedule],
         max_workspace=max_workspace,
         num_valid=num_valid,
-        allow_tf32=library.allow_tf32(e, compute_dtype),
+        allow_tf32=library.allow_tf32(e.device.type, compute_dtype),
     )
 
 
