@@ -26,7 +26,7 @@ void statistics(Stack& stack) {
   Operands operands = read_operands(stack);
   const auto terms = stack.next<std::optional<Tensor>>();
   const auto undefined = stack.next<std::optional<Tensor>>();
-  const Options options = read_options(stack);
+  const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
   const RowTensors rows = call.make_rows();
@@ -55,7 +55,7 @@ void gradients(Stack& stack) {
   for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
   std::optional<Tensor> dc_into;
   if (adds) dc_into = stack.next<Tensor>();
-  const Options options = read_options(stack);
+  const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
 
@@ -66,7 +66,7 @@ void gradients(Stack& stack) {
   rows.nll = read_only(saved[0], "nll");
   rows.row_max = read_only(saved[1], "row_max");
   rows.log_sum = read_only(saved[2], "log_sum");
-  if (options.wants_entropy) rows.entropy = read_only(saved[3], "entropy");
+  if (options.problem.wanted.entropy) rows.entropy = read_only(saved[3], "entropy");
   if (saved[4].numel() != call.kept_bytes()) {
     throw Error(ErrorCode::invalid_value, "kept must have " + std::to_string(call.kept_bytes()) +
                                               " bytes, got " + std::to_string(saved[4].numel()));
@@ -96,7 +96,7 @@ void loss_and_gradients(Stack& stack) {
   Operands operands = read_operands(stack);
   const Tensor terms = stack.next<Tensor>();
   const auto undefined = stack.next<std::optional<Tensor>>();
-  const Options options = read_options(stack);
+  const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   const Plan& plan = call.plan();
   const RowTensors rows = call.make_rows();
@@ -200,9 +200,10 @@ Problem read_problem(Stack& s, std::unique_ptr<DeviceGuard>& guard) {
   const std::int64_t e_offset = s.next<std::int64_t>();
   const auto c_strides = s.next<std::vector<std::int64_t>>();
   const std::int64_t c_offset = s.next<std::int64_t>();
-  const Options options = read_options(s);
+  const spec::Options options = read_options(s);
 
-  Problem p = problem_of(options, known_at_forward ? Upstream::at_forward : Upstream::at_backward);
+  Problem p =
+      spec::problem_of(options, known_at_forward ? Upstream::at_forward : Upstream::at_backward);
   p.rows.sequences = sizes.sequences;
   p.rows.length = sizes.length;
   p.device = on_cuda ? Device::cuda : Device::cpu;
@@ -256,28 +257,30 @@ void engines(Stack& stack) { stack.put(spec::engine_fields()); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(cutloss, m) {
-  m.def(
-      "statistics(" CUTLOSS_OPERANDS
-      ", Tensor? terms=None, Tensor? undefined=None, *, " CUTLOSS_OPTIONS
-      ") -> (Tensor loss, Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, "
+  const auto def = [&](const char* schema) {
+    m.def(spec::with_options(spec::Takers::linear, schema).c_str());
+  };
+  def("statistics(" CUTLOSS_OPERANDS
+      ", Tensor? terms=None, Tensor? undefined=None, *, OPTIONS) -> (Tensor loss, Tensor nll, "
+      "Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, "
       "Tensor zbar_centred, Tensor argmax, Tensor kept)");
-  m.def("gradients(" CUTLOSS_OPERANDS
-        ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
-        "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
-        "Tensor? d_zbar, *, " CUTLOSS_OPTIONS ") -> (Tensor de, Tensor dc, Tensor dbias)");
-  m.def("gradients_(" CUTLOSS_OPERANDS
-        ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
-        "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
-        "Tensor? d_zbar, Tensor(a!) dc_into, *, " CUTLOSS_OPTIONS ") -> (Tensor de, Tensor dbias)");
-  m.def("loss_and_gradients(" CUTLOSS_OPERANDS
-        ", Tensor terms, Tensor? undefined=None, *, " CUTLOSS_OPTIONS
-        ") -> (Tensor loss, Tensor argmax, Tensor de, Tensor dc, Tensor dbias)");
+  def("gradients(" CUTLOSS_OPERANDS
+      ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
+      "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
+      "Tensor? d_zbar, *, OPTIONS) -> (Tensor de, Tensor dc, Tensor dbias)");
+  def("gradients_(" CUTLOSS_OPERANDS
+      ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
+      "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
+      "Tensor? d_zbar, Tensor(a!) dc_into, *, OPTIONS) -> (Tensor de, Tensor dbias)");
+  def("loss_and_gradients(" CUTLOSS_OPERANDS
+      ", Tensor terms, Tensor? undefined=None, *, OPTIONS) -> (Tensor loss, Tensor argmax, Tensor "
+      "de, Tensor dc, Tensor dbias)");
   m.def(
       "loss_terms(Tensor targets, Tensor? token_weight, Tensor? class_weight, "
       "ScalarType compute_dtype, SymInt V, int shift, int ignore_index, bool mean, "
       "float label_smoothing, float z_loss) -> (Tensor terms, Tensor undefined)");
-  m.def("open_statistics(" CUTLOSS_OPERANDS ", int before, *, " CUTLOSS_OPTIONS
-        ") -> (Tensor states, Tensor kept)");
+  def("open_statistics(" CUTLOSS_OPERANDS
+      ", int before, *, OPTIONS) -> (Tensor states, Tensor kept)");
   m.def("empty_states(Tensor like, SymInt rows, ScalarType stat_dtype) -> Tensor");
   m.def(
       "close_rows(Tensor states, Tensor targets, Tensor? class_weight, Tensor? is_right, "
@@ -285,19 +288,18 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
       "wants_entropy, bool wants_zbar, "
       "bool wants_argmax) -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, "
       "Tensor entropy, Tensor zbar_centred, Tensor argmax)");
-  m.def("chunks_begin(" CUTLOSS_OPERANDS ", *, " CUTLOSS_OPTIONS
-        ") -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor de, "
-        "Tensor dc, Tensor dbias, Tensor memory, int chunks)");
-  m.def("chunk_statistics(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE
-        ", int chunk, *, " CUTLOSS_OPTIONS ") -> int[]");
-  m.def("chunk_gradients(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE
-        ", Tensor? d_nll, Tensor? d_lse, Tensor? d_entropy, int chunk, *, " CUTLOSS_OPTIONS
-        ") -> ()");
-  m.def("chunks_finish(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE ", *, " CUTLOSS_OPTIONS
-        ") -> ()");
+  def("chunks_begin(" CUTLOSS_OPERANDS
+      ", *, OPTIONS) -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, "
+      "Tensor de, "
+      "Tensor dc, Tensor dbias, Tensor memory, int chunks)");
+  def("chunk_statistics(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE
+      ", int chunk, *, OPTIONS) -> int[]");
+  def("chunk_gradients(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE
+      ", Tensor? d_nll, Tensor? d_lse, Tensor? d_entropy, int chunk, *, OPTIONS) -> ()");
+  def("chunks_finish(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE ", *, OPTIONS) -> ()");
   m.def("is_read_in_place(Tensor t) -> bool");
   m.def("scale_(Tensor(a!) t, Tensor factor) -> ()");
-  m.def("plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> str");
+  def("plan(" CUTLOSS_PLAN_SIZES ", *, OPTIONS) -> str");
   m.def("engines() -> str");
   m.def("has_cuda() -> bool");
   m.def("version() -> str");

@@ -1,6 +1,7 @@
 """What a call decides before it starts, and the bound that decides while sizes are symbols."""
 
 import dataclasses
+import inspect
 import itertools
 
 import problems
@@ -9,6 +10,7 @@ import torch
 from problems import BF16, F16, F32, F64
 
 import cutloss
+import cutloss.losses
 from cutloss._core import decide
 from cutloss._core.options import SCHEDULES, Options
 from cutloss._torch import library
@@ -188,14 +190,85 @@ def test_one_engine_only(device, monkeypatch):
         planned(sizes(64, 300, 32), options(F32))
 
 
-@pytest.mark.parametrize("name", ["statistics", "gradients", "loss_and_gradients", "plan"])
-def test_options_are_those_of_the_operators(name):
+def keywords(name):
+    """Name, default and type of an operator's options."""
     schema = getattr(torch.ops.cutloss, name).default._schema
-    names = [a.name for a in schema.arguments if a.kwarg_only]
-    assert sorted(names) == sorted(Options(F32).of_linear())
-    schema = torch.ops.cutloss.logits_statistics.default._schema
-    names = [a.name for a in schema.arguments if a.kwarg_only]
-    assert sorted(names) == sorted(Options(F32).of_logits())
+    return {
+        a.name: (a.default_value if a.has_default_value() else dataclasses.MISSING, str(a.type))
+        for a in schema.arguments
+        if a.kwarg_only
+    }
+
+
+TYPES = {
+    "dtype": ("ScalarType", "int"), "int": ("int", "SymInt"), "float": ("float",),
+    "bool": ("bool",), "float | None": ("Optional[float]",),
+    "int | None": ("Optional[int]", "Optional[SymInt]"),
+}  # fmt: skip
+OF_LINEAR = (
+    "statistics", "gradients", "gradients_", "loss_and_gradients", "open_statistics", "chunks_begin",
+    "chunk_statistics", "chunk_gradients", "chunks_finish", "plan",
+)  # fmt: skip
+OF_LOGITS = (
+    "logits_statistics", "logits_gradient", "logits_gradient_", "logits_loss_and_gradient",
+    "logits_loss_and_gradient_",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_LINEAR)
+def test_options_are_those_of_the_table(name):
+    """Names, order, defaults and types: those of bindings/spec/options.inc, of which the schemas are
+    made."""
+    of_table = keywords(name)
+    fields = dataclasses.fields(Options)
+    assert [field.name for field in fields] == list(of_table)
+    for field in fields:
+        default, type_ = of_table[field.name]
+        assert field.default is default or field.default == default, field.name
+        assert type_ in TYPES[getattr(field.type, "__name__", str(field.type))], field.name
+
+
+@pytest.mark.parametrize("name", OF_LOGITS)
+def test_options_of_logits_are_those_of_the_table(name):
+    of_table, of_linear = keywords(name), keywords("statistics")
+    assert {k: of_linear[k] for k in of_table} == of_table
+    changed = {k: object() for k in of_table}
+    assert Options(F32).but(**changed).of_logits() == changed
+    assert Options(F32).of_logits() == {}
+
+
+# What users call an option of the table, where it is something else.
+SAID = {"return_entropy": "wants_entropy", "return_predictions": "wants_argmax"}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        cutloss.linear_cross_entropy, cutloss.LinearCrossEntropy, cutloss.cross_entropy,
+        cutloss.CausalLMLoss, cutloss.losses.linear_token_loss, cutloss.losses.token_log_probs,
+        cutloss.losses.evaluate,
+    ],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_signatures_are_those_of_the_table(function):
+    """What a signature has of the table, it has with the table's default."""
+    of_table = keywords("statistics")
+    parameters = inspect.signature(function).parameters
+    shared = {SAID.get(name, name): p.default for name, p in parameters.items()}
+    shared = {name: default for name, default in shared.items() if name in of_table}
+    assert {"softcap", "logit_scale", "temperature", "ignore_index"} <= shared.keys()
+    for name, default in shared.items():
+        if name == "schedule":
+            default = SCHEDULES[default]
+        assert default == of_table[name][0], name
+
+
+def test_options_say_what_is_not_the_default():
+    options = Options(F32, needs_de=True, schedule=ROWS)
+    assert options.of_linear() == {"compute_dtype": F32, "needs_de": True, "schedule": ROWS}
+    changed = options.but(schedule=0)
+    assert changed.of_linear() == {"compute_dtype": F32, "needs_de": True}
+    assert changed == Options(*changed.values()) and hash(changed) == hash(Options(*changed.values()))
 
 
 def test_options_are_not_changed():

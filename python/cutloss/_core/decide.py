@@ -76,7 +76,7 @@ def decided(
     if _is_symbolic(sizes):
         return _decided(sizes, options, needs, known_at_forward)
     engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too
-    return _decided_before(sizes, tuple(vars(options).values()), needs, known_at_forward, engine)
+    return _decided_before(sizes, options.values(), needs, known_at_forward, engine)
 
 
 def _decided(

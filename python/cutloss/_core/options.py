@@ -1,6 +1,7 @@
 """The options of one call, checked, as the operators take them."""
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ SCHEDULES = {"auto": 0, "none": 1, "rows": 2, "vocabulary": 3}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """By the names of the operators' keyword arguments."""
+    """By the names, and with the defaults, of the operators' keyword arguments, which are those of the
+    table in bindings/spec/options.inc."""
 
     compute_dtype: torch.dtype
     shift: int = 0
@@ -39,11 +41,11 @@ class Options:
         a small loss."""
         if torch.compiler.is_compiling():  # PyTorch 2.11 cannot trace the rest
             return dataclasses.replace(self, **changes)
-        values = vars(self) | changes
-        if len(values) > len(vars(self)):  # unknown names: TypeError
+        if not changes.keys() <= _NAMES:  # unknown names: TypeError
             return dataclasses.replace(self, **changes)
         made = object.__new__(Options)
-        object.__setattr__(made, "__dict__", values)
+        object.__setattr__(made, "__dict__", vars(self) | changes)
+        vars(made).pop("_linear", None)
         return made
 
     @property
@@ -60,18 +62,34 @@ class Options:
         """Of which of e, c and bias there is to be a gradient."""
         return self.needs_de, self.needs_dc, self.needs_dbias
 
+    def values(self) -> tuple:
+        """Of all fields, in their order: Options(*options.values()) is the same again."""
+        return _values(self)
+
     def of_linear(self) -> dict[str, Any]:
-        """What the operators that multiply E and C take."""
-        if torch.compiler.is_compiling():  # PyTorch 2.11 cannot trace vars
-            return {name: getattr(self, name) for name in _OF_LINEAR}
-        return vars(self)
+        """What the operators that multiply E and C take: what is not the operators' default, which
+        PyTorch fills in sooner than it reads it."""
+        if torch.compiler.is_compiling():
+            return self._said(_OF_LINEAR)
+        said = vars(self).get("_linear")
+        if said is None:
+            said = vars(self)["_linear"] = self._said(_OF_LINEAR)
+        return said
 
     def of_logits(self) -> dict[str, Any]:
         """What the operators over logits that exist take."""
-        return {name: getattr(self, name) for name in _OF_LOGITS}
+        return self._said(_OF_LOGITS)
+
+    def _said(self, names: tuple[str, ...]) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for name in names if getattr(self, name) != _DEFAULTS[name]
+        }
 
 
-_OF_LINEAR = tuple(field.name for field in dataclasses.fields(Options))
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
+_OF_LINEAR = tuple(_DEFAULTS)
+_NAMES = _DEFAULTS.keys()
+_values = operator.attrgetter(*_OF_LINEAR)
 _OF_LOGITS = (
     "shift", "ignore_index", "softcap", "logit_scale", "temperature", "wants_entropy",
     "wants_zbar", "wants_argmax",
