@@ -58,6 +58,16 @@ std::string plan_fields(const Problem& problem, const Decided& decided) {
   return fields.add("text", describe(plan)).text();
 }
 
+std::string fields_for_rows(const Problem& problem) {
+  std::vector<std::string> written;
+  for (const auto& [most, in_forward, schedule] : decide_for_rows(problem)) {
+    JsonObject fields;
+    fields.add("most", most).add("in_forward", in_forward);
+    written.push_back(fields.add("schedule", name(schedule)).text());
+  }
+  return json_list(written);
+}
+
 std::string engine_fields() {
   std::vector<std::string> written;
   for (const EngineHere& engine : engines_here()) {

@@ -11,6 +11,9 @@ namespace cutloss::spec {
 // `problem` is the one that was decided.
 std::string plan_fields(const Problem& problem, const Decided& decided);
 
+// A list of objects with most, in_forward and schedule, by decide_for_rows.
+std::string fields_for_rows(const Problem& problem);
+
 // A list of the engines of this build: objects with name, absent, description (EngineHere).
 std::string engine_fields();
 

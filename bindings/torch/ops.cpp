@@ -242,6 +242,18 @@ void plan(Stack& stack) {
   stack.put(spec::plan_fields(problem, spec::decide(problem)));
 }
 
+// plan_for_rows(sizes, *, options) -> JSON: the same for each number of rows (spec/decide.h)
+void plan_for_rows(Stack& stack) {
+  std::unique_ptr<DeviceGuard> guard;
+  const Problem problem = read_problem(stack, guard);
+  stack.put(spec::fields_for_rows(problem));
+}
+
+// waits_for_loss_scale(dtype): whether gradients of that dtype are made in backward alone
+void waits_for_loss_scale(Stack& stack) {
+  stack.put(cutloss::waits_for_loss_scale(dtype_of(stack.next<ScalarType>(), "dtype")));
+}
+
 void has_cuda(Stack& stack) {
 #ifdef CUTLOSS_CUDA
   stack.put(true);
@@ -300,6 +312,8 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
   m.def("is_read_in_place(Tensor t) -> bool");
   m.def("scale_(Tensor(a!) t, Tensor factor) -> ()");
   def("plan(" CUTLOSS_PLAN_SIZES ", *, OPTIONS) -> str");
+  def("plan_for_rows(" CUTLOSS_PLAN_SIZES ", *, OPTIONS) -> str");
+  m.def("waits_for_loss_scale(ScalarType dtype) -> bool");
   m.def("engines() -> str");
   m.def("has_cuda() -> bool");
   m.def("version() -> str");
@@ -343,6 +357,8 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) {
 // No tensor among their arguments, so no device to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(cutloss, CompositeExplicitAutograd, m) {
   m.impl("plan", &boxed<plan>);
+  m.impl("plan_for_rows", &boxed<plan_for_rows>);
+  m.impl("waits_for_loss_scale", &boxed<waits_for_loss_scale>);
   m.impl("engines", &boxed<engines>);
   m.impl("has_cuda", &boxed<has_cuda>);
   m.impl("version", &boxed<version>);

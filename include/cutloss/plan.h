@@ -54,6 +54,10 @@ Plan make_plan(const Problem& problem);
 // problem's own limit is. Throws as make_plan, workspace apart.
 std::int64_t least_workspace(const Problem& problem);
 
+// Whether a gradient of this dtype is made in backward alone: f16, where the loss scale must come
+// before the rounding. Plans keep to it.
+constexpr bool waits_for_loss_scale(DType gradient) { return gradient == DType::f16; }
+
 // The plan in words: algorithm, schedule, sizes, the memory buffer by buffer, and the reasons. For
 // people: the text may change.
 std::string describe(const Plan& plan);

@@ -268,7 +268,7 @@ def _evaluate(
         autograd.wants_gradient(logits)
         and not wants_lse
         and not options.wants_entropy
-        and logits.dtype != torch.float16
+        and not library.WAITS_FOR_LOSS_SCALE[logits.dtype]
     )
     return operators.loss(computation, operands, terms, undefined, immediate)
 

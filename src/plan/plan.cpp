@@ -14,14 +14,13 @@ namespace {
 
 constexpr std::int64_t kUnknown = std::numeric_limits<std::int64_t>::max();
 
-// fp16 gradients are made in backward, so that the loss scale comes before the rounding.
-bool has_f16_gradient(const Problem& p) {
+bool waits_for_loss_scale(const Problem& p) {
   const Head& head = head_of(p);
-  const auto is_f16 = [](const GradientWanted& gradient, DType own) {
-    return gradient.wanted && gradient.type.value_or(own) == DType::f16;
+  const auto waits = [](const GradientWanted& gradient, DType own) {
+    return gradient.wanted && cutloss::waits_for_loss_scale(gradient.type.value_or(own));
   };
-  return is_f16(p.wanted.de, head.e_type) || is_f16(p.wanted.dc, head.c_type) ||
-         is_f16(p.wanted.dbias, head.bias_type);
+  return waits(p.wanted.de, head.e_type) || waits(p.wanted.dc, head.c_type) ||
+         waits(p.wanted.dbias, head.bias_type);
 }
 
 // Why an algorithm does not make what is wanted, when it is wanted; empty where it does. "-" where
@@ -32,7 +31,7 @@ std::string way_refusal(const Problem& p, Way way) {
   if (p.schedule != Schedule::automatic && p.schedule != way.schedule) return "-";
   if (way.schedule != Schedule::rows) return "";
   const bool at_forward = p.upstream.when == Upstream::at_forward;
-  const bool with_statistics = at_forward && !has_f16_gradient(p);
+  const bool with_statistics = at_forward && !waits_for_loss_scale(p);
   if (way.keeps_logits) return with_statistics ? "-" : "";
   if (with_statistics) return "";
   return at_forward ? "rows: gradients in f16 are made in backward, after the loss scale; the "

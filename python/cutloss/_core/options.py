@@ -64,6 +64,8 @@ class Options:
 
     def values(self) -> tuple:
         """Of all fields, in their order: Options(*options.values()) is the same again."""
+        if torch.compiler.is_compiling():
+            return tuple([getattr(self, name) for name in _OF_LINEAR])
         return _values(self)
 
     def of_linear(self) -> dict[str, Any]:

@@ -46,6 +46,15 @@ _ops = torch.ops.cutloss
 
 HAS_CUDA: bool = _ops.has_cuda()  # whether this build has CUDA engines; says nothing of a device
 
+
+# Whether gradients of a dtype are made in backward alone, where the loss scale comes before their
+# rounding. Plans keep to it; this is for losses that have no plan of the library.
+WAITS_FOR_LOSS_SCALE: dict[torch.dtype, bool] = {
+    dtype: _ops.waits_for_loss_scale(dtype)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
+
+
 def version() -> str:
     return _ops.version()
 
@@ -121,6 +130,13 @@ def translated(error: RuntimeError) -> Exception:
 def plan(sizes: tuple, options: Options) -> Plan:
     """What is decided for a problem: its sizes (decide.Sizes.arguments) and options."""
     return Plan.of_fields(call(_ops.plan, *sizes, **options.of_linear()))
+
+
+def plan_for_rows(sizes: tuple, options: Options) -> list[tuple[int, bool, str]]:
+    """What is decided for each number of rows (those of `sizes` do not count): up to how many,
+    whether gradients are made in forward, the schedule. The last is for all others."""
+    read = json.loads(call(_ops.plan_for_rows, *sizes, **options.of_linear()))
+    return [(entry["most"], entry["in_forward"], entry["schedule"]) for entry in read]
 
 
 def loss_terms(
