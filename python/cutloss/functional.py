@@ -178,19 +178,13 @@ def _described(
     bias: Tensor | None,
     classes: tuple[int, int] | None,
     *,
-    reduction: str,
-    filter_eps: float | str | None,
-    label_smoothing: float,
-    z_loss: float,
     weight: Tensor | None,
     token_weight: Tensor | None,
     **others: Any,
 ) -> tuple[Options, weighting.Weighting]:
     """A call's options and how its rows count, checked. `classes`, `others`: as checked_options
     takes them."""
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.filter_eps(filter_eps)
-    options = checked_options(
+    loss, options = checked_options(
         e, c, targets, bias, classes=classes, weight=weight, token_weight=token_weight, **others
     )
     if weight is not None:
@@ -198,14 +192,12 @@ def _described(
     if token_weight is not None:
         checks.token_weight(token_weight, targets)
     how = weighting.Weighting(
-        reduction=reduction,
-        label_smoothing=checks.label_smoothing(label_smoothing),
-        z_loss=checks.z_loss(z_loss),
+        reduction=loss.reduction,
+        label_smoothing=loss.label_smoothing,
+        z_loss=loss.z_loss,
         weight=weight,
         token_weight=token_weight,
     )
-    if how.label_smoothing > 0:
-        options = options.but(wants_zbar=True)
     return options, how
 
 

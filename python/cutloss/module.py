@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._core import checks
+from ._core.options import LossOptions
 from ._implementations import LinearCrossEntropyImpl, is_plain
 from .functional import linear_cross_entropy
 from .sharded import VocabParallelOptions
@@ -54,27 +55,29 @@ class LinearCrossEntropy(nn.Module):
         schedule: str = "auto",
     ):
         super().__init__()
-        checks.choice("reduction", reduction, checks.REDUCTIONS)
-        checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
-        checks.softcap(softcap)
-        checks.logit_scale(logit_scale)
-        checks.label_smoothing(label_smoothing)
-        checks.z_loss(z_loss)
-        checks.flags(
+        if isinstance(temperature, Tensor):
+            checks.temperature(temperature)
+        LossOptions.checked(
+            ignore_index=ignore_index,
+            softcap=softcap,
+            reduction=reduction,
+            shift=shift,
             return_lse=return_lse,
+            filter_eps=filter_eps,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
             return_entropy=return_entropy,
             return_predictions=return_predictions,
+            z_loss=z_loss,
+            max_workspace=max_workspace,
+            schedule=schedule,
+            plain=is_plain(impl),
         )
-        checks.filter_eps(filter_eps)
-        checks.ignore_index(ignore_index)
-        checks.max_workspace(max_workspace)
-        checks.shift(shift)
-        checks.temperature(temperature)
         if isinstance(weight, (list, tuple)):  # of a configuration
             weight = _class_weights(weight)
         if weight is not None:
             checks.weight(weight)
-        checks.plain_options(is_plain(impl), schedule, max_workspace)
         self.ignore_index = ignore_index
         self.softcap = softcap
         self.reduction = reduction

@@ -1,10 +1,14 @@
-"""The options of one call, checked, as the operators take them."""
+"""The options of a loss: as a caller says them (LossOptions), and as the operators take them
+(Options)."""
 
 import dataclasses
+import functools
 import operator
 from typing import Any
 
 import torch
+
+from . import checks
 
 SCHEDULES = {"auto": 0, "none": 1, "rows": 2, "vocabulary": 3}
 
@@ -100,3 +104,96 @@ _OF_LOGITS = (
 
 def stat_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What a caller says of a loss beside its tensors, by the names and with the defaults of
+    linear_cross_entropy. One object for the function, the module, what holds a module, and the
+    losses that are made of rows: `checked` makes it, and what is wrong is found there."""
+
+    ignore_index: int = -100
+    softcap: float | None = None
+    reduction: str = "mean"
+    shift: int = 0
+    return_lse: bool = False
+    filter_eps: float | str | None = "auto"
+    logit_scale: float = 1.0
+    temperature: float = 1.0  # 1.0 where each row has its own
+    label_smoothing: float = 0.0
+    return_entropy: bool = False
+    return_predictions: bool = False
+    z_loss: float = 0.0
+    max_workspace: int | None = None
+    schedule: str = "auto"
+    plain: bool = False  # impl="torch"
+
+    @classmethod
+    def checked(cls, **said: Any) -> "LossOptions":
+        """Raises ValueError or TypeError. `temperature` may be a tensor, whose check takes the
+        targets."""
+        if isinstance(said.get("temperature"), torch.Tensor):
+            said["temperature"] = 1.0
+        if torch.compiler.is_compiling():
+            return _checked(tuple(said), *said.values())
+        try:
+            return _checked_before(tuple(said), *said.values())
+        except TypeError:  # of a value that has no hash, or of one that is wrong
+            return _checked(tuple(said), *said.values())
+
+    def operators(self) -> Options:
+        """As the operators take them, of fp32 operands and a whole vocabulary."""
+        if torch.compiler.is_compiling():
+            return self._operators()
+        made = vars(self).get("_made")
+        if made is None:
+            made = vars(self)["_made"] = self._operators()
+        return made
+
+    def _operators(self) -> Options:
+        return Options(
+            torch.float32,
+            shift=self.shift,
+            ignore_index=self.ignore_index,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            temperature=self.temperature,
+            wants_entropy=self.return_entropy,
+            wants_zbar=self.label_smoothing > 0,
+            wants_argmax=self.return_predictions,
+            schedule=SCHEDULES[self.schedule],
+            max_workspace=self.max_workspace,
+        )
+
+
+def _checked(names: tuple[str, ...], *values: Any) -> LossOptions:
+    o = LossOptions(**dict(zip(names, values, strict=True)))
+    checks.choice("reduction", o.reduction, checks.REDUCTIONS)
+    checks.filter_eps(o.filter_eps)
+    checks.choice("schedule", o.schedule, ("auto", "rows", "vocabulary"))
+    checks.flags(
+        return_lse=o.return_lse,
+        return_entropy=o.return_entropy,
+        return_predictions=o.return_predictions,
+    )
+    checks.ignore_index(o.ignore_index)
+    checks.max_workspace(o.max_workspace)
+    checks.temperature(o.temperature)
+    checks.plain_options(o.plain, o.schedule, o.max_workspace)
+    return dataclasses.replace(
+        o,
+        shift=checks.shift(o.shift),
+        softcap=checks.softcap(o.softcap),
+        logit_scale=checks.logit_scale(o.logit_scale),
+        temperature=float(o.temperature),
+        label_smoothing=checks.label_smoothing(o.label_smoothing),
+        z_loss=checks.z_loss(o.z_loss),
+        return_lse=bool(o.return_lse),
+        return_entropy=bool(o.return_entropy),
+        return_predictions=bool(o.return_predictions),
+    )
+
+
+# Training says the same in each step, and to check it takes as long as a small loss. By type too:
+# True is no softcap, though it equals 1.0.
+_checked_before = functools.lru_cache(maxsize=256, typed=True)(_checked)
