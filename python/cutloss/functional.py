@@ -210,13 +210,12 @@ def _weighs_in_torch(how: weighting.Weighting) -> bool:
 
 
 def _known_at_forward(how: weighting.Weighting, options: Options, wants_lse: bool) -> bool:
-    """Whether the loss is a sum of rows with weights that are known in forward. A per-token result
-    that may get a gradient of its own rules that out."""
+    """Whether the loss is a sum of rows, with weights that are known in forward where PyTorch does
+    not weigh them. A per-token result that may get a gradient of its own rules that out."""
     return (
         how.reduction != "none"
         and not wants_lse
         and not options.wants_entropy
-        and not _weighs_in_torch(how)
     )
 
 
@@ -255,8 +254,12 @@ def _evaluate(
         rows = plain_statistics(*operands, options, needs_lse)
         return weighting.loss(terms, rows, how.reduction), rows
 
+    weighs_in_torch = _weighs_in_torch(how)
     known_at_forward = (
-        of_shard is None and dc_into is None and _known_at_forward(how, options, wants_lse)
+        not weighs_in_torch
+        and of_shard is None
+        and dc_into is None
+        and _known_at_forward(how, options, wants_lse)
     )
     own_e = None if of_shard is None else of_shard.own_e
     options, immediate = decide.decided(operands, options, known_at_forward, own_e)
@@ -269,7 +272,7 @@ def _evaluate(
         of_shard.weighting = how.in_words()
         return of_shard.statistics(operands, options)
 
-    if _weighs_in_torch(how):
+    if weighs_in_torch:
         rows = statistics()
         terms = weighting.terms(by_sequence, V, how, shift, ignore_index, stats)
         warn_of_no_weight(terms.undefined, how, by_sequence, options)
@@ -336,5 +339,7 @@ def plan(
     operands = make_operands(
         e, c, targets, bias, said["temperature"], class_weight, described, plain=True
     )
-    known_at_forward = _known_at_forward(how, described, said["return_lse"])
+    known_at_forward = not _weighs_in_torch(how) and _known_at_forward(
+        how, described, said["return_lse"]
+    )
     return decide.planned(operands, described, known_at_forward, device)

@@ -185,7 +185,7 @@ def _cross_entropy(
         token_weight=None if token_weight is None else in_sequences(token_weight),
     )
     shift = checks.shift(loss.shift, targets)
-    options = loss.operators().but(compute_dtype=logits.dtype, shift=shift)
+    options = loss.operators(logits.dtype, shift)
     if private.is_transformed():
         raise NotImplementedError(
             "cutloss.cross_entropy does not work under the transforms of torch.func (grad, vmap, "

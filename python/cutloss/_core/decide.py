@@ -67,14 +67,15 @@ def decided(
     e, c, bias = operands[:3]
     de, dc, dbias = map(autograd.wants_gradient, (e if own_e is None else own_e, c, bias))
     if not (de or dc or dbias):
-        return options.but(schedule=SCHEDULES["none"]), False
+        return options.without_gradients(), False
     needs = de, dc, dbias
-    is_traced = torch.compiler.is_compiling()
-    if not is_traced and type(e.shape[0]) is type(e.shape[1]) is type(c.shape[0]) is int:
-        sizes = sizes_of(*operands)
-        if sizes.V > 0:
+    if not torch.compiler.is_compiling():
+        (sequences, length, D), V = e.shape, c.shape[0]
+        if V > 0 and type(sequences) is type(length) is type(V) is type(D) is int:
             engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too
-            return _decided_before(sizes, options.values(), needs, known_at_forward, engine)
+            return _decided_before(
+                sizes_of(*operands), options.values(), needs, known_at_forward, engine
+            )
     options = options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
     if c.shape[0] == 0:  # a shard without classes: there is nothing to plan
         return options.but(schedule=SCHEDULES["vocabulary"]), False
@@ -235,19 +236,10 @@ def sizes_of(
     sequences, length, _ = e.shape
     V, D = c.shape
     device = e.device
-    return Sizes(
-        sequences=sequences,
-        length=length,
-        V=V,
-        D=D,
-        e_dtype=e.dtype,
-        c_dtype=c.dtype,
-        bias_dtype=None if bias is None else bias.dtype,
-        target_dtype=targets.dtype,
-        has_row_temperature=row_temperature is not None,
-        has_class_weight=class_weight is not None,
-        on_cuda=device.type == "cuda",
-        device_index=-1 if device.index is None else device.index,
-        e=_place(e),
-        c=_place(c),
-    )
+    index = device.index
+    return Sizes(  # by position, in a third of the time
+        sequences, length, V, D, e.dtype, c.dtype,
+        None if bias is None else bias.dtype, targets.dtype,
+        row_temperature is not None, class_weight is not None,
+        device.type == "cuda", -1 if index is None else index, _place(e), _place(c),
+    )  # fmt: skip

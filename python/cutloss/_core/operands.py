@@ -48,11 +48,8 @@ def checked_options(
     if own_temperature is not None:
         checks.temperature(own_temperature, targets)
     shift = checks.shift(loss.shift, targets)
-    options = loss.operators().but(
-        compute_dtype=compute_dtype,
-        shift=shift,
-        allow_tf32=library.allow_tf32(e.device.type, compute_dtype),
-    )
+    allow_tf32 = library.allow_tf32(e.device.type, compute_dtype)
+    options = loss.operators(compute_dtype, shift, allow_tf32)
     if num_valid is not None:
         checks.num_valid(num_valid, math.prod(shape_of_rows(targets, shift)), loss.ignore_index)
         options = options.but(num_valid=num_valid)

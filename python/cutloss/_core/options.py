@@ -48,8 +48,10 @@ class Options:
         if not changes.keys() <= _NAMES:  # unknown names: TypeError
             return dataclasses.replace(self, **changes)
         made = object.__new__(Options)
-        object.__setattr__(made, "__dict__", vars(self) | changes)
-        vars(made).pop("_linear", None)
+        values = vars(self) | changes
+        values.pop("_linear", None)
+        values.pop("_without", None)
+        object.__setattr__(made, "__dict__", values)
         return made
 
     @property
@@ -65,6 +67,15 @@ class Options:
     def needs(self) -> tuple[bool, bool, bool]:
         """Of which of e, c and bias there is to be a gradient."""
         return self.needs_de, self.needs_dc, self.needs_dbias
+
+    def without_gradients(self) -> "Options":
+        """The same for a loss of which no gradient is wanted."""
+        if torch.compiler.is_compiling():
+            return self.but(schedule=SCHEDULES["none"])
+        made = vars(self).get("_without")
+        if made is None:
+            made = vars(self)["_without"] = self.but(schedule=SCHEDULES["none"])
+        return made
 
     def values(self) -> tuple:
         """Of all fields, in their order: Options(*options.values()) is the same again."""
@@ -141,19 +152,23 @@ class LossOptions:
         except TypeError:  # of a value that has no hash, or of one that is wrong
             return _checked(tuple(said), *said.values())
 
-    def operators(self) -> Options:
-        """As the operators take them, of fp32 operands and a whole vocabulary."""
+    def operators(
+        self, compute_dtype: torch.dtype, shift: int, allow_tf32: bool = False
+    ) -> Options:
+        """As the operators take them, of a whole vocabulary. `shift`: what of it tells, where the
+        sequences are short."""
         if torch.compiler.is_compiling():
-            return self._operators()
-        made = vars(self).get("_made")
-        if made is None:
-            made = vars(self)["_made"] = self._operators()
-        return made
+            return self._operators(compute_dtype, shift, allow_tf32)
+        made = vars(self).setdefault("_made", {})
+        key = compute_dtype, shift, allow_tf32
+        if key not in made:
+            made[key] = self._operators(*key)
+        return made[key]
 
-    def _operators(self) -> Options:
+    def _operators(self, compute_dtype: torch.dtype, shift: int, allow_tf32: bool) -> Options:
         return Options(
-            torch.float32,
-            shift=self.shift,
+            compute_dtype,
+            shift=shift,
             ignore_index=self.ignore_index,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
@@ -163,6 +178,7 @@ class LossOptions:
             wants_argmax=self.return_predictions,
             schedule=SCHEDULES[self.schedule],
             max_workspace=self.max_workspace,
+            allow_tf32=allow_tf32,
         )
 
 
