@@ -166,20 +166,22 @@ class LossOptions:
         return made[key]
 
     def _operators(self, compute_dtype: torch.dtype, shift: int, allow_tf32: bool) -> Options:
+        said = {name: getattr(self, name) for name in _SAID_ALIKE}
         return Options(
             compute_dtype,
+            **said,
             shift=shift,
-            ignore_index=self.ignore_index,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            temperature=self.temperature,
+            schedule=SCHEDULES[self.schedule],
+            allow_tf32=allow_tf32,
             wants_entropy=self.return_entropy,
             wants_zbar=self.label_smoothing > 0,
             wants_argmax=self.return_predictions,
-            schedule=SCHEDULES[self.schedule],
-            max_workspace=self.max_workspace,
-            allow_tf32=allow_tf32,
         )
+
+
+_NAMES_OF_LOSS = tuple([field.name for field in dataclasses.fields(LossOptions)])
+# What callers and operators call by one name, and give one value.
+_SAID_ALIKE = tuple([n for n in _NAMES_OF_LOSS if n in _NAMES and n not in ("shift", "schedule")])
 
 
 def _checked(names: tuple[str, ...], *values: Any) -> LossOptions:
