@@ -140,9 +140,9 @@ def _while_traced(
     if is_known:
         place = Place(_known(e.stride()))
         sizes = sizes._replace(sequences=index(sequences), length=index(length), e=place)
-        return _constant_choice(tuple(sizes), asked.values(), known_at_forward)
+        return _constant_choice(_plain(sizes), asked.values(), known_at_forward)
     sizes = sizes._replace(sequences=1, length=1, e=Place())
-    ways = _constant_ways(tuple(sizes), asked.values(), known_at_forward)
+    ways = _constant_ways(_plain(sizes), asked.values(), known_at_forward)
     rows = sequences * (length - shift)
     for most, in_forward, schedule in ways[:-1]:
         if rows <= most:
@@ -189,6 +189,12 @@ def _ways_before(
     arguments = _sizes(sizes).arguments(known_at_forward)
     ways = library.plan_for_rows(arguments, Options(*values))
     return tuple((most, in_forward, SCHEDULES[schedule]) for most, in_forward, schedule in ways)
+
+
+def _plain(sizes: Sizes) -> tuple:
+    """As tuples throughout, of which alone a compiler knows that they are constants."""
+    *others, e, c = sizes
+    return (*others, (e.strides, e.offset), (c.strides, c.offset))
 
 
 def _sizes(values: tuple) -> Sizes:

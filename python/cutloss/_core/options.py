@@ -174,7 +174,8 @@ class LossOptions:
             schedule=SCHEDULES[self.schedule],
             allow_tf32=allow_tf32,
             wants_entropy=self.return_entropy,
-            wants_zbar=self.label_smoothing > 0,
+            # Of a symbol `> 0` alone would be another: a branch makes it a number, with a guard.
+            wants_zbar=True if self.label_smoothing > 0 else False,
             wants_argmax=self.return_predictions,
         )
 
