@@ -121,7 +121,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("dtype, autocast", [(F32, None), (BF16, None), (F16, None), (F32, F16)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, autocast", [(F32, None), (BF16, None), (F16, None), (F32, F16)], ids=str
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_known_sizes_are_decided_as_in_eager_code(way, dtype, autocast):
     """The same operators by the same schedule, and the same bits."""
@@ -139,8 +141,12 @@ def test_known_sizes_are_decided_as_in_eager_code(way, dtype, autocast):
         if "max_workspace" in options:
             options["max_workspace"] = little(p, reduction=options.get("reduction", "mean"))
         plan = cutloss.plan(p.e, p.c, p.targets, p.bias, **options)
-        want = bits_of(lambda p: loss_of(p, **options), p)
-        got = bits_of(torch.compile(lambda p: loss_of(p, **options), fullgraph=True, backend=keep), p)
+
+        def loss(p):
+            return loss_of(p, **options)
+
+        want = bits_of(loss, p)
+        got = bits_of(torch.compile(loss, fullgraph=True, backend=keep), p)
     name = "loss_and_gradients" if plan.in_forward else "statistics"
     assert schedule_names(graphs) == [(name, plan.schedule, plan.keeps_logits)]
     for a, b in zip(got, want, strict=True):

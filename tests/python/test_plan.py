@@ -11,7 +11,7 @@ from problems import BF16, F16, F32, F64
 import cutloss
 import cutloss.losses
 from cutloss._core import decide
-from cutloss._core.options import SCHEDULES, Options
+from cutloss._core.options import SCHEDULES, LossOptions, Options
 from cutloss._torch import library
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -166,7 +166,8 @@ def test_the_ledger_is_the_memory(options):
     kept, forward, backward = sums.values()
     if not plan.keeps_logits:
         kept, forward = 0, kept + forward
-    for booked, bytes_ in ((kept, plan.kept_bytes), (forward, plan.forward_bytes), (backward, plan.backward_bytes)):
+    said = plan.kept_bytes, plan.forward_bytes, plan.backward_bytes
+    for booked, bytes_ in zip((kept, forward, backward), said):
         assert booked <= bytes_ <= booked + 1024 * len(plan.ledger)
     assert plan.peak_bytes > 0
 
@@ -244,8 +245,8 @@ OF_LOGITS = (
 
 @pytest.mark.parametrize("name", OF_LINEAR)
 def test_options_are_those_of_the_table(name):
-    """Names, order, defaults and types: those of bindings/spec/options.inc, of which the schemas are
-    made."""
+    """Names, order, defaults and types: those of bindings/spec/options.inc, of which the schemas
+    are made."""
     of_table = keywords(name)
     fields = dataclasses.fields(Options)
     assert [field.name for field in fields] == list(of_table)
@@ -288,6 +289,32 @@ def test_signatures_are_those_of_the_table(function):
         if name == "schedule":
             default = SCHEDULES[default]
         assert default == of_table[name][0], name
+
+
+def test_what_callers_say_is_what_the_function_takes():
+    """LossOptions has the names and defaults of linear_cross_entropy, the module those of both."""
+    of_function = inspect.signature(cutloss.linear_cross_entropy).parameters
+    of_module = inspect.signature(cutloss.LinearCrossEntropy).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(LossOptions)}
+    assert fields.pop("plain") is False  # impl
+    for name, default in fields.items():
+        assert of_function[name].default == of_module[name].default == default, name
+    tensors = {"e", "c", "targets", "bias", "weight", "token_weight"}
+    of_a_call = {"num_valid", "vocab_parallel_options", "impl"}
+    unused = {"accum_e_fp32", "accum_c_fp32", "filter_e_grad", "filter_c_grad"}
+    assert set(of_function) == {*fields, *tensors, *of_a_call, *unused}
+
+
+def test_what_is_wrong_is_not_remembered():
+    """True equals 1.0 and is no softcap, whatever was said before."""
+    assert LossOptions.checked(softcap=1.0) is LossOptions.checked(softcap=1.0)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="softcap must be a number, got True"):
+            LossOptions.checked(softcap=True)
+        with pytest.raises(ValueError, match="softcap must be finite"):
+            LossOptions.checked(softcap=-1.0)
+        with pytest.raises(TypeError, match="max_workspace must be a number of bytes"):
+            LossOptions.checked(max_workspace=[1])  # which has no hash
 
 
 def test_options_say_what_is_not_the_default():

@@ -15,8 +15,8 @@ SCHEDULES = {"auto": 0, "none": 1, "rows": 2, "vocabulary": 3}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """By the names, and with the defaults, of the operators' keyword arguments, which are those of the
-    table in bindings/spec/options.inc."""
+    """By the names, and with the defaults, of the operators' keyword arguments, which are those of
+    the table in bindings/spec/options.inc."""
 
     compute_dtype: torch.dtype
     shift: int = 0
