@@ -1,11 +1,10 @@
 #include "call.h"
 
 #include "place.h"
-#include "plans.h"
+#include "spec/plan_cache.h"
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
 #include <string>
 
 namespace cutloss::binding {
@@ -22,8 +21,9 @@ Strides settle(Tensor& t, Device device, const char* what) {
   return {};
 }
 
-void check_shapes(const Operands& o, const Options& options) {
-  const std::int64_t V = options.total_classes != 0 ? options.total_classes : o.c.size(0);
+void check_shapes(const Operands& o, const spec::Options& options) {
+  const std::int64_t total = classes_of(options.problem).total;
+  const std::int64_t V = total != 0 ? total : o.c.size(0);
   if (o.e.dim() != 3) refuse("e must be (sequences, length, D), got shape " + shape(o.e));
   if (o.c.dim() != 2) refuse("c must be (V, D), got shape " + shape(o.c));
   if (o.e.size(2) != o.c.size(1)) {
@@ -43,9 +43,6 @@ void check_shapes(const Operands& o, const Options& options) {
   };
   need_vector(o.bias, o.c.size(0), "bias");
   need_vector(o.class_weight, V, "class_weight");
-  if (options.schedule < 0 || options.schedule > 3) {
-    refuse("schedule must be 0, 1, 2 or 3, got " + std::to_string(options.schedule));
-  }
 }
 
 template <class Index>
@@ -85,70 +82,7 @@ Operands read_operands(Stack& s) {
   return o;
 }
 
-Options read_options(Stack& s) {
-  Options o;
-  o.compute = s.next<ScalarType>();
-  o.shift = s.next<std::int64_t>();
-  o.ignore_index = s.next<std::int64_t>();
-  o.softcap = s.next<std::optional<double>>();
-  o.logit_scale = s.next<double>();
-  o.temperature = s.next<double>();
-  o.wants_entropy = s.next<bool>();
-  o.wants_zbar = s.next<bool>();
-  o.wants_argmax = s.next<bool>();
-  o.needs_de = s.next<bool>();
-  o.needs_dc = s.next<bool>();
-  o.needs_dbias = s.next<bool>();
-  o.schedule = s.next<std::int64_t>();
-  o.max_workspace = s.next<std::optional<std::int64_t>>();
-  o.kept_bytes = s.next<std::int64_t>();
-  o.num_valid = s.next<std::optional<std::int64_t>>();
-  o.allow_tf32 = s.next<bool>();
-  o.first_class = s.next<std::int64_t>();
-  o.total_classes = s.next<std::int64_t>();
-  o.de_in_sums = s.next<bool>();
-  o.dc_adds = s.next<bool>();
-  return o;
-}
-
-Problem problem_of(const Options& options, Upstream upstream) {
-  Problem p;
-  p.rows.shift = options.shift;
-  p.compute_type = dtype_of(options.compute, "compute_dtype");
-  p.rows.ignore_index = options.ignore_index;
-  p.rows.num_valid = options.num_valid;
-  p.allow_tf32 = options.allow_tf32;
-  p.transform.softcap = options.softcap;
-  p.transform.logit_scale = options.logit_scale;
-  p.transform.temperature = options.temperature;
-  p.wanted.entropy = options.wants_entropy;
-  p.wanted.zbar = options.wants_zbar;
-  p.wanted.argmax = options.wants_argmax;
-  p.wanted.de.wanted = options.needs_de;
-  p.wanted.dc.wanted = options.needs_dc;
-  p.wanted.dbias.wanted = options.needs_dbias;
-  // A shard's rows are closed elsewhere.
-  p.wanted.state = options.total_classes != 0;
-  classes_of(p).first = options.first_class;
-  classes_of(p).total = options.total_classes;
-  const DType sums = p.compute_type == DType::f64 ? DType::f64 : DType::f32;
-  if (options.de_in_sums) p.wanted.de.type = sums;
-  if (options.dc_adds) {
-    p.wanted.dc.type = sums;
-    p.wanted.dc.add = true;
-  }
-  const bool gradient = wants_gradient(p);
-  p.upstream.when = gradient ? upstream : Upstream::none;
-  p.upstream.entropy = gradient && p.wanted.entropy;
-  p.upstream.zbar = gradient && p.wanted.zbar;
-  p.max_workspace = options.max_workspace;
-  p.schedule = static_cast<Schedule>(options.schedule);
-  // For tests and measurements: the one engine that a plan may take.
-  if (const char* engine = std::getenv("CUTLOSS_ENGINE")) p.engine = engine;
-  return p;
-}
-
-Call::Call(Operands operands, const Options& options, Upstream upstream)
+Call::Call(Operands operands, const spec::Options& options, Upstream upstream)
     : operands_(std::move(operands)), device_(operands_.e) {
   // PyTorch hands its number of threads to OpenMP thread by thread, when first asked there.
   if (!device_.is_cuda()) torch::stable::get_num_threads();
@@ -163,7 +97,7 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   o.targets = packed(o.targets, "targets");
   if (o.bias) o.bias = packed(*o.bias, "bias");
 
-  Problem p = problem_of(options, upstream);
+  Problem p = spec::problem_of(options, upstream);
   p.rows.sequences = o.e.size(0);
   p.rows.length = o.e.size(1);
   Head& head = head_of(p);
@@ -181,7 +115,7 @@ Call::Call(Operands operands, const Options& options, Upstream upstream)
   p.has_class_weight = o.class_weight.has_value();
   p.device = device_.device();
   p.device_index = device_.index();
-  plan_ = plan_for(p);
+  plan_ = spec::plan_for(p);
   if (kept_bytes() != options.kept_bytes) {
     refuse("kept_bytes must be what the plan says, " + std::to_string(kept_bytes()) + ", got " +
            std::to_string(options.kept_bytes));

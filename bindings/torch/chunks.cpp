@@ -31,7 +31,7 @@ State read_state(Stack& stack) {
   return state;
 }
 
-State make_state(const Call& call, const Options& options) {
+State make_state(const Call& call, const spec::Options& options) {
   const Plan& plan = call.plan();
   const std::int64_t rows = call.rows();
   const ScalarType type = call.stats();
@@ -39,7 +39,7 @@ State make_state(const Call& call, const Options& options) {
   for (Tensor* t : {&state.nll, &state.lse, &state.row_max, &state.log_sum}) {
     *t = call.make({rows}, type);
   }
-  state.entropy = call.make({rows}, type, options.wants_entropy);
+  state.entropy = call.make({rows}, type, options.problem.wanted.entropy);
   state.de = call.make_de();
   state.dc = call.make_dc();
   state.dbias = call.make_dbias();
@@ -83,7 +83,7 @@ void use(Call& call, const State& state) {
 
 void chunks_begin(Stack& stack) {
   Operands operands = read_operands(stack);
-  const Options options = read_options(stack);
+  const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   State state = make_state(call, options);
   use(call, state);
@@ -96,7 +96,7 @@ void chunk_statistics(Stack& stack) {
   Operands operands = read_operands(stack);
   const State state = read_state(stack);
   const auto chunk = stack.next<std::int64_t>();
-  const Options options = read_options(stack);
+  const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   use(call, state);
   const auto session = resume(call.plan(), call.args, Pass::both);
@@ -114,7 +114,7 @@ void chunk_gradients(Stack& stack) {
   std::array<std::optional<Tensor>, 3> upstream;
   for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
   const auto chunk = stack.next<std::int64_t>();
-  const Options options = read_options(stack);
+  const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   use(call, state);
   RowGradients& up = call.args.upstream;
@@ -127,7 +127,7 @@ void chunk_gradients(Stack& stack) {
 void chunks_finish(Stack& stack) {
   Operands operands = read_operands(stack);
   const State state = read_state(stack);
-  const Options options = read_options(stack);
+  const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   use(call, state);
   resume(call.plan(), call.args, Pass::both)->finish();

@@ -6,10 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
-#include <cstdlib>
 #include <string>
 
 #include "device.h"
+#include "option_reader.h"
 #include "place.h"
 #include "row_inputs.h"
 #include "row_tensors.h"
@@ -18,9 +18,6 @@ namespace cutloss::binding {
 namespace {
 
 #define CUTLOSS_LOGITS "Tensor targets, Tensor? row_temperature, Tensor? class_weight"
-#define CUTLOSS_LOGITS_OPTIONS                                                          \
-  "int shift, int ignore_index, float? softcap, float logit_scale, float temperature, " \
-  "bool wants_entropy, bool wants_zbar, bool wants_argmax"
 
 [[noreturn]] void refuse(const std::string& message) {
   throw Error(ErrorCode::invalid_value, message);
@@ -43,25 +40,9 @@ Operands read_operands(Stack& s) {
   return o;
 }
 
-// The keyword arguments, last in every schema.
-Problem read_options(Stack& s) {
-  Problem p;
-  p.source = Logits{};
-  p.rows.shift = s.next<std::int64_t>();
-  p.rows.ignore_index = s.next<std::int64_t>();
-  p.transform.softcap = s.next<std::optional<double>>();
-  p.transform.logit_scale = s.next<double>();
-  p.transform.temperature = s.next<double>();
-  p.wanted.entropy = s.next<bool>();
-  p.wanted.zbar = s.next<bool>();
-  p.wanted.argmax = s.next<bool>();
-  p.wanted.dlogits.wanted = true;
-  p.upstream = {Upstream::at_backward, p.wanted.entropy, p.wanted.zbar};
-  // For tests and measurements.
-  if (const char* blocks = std::getenv("CUTLOSS_BLOCKS_PER_ROW")) {
-    logits_of(p).blocks_per_row = std::atoi(blocks);
-  }
-  return p;
+// The problem that the options say.
+Problem read_problem(Stack& s) {
+  return spec::problem_of(read_options(s, spec::Takers::logits), Upstream::at_backward);
 }
 
 void check_shapes(const Operands& o) {
@@ -176,7 +157,7 @@ void statistics(Stack& stack) {
   Operands operands = read_operands(stack);
   const auto terms = stack.next<std::optional<Tensor>>();
   const auto undefined = stack.next<std::optional<Tensor>>();
-  Call call(std::move(operands), read_options(stack), /*in_place=*/false);
+  Call call(std::move(operands), read_problem(stack), /*in_place=*/false);
   const RowTensors rows = call.make_rows();
   forward(call.problem, call.args);
   call.args.upstream = call.inputs->terms(terms);
@@ -193,7 +174,7 @@ void gradient(Stack& stack) {
   for (Tensor& t : saved) t = stack.next<Tensor>();
   std::array<std::optional<Tensor>, 5> upstream;
   for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
-  const Problem options = read_options(stack);
+  const Problem options = read_problem(stack);
   Call call(std::move(operands), options, in_place);
 
   RowInputs& in = *call.inputs;
@@ -227,7 +208,7 @@ void loss_and_gradient(Stack& stack) {
   Operands operands = read_operands(stack);
   const Tensor terms = stack.next<Tensor>();
   const auto undefined = stack.next<std::optional<Tensor>>();
-  Call call(std::move(operands), read_options(stack), in_place);
+  Call call(std::move(operands), read_problem(stack), in_place);
   const RowTensors rows = call.make_rows();
   call.args.upstream = call.inputs->terms(terms);
   std::optional<Tensor> made;
@@ -254,20 +235,22 @@ void implement(Library& m) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cutloss, m) {
-  m.def("logits_statistics(Tensor logits, " CUTLOSS_LOGITS
-        ", Tensor? terms=None, Tensor? undefined=None, *, " CUTLOSS_LOGITS_OPTIONS
-        ") -> (Tensor loss, Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, "
-        "Tensor entropy, Tensor zbar_centred, Tensor argmax)");
-  m.def("logits_gradient(Tensor logits, " CUTLOSS_LOGITS ", " CUTLOSS_SAVED
-        ", *, " CUTLOSS_LOGITS_OPTIONS ") -> Tensor");
-  m.def("logits_gradient_(Tensor(a!) logits, " CUTLOSS_LOGITS ", " CUTLOSS_SAVED
-        ", *, " CUTLOSS_LOGITS_OPTIONS ") -> ()");
-  m.def("logits_loss_and_gradient(Tensor logits, " CUTLOSS_LOGITS
-        ", Tensor terms, Tensor? undefined=None, *, " CUTLOSS_LOGITS_OPTIONS
-        ") -> (Tensor loss, Tensor argmax, Tensor gradient)");
-  m.def("logits_loss_and_gradient_(Tensor(a!) logits, " CUTLOSS_LOGITS
-        ", Tensor terms, Tensor? undefined=None, *, " CUTLOSS_LOGITS_OPTIONS
-        ") -> (Tensor loss, Tensor argmax)");
+  const auto def = [&](const char* schema) {
+    m.def(spec::with_options(spec::Takers::logits, schema).c_str());
+  };
+  def("logits_statistics(Tensor logits, " CUTLOSS_LOGITS
+      ", Tensor? terms=None, Tensor? undefined=None, *, OPTIONS) -> (Tensor loss, Tensor nll, "
+      "Tensor lse, Tensor row_max, Tensor log_sum, "
+      "Tensor entropy, Tensor zbar_centred, Tensor argmax)");
+  def("logits_gradient(Tensor logits, " CUTLOSS_LOGITS ", " CUTLOSS_SAVED
+      ", *, OPTIONS) -> Tensor");
+  def("logits_gradient_(Tensor(a!) logits, " CUTLOSS_LOGITS ", " CUTLOSS_SAVED
+      ", *, OPTIONS) -> ()");
+  def("logits_loss_and_gradient(Tensor logits, " CUTLOSS_LOGITS
+      ", Tensor terms, Tensor? undefined=None, *, OPTIONS) -> (Tensor loss, Tensor argmax, Tensor "
+      "gradient)");
+  def("logits_loss_and_gradient_(Tensor(a!) logits, " CUTLOSS_LOGITS
+      ", Tensor terms, Tensor? undefined=None, *, OPTIONS) -> (Tensor loss, Tensor argmax)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cutloss, CPU, m) { implement<Device::cpu>(m); }

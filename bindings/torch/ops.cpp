@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -14,12 +15,14 @@
 #include "call.h"
 #include "chunks.h"
 #include "place.h"
-#include "plans.h"
 #include "shards.h"
+#include "spec/plan_fields.h"
 #include "terms.h"
 
 namespace cutloss::binding {
 namespace {
+
+using torch::stable::accelerator::DeviceGuard;
 
 // statistics(operands, terms, undefined, *, options)
 //   -> (loss, nll, lse, row_max, log_sum, entropy, zbar_centred, argmax, kept); no terms, no loss
@@ -27,7 +30,7 @@ void statistics(Stack& stack) {
   Operands operands = read_operands(stack);
   const auto terms = stack.next<std::optional<Tensor>>();
   const auto undefined = stack.next<std::optional<Tensor>>();
-  const Options options = read_options(stack);
+  const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
   const RowTensors rows = call.make_rows();
@@ -58,7 +61,7 @@ void gradients(Stack& stack) {
   std::optional<Tensor> dc_into;
   if (adds) dc_into = stack.next<Tensor>();
   const auto de_event = stack.next<std::int64_t>();
-  const Options options = read_options(stack);
+  const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
 
@@ -69,7 +72,7 @@ void gradients(Stack& stack) {
   rows.nll = read_only(saved[0], "nll");
   rows.row_max = read_only(saved[1], "row_max");
   rows.log_sum = read_only(saved[2], "log_sum");
-  if (options.wants_entropy) rows.entropy = read_only(saved[3], "entropy");
+  if (options.problem.wanted.entropy) rows.entropy = read_only(saved[3], "entropy");
   if (saved[4].numel() != call.kept_bytes()) {
     throw Error(ErrorCode::invalid_value, "kept must have " + std::to_string(call.kept_bytes()) +
                                               " bytes, got " + std::to_string(saved[4].numel()));
@@ -100,7 +103,7 @@ void loss_and_gradients(Stack& stack) {
   Operands operands = read_operands(stack);
   const Tensor terms = stack.next<Tensor>();
   const auto undefined = stack.next<std::optional<Tensor>>();
-  const Options options = read_options(stack);
+  const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   const Plan& plan = call.plan();
   const RowTensors rows = call.make_rows();
@@ -165,7 +168,7 @@ void scale(Stack& stack) {
 #define CUTLOSS_PLAN_SIZES                                                            \
   "int sequences, int length, int V, int D, ScalarType e_dtype, ScalarType c_dtype, " \
   "ScalarType? bias_dtype, ScalarType target_dtype, bool has_row_temperature, "       \
-  "bool has_class_weight, bool at_forward, bool on_cuda, int device_index=-1, "       \
+  "bool has_class_weight, bool known_at_forward, bool on_cuda, int device_index=-1, " \
   "int[] e_strides=[], int e_offset=0, int[] c_strides=[], int c_offset=0"
 
 // What becomes of a tensor of `dims` dimensions, (..., rows, D), that a plan is told of.
@@ -181,8 +184,9 @@ Strides told_strides(Place place, const std::vector<std::int64_t>& strides, std:
   return strides_in_place(place, device).value_or(Strides{});
 }
 
-// A plan without data: sizes, dtypes, strides and options.
-std::shared_ptr<const Plan> read_plan(Stack& s) {
+// A problem without data: sizes, dtypes, strides and options. Its CUDA device becomes the current
+// one for as long as `guard` lives.
+Problem read_problem(Stack& s, std::unique_ptr<DeviceGuard>& guard) {
   struct {
     std::int64_t sequences, length, V, D;
   } sizes{};
@@ -196,16 +200,17 @@ std::shared_ptr<const Plan> read_plan(Stack& s) {
   const auto targets = s.next<ScalarType>();
   const bool has_row_temperature = s.next<bool>();
   const bool has_class_weight = s.next<bool>();
-  const bool at_forward = s.next<bool>();
+  const bool known_at_forward = s.next<bool>();
   const bool on_cuda = s.next<bool>();
   const std::int64_t device_index = s.next<std::int64_t>();
   const auto e_strides = s.next<std::vector<std::int64_t>>();
   const std::int64_t e_offset = s.next<std::int64_t>();
   const auto c_strides = s.next<std::vector<std::int64_t>>();
   const std::int64_t c_offset = s.next<std::int64_t>();
-  const Options options = read_options(s);
+  const spec::Options options = read_options(s);
 
-  Problem p = problem_of(options, at_forward ? Upstream::at_forward : Upstream::at_backward);
+  Problem p =
+      spec::problem_of(options, known_at_forward ? Upstream::at_forward : Upstream::at_backward);
   p.rows.sequences = sizes.sequences;
   p.rows.length = sizes.length;
   p.device = on_cuda ? Device::cuda : Device::cpu;
@@ -226,27 +231,34 @@ std::shared_ptr<const Plan> read_plan(Stack& s) {
   p.rows.target_type = index_type_of(targets);
   p.rows.has_temperature = has_row_temperature;
   p.has_class_weight = has_class_weight;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
   try {
     if (on_cuda && device_index >= 0) {
-      guard.emplace(static_cast<std::int32_t>(device_index));
+      guard = std::make_unique<DeviceGuard>(static_cast<std::int32_t>(device_index));
       p.device_index = static_cast<int>(device_index);
     }
   } catch (const std::runtime_error&) {
     // A device of fake tensors only. What is missing, the engines say.
   }
-  return plan_for(p);
+  return p;
 }
 
-// plan(sizes, *, options) -> [schedule, bytes kept from forward to backward, bytes of scratch of
-// forward, of backward, products]
+// plan(sizes, *, options) -> JSON (spec/plan_fields.h)
 void plan(Stack& stack) {
-  const auto made = read_plan(stack);
-  const Plan& plan = *made;
-  const std::int64_t scratch = plan.keeps_logits ? 0 : plan.kept_bytes;
-  stack.put(std::vector<std::int64_t>{
-      static_cast<std::int64_t>(plan.schedule), plan.kept_bytes - scratch,
-      plan.forward_workspace_bytes + scratch, plan.backward_workspace_bytes, plan.products});
+  std::unique_ptr<DeviceGuard> guard;
+  const Problem problem = read_problem(stack, guard);
+  stack.put(spec::plan_fields(problem, spec::decide(problem)));
+}
+
+// plan_for_rows(sizes, *, options) -> JSON: the same for each number of rows (spec/decide.h)
+void plan_for_rows(Stack& stack) {
+  std::unique_ptr<DeviceGuard> guard;
+  const Problem problem = read_problem(stack, guard);
+  stack.put(spec::fields_for_rows(problem));
+}
+
+// waits_for_loss_scale(dtype): whether gradients of that dtype are made in backward alone
+void waits_for_loss_scale(Stack& stack) {
+  stack.put(cutloss::waits_for_loss_scale(dtype_of(stack.next<ScalarType>(), "dtype")));
 }
 
 // Of the CUDA runtime that is in this library, as CUDA counts: 13000 for 13.0. 0 where there is
@@ -270,41 +282,35 @@ void cuda_code(Stack& stack) {
 
 void version(Stack& stack) { stack.put(std::string(CUTLOSS_VERSION)); }
 
-void describe_plan(Stack& stack) { stack.put(describe(*read_plan(stack))); }
-
-void describe_machine(Stack& stack) {
-  std::string text;
-  for (const std::string& line : cutloss::describe_machine()) text += line + "\n";
-  stack.put(text);
-}
+void engines(Stack& stack) { stack.put(spec::engine_fields()); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(cutloss, m) {
-  m.def(
-      "statistics(" CUTLOSS_OPERANDS
-      ", Tensor? terms=None, Tensor? undefined=None, *, " CUTLOSS_OPTIONS
-      ") -> (Tensor loss, Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, "
+  const auto def = [&](const char* schema) {
+    m.def(spec::with_options(spec::Takers::linear, schema).c_str());
+  };
+  def("statistics(" CUTLOSS_OPERANDS
+      ", Tensor? terms=None, Tensor? undefined=None, *, OPTIONS) -> (Tensor loss, Tensor nll, "
+      "Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, "
       "Tensor zbar_centred, Tensor argmax, Tensor kept)");
-  m.def("gradients(" CUTLOSS_OPERANDS
-        ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
-        "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
-        "Tensor? d_zbar, int de_event=0, *, " CUTLOSS_OPTIONS
-        ") -> (Tensor de, Tensor dc, Tensor dbias)");
-  m.def("gradients_(" CUTLOSS_OPERANDS
-        ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
-        "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
-        "Tensor? d_zbar, Tensor(a!) dc_into, int de_event=0, *, " CUTLOSS_OPTIONS
-        ") -> (Tensor de, Tensor dbias)");
-  m.def("loss_and_gradients(" CUTLOSS_OPERANDS
-        ", Tensor terms, Tensor? undefined=None, *, " CUTLOSS_OPTIONS
-        ") -> (Tensor loss, Tensor argmax, Tensor de, Tensor dc, Tensor dbias)");
+  def("gradients(" CUTLOSS_OPERANDS
+      ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
+      "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
+      "Tensor? d_zbar, int de_event=0, *, OPTIONS) -> (Tensor de, Tensor dc, Tensor dbias)");
+  def("gradients_(" CUTLOSS_OPERANDS
+      ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
+      "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
+      "Tensor? d_zbar, Tensor(a!) dc_into, int de_event=0, *, OPTIONS) -> (Tensor de, Tensor dbias)");
+  def("loss_and_gradients(" CUTLOSS_OPERANDS
+      ", Tensor terms, Tensor? undefined=None, *, OPTIONS) -> (Tensor loss, Tensor argmax, Tensor "
+      "de, Tensor dc, Tensor dbias)");
   m.def(
       "loss_terms(Tensor targets, Tensor? token_weight, Tensor? class_weight, "
       "ScalarType compute_dtype, SymInt V, int shift, int ignore_index, bool mean, "
       "float label_smoothing, float z_loss) -> (Tensor terms, Tensor undefined)");
-  m.def("open_statistics(" CUTLOSS_OPERANDS ", int before, *, " CUTLOSS_OPTIONS
-        ") -> (Tensor states, Tensor kept)");
+  def("open_statistics(" CUTLOSS_OPERANDS
+      ", int before, *, OPTIONS) -> (Tensor states, Tensor kept)");
   m.def("empty_states(Tensor like, SymInt rows, ScalarType stat_dtype) -> Tensor");
   m.def(
       "close_rows(Tensor states, Tensor targets, Tensor? class_weight, Tensor? is_right, "
@@ -312,21 +318,21 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
       "wants_entropy, bool wants_zbar, "
       "bool wants_argmax) -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, "
       "Tensor entropy, Tensor zbar_centred, Tensor argmax)");
-  m.def("chunks_begin(" CUTLOSS_OPERANDS ", *, " CUTLOSS_OPTIONS
-        ") -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor de, "
-        "Tensor dc, Tensor dbias, Tensor memory, int chunks)");
-  m.def("chunk_statistics(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE
-        ", int chunk, *, " CUTLOSS_OPTIONS ") -> int[]");
-  m.def("chunk_gradients(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE
-        ", Tensor? d_nll, Tensor? d_lse, Tensor? d_entropy, int chunk, *, " CUTLOSS_OPTIONS
-        ") -> ()");
-  m.def("chunks_finish(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE ", *, " CUTLOSS_OPTIONS
-        ") -> ()");
+  def("chunks_begin(" CUTLOSS_OPERANDS
+      ", *, OPTIONS) -> (Tensor nll, Tensor lse, Tensor row_max, Tensor log_sum, Tensor entropy, "
+      "Tensor de, "
+      "Tensor dc, Tensor dbias, Tensor memory, int chunks)");
+  def("chunk_statistics(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE
+      ", int chunk, *, OPTIONS) -> int[]");
+  def("chunk_gradients(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE
+      ", Tensor? d_nll, Tensor? d_lse, Tensor? d_entropy, int chunk, *, OPTIONS) -> ()");
+  def("chunks_finish(" CUTLOSS_OPERANDS ", " CUTLOSS_CHUNK_STATE ", *, OPTIONS) -> ()");
   m.def("is_read_in_place(Tensor t) -> bool");
   m.def("scale_(Tensor(a!) t, Tensor factor) -> ()");
-  m.def("plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> int[]");
-  m.def("describe_plan(" CUTLOSS_PLAN_SIZES ", *, " CUTLOSS_OPTIONS ") -> str");
-  m.def("describe_machine() -> str");
+  def("plan(" CUTLOSS_PLAN_SIZES ", *, OPTIONS) -> str");
+  def("plan_for_rows(" CUTLOSS_PLAN_SIZES ", *, OPTIONS) -> str");
+  m.def("waits_for_loss_scale(ScalarType dtype) -> bool");
+  m.def("engines() -> str");
   m.def("cuda_version() -> int");
   m.def("cuda_code() -> str");
   m.def("version() -> str");
@@ -370,8 +376,9 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) {
 // No tensor among their arguments, so no device to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(cutloss, CompositeExplicitAutograd, m) {
   m.impl("plan", &boxed<plan>);
-  m.impl("describe_plan", &boxed<describe_plan>);
-  m.impl("describe_machine", &boxed<describe_machine>);
+  m.impl("plan_for_rows", &boxed<plan_for_rows>);
+  m.impl("waits_for_loss_scale", &boxed<waits_for_loss_scale>);
+  m.impl("engines", &boxed<engines>);
   m.impl("cuda_version", &boxed<cuda_version>);
   m.impl("cuda_code", &boxed<cuda_code>);
   m.impl("version", &boxed<version>);

@@ -16,7 +16,7 @@ DType stat_of(ScalarType type) { return dtype_of(type, "stat_dtype"); }
 void open_statistics(Stack& stack) {
   Operands operands = read_operands(stack);
   const auto before = stack.next<std::int64_t>();
-  const Options options = read_options(stack);
+  const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
   const std::int64_t bytes = row_state_bytes(stat_of(call.stats()));

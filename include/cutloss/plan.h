@@ -51,12 +51,29 @@ struct Plan {
 // Throws Error(invalid_value, invalid_type, unsupported, workspace).
 Plan make_plan(const Problem& problem);
 
+// The fewest bytes of Problem::max_workspace for which make_plan makes a plan, whatever the
+// problem's own limit is. Throws as make_plan, workspace apart.
+std::int64_t least_workspace(const Problem& problem);
+
+// Whether a gradient of this dtype is made in backward alone: f16, where the loss scale must come
+// before the rounding. Plans keep to it.
+constexpr bool waits_for_loss_scale(DType gradient) { return gradient == DType::f16; }
+
 // Describes a plan in words: algorithm, schedule, sizes, the memory buffer by buffer, and the
 // reasons. The text is for people, and may change.
 std::string describe(const Plan& plan);
 
-// Describes what was found on this machine, a line for each engine: its libraries with their
-// versions and the processor's features, or why the engine is not there.
+// An engine of this build, on this machine.
+struct EngineHere {
+  std::string name;
+  // Why it cannot be used here; empty where it can.
+  std::string absent;
+  // The libraries behind it with their versions, and the hardware that it has found.
+  std::string description;
+};
+std::vector<EngineHere> engines_here();
+
+// Describes the same in words, a line for each engine. The text is for people, and may change.
 std::vector<std::string> describe_machine();
 
 // Lists the numbers that plans of this build are made by, a line for each, engine by engine. What

@@ -2,9 +2,10 @@
 
 import importlib
 
+from ._core.plan import Plan, PlannedBuffer
 from ._implementations import LinearCrossEntropyImpl
 from ._torch import library
-from .functional import linear_cross_entropy
+from .functional import linear_cross_entropy, plan
 from .heads import CausalLMHead, CausalLMHeadOutput, LinearCrossEntropyLoss
 from .module import LinearCrossEntropy
 from .registry import get_loss, losses_available
@@ -17,12 +18,15 @@ __all__ = [
     "LinearCrossEntropy",
     "LinearCrossEntropyImpl",
     "LinearCrossEntropyLoss",
+    "Plan",
+    "PlannedBuffer",
     "VocabParallelOptions",
     "cross_entropy",
     "get_loss",
     "linear_cross_entropy",
     "losses_available",
     "patch",
+    "plan",
     "unpatch",
 ]
 

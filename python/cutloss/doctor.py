@@ -169,7 +169,8 @@ def _typical():
 
 
 def _engines():
-    yield from library.describe_machine().splitlines()
+    for engine in library.engines():
+        yield f"engine {engine.name}: {engine.description or f'not here: {engine.absent}'}"
     if not library.HAS_CUDA:
         yield "engine cuda: not in this build of cutloss"
 

@@ -1,6 +1,8 @@
 """``linear_cross_entropy``: the loss of a large-vocabulary model without its logits."""
 
 import enum
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from ._core.operands import (
     warn_of_no_weight,
 )
 from ._core.options import Options
+from ._core.plan import Plan
 from ._implementations import LinearCrossEntropyImpl, is_plain
 from ._sharded import is_dtensor
 from ._torch import autograd, library, operators, private, shards
@@ -140,29 +143,15 @@ def linear_cross_entropy(
     with shards.call(shard, e, targets, shift) as of_shard:
         if of_shard is not None:
             e = of_shard.whole_e(lambda: sharded.check(shard, c, plain))
-        checks.choice("reduction", reduction, checks.REDUCTIONS)
-        checks.filter_eps(filter_eps)
-        options = checked_options(
-            e, c, targets, bias, ignore_index=ignore_index, softcap=softcap, shift=shift,
-            logit_scale=logit_scale, temperature=temperature, max_workspace=max_workspace,
-            schedule=schedule, num_valid=num_valid, plain=plain, return_lse=return_lse,
-            return_entropy=return_entropy, return_predictions=return_predictions,
-            classes=None if shard is None else (shard.first, shard.total),
-            weight=weight, token_weight=token_weight,
+        options, how = _described(
+            e, c, targets, bias, None if shard is None else (shard.first, shard.total),
+            ignore_index=ignore_index, softcap=softcap, reduction=reduction, shift=shift,
+            return_lse=return_lse, filter_eps=filter_eps, plain=plain, logit_scale=logit_scale,
+            temperature=temperature, label_smoothing=label_smoothing, weight=weight,
+            token_weight=token_weight, return_entropy=return_entropy,
+            return_predictions=return_predictions, z_loss=z_loss, max_workspace=max_workspace,
+            schedule=schedule, num_valid=num_valid,
         )  # fmt: skip
-        if weight is not None:
-            checks.weight(weight, c, options.vocabulary(c))
-        if token_weight is not None:
-            checks.token_weight(token_weight, targets)
-        how = weighting.Weighting(
-            reduction=reduction,
-            label_smoothing=checks.label_smoothing(label_smoothing),
-            z_loss=checks.z_loss(z_loss),
-            weight=weight,
-            token_weight=token_weight,
-        )
-        if how.label_smoothing > 0:
-            options = options.but(wants_zbar=True)
         dc_into = getattr(c, ADDS_TO, None)
         if dc_into is not None:
             options = options.but(dc_adds=True)
@@ -182,6 +171,59 @@ def linear_cross_entropy(
     return (loss, *results) if results else loss
 
 
+def _described(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    classes: tuple[int, int] | None,
+    *,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    **others: Any,
+) -> tuple[Options, weighting.Weighting]:
+    """A call's options and how its rows count, checked. `classes`, `others`: as checked_options
+    takes them."""
+    loss, options = checked_options(
+        e, c, targets, bias, classes=classes, weight=weight, token_weight=token_weight, **others
+    )
+    if weight is not None:
+        checks.weight(weight, c, options.vocabulary(c))
+    if token_weight is not None:
+        checks.token_weight(token_weight, targets)
+    how = weighting.Weighting(
+        reduction=loss.reduction,
+        label_smoothing=loss.label_smoothing,
+        z_loss=loss.z_loss,
+        weight=weight,
+        token_weight=token_weight,
+    )
+    return options, how
+
+
+def _weighs_in_torch(how: weighting.Weighting) -> bool:
+    return (
+        autograd.wants_gradient(how.token_weight)
+        or private.is_transformed()
+        or private.have_tangent(how.token_weight, how.weight)
+    )
+
+
+def _known_at_forward(how: weighting.Weighting, options: Options, wants_lse: bool) -> bool:
+    """Whether the loss is a sum of rows, with weights that are known in forward where PyTorch does
+    not weigh them. A per-token result that may get a gradient of its own rules that out."""
+    return (
+        how.reduction != "none"
+        and not wants_lse
+        and not options.wants_entropy
+    )
+
+
+def _class_weight(how: weighting.Weighting, options: Options) -> Tensor | None:
+    """As the operators take it: where it enters the mean logit of label smoothing."""
+    return how.weight.to(options.stats) if options.wants_zbar and how.weight is not None else None
+
+
 def _evaluate(
     e: Tensor,
     c: Tensor,
@@ -199,9 +241,7 @@ def _evaluate(
     stats = options.stats
     shift, ignore_index = options.shift, options.ignore_index
     V = options.vocabulary(c)
-    class_weight = how.weight if options.wants_zbar else None
-    if class_weight is not None:
-        class_weight = class_weight.to(stats)
+    class_weight = _class_weight(how, options)
     operands = make_operands(e, c, targets, bias, temperature, class_weight, options, plain)
     by_sequence = operands[3]
     if how.token_weight is not None:
@@ -214,20 +254,12 @@ def _evaluate(
         rows = plain_statistics(*operands, options, needs_lse)
         return weighting.loss(terms, rows, how.reduction), rows
 
-    weights_have_gradient = autograd.wants_gradient(how.token_weight)
-    weighs_in_torch = (
-        weights_have_gradient
-        or private.is_transformed()
-        or private.have_tangent(how.token_weight, how.weight)
-    )
-    # A per-token result that may get a gradient of its own rules out gradients in forward.
+    weighs_in_torch = _weighs_in_torch(how)
     known_at_forward = (
-        how.reduction != "none"
-        and not wants_lse
-        and not options.wants_entropy
-        and not weighs_in_torch
+        not weighs_in_torch
         and of_shard is None
         and dc_into is None
+        and _known_at_forward(how, options, wants_lse)
     )
     own_e = None if of_shard is None else of_shard.own_e
     options, immediate = decide.decided(operands, options, known_at_forward, own_e)
@@ -257,3 +289,57 @@ def _evaluate(
         unpacked.undefined = undefined
         return weighting.loss(unpacked, rows, how.reduction), rows
     return operators.loss(computation, operands, terms, undefined, immediate)
+
+
+_SIGNATURE = inspect.signature(linear_cross_entropy)
+
+
+def plan(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Plan:
+    """What :func:`linear_cross_entropy` decides for a call, before anything is computed::
+
+        e = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        c = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        targets = torch.empty(8192, dtype=torch.int64, device="meta")
+        p = cutloss.plan(e, c, targets, device="cuda")
+        print(p.algorithm, p.products, p.peak_bytes, p.least_bytes)
+
+    The data are not read: tensors may be on the meta device. Which gradients are wanted their
+    requires_grad says, as in the call.
+
+    :param e: As in the call, and so are c, targets and bias.
+    :param device: Where the loss would be, if not where the tensors are: "cpu", "cuda", "cuda:1".
+    :param options: Those of the call, but for vocab_parallel_options. ``impl="torch"`` has no plan.
+    :return: A :class:`Plan`: its fields, and in words where it is printed.
+    :raises ValueError: What the call would raise; max_workspace below ``least_bytes``.
+    :raises NotImplementedError: Where no engine takes it, with each engine's reason.
+    """
+    given = _SIGNATURE.bind(e, c, targets, bias, **options)
+    given.apply_defaults()
+    said = given.arguments
+    said["plain"] = is_plain(said.pop("impl"))
+    if said["plain"]:
+        raise ValueError("impl='torch' stores all logits and has no plan: leave impl out")
+    if said.pop("vocab_parallel_options") is not None or is_dtensor(c):
+        raise NotImplementedError(
+            "cutloss.plan takes a classifier that is whole: pass this rank's e and c as plain "
+            "tensors, for the plan of a loss of this rank's classes alone"
+        )
+    for name in ("accum_e_fp32", "accum_c_fp32", "filter_e_grad", "filter_c_grad"):
+        said.pop(name)
+    described, how = _described(classes=None, **said)
+    class_weight = _class_weight(how, described)
+    operands = make_operands(
+        e, c, targets, bias, said["temperature"], class_weight, described, plain=True
+    )
+    known_at_forward = not _weighs_in_torch(how) and _known_at_forward(
+        how, described, said["return_lse"]
+    )
+    return decide.planned(operands, described, known_at_forward, device)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ._core import checks, weighting
 from ._core.operands import in_sequences, shape_of_rows, warn_of_no_weight
-from ._core.options import Options
+from ._core.options import LossOptions, Options
 from ._torch import autograd, library, operators, private
 from .module import _class_weights
 
@@ -150,15 +150,23 @@ def _cross_entropy(
         token_weight=token_weight,
         temperature=temperature if isinstance(temperature, Tensor) else None,
     )
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.flags(
+    loss = LossOptions.checked(
+        ignore_index=ignore_index,
+        softcap=softcap,
+        reduction=reduction,
+        shift=shift,
         return_lse=return_lse,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        label_smoothing=label_smoothing,
         return_entropy=return_entropy,
         return_predictions=return_predictions,
-        consume_logits=consume_logits,
+        z_loss=z_loss,
     )
-    checks.ignore_index(ignore_index, targets)
-    checks.temperature(temperature, targets)
+    checks.flags(consume_logits=consume_logits)
+    checks.ignore_index(loss.ignore_index, targets)
+    if isinstance(temperature, Tensor):
+        checks.temperature(temperature, targets)
     V = logits.shape[-1]
     if weight is not None:
         checks.weight(weight)
@@ -169,25 +177,15 @@ def _cross_entropy(
             )
     if token_weight is not None:
         checks.token_weight(token_weight, targets)
-    shift = checks.shift(shift, targets)
     how = weighting.Weighting(
-        reduction=reduction,
-        label_smoothing=checks.label_smoothing(label_smoothing),
-        z_loss=checks.z_loss(z_loss),
+        reduction=loss.reduction,
+        label_smoothing=loss.label_smoothing,
+        z_loss=loss.z_loss,
         weight=weight,
         token_weight=None if token_weight is None else in_sequences(token_weight),
     )
-    options = Options(
-        logits.dtype,
-        shift=shift,
-        ignore_index=ignore_index,
-        softcap=checks.softcap(softcap),
-        logit_scale=checks.logit_scale(logit_scale),
-        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
-        wants_entropy=bool(return_entropy),
-        wants_zbar=how.label_smoothing > 0,
-        wants_argmax=bool(return_predictions),
-    )
+    shift = checks.shift(loss.shift, targets)
+    options = loss.operators(logits.dtype, shift)
     if private.is_transformed():
         raise NotImplementedError(
             "cutloss.cross_entropy does not work under the transforms of torch.func (grad, vmap, "
@@ -198,7 +196,7 @@ def _cross_entropy(
         _check_consumable(logits)
     # What comes after a graph break is traced frame by frame, and may not overwrite anything.
     evaluate = _evaluate_untraced if consume else _evaluate
-    loss, rows = evaluate(
+    value, rows = evaluate(
         logits, targets, temperature, how, options, wants_lse=return_lse, consume=consume, over=over
     )
     if consume:
@@ -206,11 +204,11 @@ def _cross_entropy(
 
     row_shape = shape_of_rows(targets, shift)
     if reduction == "none":
-        loss = loss.reshape(row_shape)
+        value = value.reshape(row_shape)
     extras = ((return_lse, rows.lse), (return_entropy, rows.entropy))
     extras += ((return_predictions, rows.argmax),)
     results = tuple(t.reshape(row_shape) for wanted, t in extras if wanted)
-    return (loss, *results) if results else loss
+    return (value, *results) if results else value
 
 
 def _evaluate(
@@ -268,7 +266,7 @@ def _evaluate(
         autograd.wants_gradient(logits)
         and not wants_lse
         and not options.wants_entropy
-        and logits.dtype != torch.float16
+        and not library.WAITS_FOR_LOSS_SCALE[logits.dtype]
     )
     return operators.loss(computation, operands, terms, undefined, immediate)
 

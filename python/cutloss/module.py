@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._core import checks
+from ._core.options import LossOptions
 from ._implementations import LinearCrossEntropyImpl, is_plain
 from .functional import linear_cross_entropy
 from .sharded import VocabParallelOptions
@@ -54,47 +55,37 @@ class LinearCrossEntropy(nn.Module):
         schedule: str = "auto",
     ):
         super().__init__()
-        checks.choice("reduction", reduction, checks.REDUCTIONS)
-        checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
-        checks.softcap(softcap)
-        checks.logit_scale(logit_scale)
-        checks.label_smoothing(label_smoothing)
-        checks.z_loss(z_loss)
-        checks.flags(
+        if isinstance(temperature, Tensor):
+            checks.temperature(temperature)
+        said = dict(
+            ignore_index=ignore_index,
+            softcap=softcap,
+            reduction=reduction,
+            shift=shift,
             return_lse=return_lse,
+            filter_eps=filter_eps,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
             return_entropy=return_entropy,
             return_predictions=return_predictions,
+            z_loss=z_loss,
+            max_workspace=max_workspace,
+            schedule=schedule,
         )
-        checks.filter_eps(filter_eps)
-        checks.ignore_index(ignore_index)
-        checks.max_workspace(max_workspace)
-        checks.shift(shift)
-        checks.temperature(temperature)
+        LossOptions.checked(**said, plain=is_plain(impl))
         if isinstance(weight, (list, tuple)):  # of a configuration
             weight = _class_weights(weight)
         if weight is not None:
             checks.weight(weight)
-        checks.plain_options(is_plain(impl), schedule, max_workspace)
-        self.ignore_index = ignore_index
-        self.softcap = softcap
-        self.reduction = reduction
-        self.shift = shift
-        self.filter_eps = filter_eps
+        for name, value in said.items():
+            setattr(self, name, value)
         self.accum_e_fp32 = accum_e_fp32
         self.accum_c_fp32 = accum_c_fp32
         self.filter_e_grad = filter_e_grad
         self.filter_c_grad = filter_c_grad
         self.impl = impl
-        self.return_lse = return_lse
-        self.logit_scale = logit_scale
-        self.temperature = temperature
-        self.label_smoothing = label_smoothing
         self.register_buffer("weight", weight)
-        self.return_entropy = return_entropy
-        self.return_predictions = return_predictions
-        self.z_loss = z_loss
-        self.max_workspace = max_workspace
-        self.schedule = schedule
 
     def forward(
         self,
@@ -113,32 +104,18 @@ class LinearCrossEntropy(nn.Module):
         ``vocab_parallel_options`` says what is whose where ``c`` is a shard, which a DTensor with
         Shard(0) says itself (see :class:`VocabParallelOptions`). The module's class weights are
         those of the whole vocabulary in any case."""
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        if temperature is not None:
+            options["temperature"] = temperature
+        if reduction is not None:
+            options["reduction"] = reduction
         return linear_cross_entropy(
             e,
             c,
             targets,
             bias,
-            ignore_index=self.ignore_index,
-            softcap=self.softcap,
-            reduction=self.reduction if reduction is None else reduction,
-            shift=self.shift,
-            return_lse=self.return_lse,
-            filter_eps=self.filter_eps,
-            accum_e_fp32=self.accum_e_fp32,
-            accum_c_fp32=self.accum_c_fp32,
-            filter_e_grad=self.filter_e_grad,
-            filter_c_grad=self.filter_c_grad,
-            impl=self.impl,
-            logit_scale=self.logit_scale,
-            temperature=self.temperature if temperature is None else temperature,
-            label_smoothing=self.label_smoothing,
-            weight=self.weight,
+            **options,
             token_weight=token_weight,
-            return_entropy=self.return_entropy,
-            return_predictions=self.return_predictions,
-            z_loss=self.z_loss,
-            max_workspace=self.max_workspace,
-            schedule=self.schedule,
             num_valid=num_valid,
             vocab_parallel_options=vocab_parallel_options,
         )
@@ -152,3 +129,7 @@ class LinearCrossEntropy(nn.Module):
             for name, value in values.items()
             if isinstance(value, Tensor) or value != parameters[name].default
         )
+
+
+# Those that the module remembers: attributes, which may be changed between calls.
+_OPTIONS = tuple(inspect.signature(LinearCrossEntropy).parameters)

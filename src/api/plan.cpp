@@ -8,12 +8,25 @@ namespace cutloss {
 
 Plan make_plan(const Problem& problem) { return make_plan(problem, engines(), nullptr); }
 
-std::vector<std::string> describe_machine() {
-  std::vector<std::string> lines;
+std::int64_t least_workspace(const Problem& problem) {
+  return least_workspace(problem, engines(), nullptr);
+}
+
+std::vector<EngineHere> engines_here() {
+  std::vector<EngineHere> found;
   for (const Engine* engine : engines()) {
     const std::string& absent = engine->device().absent;
-    lines.push_back(text("engine ", engine->name, ": ",
-                         absent.empty() ? engine->description() : "not here: " + absent));
+    found.push_back(
+        {std::string(engine->name), absent, absent.empty() ? engine->description() : ""});
+  }
+  return found;
+}
+
+std::vector<std::string> describe_machine() {
+  std::vector<std::string> lines;
+  for (const auto& [name, absent, description] : engines_here()) {
+    lines.push_back(
+        text("engine ", name, ": ", absent.empty() ? description : "not here: " + absent));
   }
   return lines;
 }

@@ -16,15 +16,14 @@ namespace {
 
 constexpr std::int64_t kUnknown = std::numeric_limits<std::int64_t>::max();
 
-// Whether a gradient is in fp16. Such gradients are made in backward, so that the loss scale comes
-// before the rounding.
-bool has_f16_gradient(const Problem& p) {
+// Whether a gradient waits for the loss scale, which comes before the rounding.
+bool waits_for_loss_scale(const Problem& p) {
   const Head& head = head_of(p);
-  const auto is_f16 = [](const GradientWanted& gradient, DType own) {
-    return gradient.wanted && gradient.type.value_or(own) == DType::f16;
+  const auto waits = [](const GradientWanted& gradient, DType own) {
+    return gradient.wanted && cutloss::waits_for_loss_scale(gradient.type.value_or(own));
   };
-  return is_f16(p.wanted.de, head.e_type) || is_f16(p.wanted.dc, head.c_type) ||
-         is_f16(p.wanted.dbias, head.bias_type);
+  return waits(p.wanted.de, head.e_type) || waits(p.wanted.dc, head.c_type) ||
+         waits(p.wanted.dbias, head.bias_type);
 }
 
 // Says why an algorithm does not make what is wanted at the time when it is wanted: nothing where
@@ -35,7 +34,7 @@ std::string way_refusal(const Problem& p, Way way) {
   if (p.schedule != Schedule::automatic && p.schedule != way.schedule) return "-";
   if (way.schedule != Schedule::rows) return "";
   const bool at_forward = p.upstream.when == Upstream::at_forward;
-  const bool with_statistics = at_forward && !has_f16_gradient(p);
+  const bool with_statistics = at_forward && !waits_for_loss_scale(p);
   if (way.keeps_logits) return with_statistics ? "-" : "";
   if (with_statistics) return "";
   return at_forward ? "rows: gradients in f16 are made in backward, after the loss scale; the "
@@ -169,6 +168,52 @@ std::optional<Plan> plan_with(const Engine& engine, const DeviceFacts& device, c
   return plan_of(std::move(decision), engine);
 }
 
+std::string in_lines(const std::vector<std::string>& reasons) {
+  std::string out;
+  for (const std::string& reason : reasons) out += "\n  " + reason;
+  return out;
+}
+
+struct Answer {
+  // Nothing where the memory is too small.
+  std::optional<Plan> plan;
+  std::vector<std::string> reasons;
+  // The fewest bytes of what did not fit.
+  std::int64_t smallest = kUnknown;
+};
+
+// What the engines say to a validated problem. Throws Error(invalid_value, unsupported).
+Answer answer_of(const Problem& p, std::span<const Engine* const> engines,
+                 const DeviceFacts* given) {
+  Answer answer;
+  std::vector<std::string>& reasons = answer.reasons;
+  bool supported = false;
+  if (!p.engine.empty()) engine_named(engines, p.engine);  // throws where there is none
+  for (const Engine* engine : engines) {
+    if (!p.engine.empty() && engine->name != p.engine) {
+      reasons.push_back(text("engine ", engine->name, ": not the one asked for (", p.engine, ")"));
+      continue;
+    }
+    const DeviceFacts& device = given != nullptr ? *given : engine->device();
+    if (const std::string refusal = refusal_of(*engine, p, device); !refusal.empty()) {
+      reasons.push_back(text("engine ", engine->name, ": ", refusal));
+      continue;
+    }
+    supported = true;
+    answer.plan = plan_with(*engine, device, p, reasons, answer.smallest);
+    if (answer.plan) return answer;
+  }
+  if (!supported) {
+    throw Error(ErrorCode::unsupported, "no engine supports this problem:" + in_lines(reasons));
+  }
+  if (answer.smallest == kUnknown) {
+    throw Error(ErrorCode::unsupported,
+                text("no engine goes by schedule ", name(p.schedule),
+                     " here; leave the schedule to the plan:", in_lines(reasons)));
+  }
+  return answer;
+}
+
 std::string shard_text(const Classes& classes) {
   if (!is_shard(classes)) return "";
   return text(" (classes ", classes.first, " to ", classes.first + classes.count, " of ",
@@ -207,39 +252,22 @@ const Engine& engine_named(std::span<const Engine* const> engines, std::string_v
 Plan make_plan(const Problem& problem, std::span<const Engine* const> engines,
                const DeviceFacts* given) {
   const Problem p = validated(problem);
-  std::vector<std::string> reasons;
-  std::int64_t smallest = kUnknown;
-  bool supported = false;
-  if (!p.engine.empty()) engine_named(engines, p.engine);  // throws where there is none
-  for (const Engine* engine : engines) {
-    if (!p.engine.empty() && engine->name != p.engine) {
-      reasons.push_back(text("engine ", engine->name, ": not the one asked for (", p.engine, ")"));
-      continue;
-    }
-    const DeviceFacts& device = given != nullptr ? *given : engine->device();
-    if (const std::string refusal = refusal_of(*engine, p, device); !refusal.empty()) {
-      reasons.push_back(text("engine ", engine->name, ": ", refusal));
-      continue;
-    }
-    supported = true;
-    if (auto plan = plan_with(*engine, device, p, reasons, smallest)) {
-      plan->reasons = std::move(reasons);
-      return *plan;
-    }
-  }
-  std::string all;
-  for (const std::string& reason : reasons) all += "\n  " + reason;
-  if (!supported) {
-    refuse(ErrorCode::unsupported, "no engine supports this problem:" + all);
-  }
-  if (smallest == kUnknown) {
-    refuse(ErrorCode::unsupported, "no engine goes by schedule ", name(p.schedule),
-           " here; leave the schedule to the plan:", all);
+  Answer answer = answer_of(p, engines, given);
+  if (answer.plan) {
+    answer.plan->reasons = std::move(answer.reasons);
+    return std::move(*answer.plan);
   }
   refuse(ErrorCode::workspace, "max_workspace is ",
          memory_text(p.max_workspace.value_or(default_workspace(p))),
-         ", but the smallest plan needs ", memory_text(smallest),
-         "; grant at least that, or leave max_workspace unset:", all);
+         ", but the smallest plan needs ", memory_text(answer.smallest),
+         "; grant at least that, or leave max_workspace unset:", in_lines(answer.reasons));
+}
+
+std::int64_t least_workspace(const Problem& problem, std::span<const Engine* const> engines,
+                             const DeviceFacts* given) {
+  Problem p = validated(problem);
+  p.max_workspace = 0;
+  return answer_of(p, engines, given).smallest;
 }
 
 std::string describe(const Plan& plan) {

@@ -15,5 +15,7 @@ const Engine& engine_named(std::span<const Engine* const> engines, std::string_v
 // is not null. A plan for another device than the current one cannot be opened.
 Plan make_plan(const Problem& problem, std::span<const Engine* const> engines,
                const DeviceFacts* given);
+std::int64_t least_workspace(const Problem& problem, std::span<const Engine* const> engines,
+                             const DeviceFacts* given);
 
 }  // namespace cutloss

@@ -109,6 +109,7 @@ TEST(Plan, TheErrorNamesTheBytesThatWouldDo) {
     p.schedule = schedule;
     const std::int64_t enough = smallest_workspace(p);
     p.max_workspace = 1000;
+    EXPECT_EQ(least_workspace(p), enough);
     try {
       make_plan(p);
       FAIL() << "no error";

@@ -1,8 +1,6 @@
 """Every device that the package has an engine for here, and every engine; the same tests run on
 each."""
 
-import re
-
 import problems
 import pytest
 import torch
@@ -20,7 +18,7 @@ def device(request, monkeypatch):
     return request.param
 
 
-ENGINES = re.findall(r"^engine (\S+): (?!not here)", library.describe_machine(), re.MULTILINE)
+ENGINES = [engine.name for engine in library.engines() if not engine.absent]
 
 
 @pytest.fixture(params=ENGINES)

@@ -64,7 +64,7 @@ def _has_engine(dtype: torch.dtype, device: str, only: str | None) -> bool:
     on_cuda = device == "cuda"
     sizes = decide.Sizes(1, 8, 8, 8, dtype, dtype, None, torch.int64, on_cuda=on_cuda)
     try:
-        library.describe_plan(sizes.arguments(at_forward=True), Options(dtype))
+        library.plan(sizes.arguments(known_at_forward=True), Options(dtype))
     except NotImplementedError:
         return False
     return True

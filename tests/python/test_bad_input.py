@@ -296,7 +296,7 @@ def test_unknown_device():
 def test_no_engine_for_a_device():
     sizes = decide.Sizes(1, N, V, D, F32, F32, None, torch.int64, on_cuda=True)
     with pytest.raises(NotImplementedError, match=r"no engine supports this.*:\n  engine cpu: "):
-        library.describe_plan(sizes.arguments(at_forward=True), Options(F32))
+        library.plan(sizes.arguments(known_at_forward=True), Options(F32))
 
 
 @pytest.mark.usefixtures("device")

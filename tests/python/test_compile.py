@@ -6,13 +6,16 @@ import problems
 import pytest
 import small_model
 import torch
-from problems import BF16, F32, OPTION_SETS
+from problems import BF16, F16, F32, OPTION_SETS
 from tolerance import assert_near
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 
+import cutloss
 from cutloss import LinearCrossEntropy, linear_cross_entropy
 from cutloss._core import decide
 from cutloss._core.options import SCHEDULES, Options
@@ -58,13 +61,14 @@ def test_one_graph(name, schedule):
 
 @pytest.mark.parametrize("name", ["default", "shift", "everything"])
 def test_one_graph_for_all_sizes(name):
-    """Dynamic shapes: after the first sizes, no more compiling."""
-    graphs = torch._dynamo.testing.CompileCounter()
+    """Dynamic shapes: after the first sizes, no more compiling, for one classifier."""
+    graphs = CompileCounter()
     compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend=graphs)
-    for n, V, D in [(12, 101, 16), (13, 103, 18), (30, 211, 24)]:
-        p = problems.make((3, n), V=V, D=D, **OPTION_SETS[name])
-        torch.testing.assert_close(compiled(p), loss_of(p))
-    assert graphs.frame_count == 1
+    for classifiers, (V, D) in enumerate([(101, 16), (211, 24)], start=1):
+        for n in (12, 13, 30):
+            p = problems.make((3, n), V=V, D=D, **OPTION_SETS[name])
+            torch.testing.assert_close(compiled(p), loss_of(p))
+        assert graphs.frame_count == classifiers
 
 
 def test_options_that_change():
@@ -81,35 +85,166 @@ def test_dynamic_gradients():
         assert_same(compiled, loss_of, problems.make((n,), bias=True))
 
 
-# Bytes enough for the schedule by vocabulary, not for the bound of the one by rows.
-SMALL = {"cpu": 1 << 16, "cuda": 1 << 17}
+# What is decided ---------------------------------------------------------------------------------
 
 
-def test_rows_are_chosen_where_they_surely_fit():
+def schedule_names(graphs):
+    """The operators of the losses in some graphs, with their schedule and how much they keep."""
+    names = {number: name for name, number in SCHEDULES.items()}
+    found = []
+    for node in (n for graph in graphs for n in graph.graph.nodes):
+        name = str(node.target).removeprefix("cutloss.").removesuffix(".default")
+        if name in ("statistics", "loss_and_gradients"):
+            keeps = node.kwargs.get("kept_bytes", 0) > 0
+            found.append((name, names[node.kwargs["schedule"]], keeps))
+    return found
+
+
+def bits_of(f, p):
+    loss = f(p)
+    return [loss.detach(), *torch.autograd.grad(loss, p.parameters)]
+
+
+def little(p, **how):
+    """Bytes that do not suffice to go by rows."""
+    return cutloss.plan(p.e, p.c, p.targets, p.bias, schedule="rows", **how).least_bytes - 1
+
+
+WAYS = {
+    "in_forward": {},
+    "recomputed": {"schedule": "vocabulary"},
+    "kept": {"reduction": "none"},
+    "kept_on_demand": {"reduction": "none", "schedule": "rows"},
+    "small": {"max_workspace": "little"},
+    "small_and_per_token": {"reduction": "none", "max_workspace": "little"},
+    "entropy": {"return_entropy": True},
+}
+
+
+@pytest.mark.parametrize(
+    "dtype, autocast", [(F32, None), (BF16, None), (F16, None), (F32, F16)], ids=str
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_known_sizes_are_decided_as_in_eager_code(way, dtype, autocast):
+    """The same operators by the same schedule, and the same bits."""
+    if not problems.has_engine(dtype):
+        pytest.skip(f"no engine takes {dtype}")
+    p = problems.make((40,), V=211, D=24, dtype=dtype, bias=True, ignored=0.2)
+    options = dict(WAYS[way])
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    with torch.autocast(problems.device, autocast, enabled=autocast is not None):
+        if "max_workspace" in options:
+            options["max_workspace"] = little(p, reduction=options.get("reduction", "mean"))
+        plan = cutloss.plan(p.e, p.c, p.targets, p.bias, **options)
+
+        def loss(p):
+            return loss_of(p, **options)
+
+        want = bits_of(loss, p)
+        got = bits_of(torch.compile(loss, fullgraph=True, backend=keep), p)
+    name = "loss_and_gradients" if plan.in_forward else "statistics"
+    assert schedule_names(graphs) == [(name, plan.schedule, plan.keeps_logits)]
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def border_of_rows():
+    """A budget with which so many rows go by rows, and those from there to twice as many do not."""
+    p = problems.make((1,), V=211, D=24)
+    sizes = decide.sizes_of(*operands(p))
+    for step in range(120):
+        budget = int(20_000 * 1.1**step)
+        o = Options(F32, needs_de=True, needs_dc=True, max_workspace=budget)
+        first, *second = library.plan_for_rows(sizes.arguments(known_at_forward=True), o)[:2]
+        most = first[0]
+        if not (second and first[1:] == (True, "rows") and second[0][1:] == (False, "vocabulary")):
+            continue
+        if 32 <= most <= 2000 and second[0][0] >= 2 * most and has_plan(2 * most, budget):
+            return budget, most
+    raise AssertionError("no budget has a border")
+
+
+def has_plan(n, budget):
+    p = problems.make((n,), V=211, D=24)
+    try:
+        return bool(cutloss.plan(p.e, p.c, p.targets, max_workspace=budget))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("how", ["dynamic", "automatic", "export"])
+def test_symbolic_rows_are_decided_as_in_eager_code(how):
+    """Some rows are few enough to go by rows, and more are not: one graph for each, with the bits of
+    eager code, whatever comes first."""
+    budget, most = border_of_rows()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    def loss(p):
+        return loss_of(p, max_workspace=budget)
+
+    if how == "export":
+        return check_export(budget, most)
+    dynamic = True if how == "dynamic" else None
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=keep)
+    for n in (most, 2 * most, 17, most + 1, most - 5, 2 * most - 1):
+        q = problems.make((n,), V=211, D=24, seed=n)
+        for a, b in zip(bits_of(compiled, q), bits_of(loss, q), strict=True):
+            assert torch.equal(a, b), n
+    rows, vocabulary = ("loss_and_gradients", "rows", False), ("statistics", "vocabulary", False)
+    # The first size is a number where nobody has said that it is not.
+    expected = [rows, vocabulary] if dynamic else [rows, vocabulary, rows]
+    assert schedule_names(graphs) == expected
+
+
+def check_export(budget, most):
+    class Model(torch.nn.Module):
+        def forward(self, e, c, targets):
+            return linear_cross_entropy(e, c, targets, max_workspace=budget)
+
+    p = problems.make((30,), V=211, D=24)
+    args = (p.e, p.c, p.targets)
+    n = torch.export.Dim("n", min=2, max=most)
+    program = torch.export.export(Model(), args, dynamic_shapes=({0: n}, None, {0: n}))
+    assert schedule_names([program]) == [("loss_and_gradients", "rows", False)]
+    static = torch.export.export(Model(), args)
+    assert schedule_names([static]) == [("loss_and_gradients", "rows", False)]
+    q = problems.make((most,), V=211, D=24, seed=1)
+    got = bits_of(lambda q: program.module()(q.e, q.c, q.targets), q)
+    want = bits_of(lambda q: loss_of(q, max_workspace=budget), q)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    # What holds for fewer rows alone is not exported for all.
+    n = torch.export.Dim("n", min=2, max=2 * most)
+    with pytest.raises(Exception, match=f"max={most}"):
+        torch.export.export(Model(), args, dynamic_shapes=({0: n}, None, {0: n}))
+
+
+def test_logits_cannot_be_kept_of_symbolic_rows():
+    """Their size would be a symbol too."""
+    p = problems.make()
+
+    def loss(p, **more):
+        return loss_of(p, reduction="none", **more)
+
+    with pytest.raises(Exception, match="not available under torch.compile where the number"):
+        torch.compile(loss, fullgraph=True, dynamic=True)(p, schedule="rows")
     graphs = []
 
     def keep(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    for options, expected in [
-        ({}, "loss_and_gradients"),
-        ({"max_workspace": SMALL[problems.device]}, "statistics"),
-        ({"reduction": "none"}, "statistics"),
-        ({"schedule": "vocabulary"}, "statistics"),
-    ]:
-        graphs.clear()
-        torch._dynamo.reset()
-        p = problems.make()
-        torch.compile(lambda: loss_of(p, **options), fullgraph=True, backend=keep)()
-        called = {str(n.target) for g in graphs for n in g.graph.nodes}
-        assert any(expected in name for name in called), called
-
-
-def test_logits_cannot_be_kept_in_a_graph():
-    p = problems.make()
-    with pytest.raises(Exception, match="not available under torch.compile; use schedule='auto'"):
-        torch.compile(lambda: loss_of(p, schedule="rows", reduction="none"), fullgraph=True)()
+    torch.compile(loss, fullgraph=True, dynamic=True, backend=keep)(p)
+    assert schedule_names(graphs) == [("statistics", "vocabulary", False)]
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -129,7 +264,7 @@ def test_autocast(inside):
 
 def test_num_valid_that_changes():
     """The number of tokens of each batch: after the second, no more compiling."""
-    graphs = torch._dynamo.testing.CompileCounter()
+    graphs = CompileCounter()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=graphs)
     for ignored in range(5):
         p = problems.make(ignored=0.0)

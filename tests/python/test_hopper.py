@@ -2,7 +2,6 @@
 does again on the device's word. What the loss and its gradients are, the other files test."""
 
 import math
-import re
 
 import problems
 import pytest
@@ -11,6 +10,7 @@ import torch
 from problems import BF16, F16, F32, F64
 from tolerance import assert_close
 
+import cutloss
 from cutloss import linear_cross_entropy
 from cutloss._core import decide
 from cutloss._core.options import SCHEDULES, Options
@@ -94,17 +94,22 @@ NEED_LOGITS = ("smoothing", "entropy", "predictions", "together")
 
 
 def engines_and_schedules(kind, options, monkeypatch, capfd):
-    """What the calls of a loss and its gradients went by, as they tell."""
+    """What the calls of a loss and its gradients went by: the plan, which they print."""
     e_dtype, c_dtype, autocast = KINDS[kind]
     p = problems.make((3, 40), V=1021, D=64, dtype=c_dtype, **options)
     p.e = p.e.detach().to(e_dtype).requires_grad_()
     monkeypatch.setenv("CUTLOSS_VERBOSE", "1")
     with torch.autocast("cuda", autocast, enabled=autocast is not None):
         everything(p)
+        plan = cutloss.plan(p.e, p.c, p.targets, p.bias, **p.options)
+        # Calls are told the schedule that was chosen.
+        said = cutloss.plan(
+            p.e, p.c, p.targets, p.bias, **{**p.options, "schedule": plan.schedule}
+        )
     printed = capfd.readouterr().err
-    found = re.findall(r"^engine (\S+)  schedule (\S+)", printed, re.MULTILINE)
-    assert len(found) in (1, 2), printed  # forward and backward, in one call or two
-    return set(found)
+    calls = 1 if plan.in_forward else 2  # forward and backward
+    assert printed.count(said.text) == printed.count("cutloss ") == calls, printed
+    return said.engine, said.schedule
 
 
 @kinds
@@ -112,7 +117,7 @@ def engines_and_schedules(kind, options, monkeypatch, capfd):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_hopper_takes_its_own_engine(name, schedule, kind, monkeypatch, capfd):
     options = {**OPTIONS[name], "schedule": schedule}
-    ((engine, used),) = engines_and_schedules(kind, options, monkeypatch, capfd)
+    engine, used = engines_and_schedules(kind, options, monkeypatch, capfd)
     assert engine == FUSED and used in ("rows", "vocabulary")
     assert schedule == "auto" or used == schedule
 
@@ -124,7 +129,7 @@ def test_by_rows_it_takes_what_exponentials_suffice_for(name, kind, monkeypatch,
     options = {**OPTIONS[name], "schedule": "rows"}
     found = engines_and_schedules(kind, options, monkeypatch, capfd)
     left = kind == "f16" or name in NEED_LOGITS
-    assert found == {("cuda/library" if left else FUSED, "rows")}
+    assert found == ("cuda/library" if left else FUSED, "rows")
 
 
 def test_a_schedule_that_it_refuses(monkeypatch):
@@ -144,8 +149,9 @@ def test_forward_alone_is_its_own_too(name, kind, monkeypatch, capfd):
         monkeypatch.setenv("CUTLOSS_VERBOSE", "1")
         with torch.autocast("cuda", autocast, enabled=autocast is not None):
             linear_cross_entropy(p.e.to(e_dtype), p.c, p.targets, **p.options)
-    printed = capfd.readouterr().err
-    assert re.findall(r"^engine (\S+)  schedule (\S+)", printed, re.MULTILINE) == [(FUSED, "none")]
+            plan = cutloss.plan(p.e.to(e_dtype), p.c, p.targets, **p.options)
+    assert (plan.engine, plan.schedule) == (FUSED, "none")
+    assert plan.text in capfd.readouterr().err
 
 
 PLANS = {
@@ -166,8 +172,7 @@ def test_it_is_planned_for_models(dtype, changes):
     sizes = decide.Sizes(8, 512, 32768, 2048, dtype, dtype, None, torch.int64, on_cuda=True)
     changes = {"needs_de": True, "needs_dc": True, "at_forward": True, **changes}
     arguments = sizes.arguments(changes.pop("at_forward"))
-    text = library.describe_plan(arguments, Options(dtype, **changes))
-    assert re.search(r"^engine (\S+)", text, re.MULTILINE)[1] == FUSED
+    assert library.plan(arguments, Options(dtype, **changes)).engine == FUSED
 
 
 # Chunks that are done again -----------------------------------------------------------------------
@@ -225,10 +230,10 @@ def test_a_graph_of_chunks_that_are_done_again(options):
     where none has, and back."""
     sets = [with_far_rows(seed, far, **options) for seed, far in ((0, True), (1, False), (2, True))]
     # Not with the tensors that are captured: autograd would tie them to today's stream.
-    with pytest.raises(ValueError) as error:
-        everything(sets[0], schedule="rows", max_workspace=0)
+    p = sets[0]
     how = {"schedule": "rows"}  # in several chunks
-    how["max_workspace"] = int(re.search(r"smallest plan needs (\d+) bytes", str(error.value))[1])
+    plan = cutloss.plan(p.e, p.c, p.targets, p.bias, **p.options, **how)
+    how["max_workspace"] = plan.least_bytes
 
     p = with_far_rows(0, True, **options)
     side = torch.cuda.Stream()

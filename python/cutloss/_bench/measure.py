@@ -11,10 +11,11 @@ import torch
 from cutloss._bench import device_memory, errors, kernels, memory, softmax, timing
 from cutloss._bench.cases import bias_of, inputs, leaves
 from cutloss._bench.methods import Method, cannot, forget_gradients, run_pass
-from cutloss._bench.plan import Decision, Refusal, decide, with_workspace
+from cutloss._bench.plan import Refusal, decide, with_workspace
 from cutloss._bench.products import products
 from cutloss._bench.rivals import first_line
 from cutloss._cli import UserError
+from cutloss._core.plan import Plan
 
 
 @dataclasses.dataclass
@@ -33,7 +34,7 @@ class Result:
     """Of one method and pass; None is what was not measured. Memory in bytes."""
 
     method: Method  # with its workspace in MiB
-    decision: Decision | None = None
+    decision: Plan | None = None
     ms: float | None = None
     first_ms: float | None = None
     peak: int | None = None  # over inputs and gradients

@@ -1,14 +1,14 @@
-"""What the library decides for a case: the engine, the schedule, and why."""
+"""What the library decides for a case."""
 
 import dataclasses
-import re
 
 import torch
 
 from cutloss._bench.cases import Case
 from cutloss._bench.methods import ENGINE_VARIABLE, Method, only_engine
-from cutloss._core.decide import Sizes, choose
+from cutloss._core.decide import Sizes
 from cutloss._core.options import SCHEDULES, Options
+from cutloss._core.plan import Plan
 from cutloss._torch import library
 
 # Raised where no engine takes a case, or none with the schedule and workspace asked for.
@@ -17,14 +17,7 @@ WORKSPACES = ("smallest", "logits")
 MIB = 2**20
 
 
-@dataclasses.dataclass
-class Decision:
-    engine: str
-    schedule: str
-    text: str  # the whole plan in words
-
-
-def decide(case: Case, method: Method, which: str) -> Decision:
+def decide(case: Case, method: Method, which: str) -> Plan:
     sizes = Sizes(
         sequences=1,
         length=case.N,
@@ -48,14 +41,13 @@ def decide(case: Case, method: Method, which: str) -> Decision:
         num_valid=case.num_valid if method.num_valid else None,
     )
     with only_engine(method.engine):
-        choice = choose(sizes, options, known_at_forward=True)
-        text = library.describe_plan(sizes.arguments(at_forward=choice.immediate), options)
-    engine, schedule = re.search(r"^engine (\S+)\s+schedule (\S+)", text, re.MULTILINE).groups()
-    if method.engine and method.engine not in engine:
+        plan = library.plan(sizes.arguments(known_at_forward=True), options)
+    if method.engine and method.engine not in plan.engine:
         raise NotImplementedError(
-            f"the plan takes the engine {engine}: {ENGINE_VARIABLE}={method.engine} has no effect"
+            f"the plan takes the engine {plan.engine}: {ENGINE_VARIABLE}={method.engine} has no "
+            f"effect"
         )
-    return Decision(engine, schedule, text)
+    return plan
 
 
 def with_workspace(case: Case, method: Method, which: str) -> Method:
@@ -69,20 +61,10 @@ def with_workspace(case: Case, method: Method, which: str) -> Method:
         logits = case.N * case.V * case.product_dtype.itemsize
         return _granting(method, logits + logits // 8 + 64 * MIB)
     if name == "smallest":
-        return _granting(method, _smallest(case, method, which))
+        unlimited = dataclasses.replace(method, max_workspace_mib=None)
+        return _granting(method, decide(case, unlimited, which).least_bytes)
     return method
 
 
 def _granting(method, number):
     return dataclasses.replace(method, max_workspace_mib=number / MIB)  # exact: a power of 2
-
-
-def _smallest(case, method, which):
-    try:
-        decide(case, _granting(method, 0), which)
-    except ValueError as error:
-        needed = re.search(r"smallest plan needs (\d+) bytes", str(error))
-        if needed is None:
-            raise
-        return int(needed[1])
-    return 0

@@ -1,13 +1,14 @@
-"""Which family of operators and which schedule a call takes.
+"""Which family of operators and which schedule a call takes: what the C++ plan says.
 
 An operator's result shapes must follow from its arguments, so the schedule, and how many bytes it
-keeps from forward to backward, are settled before the call and passed to it. The C++ plan settles
-them; where sizes are symbols, a bound on its memory does.
+keeps from forward to backward, are asked for before the call and passed to it. Compilers ask while
+they trace. Where the number of rows is a symbol then, the library says up to which numbers it takes
+which schedule, and comparing the symbol with those makes the compiler's guards.
 """
 
-import dataclasses
 import functools
 import os
+from operator import index  # of a symbol: it becomes a number, with a guard
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,7 @@ from torch import Tensor
 
 from .._torch import autograd, library, private
 from .options import SCHEDULES, Options
-
-DEFAULT_WORKSPACE = 512 << 20  # kDefaultWorkspace of cutloss.h
+from .plan import Plan
 
 
 class Place(NamedTuple):
@@ -44,15 +44,15 @@ class Sizes(NamedTuple):
     e: Place = Place()
     c: Place = Place()
 
-    def arguments(self, at_forward: bool) -> tuple:
-        """The leading arguments of the operators plan and describe_plan."""
+    def arguments(self, known_at_forward: bool) -> tuple:
+        """The leading arguments of the operator plan. `known_at_forward`: whether the loss is a sum
+        of the rows' outputs, with weights that are known in forward."""
         *problem, on_cuda, device_index, e, c = self
-        return *problem, at_forward, on_cuda, device_index, *e, *c
+        return *problem, known_at_forward, on_cuda, device_index, *e, *c
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    immediate: bool  # loss_and_gradients, else statistics and gradients
+class Choice(NamedTuple):
+    in_forward: bool  # loss_and_gradients, else statistics and gradients
     schedule: int
     kept_bytes: int = 0
 
@@ -62,29 +62,26 @@ def decided(
 ) -> tuple[Options, bool]:
     """The options with the gradients that autograd asks for and what the plan settles, and whether
     gradients are made in forward. `operands`: from make_operands; `own_e`: what autograd sees
-    instead of their e."""
+    instead of their e. `known_at_forward`: the loss is a weighted sum of per-row outputs, with
+    weights that are known in forward."""
     e, c, bias = operands[:3]
     de, dc, dbias = map(autograd.wants_gradient, (e if own_e is None else own_e, c, bias))
     if not (de or dc or dbias):
-        return options.but(schedule=SCHEDULES["none"]), False
-    sizes, needs = sizes_of(*operands), (de, dc, dbias)
-    if sizes.V == 0:  # a shard without classes: there is nothing to plan
-        schedule = SCHEDULES["vocabulary"]
-        return options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias, schedule=schedule), False
-    if _is_symbolic(sizes):
-        return _decided(sizes, options, needs, known_at_forward)
-    engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too
-    return _decided_before(sizes, tuple(vars(options).values()), needs, known_at_forward, engine)
-
-
-def _decided(
-    sizes: Sizes, options: Options, needs: tuple[bool, bool, bool], known_at_forward: bool
-) -> tuple[Options, bool]:
-    de, dc, dbias = needs
+        return options.without_gradients(), False
+    needs = de, dc, dbias
+    if not torch.compiler.is_compiling():
+        (sequences, length, D), V = e.shape, c.shape[0]
+        if V > 0 and type(sequences) is type(length) is type(V) is type(D) is int:
+            engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too
+            return _decided_before(
+                sizes_of(*operands), options.values(), needs, known_at_forward, engine
+            )
     options = options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
-    choice = choose(sizes, options, known_at_forward)
-    options = options.but(schedule=choice.schedule, kept_bytes=choice.kept_bytes)
-    return options, choice.immediate
+    if c.shape[0] == 0:  # a shard without classes: there is nothing to plan
+        return options.but(schedule=SCHEDULES["vocabulary"]), False
+    choice = _while_traced(operands, options, known_at_forward)
+    options = options.but(schedule=choice[1], kept_bytes=choice[2])
+    return options, choice[0]
 
 
 # Training asks for the same few again and again, and asking the operator costs more than to know.
@@ -96,78 +93,140 @@ def _decided_before(
     known_at_forward: bool,
     engine: str | None,
 ) -> tuple[Options, bool]:
-    return _decided(sizes, Options(*values), needs, known_at_forward)
-
-
-def _is_symbolic(sizes: Sizes) -> bool:
-    """Whether the compiler traces, or a size is a symbol."""
-    numbers = (sizes.sequences, sizes.length, sizes.V, sizes.D)
-    return torch.compiler.is_compiling() or torch.SymInt in map(type, numbers)
-
-
-def _waits_for_loss_scale(sizes: Sizes, options: Options) -> bool:
-    """fp16 gradients are made in backward: the loss scale must come before anything underflows."""
-    return torch.float16 in (
-        options.compute_dtype,
-        sizes.e_dtype if options.needs_de else None,
-        sizes.c_dtype if options.needs_dc else None,
-        sizes.bias_dtype if options.needs_dbias else None,
-    )
+    de, dc, dbias = needs
+    options = Options(*values).but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
+    choice = choose(sizes, options, known_at_forward)
+    options = options.but(schedule=choice.schedule, kept_bytes=choice.kept_bytes)
+    return options, choice.in_forward
 
 
 def choose(sizes: Sizes, options: Options, known_at_forward: bool) -> Choice:
-    """`known_at_forward`: the loss is a weighted sum of per-row outputs, weights known."""
     if not any(options.needs):
         return Choice(False, SCHEDULES["none"])
-    immediate = known_at_forward and not _waits_for_loss_scale(sizes, options)
-    if _is_symbolic(sizes):
-        return _choose_by_bound(sizes, options, immediate)
-    if immediate:
-        schedule, *_ = library.plan(sizes.arguments(at_forward=True), options)
-        if schedule == SCHEDULES["rows"]:
-            return Choice(True, schedule)
-    schedule, kept_bytes, *_ = library.plan(sizes.arguments(at_forward=False), options)
-    return Choice(False, schedule, kept_bytes)
+    plan = library.plan(sizes.arguments(known_at_forward), options)
+    return Choice(plan.in_forward, SCHEDULES[plan.schedule], plan.kept_bytes)
 
 
-def _choose_by_bound(sizes: Sizes, options: Options, immediate: bool) -> Choice:
-    asked = options.schedule
-    if asked == SCHEDULES["rows"] and not immediate:
+# While a compiler traces -------------------------------------------------------------------------
+
+
+def _while_traced(
+    operands: tuple, options: Options, known_at_forward: bool
+) -> tuple[bool, int, int]:
+    """As choose: of sizes that are known what eager code takes, of a number of rows that is a symbol
+    what the library says of such numbers."""
+    e, c = operands[:2]
+    sequences, length, _ = e.shape
+    shift = index(options.shift)
+    num_valid = options.num_valid
+    is_known = private.is_static(sequences, length)
+    if num_valid is not None and not private.is_static(num_valid):
+        # Not which number it is: any but that of all rows, as most batches have it.
+        num_valid = max(sequences * (length - shift) - 1, 0) if is_known else 1
+    # What no plan depends on a compiler may have as a symbol.
+    asked = options.but(
+        shift=shift,
+        ignore_index=-100,
+        softcap=None if options.softcap is None else 1.0,
+        logit_scale=1.0,
+        temperature=1.0,
+        num_valid=num_valid,
+        max_workspace=None if options.max_workspace is None else index(options.max_workspace),
+    )
+    # The classifier's sizes, which make a model, are known: a compiler that has them as symbols
+    # compiles again where they change.
+    V, D = index(c.shape[0]), index(c.shape[1])
+    sizes = sizes_of(*operands)._replace(V=V, D=D, c=Place(_known(c.stride())))
+    if is_known:
+        place = Place(_known(e.stride()))
+        sizes = sizes._replace(sequences=index(sequences), length=index(length), e=place)
+        return _constant_choice(_plain(sizes), asked.values(), known_at_forward)
+    sizes = sizes._replace(sequences=1, length=1, e=Place())
+    ways = _constant_ways(_plain(sizes), asked.values(), known_at_forward)
+    rows = sequences * (length - shift)
+    for most, in_forward, schedule in ways[:-1]:
+        if rows <= most:
+            return _kept_by_none(in_forward, schedule)
+    return _kept_by_none(*ways[-1][1:])
+
+
+def _kept_by_none(in_forward: bool, schedule: int) -> tuple[bool, int, int]:
+    if schedule == SCHEDULES["rows"] and not in_forward:
         raise NotImplementedError(
             "schedule='rows' keeps logits from forward to backward for this loss (a per-token "
-            "result, or fp16), which is not available under torch.compile; use schedule='auto'"
+            "result, or fp16), which is not available under torch.compile where the number of "
+            "tokens is a symbol (dynamic shapes); use schedule='auto', or compile with "
+            "dynamic=False"
         )
-    if not immediate or asked == SCHEDULES["vocabulary"]:
-        return Choice(False, SCHEDULES["vocabulary"])
-    if asked == SCHEDULES["rows"] or rows_fit(sizes, options):
-        return Choice(True, SCHEDULES["rows"])
-    return Choice(False, SCHEDULES["vocabulary"])
+    return in_forward, schedule, 0
 
 
-_BOUND_ROWS = 256  # rows of logits kept at a time, in the bound
+def _known(strides: tuple) -> tuple[int, ...]:
+    """Those that are symbols stand for a packed tensor's."""
+    return tuple([index(stride) for stride in strides]) if private.is_static(*strides) else ()
 
 
-def rows_fit(sizes: Sizes, options: Options) -> bool:
-    """Whether the workspace surely suffices for the schedule by rows: kept logits of 256 rows,
-    sums of dC where C is not in the dtype of the sums, and a generous rest."""
-    stats = options.stats
-    budget = options.max_workspace
-    rows = sizes.sequences * (sizes.length - options.shift)
-    logits = _BOUND_ROWS * (sizes.V * stats.itemsize + sizes.V)
-    operands = 4 * _BOUND_ROWS * sizes.D * 8 + 3 * _BOUND_ROWS * _BOUND_ROWS * 8
-    per_row_and_column = 32 * (rows + sizes.V) + 64 * 1024
-    total = logits + operands + per_row_and_column
-    if options.needs_dc and sizes.c_dtype != stats:
-        total = total + sizes.V * sizes.D * stats.itemsize
-    return total <= (DEFAULT_WORKSPACE if budget is None else budget)
+@private.while_traced
+def _constant_choice(
+    sizes: tuple, values: tuple, known_at_forward: bool
+) -> tuple[bool, int, int]:
+    return tuple(choose(_sizes(sizes), Options(*values), known_at_forward))
+
+
+@private.while_traced
+def _constant_ways(
+    sizes: tuple, values: tuple, known_at_forward: bool
+) -> tuple[tuple[int, bool, int], ...]:
+    """Up to how many rows: gradients in forward, schedule."""
+    return _ways_before(sizes, values, known_at_forward, os.environ.get("CUTLOSS_ENGINE"))
+
+
+# Some hundred plans, which a compiler asks for whenever it compiles again.
+@functools.lru_cache(maxsize=64)
+def _ways_before(
+    sizes: tuple, values: tuple, known_at_forward: bool, engine: str | None
+) -> tuple[tuple[int, bool, int], ...]:
+    arguments = _sizes(sizes).arguments(known_at_forward)
+    ways = library.plan_for_rows(arguments, Options(*values))
+    return tuple((most, in_forward, SCHEDULES[schedule]) for most, in_forward, schedule in ways)
+
+
+def _plain(sizes: Sizes) -> tuple:
+    """As tuples throughout, of which alone a compiler knows that they are constants."""
+    *others, e, c = sizes
+    return (*others, (e.strides, e.offset), (c.strides, c.offset))
+
+
+def _sizes(values: tuple) -> Sizes:
+    *others, e, c = values
+    return Sizes(*others, Place(*e), Place(*c))
+
+
+def planned(
+    operands: tuple,
+    options: Options,
+    known_at_forward: bool,
+    device: torch.device | str | None = None,
+) -> Plan:
+    """The plan of a call. `device`: where it would be, if not where the operands are."""
+    e, c, bias = operands[:3]
+    de, dc, dbias = map(autograd.wants_gradient, (e, c, bias))
+    options = options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
+    sizes = sizes_of(*operands)
+    if device is not None:
+        device = torch.device(device)
+        number = -1 if device.index is None else device.index
+        sizes = sizes._replace(on_cuda=device.type == "cuda", device_index=number)
+        options = options.but(allow_tf32=library.allow_tf32(device.type, options.compute_dtype))
+    return library.plan(sizes.arguments(known_at_forward), options)
 
 
 def _place(t: Tensor) -> Place:
-    if torch.compiler.is_compiling():  # no plan is asked for, and there is no address
-        return Place()
+    if torch.compiler.is_compiling():  # there is no address, and new storage is aligned
+        return Place(tuple(t.stride()))
     if private.is_ordinary(t):
         return Place(t.stride(), t.data_ptr() % 16)
-    # Fake tensors and those of torch.func have no address either; new storage is aligned.
+    # Fake tensors and those of torch.func have no address either.
     return Place(t.stride(), t.storage_offset() * t.itemsize % 16)
 
 
@@ -183,19 +242,10 @@ def sizes_of(
     sequences, length, _ = e.shape
     V, D = c.shape
     device = e.device
-    return Sizes(
-        sequences=sequences,
-        length=length,
-        V=V,
-        D=D,
-        e_dtype=e.dtype,
-        c_dtype=c.dtype,
-        bias_dtype=None if bias is None else bias.dtype,
-        target_dtype=targets.dtype,
-        has_row_temperature=row_temperature is not None,
-        has_class_weight=class_weight is not None,
-        on_cuda=device.type == "cuda",
-        device_index=-1 if device.index is None else device.index,
-        e=_place(e),
-        c=_place(c),
-    )
+    index = device.index
+    return Sizes(  # by position, in a third of the time
+        sequences, length, V, D, e.dtype, c.dtype,
+        None if bias is None else bias.dtype, targets.dtype,
+        row_temperature is not None, class_weight is not None,
+        device.type == "cuda", -1 if index is None else index, _place(e), _place(c),
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from .. import _sharded
 from .._torch import library, private
 from . import checks, weighting
-from .options import SCHEDULES, Options
+from .options import LossOptions, Options
 
 
 def checked_options(
@@ -18,63 +19,44 @@ def checked_options(
     targets: Tensor,
     bias: Tensor | None,
     *,
-    ignore_index: int,
-    softcap: float | None,
-    shift: bool | int,
-    logit_scale: float,
     temperature: float | Tensor,
-    max_workspace: int | None,
-    schedule: str,
     num_valid: int | None,
-    plain: bool = False,
-    return_lse: bool = False,
-    return_entropy: bool = False,
-    return_predictions: bool = False,
     classes: tuple[int, int] | None = None,
-    **others: Tensor | None,
-) -> Options:
-    """Checks what describes the loss, and puts it into the operators' words. `others`: tensors that
-    must be where e is. `classes`: of a shard, its first one and how many the vocabulary has."""
-    checks.tensors(e=e, c=c, targets=targets, bias=bias, **others)
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | None = None,
+    **said: Any,
+) -> tuple[LossOptions, Options]:
+    """Checks what describes the loss: in the caller's words, and in the operators'. `said`: what
+    LossOptions has besides. `classes`: of a shard, its first one and how many the vocabulary has.
+    The tensors must all be where e is."""
+    checks.tensors(
+        e=e, c=c, targets=targets, bias=bias, weight=weight, token_weight=token_weight,
+        normalizer=normalizer,
+    )  # fmt: skip
     checks.shapes(e, c, targets, bias, least_classes=1 if classes is None else 0)
     compute_dtype = checks.dtypes(e, c, bias, targets)
-    if not plain:
+    own_temperature = temperature if isinstance(temperature, Tensor) else None
+    if not said.get("plain"):
         checks.device(e, library.HAS_CUDA)
     checks.same_device(
-        e,
-        c=c,
-        targets=targets,
-        bias=bias,
-        temperature=temperature if isinstance(temperature, Tensor) else None,
-        **others,
-    )
-    checks.choice("schedule", schedule, ("auto", "rows", "vocabulary"))
-    checks.flags(
-        return_lse=return_lse, return_entropy=return_entropy, return_predictions=return_predictions
-    )
-    checks.ignore_index(ignore_index, targets)
-    checks.max_workspace(max_workspace)
-    checks.temperature(temperature, targets)
-    checks.plain_options(plain, schedule, max_workspace)
-    shift = checks.shift(shift, targets)
-    checks.num_valid(num_valid, math.prod(shape_of_rows(targets, shift)), ignore_index)
-    first_class, total_classes = classes or (0, 0)
-    return Options(
-        compute_dtype,
-        first_class=first_class,
-        total_classes=total_classes,
-        shift=shift,
-        ignore_index=ignore_index,
-        softcap=checks.softcap(softcap),
-        logit_scale=checks.logit_scale(logit_scale),
-        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
-        wants_entropy=return_entropy,
-        wants_argmax=return_predictions,
-        schedule=SCHEDULES[schedule],
-        max_workspace=max_workspace,
-        num_valid=num_valid,
-        allow_tf32=library.allow_tf32(e, compute_dtype),
-    )
+        e, c=c, targets=targets, bias=bias, temperature=own_temperature, weight=weight,
+        token_weight=token_weight, normalizer=normalizer,
+    )  # fmt: skip
+    loss = LossOptions.checked(temperature=temperature, **said)
+    checks.ignore_index(loss.ignore_index, targets)
+    if own_temperature is not None:
+        checks.temperature(own_temperature, targets)
+    shift = checks.shift(loss.shift, targets)
+    allow_tf32 = library.allow_tf32(e.device.type, compute_dtype)
+    options = loss.operators(compute_dtype, shift, allow_tf32)
+    if num_valid is not None:
+        checks.num_valid(num_valid, math.prod(shape_of_rows(targets, shift)), loss.ignore_index)
+        options = options.but(num_valid=num_valid)
+    if classes is not None:
+        first, total = classes
+        options = options.but(first_class=first, total_classes=total)
+    return loss, options
 
 
 def make_operands(

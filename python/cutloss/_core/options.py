@@ -1,16 +1,22 @@
-"""The options of one call, checked, as the operators take them."""
+"""The options of a loss: as a caller says them (LossOptions), and as the operators take them
+(Options)."""
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import torch
+
+from . import checks
 
 SCHEDULES = {"auto": 0, "none": 1, "rows": 2, "vocabulary": 3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """By the names of the operators' keyword arguments."""
+    """By the names, and with the defaults, of the operators' keyword arguments, which are those of
+    the table in bindings/spec/options.inc."""
 
     compute_dtype: torch.dtype
     shift: int = 0
@@ -39,10 +45,12 @@ class Options:
         a small loss."""
         if torch.compiler.is_compiling():  # PyTorch 2.11 cannot trace the rest
             return dataclasses.replace(self, **changes)
-        values = vars(self) | changes
-        if len(values) > len(vars(self)):  # unknown names: TypeError
+        if not changes.keys() <= _NAMES:  # unknown names: TypeError
             return dataclasses.replace(self, **changes)
         made = object.__new__(Options)
+        values = vars(self) | changes
+        values.pop("_linear", None)
+        values.pop("_without", None)
         object.__setattr__(made, "__dict__", values)
         return made
 
@@ -60,18 +68,45 @@ class Options:
         """Of which of e, c and bias there is to be a gradient."""
         return self.needs_de, self.needs_dc, self.needs_dbias
 
+    def without_gradients(self) -> "Options":
+        """The same for a loss of which no gradient is wanted."""
+        if torch.compiler.is_compiling():
+            return self.but(schedule=SCHEDULES["none"])
+        made = vars(self).get("_without")
+        if made is None:
+            made = vars(self)["_without"] = self.but(schedule=SCHEDULES["none"])
+        return made
+
+    def values(self) -> tuple:
+        """Of all fields, in their order: Options(*options.values()) is the same again."""
+        if torch.compiler.is_compiling():
+            return tuple([getattr(self, name) for name in _OF_LINEAR])
+        return _values(self)
+
     def of_linear(self) -> dict[str, Any]:
-        """What the operators that multiply E and C take."""
-        if torch.compiler.is_compiling():  # PyTorch 2.11 cannot trace vars
-            return {name: getattr(self, name) for name in _OF_LINEAR}
-        return vars(self)
+        """What the operators that multiply E and C take: what is not the operators' default, which
+        PyTorch fills in sooner than it reads it."""
+        if torch.compiler.is_compiling():
+            return self._said(_OF_LINEAR)
+        said = vars(self).get("_linear")
+        if said is None:
+            said = vars(self)["_linear"] = self._said(_OF_LINEAR)
+        return said
 
     def of_logits(self) -> dict[str, Any]:
         """What the operators over logits that exist take."""
-        return {name: getattr(self, name) for name in _OF_LOGITS}
+        return self._said(_OF_LOGITS)
+
+    def _said(self, names: tuple[str, ...]) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for name in names if getattr(self, name) != _DEFAULTS[name]
+        }
 
 
-_OF_LINEAR = tuple(field.name for field in dataclasses.fields(Options))
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
+_OF_LINEAR = tuple(_DEFAULTS)
+_NAMES = _DEFAULTS.keys()
+_values = operator.attrgetter(*_OF_LINEAR)
 _OF_LOGITS = (
     "shift", "ignore_index", "softcap", "logit_scale", "temperature", "wants_entropy",
     "wants_zbar", "wants_argmax",
@@ -80,3 +115,104 @@ _OF_LOGITS = (
 
 def stat_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What a caller says of a loss beside its tensors, by the names and with the defaults of
+    linear_cross_entropy. One object for the function, the module, what holds a module, and the
+    losses that are made of rows: `checked` makes it, and what is wrong is found there."""
+
+    ignore_index: int = -100
+    softcap: float | None = None
+    reduction: str = "mean"
+    shift: int = 0
+    return_lse: bool = False
+    filter_eps: float | str | None = "auto"
+    logit_scale: float = 1.0
+    temperature: float = 1.0  # 1.0 where each row has its own
+    label_smoothing: float = 0.0
+    return_entropy: bool = False
+    return_predictions: bool = False
+    z_loss: float = 0.0
+    max_workspace: int | None = None
+    schedule: str = "auto"
+    plain: bool = False  # impl="torch"
+
+    @classmethod
+    def checked(cls, **said: Any) -> "LossOptions":
+        """Raises ValueError or TypeError. `temperature` may be a tensor, whose check takes the
+        targets."""
+        if isinstance(said.get("temperature"), torch.Tensor):
+            said["temperature"] = 1.0
+        if torch.compiler.is_compiling():
+            return _checked(tuple(said), *said.values())
+        try:
+            return _checked_before(tuple(said), *said.values())
+        except TypeError:  # of a value that has no hash, or of one that is wrong
+            return _checked(tuple(said), *said.values())
+
+    def operators(
+        self, compute_dtype: torch.dtype, shift: int, allow_tf32: bool = False
+    ) -> Options:
+        """As the operators take them, of a whole vocabulary. `shift`: what of it tells, where the
+        sequences are short."""
+        if torch.compiler.is_compiling():
+            return self._operators(compute_dtype, shift, allow_tf32)
+        made = vars(self).setdefault("_made", {})
+        key = compute_dtype, shift, allow_tf32
+        if key not in made:
+            made[key] = self._operators(*key)
+        return made[key]
+
+    def _operators(self, compute_dtype: torch.dtype, shift: int, allow_tf32: bool) -> Options:
+        said = {name: getattr(self, name) for name in _SAID_ALIKE}
+        return Options(
+            compute_dtype,
+            **said,
+            shift=shift,
+            schedule=SCHEDULES[self.schedule],
+            allow_tf32=allow_tf32,
+            wants_entropy=self.return_entropy,
+            # Of a symbol `> 0` alone would be another: a branch makes it a number, with a guard.
+            wants_zbar=True if self.label_smoothing > 0 else False,
+            wants_argmax=self.return_predictions,
+        )
+
+
+_NAMES_OF_LOSS = tuple([field.name for field in dataclasses.fields(LossOptions)])
+# What callers and operators call by one name, and give one value.
+_SAID_ALIKE = tuple([n for n in _NAMES_OF_LOSS if n in _NAMES and n not in ("shift", "schedule")])
+
+
+def _checked(names: tuple[str, ...], *values: Any) -> LossOptions:
+    o = LossOptions(**dict(zip(names, values, strict=True)))
+    checks.choice("reduction", o.reduction, checks.REDUCTIONS)
+    checks.filter_eps(o.filter_eps)
+    checks.choice("schedule", o.schedule, ("auto", "rows", "vocabulary"))
+    checks.flags(
+        return_lse=o.return_lse,
+        return_entropy=o.return_entropy,
+        return_predictions=o.return_predictions,
+    )
+    checks.ignore_index(o.ignore_index)
+    checks.max_workspace(o.max_workspace)
+    checks.temperature(o.temperature)
+    checks.plain_options(o.plain, o.schedule, o.max_workspace)
+    return dataclasses.replace(
+        o,
+        shift=checks.shift(o.shift),
+        softcap=checks.softcap(o.softcap),
+        logit_scale=checks.logit_scale(o.logit_scale),
+        temperature=float(o.temperature),
+        label_smoothing=checks.label_smoothing(o.label_smoothing),
+        z_loss=checks.z_loss(o.z_loss),
+        return_lse=bool(o.return_lse),
+        return_entropy=bool(o.return_entropy),
+        return_predictions=bool(o.return_predictions),
+    )
+
+
+# Training says the same in each step, and to check it takes as long as a small loss. By type too:
+# True is no softcap, though it equals 1.0.
+_checked_before = functools.lru_cache(maxsize=256, typed=True)(_checked)

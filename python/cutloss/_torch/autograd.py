@@ -220,6 +220,8 @@ def _scaled(
     if is_shared:
         gradients = tuple(None if g is None else g.clone() for g in gradients)
         present = [g for g in gradients if g is not None]
+    if factor.is_cpu and factor.item() == 1.0:  # as the operator finds too, at the price of a call
+        return gradients
     for g in present:
         library.call(_ops.scale_, g, factor)
     return gradients

@@ -1,21 +1,18 @@
-"""Shapes of what the operators return, for tracing."""
-
-from typing import Any
+"""Shapes of what the operators return, for tracing. Of the options PyTorch passes those that are not
+their defaults."""
 
 import torch
 from torch import Tensor
 
-from .._core.options import stat_dtype
+from .._core.options import Options, stat_dtype
 from . import library  # noqa: F401  the operators must be there
 
 
-def _per_row(
-    of: Tensor, compute_dtype: torch.dtype, options: dict[str, Any], terms: Tensor | None
-) -> tuple:
+def _per_row(of: Tensor, options: Options, terms: Tensor | None) -> tuple:
     """loss, nll, lse, row_max, log_sum, entropy, zbar_centred, argmax.
     `of`: (sequences, length, ...)"""
-    stats = stat_dtype(compute_dtype)
-    rows = of.shape[0] * (of.shape[1] - options["shift"])
+    stats = options.stats
+    rows = of.shape[0] * (of.shape[1] - options.shift)
 
     def per_row(wanted: bool = True, dtype: torch.dtype = stats) -> Tensor:
         return of.new_empty((rows if wanted else 0,), dtype=dtype)
@@ -26,47 +23,49 @@ def _per_row(
         per_row(),
         per_row(),
         per_row(),
-        per_row(options["wants_entropy"]),
-        per_row(options["wants_zbar"]),
-        per_row(options["wants_argmax"], torch.int64),
+        per_row(options.wants_entropy),
+        per_row(options.wants_zbar),
+        per_row(options.wants_argmax, torch.int64),
     )
 
 
-def _loss_and_argmax(of: Tensor, compute_dtype: torch.dtype, options: dict[str, Any]) -> tuple:
-    rows = of.shape[0] * (of.shape[1] - options["shift"]) if options["wants_argmax"] else 0
-    loss = of.new_empty((), dtype=stat_dtype(compute_dtype))
+def _loss_and_argmax(of: Tensor, options: Options) -> tuple:
+    rows = of.shape[0] * (of.shape[1] - options.shift) if options.wants_argmax else 0
+    loss = of.new_empty((), dtype=options.stats)
     return loss, of.new_empty((rows,), dtype=torch.int64)
 
 
-def _gradients(e: Tensor, c: Tensor, bias: Tensor | None, options: dict[str, Any]) -> tuple:
-    de_dtype = stat_dtype(options["compute_dtype"]) if options.get("de_in_sums") else e.dtype
-    de = e.new_empty(e.shape if options["needs_de"] else (0,), dtype=de_dtype)
-    dc = c.new_empty(c.shape if options["needs_dc"] else (0,))
-    if options["needs_dbias"]:
+def _gradients(e: Tensor, c: Tensor, bias: Tensor | None, options: Options) -> tuple:
+    de_dtype = options.stats if options.de_in_sums else e.dtype
+    de = e.new_empty(e.shape if options.needs_de else (0,), dtype=de_dtype)
+    dc = c.new_empty(c.shape if options.needs_dc else (0,))
+    if options.needs_dbias:
         return de, dc, bias.new_empty(bias.shape)
     return de, dc, e.new_empty((0,), dtype=torch.float32 if bias is None else bias.dtype)
 
 
 @torch.library.register_fake("cutloss::statistics")
 def _(e, c, bias, targets, row_temperature, class_weight, terms=None, undefined=None, **options):
-    kept = e.new_empty((options["kept_bytes"],), dtype=torch.uint8)
-    return *_per_row(e, options["compute_dtype"], options, terms), kept
+    options = Options(**options)
+    kept = e.new_empty((options.kept_bytes,), dtype=torch.uint8)
+    return *_per_row(e, options, terms), kept
 
 
 @torch.library.register_fake("cutloss::gradients")
 def _(e, c, bias, *_, **options):
-    return _gradients(e, c, bias, options)
+    return _gradients(e, c, bias, Options(**options))
 
 
 @torch.library.register_fake("cutloss::loss_and_gradients")
 def _(e, c, bias, *_, **options):
-    made = _loss_and_argmax(e, options["compute_dtype"], options)
+    options = Options(**options)
+    made = _loss_and_argmax(e, options)
     return *made, *_gradients(e, c, bias, options)
 
 
 @torch.library.register_fake("cutloss::logits_statistics")
 def _(logits, targets, row_temperature, class_weight, terms=None, undefined=None, **options):
-    return _per_row(logits, logits.dtype, options, terms)
+    return _per_row(logits, Options(logits.dtype, **options), terms)
 
 
 @torch.library.register_fake("cutloss::logits_gradient")
@@ -76,7 +75,7 @@ def _(logits, *_, **options):
 
 @torch.library.register_fake("cutloss::logits_loss_and_gradient")
 def _(logits, *_, **options):
-    return *_loss_and_argmax(logits, logits.dtype, options), logits.new_empty(logits.shape)
+    return *_loss_and_argmax(logits, Options(logits.dtype, **options)), logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("cutloss::logits_gradient_")
@@ -86,7 +85,7 @@ def _(logits, *_, **options):
 
 @torch.library.register_fake("cutloss::logits_loss_and_gradient_")
 def _(logits, *_, **options):
-    return _loss_and_argmax(logits, logits.dtype, options)
+    return _loss_and_argmax(logits, Options(logits.dtype, **options))
 
 
 @torch.library.register_fake("cutloss::loss_terms")

@@ -32,7 +32,7 @@ def _product(e: Sequence[int], c: Sequence[int], shift: int) -> int:
     return 2 * sequences * max(length - shift, 0) * c[0] * D
 
 
-def _of_forward(e: Sequence[int], c: Sequence[int], *_: Any, shift: int, **__: Any) -> int:
+def _of_forward(e: Sequence[int], c: Sequence[int], *_: Any, shift: int = 0, **__: Any) -> int:
     return _product(e, c, shift)
 
 
@@ -40,9 +40,9 @@ def _of_gradients(
     e: Sequence[int],
     c: Sequence[int],
     *_: Any,
-    shift: int,
-    needs_de: bool,
-    needs_dc: bool,
+    shift: int = 0,
+    needs_de: bool = False,
+    needs_dc: bool = False,
     **__: Any,
 ) -> int:
     return (int(needs_de) + int(needs_dc)) * _product(e, c, shift)

@@ -3,14 +3,16 @@
 One library is for every supported version of PyTorch and Python.
 """
 
+import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core.options import Options
+from .._core.plan import Plan
 from .._core.weighting import Weighting
 from . import needs, private
 
@@ -38,6 +40,15 @@ _ops = torch.ops.cutloss
 HAS_CUDA: bool = _ops.cuda_version() > 0
 
 
+
+# Whether gradients of a dtype are made in backward alone, where the loss scale comes before their
+# rounding. Plans keep to it; this is for losses that have no plan of the library.
+WAITS_FOR_LOSS_SCALE: dict[torch.dtype, bool] = {
+    dtype: _ops.waits_for_loss_scale(dtype)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
+
+
 def version() -> str:
     return _ops.version()
 
@@ -53,9 +64,9 @@ def cuda_code() -> str:
     return _ops.cuda_code()
 
 
-def allow_tf32(e: Tensor, compute_dtype: torch.dtype) -> bool:
+def allow_tf32(device_type: str, compute_dtype: torch.dtype) -> bool:
     """Whether products of fp32 may round their operands to tf32: where PyTorch's own may."""
-    return e.device.type == "cuda" and compute_dtype == torch.float32 and _tf32_is_on()
+    return device_type == "cuda" and compute_dtype == torch.float32 and _tf32_is_on()
 
 
 @private.while_traced  # PyTorch compiles again where the setting changes
@@ -63,9 +74,15 @@ def _tf32_is_on() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def describe_machine() -> str:
-    """What was found on this machine: engines, the libraries behind them, processor features."""
-    return _ops.describe_machine()
+class Engine(NamedTuple):
+    name: str
+    absent: str  # why it is not here; empty where it is
+    description: str  # the libraries behind it with their versions, what hardware it found
+
+
+def engines() -> list[Engine]:
+    """The engines of this build."""
+    return [Engine(**fields) for fields in json.loads(_ops.engines())]
 
 
 def call(operator: Any, *args: Any, **options: Any) -> Any:
@@ -115,15 +132,16 @@ def translated(error: RuntimeError) -> Exception:
     return _KINDS[kind](message)
 
 
-def plan(sizes: tuple, options: Options) -> list[int]:
-    """[schedule, bytes kept from forward to backward, bytes of scratch in forward, in backward,
-    products]."""
-    return call(_ops.plan, *sizes, **options.of_linear())
+def plan(sizes: tuple, options: Options) -> Plan:
+    """What is decided for a problem: its sizes (decide.Sizes.arguments) and options."""
+    return Plan.of_fields(call(_ops.plan, *sizes, **options.of_linear()))
 
 
-def describe_plan(sizes: tuple, options: Options) -> str:
-    """The plan in words, with the reasons."""
-    return call(_ops.describe_plan, *sizes, **options.of_linear())
+def plan_for_rows(sizes: tuple, options: Options) -> list[tuple[int, bool, str]]:
+    """What is decided for each number of rows (those of `sizes` do not count): up to how many,
+    whether gradients are made in forward, the schedule. The last is for all others."""
+    read = json.loads(call(_ops.plan_for_rows, *sizes, **options.of_linear()))
+    return [(entry["most"], entry["in_forward"], entry["schedule"]) for entry in read]
 
 
 def loss_terms(

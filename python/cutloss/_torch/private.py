@@ -41,6 +41,14 @@ def while_traced(fn: Callable) -> Callable:
     return fn
 
 
+def is_static(*numbers: Any) -> bool:
+    """Whether each is a number of which a tracer knows the value, no symbol."""
+    # Here, since the module takes long to import; who traces has it.
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # 2.11, 2.13
+
+    return all([has_static_value(number) for number in numbers])
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether it is what torch.compile made of a module."""
     return hasattr(module, "_orig_mod")  # 2.11, 2.13

@@ -66,7 +66,7 @@ class RowCall:
         if of_shard is not None:
             e = of_shard.whole_e(lambda: sharded.check(shard, c, plain=False))
             classes = shard.first, shard.total
-        options = checked_options(
+        _, options = checked_options(
             e, c, targets, bias, temperature=temperature, classes=classes, **described
         )
         if of_shard is not None:

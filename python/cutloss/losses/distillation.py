@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _sharded
 from .._core import checks
-from .._torch import autograd, private
+from .._torch import autograd, library, private
 from .._torch.private import untraced
 from . import _arguments as args
 from ._arguments import Loss
@@ -363,7 +363,7 @@ def _loss(
     # Gradients in fp16 wait for the loss scale, which comes with the upstream gradient.
     immediate = (
         counting.reduction != "none"
-        and torch.float16 not in grads
+        and not any(library.WAITS_FOR_LOSS_SCALE[dtype] for dtype in grads)
         and not autograd.wants_gradient(weight)
     )
     plan = make_plan(

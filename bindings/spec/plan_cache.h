@@ -5,9 +5,9 @@
 
 #include "cutloss/plan.h"
 
-namespace cutloss::binding {
+namespace cutloss::spec {
 
 // make_plan(problem). On CUDA the problem says the index of the device, which is current.
 std::shared_ptr<const Plan> plan_for(const Problem& problem);
 
-}  // namespace cutloss::binding
+}  // namespace cutloss::spec

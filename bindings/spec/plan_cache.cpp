@@ -1,10 +1,10 @@
-#include "plans.h"
+#include "spec/plan_cache.h"
 
 #include <array>
 #include <cstddef>
 #include <optional>
 
-namespace cutloss::binding {
+namespace cutloss::spec {
 namespace {
 
 struct Made {
@@ -33,4 +33,4 @@ std::shared_ptr<const Plan> plan_for(const Problem& problem) {
   return plan;
 }
 
-}  // namespace cutloss::binding
+}  // namespace cutloss::spec
