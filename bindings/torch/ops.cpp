@@ -48,9 +48,8 @@ void statistics(Stack& stack) {
 }
 
 // gradients(operands, nll, row_max, log_sum, entropy, kept, d_nll, d_lse, d_lse_squared,
-//           d_entropy, d_zbar, de_event, *, options) -> (de, dc, dbias)
-// gradients_(the same but for de_event, dc_into, de_event, *, options) -> (de, dbias): dC is added
-// to dc_into. de_event: 0, or the address of the event that is Args::de_event
+//           d_entropy, d_zbar, *, options) -> (de, dc, dbias)
+// gradients_(the same, dc_into, *, options) -> (de, dbias): dC is added to dc_into
 template <bool adds>
 void gradients(Stack& stack) {
   Operands operands = read_operands(stack);
@@ -60,7 +59,6 @@ void gradients(Stack& stack) {
   for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
   std::optional<Tensor> dc_into;
   if (adds) dc_into = stack.next<Tensor>();
-  const auto de_event = stack.next<std::int64_t>();
   const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
@@ -91,7 +89,6 @@ void gradients(Stack& stack) {
   const Workspace workspace = call.scratch(plan.backward_workspace_bytes);
   call.args.gradients = {data(de), data(dc), data(dbias)};
   call.args.workspace = workspace.data();
-  call.args.de_event = reinterpret_cast<void*>(de_event);
   backward(plan, call.args);
   stack.put(de);
   if (!adds) stack.put(dc);
@@ -297,11 +294,11 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
   def("gradients(" CUTLOSS_OPERANDS
       ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
       "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
-      "Tensor? d_zbar, int de_event=0, *, OPTIONS) -> (Tensor de, Tensor dc, Tensor dbias)");
+      "Tensor? d_zbar, *, OPTIONS) -> (Tensor de, Tensor dc, Tensor dbias)");
   def("gradients_(" CUTLOSS_OPERANDS
       ", Tensor nll, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor kept, "
       "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
-      "Tensor? d_zbar, Tensor(a!) dc_into, int de_event=0, *, OPTIONS) -> (Tensor de, Tensor dbias)");
+      "Tensor? d_zbar, Tensor(a!) dc_into, *, OPTIONS) -> (Tensor de, Tensor dbias)");
   def("loss_and_gradients(" CUTLOSS_OPERANDS
       ", Tensor terms, Tensor? undefined=None, *, OPTIONS) -> (Tensor loss, Tensor argmax, Tensor "
       "de, Tensor dc, Tensor dbias)");

@@ -66,10 +66,6 @@ struct Args {
   void* kept = nullptr;
   void* workspace = nullptr;
   void* stream = nullptr;  // CUDA: the cudaStream_t all work is ordered on
-  // CUDA, with dE wanted; optional: a cudaEvent_t that is recorded on `stream` once dE is written,
-  // which can be before the last products of dC. A stream that waits for it, and no longer, may
-  // read and write dE (to sum it over ranks, say) beside them.
-  void* de_event = nullptr;
 };
 
 // Makes the statistics of every row: reads in, writes rows (and kept, where plan.keeps_logits).

@@ -270,11 +270,6 @@ void check_args(const Plan& plan, const Args& args, Pass pass) {
     if (p.wanted.dc.wanted) need(args.gradients.dc, "gradients.dc");
     if (p.wanted.dbias.wanted) need(args.gradients.dbias, "gradients.dbias");
   }
-  if (args.de_event != nullptr && (p.device != Device::cuda || !p.wanted.de.wanted)) {
-    refuse_value("Args::de_event is recorded when dE is written, on CUDA, but ",
-                 p.device == Device::cuda ? "dE is not wanted" : "the plan is for the CPU",
-                 ": leave it null");
-  }
   need_aligned(args.kept, plan.kept_bytes, "kept");
   need_aligned(
       args.workspace,

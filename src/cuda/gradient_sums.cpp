@@ -78,9 +78,7 @@ void GradientSums<T>::store_columns(Columns columns) const {
 }
 
 template <class T>
-void GradientSums<T>::store_rows(RowRange chunk) {
-  if (stored_rows_ == chunk.begin) return;
-  stored_rows_ = chunk.begin;
+void GradientSums<T>::store_rows(RowRange chunk) const {
   const Head& head = call_.head;
   if (!call_.p.wanted.de.wanted || call_.d.de_in_place) return;
   const RowCopy copy{call_.de_sums<T>(chunk), call_.d.stat, head.D,      call_.args.gradients.de,
@@ -89,32 +87,19 @@ void GradientSums<T>::store_rows(RowRange chunk) {
 }
 
 template <class T>
-void GradientSums<T>::finish_de() {
-  if (de_is_finished_ || !call_.p.wanted.de.wanted) return;
-  de_is_finished_ = true;
-  const std::int64_t D = call_.head.D;
-  const std::int64_t positions = call_.p.rows.sequences * call_.p.rows.length;
-  void* de = call_.args.gradients.de;
-  if (positions > 0) {
-    clear_unpredicted(rows_.facts(), positions, de, call_.d.de_type, D, call_.stream);
-  }
-  poison(de, call_.d.de_type, positions * D);
-  if (call_.args.de_event == nullptr) return;
-  check(cudaEventRecord(static_cast<cudaEvent_t>(call_.args.de_event), call_.stream),
-        "recording Args::de_event");
-}
-
-template <class T>
-void GradientSums<T>::finish() {
-  finish_de();
+void GradientSums<T>::finish() const {
   const Head& head = call_.head;
   const Wanted& wanted = call_.p.wanted;
   const Gradients& out = call_.args.gradients;
   const std::int64_t V = head.classes.count;
+  const std::int64_t positions = call_.p.rows.sequences * call_.p.rows.length;
   const bool none = rows_.to_cover() == 0;
   const auto zeros = [&](void* to, std::int64_t bytes, const char* action) {
     check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(bytes), call_.stream), action);
   };
+  if (wanted.de.wanted && positions > 0) {
+    clear_unpredicted(rows_.facts(), positions, out.de, call_.d.de_type, head.D, call_.stream);
+  }
   if (wanted.dc.wanted && none && !wanted.dc.add) {
     zeros(out.dc, V * head.D * size_of(call_.d.dc_type), "zeros for dC");
   }
@@ -124,14 +109,14 @@ void GradientSums<T>::finish() {
     if (wanted.dbias.add) add_flat(out.dbias, call_.d.dbias_type, sums, V, call_.stream);
     copy_flat(sums, DType::f64, out.dbias, call_.d.dbias_type, V, call_.stream);
   }
-  if (wanted.dc.wanted) poison(out.dc, call_.d.dc_type, V * head.D);
-  if (wanted.dbias.wanted) poison(out.dbias, call_.d.dbias_type, V);
-}
-
-template <class T>
-void GradientSums<T>::poison(void* values, DType type, std::int64_t count) const {
   if (!call_.p.rows.num_valid || row_count(call_.p) == 0) return;
-  poison_where_wrong(rows_.table(), values, type, count, call_.stream);
+  const auto poison = [&](const GradientWanted& gradient, void* values, DType type,
+                          std::int64_t count) {
+    if (gradient.wanted) poison_where_wrong(rows_.table(), values, type, count, call_.stream);
+  };
+  poison(wanted.de, out.de, call_.d.de_type, positions * head.D);
+  poison(wanted.dc, out.dc, call_.d.dc_type, V * head.D);
+  poison(wanted.dbias, out.dbias, call_.d.dbias_type, V);
 }
 
 template <class T>

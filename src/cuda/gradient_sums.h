@@ -29,15 +29,12 @@ class GradientSums {
   void add_dc(const Block& block, const BlockGradient& g);
 
   // Store dC of columns that have seen every row of the list, and dE of rows that have seen every
-  // column; of a chunk's rows once.
+  // column.
   void store_columns(Columns columns) const;
-  void store_rows(RowRange chunk);
-  // Writes what is left of dE when all rows are stored: rows that predict nothing or are ignored,
-  // and NaN where num_valid is wrong. Records Args::de_event. May come before the last of dC, and
-  // comes once.
-  void finish_de();
-  // Writes the rest: that, dbias, and everything where no row counts.
-  void finish();
+  void store_rows(RowRange chunk) const;
+  // Writes the rest: rows that predict nothing or are ignored, dbias, everything where no row
+  // counts, and NaN where num_valid is wrong.
+  void finish() const;
 
   // Whether dC has sums of its own, and where dC of some columns accumulates.
   bool dc_has_sums() const;
@@ -56,16 +53,11 @@ class GradientSums {
   }
 
  private:
-  // NaN where num_valid is wrong, which the device finds out.
-  void poison(void* values, DType type, std::int64_t count) const;
-
   const Call& call_;
   const ListedRows<T>& rows_;
   Operands<T>& operands_;
   const Products& products_;
   bool in_last_columns_ = false;
-  std::int64_t stored_rows_ = -1;  // the chunk's that was stored last begin here
-  bool de_is_finished_ = false;
 };
 
 // Books the sums of dE, dC and dbias in a workspace.

@@ -104,17 +104,6 @@ TEST_P(BadData, ATemperatureThatIsNotPositiveAndFinite) {
   }
 }
 
-TEST_P(BadArgs, AnEventWhereThereIsNone) {
-  if (runs_on_gpu(GetParam().engine)) GTEST_SKIP() << "there is one on CUDA";
-  for (const Mode* mode : call_modes(GetParam())) {
-    Call call(GetParam(), *mode);
-    Args args = call.args();
-    int not_an_event = 0;
-    args.de_event = &not_an_event;
-    call.expect_refusal(args, {"Args::de_event", "for the CPU", "leave it null"});
-  }
-}
-
 TEST_P(BadArgs, AMissingPointer) {
   const std::pair<const char*, void (*)(Args&)> cases[] = {
       {"in.e", [](Args& a) { a.in.e = nullptr; }},

@@ -171,50 +171,6 @@ TEST_P(Gpu, SameBitsFromAGraph) {
   }
 }
 
-// The plan; on Hopper by vocabulary one in which the last slab's dE comes before its dC.
-Plan with_de_apart(Plan plan) {
-#ifdef CUTLOSS_CUDA_SM90
-  if (const auto* fused = dynamic_cast<const cuda::fused::FusedDecision*>(plan.decision.get())) {
-    auto decision = std::make_shared<cuda::fused::FusedDecision>(*fused);
-    decision->makes_de_itself = false;
-    plan.decision = decision;
-  }
-#endif
-  return plan;
-}
-
-TEST_P(Gpu, DeIsWholeWhenItsEventComes) {
-  const Data data = make_data(GetParam().problem);
-  if (!data.problem.wanted.de.wanted) GTEST_SKIP() << "no dE is wanted";
-  for (const Mode& mode : modes_of(GetParam().engine, data.problem)) {
-    SCOPED_TRACE(mode.name);
-    const Plan plan = with_de_apart(plan_for(data.problem, GetParam().engine, mode));
-    const Outputs want = run(plan, data);
-    Outputs out = outputs_for(plan.problem), early = outputs_for(plan.problem);
-    Scratch scratch(plan);
-    Args forward_args = args_for(data, out, scratch, /*forward=*/true);
-    Args backward_args = args_for(data, out, scratch, /*forward=*/false);
-    cudaEvent_t event = nullptr;
-    gpu::check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "an event");
-    forward_args.de_event = backward_args.de_event = event;
-    void* seen = early.de.on(Device::cuda);
-    gpu::wait();
-    const gpu::Stream main, side;
-    make_calls(plan, forward_args, backward_args, main.get());
-    gpu::check(cudaStreamWaitEvent(side.get(), event), "waiting for dE");
-    gpu::check(cudaMemcpyAsync(seen, backward_args.gradients.de,
-                               static_cast<std::size_t>(out.de.buffer.bytes()), cudaMemcpyDefault,
-                               side.get()),
-               "a copy of dE");
-    gpu::wait();
-    cudaEventDestroy(event);
-    out.fetch();
-    early.fetch();
-    EXPECT_EQ(out.first_difference(want), "");
-    EXPECT_TRUE(early.de.buffer.same_bytes(want.de.buffer)) << "dE was not whole";
-  }
-}
-
 TEST_P(Gpu, SameBitsOnTwoStreamsAtOnce) {
   const Data data = make_data(GetParam().problem);
   for (const Mode& mode : modes_of(GetParam().engine, data.problem)) {

@@ -155,6 +155,12 @@ def _collected(
     return results
 
 
+def passed(results: dict[str, str | None], check: Check) -> None:
+    """Fails the test with the traceback of the process in which the check failed."""
+    if error := results[str(check)]:
+        pytest.fail(error, pytrace=False)
+
+
 class Results:
     """What checks gave, of each number of processes. They are run when a test first asks."""
 
@@ -169,9 +175,7 @@ class Results:
             folder.mkdir()
             checks = self._checks[size]
             self._found[size] = run(checks, folder, size, self._device, self._seconds)
-        error = self._found[size][str(check)]
-        if error:
-            pytest.fail(error, pytrace=False)
+        passed(self._found[size], check)
 
 
 def results_of(checks_of_size: dict[int, list[Check]], device: str = "cpu", seconds: int = 120):

@@ -253,12 +253,12 @@ def test_tf32_is_what_pytorch_allows():
     try:
         for precision in ("ieee", "tf32"):
             torch.backends.cuda.matmul.fp32_precision = precision
-            assert library.allow_tf32(p.e, F32) == (precision == "tf32")
+            assert library.allow_tf32("cuda", F32) == (precision == "tf32")
             losses.append(linear_cross_entropy(p.e, p.c, p.targets, reduction="none"))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
-    assert not library.allow_tf32(p.e, BF16) and not library.allow_tf32(p.e.cpu(), F32)
+    assert not library.allow_tf32("cuda", BF16) and not library.allow_tf32("cpu", F32)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -140,16 +140,15 @@ class Linear(ByOperators):
     def keywords(self) -> dict[str, Any]:
         return self.options.of_linear()
 
-    def call_of_gradients(self, saved: Saved, inputs: tuple, de_event: int = 0) -> tuple:
-        """What the operator makes: de, dc, dbias. `de_event`: the address of a CUDA event that it
-        records once de is written, which may be before dc is; 0 for none."""
+    def call_of_gradients(self, saved: Saved, inputs: tuple) -> tuple:
+        """What the operator makes: de, dc, dbias."""
         if not self.options.dc_adds:
-            return library.call(self.of_statistics, *inputs, de_event, **self.keywords())
+            return library.call(self.of_statistics, *inputs, **self.keywords())
         _, c, _ = saved.operands
         # A backward that was asked for other gradients alone adds nothing.
         is_asked_for = private.will_go_on_to(c.grad_fn)
         into = self.dc_into if is_asked_for else torch.zeros_like(self.dc_into)
-        de, dbias = library.call(_ops.gradients_, *inputs, into, de_event, **self.keywords())
+        de, dbias = library.call(_ops.gradients_, *inputs, into, **self.keywords())
         return de, None, dbias
 
     @property

@@ -268,21 +268,18 @@ class ShardedLinear(Linear):
         if self.tokens is not None:  # again, so that nobody keeps it from forward to backward
             targets, *_ = constants
             whole = self.tokens.gathered(e, self.shard).view(*targets.shape, e.shape[-1])
-        beside = Beside.of(self, e) if self.options.needs_de else None
         if self.shard.count > 0:
             d_rows = of_rows(self.options, None, None, *upstream)
             inputs = (whole, c, bias, *constants, *saved.made, *d_rows)
-            made = self.call_of_gradients(saved, inputs, 0 if beside is None else beside.address)
+            made = self.call_of_gradients(saved, inputs)
         else:
             made = _zeros(whole, self.options), torch.zeros_like(c), _zeros_like(bias)
         de, dc, dbias = self.wanted(made)
-        return None if de is None else self._summed(de, e.dtype, beside), dc, dbias
+        return None if de is None else self._summed(de, e.dtype), dc, dbias
 
-    def _summed(self, de: Tensor, dtype: torch.dtype, beside: "Beside | None") -> Tensor:
+    def _summed(self, de: Tensor, dtype: torch.dtype) -> Tensor:
         """The gradient of the caller's e, of this rank's part of it."""
         shard, ranks = self.shard, len(self.shard.ranges)
-        if beside is not None:
-            return beside.sum(de, shard)
         if self.tokens is not None:
             return self.tokens.sum_of_own(de, shard).to(dtype)
         if not shard.reduce_e_grad:
@@ -297,64 +294,6 @@ class ShardedLinear(Linear):
         summed = torch.empty_like(de, dtype=dtype)
         _all_gather(summed.view(-1), own.to(dtype), group=shard.group)
         return summed
-
-
-class Beside:
-    """The sum of dE over the ranks, beside the last product of dC: NCCL begins when dE is written,
-    on a stream of its own.
-
-    All memory is there before the operator runs: what PyTorch would give out afterwards may be
-    scratch that the product still reads. So both collectives work in place: a rank's share of the
-    sums lies where it will be, and what is gathered where it will be too."""
-
-    def __init__(self, out: Tensor, ranks: int, gathers: bool):
-        self.out, self.ranks, self.gathers = out, ranks, gathers
-        self.event = torch.cuda.Event()
-        # Which makes it; the operator records it again.
-        self.event.record(torch.cuda.current_stream(out.device))
-        self.address = self.event.cuda_event
-
-    @classmethod
-    def of(cls, computation: ShardedLinear, e: Tensor) -> "Beside | None":
-        """None where the sum has to wait: it would need other memory, or is not NCCL's."""
-        shard, tokens = computation.shard, computation.tokens
-        ranks = len(shard.ranges)
-        if (
-            not e.is_cuda
-            or not computation.options.de_in_sums
-            or computation.options.stats == e.dtype
-            or not (shard.reduce_e_grad or tokens is not None)
-            or "nccl" not in dist.get_backend_config(shard.group)
-        ):
-            return None
-        if tokens is None:
-            if e.numel() == 0 or e.numel() % ranks != 0:
-                return None
-            return cls(e.new_empty(e.shape), ranks, True)
-        if math.prod(tokens.whole[: tokens.dim]) != 1 or e.numel() == 0:
-            return None  # a rank's tokens do not lie together
-        return cls(e.new_empty(tokens.own), ranks, False)
-
-    def sum(self, de: Tensor, shard: "Shard") -> Tensor:
-        main = torch.cuda.current_stream(de.device)
-        stream = torch.cuda.Stream(de.device)
-        if shard.count > 0:
-            stream.wait_event(self.event)
-        else:
-            stream.wait_stream(main)
-        with torch.cuda.stream(stream):
-            parts = de.view(self.ranks, -1)
-            own = parts[shard.rank]
-            _reduce_scatter(own, parts.view(-1), group=shard.group)
-            if self.gathers:
-                flat = self.out.view(-1)
-                rounded = flat.view(self.ranks, -1)[shard.rank]
-                rounded.copy_(own)
-                _all_gather(flat, rounded, group=shard.group)
-            else:
-                self.out.view(-1).copy_(own)
-        main.wait_stream(stream)
-        return self.out
 
 
 def _zeros(e: Tensor, options: Options) -> Tensor:

@@ -20,9 +20,8 @@ def parts(
     result: Tensor | tuple[Tensor, ...], has_lse: bool, has_predictions: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, lse and predictions that cutloss returned."""
-    loss, *rest = result if isinstance(result, tuple) else (result,)
-    lse = rest.pop(0) if has_lse else None
-    return loss, lse, rest.pop(0) if has_predictions else None
+    every = result if isinstance(result, tuple) else (result,)
+    return every[0], every[1] if has_lse else None, every[-1] if has_predictions else None
 
 
 def zero_for_nothing(loss: Tensor, valid: Tensor) -> Tensor:

@@ -112,22 +112,6 @@ void add_dc_and_de(Components& parts, const Block& block, const BlockGradient& g
                              logits_grid(parts.d, block.rows.count), parts.call.stream);
 }
 
-// What reads E from now on finds its rows where the caller has them, since dE is written.
-void leave_de(Components& parts) {
-  parts.finds_e = parts.d.finds_last_e && parts.call.reads.e_in_de;
-  parts.operands.leave_de();
-}
-
-// Whether dE can be written before the last product of dC, if somebody waits for it: not where one
-// kernel makes both, nor where packed rows of E lie in dE and cannot be found elsewhere.
-bool can_write_de_first(const Components& parts, const Block& block) {
-  const FusedDecision& d = parts.d;
-  const std::int64_t V = parts.call.head.classes.count;
-  return parts.call.args.de_event != nullptr && block.columns.begin + block.columns.count == V &&
-         d.last.begin == V && d.operand == DType::bf16 && !d.makes_de_itself &&
-         (!parts.call.reads.e_in_de || d.finds_last_e);
-}
-
 struct Steps {
   static void statistics(Components& parts, RowRange chunk, Pass) { make_statistics(parts, chunk); }
   static void gradients(Components& parts, RowRange chunk, Pass) {
@@ -139,13 +123,7 @@ struct Steps {
           const BlockGradient g = make_g(parts, block);
           if (wanted.dbias.wanted && which.dc) parts.sums.add_dbias(block, g);
           const bool de = wanted.de.wanted && which.de, dc = wanted.dc.wanted && which.dc;
-          if (de && dc && can_write_de_first(parts, block)) {
-            add_de(parts, block, g);
-            parts.sums.store_rows(chunk);
-            parts.sums.finish_de();
-            leave_de(parts);
-            add_dc(parts, block, g);
-          } else if (de && dc) {
+          if (de && dc) {
             add_dc_and_de(parts, block, g);
           } else if (de) {
             add_de(parts, block, g);
@@ -154,8 +132,8 @@ struct Steps {
           }
         },
         [&] {
-          parts.sums.finish_de();
-          leave_de(parts);
+          parts.finds_e = parts.d.finds_last_e && parts.call.reads.e_in_de;
+          parts.operands.leave_de();
           parts.sums.begin_last_columns();
         });
     if (!last_chunk || !wanted.dc.wanted || wanted.dc.add) return;
