@@ -112,7 +112,7 @@ def test_a_state_dict_for_transformers(tied, tmp_path):
     model = stock(tied, seed=1)
     model.lm_head = CausalLMHead(model.model.embed_tokens if tied else model.lm_head)
     model.load_state_dict(before.state_dict(), strict=True)
-    state = {k.replace(".output_embeddings.", "."): v for k, v in model.state_dict().items()}
+    state = {k.replace("output_embeddings.", ""): v for k, v in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=state)
     assert_same(transformers.LlamaForCausalLM.from_pretrained(tmp_path), before)
 
