@@ -1,5 +1,5 @@
-"""The names under which a head takes its weight and bias from a checkpoint: its own, and those of the
-layer whose place it took (decision 19)."""
+"""The names under which a head takes its weight and bias from a checkpoint: its own, and those of
+the layer whose place it took (decision 19)."""
 
 from torch import nn
 

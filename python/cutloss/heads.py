@@ -88,6 +88,12 @@ class _Head(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def __setstate__(self, state: dict) -> None:
+        """A head that cutloss 0.1 pickled whole lacks the hook."""
+        super().__setstate__(state)
+        if not private.has_hooks_before_load(self):
+            self.register_load_state_dict_pre_hook(_checkpoint_names.before_load)
+
     def _check_weight(self) -> None:
         _check_classifier(self.output_embeddings)
         if not _sharded.is_dtensor(self.weight):

@@ -1,5 +1,5 @@
-"""Checkpoints of models in which one of our heads took a layer's place: those of the model before are
-loaded, and one line makes one for it. Names are the same wherever PyTorch has them."""
+"""Checkpoints of models in which one of our heads took a layer's place: those of the model before
+are loaded, and one line makes one for it. Names are the same wherever PyTorch has them."""
 
 import copy
 import io
@@ -130,6 +130,17 @@ def test_a_copy(name, copied):
     other.load_state_dict(before.state_dict(), strict=True)
     assert_same_state(for_the_layer(other), before.state_dict())
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+
+
+def test_a_head_that_an_earlier_version_pickled_whole():
+    """It lacks the hook of now."""
+    before, model = pair("tied, with a bias")
+    state = model.lm_head.__getstate__()
+    state["_load_state_dict_pre_hooks"] = type(state["_load_state_dict_pre_hooks"])()
+    model.lm_head = CausalLMHead.__new__(CausalLMHead)
+    model.lm_head.__setstate__(state)
+    model.load_state_dict(before.state_dict(), strict=True)
+    assert_same_state(for_the_layer(model), before.state_dict())
 
 
 @pytest.mark.parametrize("name", HEADS)

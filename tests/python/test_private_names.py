@@ -213,6 +213,9 @@ def test_what_a_module_has():
     bn.register_full_backward_hook(hook)
     bn.register_full_backward_pre_hook(hook)
     assert private.backward_hooks(bn) == [hook, hook]
+    assert not private.has_hooks_before_load(bn)
+    bn.register_load_state_dict_pre_hook(hook)
+    assert private.has_hooks_before_load(bn)
     assert not private.has_forward_hooks_of_all_modules()
     handle = nn.modules.module.register_module_forward_hook(hook)
     assert private.has_forward_hooks_of_all_modules()

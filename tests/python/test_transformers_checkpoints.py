@@ -1,5 +1,5 @@
 """Checkpoints of Transformers' models: those with a head of ours in place of lm_head load what
-Transformers saved, and are saved for it, as docs/transformers.md says; patched ones without more."""
+Transformers saved, and are saved for it, as docs/transformers.md says; patched ones as they are."""
 
 import pytest
 import torch
@@ -126,9 +126,8 @@ def test_what_decays(tied, tmp_path):
             output_dir=tmp_path, weight_decay=0.1, use_cpu=True, report_to=[]
         )
         optimizer = transformers.Trainer(model=model, args=arguments).create_optimizer()
-        decays = {
-            id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
-        }
+        groups = optimizer.param_groups
+        decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         assert decays[id(model.lm_head.weight)] == 0.1
         assert decays[id(model.model.norm.weight)] == 0.0
         assert len(decays) == len(list(model.parameters()))

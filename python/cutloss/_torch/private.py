@@ -242,5 +242,9 @@ def backward_hooks(module: nn.Module) -> list[Callable]:
     return [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]  # 2.11, 2.13
 
 
+def has_hooks_before_load(module: nn.Module) -> bool:
+    return bool(module._load_state_dict_pre_hooks)  # 2.11, 2.13
+
+
 def has_forward_hooks_of_all_modules() -> bool:
     return bool(nn.modules.module._global_forward_hooks)  # 2.11, 2.13
