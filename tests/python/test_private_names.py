@@ -18,8 +18,9 @@ from cutloss._torch import private
 
 PACKAGE = pathlib.Path(cutloss.__file__).parent
 PRIVATE = PACKAGE / "_torch" / "private.py"
-# Not PyTorch's: the attribute in which accelerate keeps a forward, methods of named tuples.
-OF_OTHERS = {"_old_forward", "_replace", "_make", "_asdict", "_fields"}
+# Not PyTorch's: where accelerate keeps a forward, where Transformers says which attention it takes,
+# methods of named tuples.
+OF_OTHERS = {"_old_forward", "_attn_implementation", "_replace", "_make", "_asdict", "_fields"}
 
 
 def is_private(name):
