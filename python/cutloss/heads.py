@@ -1,11 +1,9 @@
 """Losses that hold their classifier: ``LinearCrossEntropyLoss`` and ``CausalLMHead``.
 
 ``LinearCrossEntropy`` has the options, and is given the classifier with each call. The two here
-have one of those, and a classifier: their own, or another module's, which they then share. Its
-parameters have the names, in checkpoints too, that they have in an nn.Linear in the head's place.
+have one of those, and a classifier: their own, or another module's, which they then share.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,18 +15,6 @@ from ._core import checks
 from ._torch import private
 from ._torch.softcap import capped
 from .module import LinearCrossEntropy
-
-
-class _Bias(nn.Module):
-    """What a head adds to the classifier of a module that has no bias."""
-
-    def __init__(self, bias: nn.Parameter):
-        super().__init__()
-        self.bias = bias
-
-    def reset_parameters(self) -> None:
-        """As modules made on the meta device need."""
-        nn.init.zeros_(self.bias)
 
 
 class _Head(nn.Module):
@@ -66,13 +52,15 @@ class _Head(nn.Module):
         # The module is shared, not its weight alone: so it stays shared through to_empty(), and
         # whatever else replaces parameters.
         self.output_embeddings = output_embeddings
+        own_bias = None
         if bias and getattr(output_embeddings, "bias", None) is None:
             weight = output_embeddings.weight
             zeros = weight.new_zeros(weight.shape[0]).detach()
             if _sharded.is_dtensor(zeros):  # placed otherwise
                 zeros = zeros.redistribute(placements=weight.placements)
-            self.add_module(_checkpoint_names.OWN_BIAS, _Bias(nn.Parameter(zeros)))
-        _checkpoint_names.install(self)
+            own_bias = nn.Parameter(zeros)
+        self.register_parameter("own_bias", own_bias)
+        self.register_load_state_dict_pre_hook(_checkpoint_names.before_load)
 
     @property
     def weight(self) -> Tensor:
@@ -82,58 +70,29 @@ class _Head(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """(V)"""
-        return getattr(self._with_bias(), "bias", None)
-
-    @property
-    def own_bias(self) -> Tensor | None:
-        """(V), of a head that shares a module without bias."""
-        module = self._with_bias()
-        return None if module is self.output_embeddings else module.bias
-
-    def _with_bias(self) -> nn.Module:
-        return getattr(self, _checkpoint_names.OWN_BIAS, self.output_embeddings)
-
-    @property
-    def parametrizations(self) -> nn.Module:
-        """Those of the classifier, of torch.nn.utils.parametrize, by the names that their
-        parameters have."""
-        return self.output_embeddings.parametrizations
+        if self.own_bias is not None:
+            return self.own_bias
+        return getattr(self.output_embeddings, "bias", None)
 
     def __setattr__(self, name: str, value: object) -> None:
         """A weight or a bias is set in the module that has it, so that ``lm_head.weight =
-        embedding.weight`` ties them."""
-        if name not in ("weight", "bias") or getattr(self, name) is None:
+        embedding.weight`` ties them. Without a bias, one is added to the head alone, as by
+        bias=True."""
+        if name == "weight":
+            self.output_embeddings.weight = value
+        elif name == "bias":
+            if self.own_bias is not None or self.bias is None:
+                self.own_bias = value
+            else:
+                self.output_embeddings.bias = value
+        else:
             super().__setattr__(name, value)
-            return
-        module = self.output_embeddings if name == "weight" else self._with_bias()
-        parameters = private.parameters_of(module)
-        if name in parameters and type(value) is Tensor:
-            if value.requires_grad or not private.is_ordinary(value):
-                parameters[name] = value  # of torch.func.functional_call, for the time of a call
-                return
-            # Of Transformers, where a checkpoint lacks it: to stay.
-            value = nn.Parameter(value, parameters[name].requires_grad)
-        setattr(module, name, value)
 
     def __setstate__(self, state: dict) -> None:
-        """A head that cutloss 0.1 pickled whole has its bias elsewhere, and no hooks."""
+        """A head that cutloss 0.1 pickled whole lacks the hook."""
         super().__setstate__(state)
-        parameters = private.parameters_of(self)
-        if "own_bias" in parameters:
-            own_bias = parameters.pop("own_bias")
-            if own_bias is not None:
-                self.add_module(_checkpoint_names.OWN_BIAS, _Bias(own_bias))
-            _checkpoint_names.install(self)
-
-    def named_modules(
-        self,
-        memo: set[nn.Module] | None = None,
-        prefix: str = "",
-        remove_duplicate: bool = True,
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Those inside, of which output_embeddings has the name of the head itself: its parameters
-        are called lm_head.weight, as in the state_dict."""
-        return _checkpoint_names.named_modules(self, memo, prefix, remove_duplicate)
+        if not private.has_hooks_before_load(self):
+            self.register_load_state_dict_pre_hook(_checkpoint_names.before_load)
 
     def _check_weight(self) -> None:
         _check_classifier(self.output_embeddings)
@@ -179,9 +138,6 @@ class _Head(nn.Module):
             if items.device.type != "cpu":  # from there it is taken without a copy that waits
                 items = items.to(total.device)
         return (total / items, *rest)
-
-
-private.name_for_distributed_checkpoints(_Head, _checkpoint_names.of_distributed)
 
 
 def _check_classifier(module: nn.Module) -> None:
@@ -316,9 +272,9 @@ class CausalLMHead(_Head):
 
     Hidden states whose label does not count are never used for the loss: they may be NaN.
 
-    Weight and bias are named as those of an nn.Linear in this place, in named_parameters and in the
-    state_dict: a checkpoint with ``lm_head.weight`` loads where ``self.lm_head`` is this, and is
-    saved so. Names of cutloss 0.1 (``lm_head.output_embeddings.weight``) load too.
+    Its parameters are called ``output_embeddings.weight``, ``output_embeddings.bias``, and
+    ``own_bias`` where it adds a bias to a module without one. load_state_dict also takes
+    ``lm_head.weight`` and ``lm_head.bias``, the names of an nn.Linear in the place of this.
 
     :param output_embeddings: As in :class:`LinearCrossEntropyLoss`: the module to share, or
         in_features. A tied embedding stays one Parameter through state_dict, deepcopy, ``.to()``

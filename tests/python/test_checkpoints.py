@@ -1,8 +1,9 @@
-"""Checkpoints of models in which one of our heads took a layer's place: the names, shapes and order
-of the state_dict are those of the model before, in both directions."""
+"""Checkpoints of models in which one of our heads took a layer's place: those of the model before
+are loaded, and one line makes one for it. Names are the same wherever PyTorch has them."""
 
 import copy
 import io
+import pickle
 
 import processes
 import pytest
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers.trainer_pt_utils import get_parameter_names
 
 from cutloss import CausalLMHead, LinearCrossEntropy, LinearCrossEntropyLoss
 
@@ -75,8 +77,14 @@ def pair(name, seed=1):
     return stock(**options), changed
 
 
+def for_the_layer(model):
+    """A state_dict for the model as it was: the line is in docs/own-loop.md."""
+    own = model.state_dict()
+    return {k.replace("output_embeddings.", "").replace("own_bias", "bias"): own[k] for k in own}
+
+
 def assert_same_state(got, want):
-    assert list(got) == list(want)
+    assert sorted(got) == sorted(want)
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=0)
     for state in (got, want):
@@ -88,84 +96,97 @@ def assert_same_state(got, want):
 @pytest.mark.parametrize("name", HEADS)
 def test_there_and_back(name, assign):
     before, model = pair(name)
-    assert list(model.state_dict()) == list(before.state_dict())
     model.load_state_dict(before.state_dict(), strict=True, assign=assign)
-    assert_same_state(model.state_dict(), before.state_dict())
+    assert_same_state(for_the_layer(model), before.state_dict())
     assert torch.equal(model.lm_head.weight, before.lm_head.weight)
     if before.lm_head.bias is not None:
         assert torch.equal(model.lm_head.bias, before.lm_head.bias)
     again = stock(2, **HEADS[name][0])
-    again.load_state_dict(model.state_dict(), strict=True)
+    again.load_state_dict(for_the_layer(model), strict=True)
     assert_same_state(again.state_dict(), before.state_dict())
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_copy_and_a_file(name):
+def test_under_its_own_names(name):
+    _, model = pair(name)
+    _, other = pair(name, seed=2)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert_same_state(for_the_layer(other), for_the_layer(model))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_is_given_stays_as_it_is(name):
     before, model = pair(name)
-    model = copy.deepcopy(model)
-    file = io.BytesIO()
-    torch.save(before.state_dict(), file)
-    file.seek(0)
-    model.load_state_dict(torch.load(file))
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    whole = torch.load(file, weights_only=False)
-    assert_same_state(whole.state_dict(), before.state_dict())
-    whole.load_state_dict(model.state_dict())
+    state = before.state_dict()
+    model.load_state_dict(state)
+    assert list(state) == list(before.state_dict())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_copy(name, copied):
+    before, model = pair(name)
+    other = copied(model)
+    other.load_state_dict(before.state_dict(), strict=True)
+    assert_same_state(for_the_layer(other), before.state_dict())
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+
+
+def test_a_head_that_an_earlier_version_pickled_whole():
+    """It lacks the hook of now."""
+    before, model = pair("tied, with a bias")
+    state = model.lm_head.__getstate__()
+    state["_load_state_dict_pre_hooks"] = type(state["_load_state_dict_pre_hooks"])()
+    model.lm_head = CausalLMHead.__new__(CausalLMHead)
+    model.lm_head.__setstate__(state)
+    model.load_state_dict(before.state_dict(), strict=True)
+    assert_same_state(for_the_layer(model), before.state_dict())
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_alone(name):
     before, model = pair(name)
-    assert list(model.lm_head.state_dict()) == list(before.lm_head.state_dict())
-    model.lm_head.load_state_dict(before.lm_head.state_dict())
+    model.lm_head.load_state_dict(before.lm_head.state_dict(), strict=True)
     assert torch.equal(model.lm_head.weight, before.lm_head.weight)
-
-
-def formerly(state, bias):
-    """As cutloss 0.1 saved it."""
-    new = {"lm_head.weight": "lm_head.output_embeddings.weight", "lm_head.bias": f"lm_head.{bias}"}
-    return {new.get(name, name): value for name, value in state.items()}
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_checkpoints_of_earlier_versions(name):
-    before, model = pair(name)
-    bias = "output_embeddings.bias" if model.lm_head.own_bias is None else "own_bias"
-    model.load_state_dict(formerly(before.state_dict(), bias), strict=True)
-    assert_same_state(model.state_dict(), before.state_dict())
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_head_that_an_earlier_version_pickled_whole(bias):
-    head = CausalLMHead(nn.Embedding(V, D), bias=bias)
-    if bias:
-        nn.init.normal_(head.bias)
-    state = dict(head.__dict__)
-    state["_parameters"] = {"own_bias": head.own_bias}
-    state["_modules"] = {k: v for k, v in state["_modules"].items() if k != "_own"}
-    for name in state:
-        if "state_dict" in name:
-            state[name] = type(state[name])()
-    old = CausalLMHead.__new__(CausalLMHead)
-    old.__setstate__(state)
-    assert old.bias is head.bias and old.own_bias is head.bias
-    assert list(old.state_dict()) == ["weight", "bias"][: 1 + bias]
-    old.load_state_dict(head.state_dict())
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_files_of_safetensors(name, tmp_path):
-    """Which has each tensor once, and asks the model for its other names."""
-    before, model = pair(name)
-    save_model(before, tmp_path / "file")
-    load_model(model, tmp_path / "file")
-    assert_same_state(model.state_dict(), before.state_dict())
-    again = stock(2, **HEADS[name][0])
+    """Which has each tensor once, and asks the model for its other names: its own, therefore."""
+    _, model = pair(name)
+    _, other = pair(name, seed=2)
     save_model(model, tmp_path / "file")
-    load_model(again, tmp_path / "file")
-    assert_same_state(again.state_dict(), before.state_dict())
+    load_model(other, tmp_path / "file")
+    assert_same_state(for_the_layer(other), for_the_layer(model))
+
+
+class Wider(CausalLMHead):
+    """With a parameter, a buffer and a state of its own."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.register_buffer("seen", torch.zeros(1))
+        self.steps = 0
+
+    def get_extra_state(self):
+        return self.steps
+
+    def set_extra_state(self, state):
+        self.steps = state
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_a_subclass_adds(strict):
+    head, other = Wider(D, V, bias=True), Wider(D, V, bias=True)
+    nn.init.constant_(head.gain, 7.0)
+    head.seen.fill_(5.0)
+    head.steps = 3
+    result = nn.ModuleList([other]).load_state_dict(
+        {f"0.{name}": value for name, value in head.state_dict().items()}, strict=strict
+    )
+    assert not result.missing_keys and not result.unexpected_keys
+    assert (other.gain.item(), other.seen.item(), other.steps) == (7.0, 5.0, 3)
 
 
 def test_a_shallow_copy():
@@ -175,17 +196,20 @@ def test_a_shallow_copy():
     assert torch.equal(model.lm_head.weight, before.lm_head.weight)
 
 
-def test_what_is_said_of_names_is_said_of_those_in_the_checkpoint():
+def test_what_is_missing_or_not_expected():
     before, model = pair("of its own, with a bias")
     state = before.state_dict()
     del state["lm_head.bias"]
     state["lm_head.scale"] = torch.ones(1)
     result = model.load_state_dict(state, strict=False)
-    assert result.missing_keys == ["lm_head.bias"]
+    assert result.missing_keys == ["lm_head.output_embeddings.bias"]
     assert result.unexpected_keys == ["lm_head.scale"]
+    without_bias = pair("of its own")[1]
+    with pytest.raises(RuntimeError, match='Unexpected key.* "lm_head.bias"'):
+        without_bias.load_state_dict(before.state_dict())
     state = before.state_dict()
     state["lm_head.weight"] = torch.zeros(V + 1, D)
-    with pytest.raises(RuntimeError, match="size mismatch for lm_head.weight: "):
+    with pytest.raises(RuntimeError, match="size mismatch for lm_head.output_embeddings.weight: "):
         model.load_state_dict(state)
 
 
@@ -200,29 +224,30 @@ def test_a_name_of_both_kinds_is_an_error(strict):
 
 
 def test_what_a_head_has_beside_the_classifier():
-    """Keeps its name, which no stock layer has: a checkpoint without it says so."""
+    """Is loaded too; a checkpoint of a stock layer lacks it, and that is said."""
     head = CausalLMHead(D, V, bias=True, hidden_size=12, weight=torch.rand(V))
-    assert list(head.state_dict()) == ["weight", "bias", "loss.weight", "projection.weight"]
-    copied = CausalLMHead(D, V, bias=True, hidden_size=12, weight=torch.rand(V))
-    copied.load_state_dict(head.state_dict())
+    other = CausalLMHead(D, V, bias=True, hidden_size=12, weight=torch.rand(V))
+    other.load_state_dict(head.state_dict())
     for name, value in head.state_dict().items():
-        assert torch.equal(copied.state_dict()[name], value)
-    result = copied.load_state_dict(nn.Linear(D, V).state_dict(), strict=False)
-    assert result.missing_keys == ["loss.weight", "projection.weight"]
+        assert torch.equal(other.state_dict()[name], value)
+    result = other.load_state_dict(nn.Linear(D, V).state_dict(), strict=False)
+    assert sorted(result.missing_keys) == ["loss.weight", "projection.weight"]
+    assert not result.unexpected_keys
     assert list(LinearCrossEntropy(weight=torch.ones(V)).state_dict()) == ["weight"]
 
 
 def test_a_weight_that_is_computed():
-    layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(D, V))
-    names = list(layer.state_dict())
-    head = CausalLMHead(D, V, bias=True)
-    torch.nn.utils.parametrizations.weight_norm(head.output_embeddings)
-    assert list(head.state_dict()) == names
-    assert [n for n, _ in head.named_parameters()] == [n for n, _ in layer.named_parameters()]
-    for name, parameter in head.named_parameters():
-        assert head.get_parameter(name) is parameter
-    head.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(head.weight, layer.weight)
+    """Is none of the names, and lm_head.weight has no place."""
+    head, other = CausalLMHead(D, V, bias=True), CausalLMHead(D, V, bias=True)
+    for one in (head, other):
+        torch.nn.utils.parametrizations.weight_norm(one.output_embeddings)
+    other.load_state_dict(head.state_dict(), strict=True)
+    torch.testing.assert_close(other.weight, head.weight)
+    with pytest.raises(RuntimeError, match='Unexpected key.* "weight"'):
+        head.load_state_dict(nn.Linear(D, V).state_dict())
+
+
+# Names and values elsewhere -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["of its own", "with a bias more"])
@@ -232,55 +257,73 @@ def test_tying_by_assignment(name):
     model.lm_head.weight = model.embedding.weight
     assert model.lm_head.weight is model.embedding.weight
     assert len([p for p in model.parameters() if p is model.embedding.weight]) == 1
-    state = model.state_dict()
+    state = for_the_layer(model)
     assert state["lm_head.weight"].data_ptr() == state["embedding.weight"].data_ptr()
-    if model.lm_head.bias is not None:
-        model.lm_head.bias = nn.Parameter(torch.ones(V))
-        assert model.lm_head.own_bias is model.lm_head.bias and model.lm_head.bias.sum() == V
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_bias_that_is_set(name):
+    """Where there is none the head alone gets one, as by bias=True."""
+    _, model = pair(name)
+    shared, had = model.lm_head.output_embeddings, model.lm_head.bias is not None
+    is_own = not had or model.lm_head.own_bias is not None
+    bias = nn.Parameter(torch.randn(V))
+    model.lm_head.bias = bias
+    assert model.lm_head.bias is bias
+    assert (getattr(shared, "bias", None) is None) == is_own
+    assert [p is bias for p in model.parameters()].count(True) == 1
+    hidden, labels = torch.randn(3, D), torch.tensor([1, 2, 3])
+    want = nn.functional.linear(hidden, model.lm_head.weight, bias)
+    if name == "a loss":
+        got, want = model.lm_head(hidden, labels), nn.functional.cross_entropy(want, labels)
+    else:
+        got = model.lm_head(hidden).logits
+    torch.testing.assert_close(got, want)
+    with pytest.raises(TypeError, match="cannot assign"):
+        model.lm_head.bias = torch.zeros(V)
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_names_of_parameters(name):
-    """Are those of the state_dict, and lead to the parameters."""
-    before, model = pair(name)
+    """Are those of the state_dict, and of modules and their parameters, as libraries walk them."""
+    _, model = pair(name)
     named = dict(model.named_parameters(remove_duplicate=False))
-    assert sorted(named) == sorted(before.state_dict())
-    assert list(dict(model.named_parameters())) == list(dict(before.named_parameters()))
+    assert sorted(named) == sorted(model.state_dict())
     for path, parameter in named.items():
         assert model.get_parameter(path) is parameter
-    modules = list(model.modules())
-    assert len(modules) == len({id(m) for m in modules})
-    assert {model.lm_head, model.lm_head.output_embeddings} <= set(modules)
-    assert next(model.lm_head.modules()) is model.lm_head
+    assert set(dict(model.named_parameters())) <= set(get_parameter_names(model, []))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    assert modules["lm_head"] is model.lm_head
+    assert modules["lm_head.output_embeddings"] is model.lm_head.output_embeddings
 
 
-UNTIED = [n for n in HEADS if n != "a loss" and not n.startswith("tied")]
-
-
-@pytest.mark.parametrize("name", UNTIED)  # PyTorch does not put back a module with two names
+@pytest.mark.parametrize("name", [n for n in HEADS if n != "a loss"])
 def test_functional_call(name):
-    """Other values under these names, with gradients, and the model as it was afterwards."""
+    """Other values, with gradients, and the model as it was afterwards. Of a module with two names,
+    as a tied head's, PyTorch itself puts back the parameters with tie_weights=False alone."""
     before, model = pair(name)
-    before, parameters = before.state_dict(), dict(model.named_parameters())
+    _, other = pair(name, seed=2)
+    tied = {"tie_weights": not HEADS[name][0].get("tied", False)}
+    parameters = dict(model.named_parameters())
+    given = {n: p.detach() for n, p in other.named_parameters()}
     tokens = torch.arange(18).view(2, 9) % V
-    values = {n: before[n].clone().requires_grad_() for n in parameters}
+    values = {n: v.clone().requires_grad_() for n, v in given.items()}
     scaled = {n: v * 1.0 for n, v in values.items()}
-    loss = torch.func.functional_call(model, scaled, tokens).loss
+    loss = torch.func.functional_call(model, scaled, tokens, **tied).loss
     gradients = torch.autograd.grad(loss, list(values.values()))
 
     def of(values):
-        return torch.func.functional_call(model, values, tokens).loss
+        return torch.func.functional_call(model, values, tokens, **tied).loss
 
-    again = torch.func.grad(of)({n: v.detach() for n, v in values.items()})
-    detached = of({n: v.detach() for n, v in values.items()})
+    again = torch.func.grad(of)(given)
+    detached = of(dict(given))
     assert dict(model.named_parameters()).keys() == parameters.keys()
     for n, p in model.named_parameters():
         assert p is parameters[n] and p.requires_grad
-    model.load_state_dict(before)
-    want = model(tokens).loss
+    want = other(tokens).loss
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(detached, want)
-    for n, got, wanted in zip(values, gradients, torch.autograd.grad(want, model.parameters())):
+    for n, got, wanted in zip(values, gradients, torch.autograd.grad(want, other.parameters())):
         torch.testing.assert_close(got, wanted)
         torch.testing.assert_close(again[n], wanted)
 
@@ -294,15 +337,21 @@ def loss_of(model, world):
 
 
 def assert_loads(state, name):
-    """Into the model as it was, whose values it has."""
-    before, other = pair(name)
-    again = stock(3, **HEADS[name][0])
-    again.load_state_dict(state, strict=True)
-    assert_same_state(again.state_dict(), before.state_dict())
+    """Into a model on one process, which then has the values of the model as it was."""
+    before, other = pair(name, seed=3)
     other.load_state_dict(state, strict=True)
+    assert_same_state(for_the_layer(other), before.state_dict())
+
+
+def own_state(name):
+    """The values of the model as it was, under the names of the one with our head."""
+    before, other = pair(name)
+    other.load_state_dict(before.state_dict())
+    return other.state_dict()
 
 
 def check_fsdp(world, name, broadcast):
+    """torch.distributed.checkpoint looks for the model's own names, and says so of others."""
     before, model = pair(name)
     model.to(world.device)
     tied = HEADS[name][0].get("tied", False)
@@ -313,35 +362,44 @@ def check_fsdp(world, name, broadcast):
     fully_shard(model, mesh=world.mesh)
     if not tied:
         full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
-        given = before.state_dict() if world.rank == 0 or not broadcast else {}
+        given = own_state(name) if world.rank == 0 or not broadcast else {}
         set_model_state_dict(model, given, options=full)
-    assert list(model.state_dict()) == list(before.state_dict())
-    assert isinstance(model.state_dict()["lm_head.weight"], DTensor)
+    assert isinstance(model.state_dict()["lm_head.output_embeddings.weight"], DTensor)
     sharded = get_model_state_dict(model)
     set_model_state_dict(model, sharded)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     loss_of(model, world).backward()
     optimizer.step()
     moments = get_optimizer_state_dict(model, optimizer)
+    assert moments["state"].keys() == dict(model.named_parameters()).keys()
     set_optimizer_state_dict(model, optimizer, moments)
     state = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
     if world.rank == 0:
-        assert list(state) == list(before.state_dict())
         assert_loads(state, name)
+
+
+def check_names_of_the_layer_in_distributed_checkpoints(world):
+    """Are not loaded there, and that is an error."""
+    before, model = pair("of its own")
+    fully_shard(model.to(world.device), mesh=world.mesh)
+    with pytest.raises((RuntimeError, KeyError), match="lm_head"):
+        set_model_state_dict(
+            model, before.state_dict(), options=StateDictOptions(full_state_dict=True)
+        )
 
 
 def check_tensor_parallel(world):
     name = "of its own, with a bias"
-    before, model = pair(name)
+    _, model = pair(name)
     model.to(world.device)
     parallelize_module(model, world.mesh, {"lm_head.output_embeddings": ColwiseParallel()})
     set_model_state_dict(
-        model, before.state_dict(), options=StateDictOptions(full_state_dict=True)
+        model, own_state(name), options=StateDictOptions(full_state_dict=True)
     )
     state = model.state_dict()
-    assert isinstance(state["lm_head.weight"], DTensor)
+    assert isinstance(state["lm_head.output_embeddings.weight"], DTensor)
     whole = {k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in state.items()}
     assert_loads(whole, name)
 
@@ -352,37 +410,41 @@ def check_ddp(world, name):
     state = {f"module.{k}": v for k, v in before.state_dict().items()}
     wrapped.load_state_dict(state, strict=True)
     loss_of(wrapped, world).backward()
-    assert list(wrapped.state_dict()) == list(state)
     assert_loads({k: v.cpu() for k, v in model.state_dict().items()}, name)
 
 
 def check_fsdp1(world, name, use_orig_params):
     before, model = pair(name)
+    names = dict(model.named_parameters()).keys()
     wrapped = FullyShardedDataParallel(
         model, use_orig_params=use_orig_params, device_id=world.device
     )
     wrapped.load_state_dict(before.state_dict())
-    state = wrapped.state_dict()
-    assert list(state) == list(before.state_dict())
+    state = {k: v.clone() for k, v in wrapped.state_dict().items()}
     wrapped.load_state_dict(state)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
     loss_of(wrapped, world).backward()
+    optimizer.step()
+    moments = FullyShardedDataParallel.optim_state_dict(wrapped, optimizer)
+    assert moments["state"].keys() == names
+    assert get_optimizer_state_dict(wrapped, optimizer)["state"].keys() == names
     assert_loads({k: v.cpu() for k, v in state.items()}, name)
 
 
 WITH_BIAS = ("of its own, with a bias", "tied, with a bias", "with a bias more")
 CHECKS = [
     *checks(check_fsdp, [n for n in HEADS if n != "a loss"], (False, True)),
+    *checks(check_names_of_the_layer_in_distributed_checkpoints),
     *checks(check_tensor_parallel),
     *checks(check_ddp, WITH_BIAS),
-    *checks(check_fsdp1, WITH_BIAS, (False, True)),
+    *checks(check_fsdp1, ("of its own", *WITH_BIAS), (False, True)),
 ]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return processes.run(CHECKS, tmp_path_factory.mktemp("two"))
+BY_SIZE = {2: CHECKS}
+results = processes.results_of(BY_SIZE)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=str)
-def test_two_processes(results, check):
-    processes.passed(results, check)
+@processes.each(BY_SIZE)
+def test_processes(results, size, check):
+    results.passed(size, check)

@@ -21,7 +21,6 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 
 from cutloss import LinearCrossEntropyLoss
 from cutloss._bench import record
-from cutloss._torch import library
 
 V, D, LENGTH, MICROBATCHES = 8009, 16, 9, 8
 SIZE_OF_DC = V * D * 4
@@ -252,28 +251,20 @@ if SCRIPT.exists():
     CHECKS += checks(check_the_benchmark)
 
 
-@pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory):
-    return processes.run(CHECKS, tmp_path_factory.mktemp("cpu"))
+BY_SIZE = {2: CHECKS}
+on_cpu = processes.results_of(BY_SIZE)
+on_cuda = processes.results_of(BY_SIZE, "cuda")
 
 
-@pytest.fixture(scope="module")
-def on_cuda(tmp_path_factory):
-    return processes.run(CHECKS, tmp_path_factory.mktemp("cuda"), device="cuda")
+@processes.each(BY_SIZE)
+def test_cpu(on_cpu, size, check):
+    on_cpu.passed(size, check)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=str)
-def test_cpu(check, on_cpu):
-    processes.passed(on_cpu, check)
-
-
-@pytest.mark.skipif(
-    torch.cuda.device_count() < 2 or not library.HAS_CUDA,
-    reason="needs two GPUs, and a build with CUDA",
-)
-@pytest.mark.parametrize("check", CHECKS, ids=str)
-def test_cuda(check, on_cuda):
-    processes.passed(on_cuda, check)
+@processes.needs_two_devices
+@processes.each(BY_SIZE)
+def test_cuda(on_cuda, size, check):
+    on_cuda.passed(size, check)
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="no benchmarks beside the tests")

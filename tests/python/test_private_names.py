@@ -18,8 +18,9 @@ from cutloss._torch import private
 
 PACKAGE = pathlib.Path(cutloss.__file__).parent
 PRIVATE = PACKAGE / "_torch" / "private.py"
-# Not PyTorch's: the attribute in which accelerate keeps a forward, methods of named tuples.
-OF_OTHERS = {"_old_forward", "_replace", "_make", "_asdict", "_fields"}
+# Not PyTorch's: where accelerate keeps a forward, where Transformers says which attention it takes,
+# methods of named tuples.
+OF_OTHERS = {"_old_forward", "_attn_implementation", "_replace", "_make", "_asdict", "_fields"}
 
 
 def is_private(name):
@@ -213,6 +214,9 @@ def test_what_a_module_has():
     bn.register_full_backward_hook(hook)
     bn.register_full_backward_pre_hook(hook)
     assert private.backward_hooks(bn) == [hook, hook]
+    assert not private.has_hooks_before_load(bn)
+    bn.register_load_state_dict_pre_hook(hook)
+    assert private.has_hooks_before_load(bn)
     assert not private.has_forward_hooks_of_all_modules()
     handle = nn.modules.module.register_module_forward_hook(hook)
     assert private.has_forward_hooks_of_all_modules()

@@ -12,7 +12,6 @@ Some are tested beside what they belong to:
 import dataclasses
 
 import processes
-import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -228,16 +227,10 @@ CHECKS = [
     *checks(check_mean_is_not_reduced_again),
 ]
 OF_FOUR = [*CHECKS, *checks(check_tokens_and_classes_in_shards)]
-OF = {2: CHECKS, 4: OF_FOUR}
+BY_SIZE = {2: CHECKS, 4: OF_FOUR}
+results = processes.results_of(BY_SIZE)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return {n: processes.run(OF[n], tmp_path_factory.mktemp(f"cpu{n}"), n) for n in OF}
-
-
-@pytest.mark.parametrize(
-    "size, check", [(n, c) for n, of in OF.items() for c in of], ids=lambda v: str(v)
-)
+@processes.each(BY_SIZE)
 def test_cpu(results, size, check):
-    processes.passed(results[size], check)
+    results.passed(size, check)

@@ -1,7 +1,5 @@
-"""Checkpoints of Transformers' models: those with a head of ours in place of lm_head, and patched
-ones, are saved as the model of Transformers is, and load what it saved."""
-
-import json
+"""Checkpoints of Transformers' models: those with a head of ours in place of lm_head load what
+Transformers saved, and are saved for it, as docs/transformers.md says; patched ones as they are."""
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ import cutloss
 from cutloss import CausalLMHead
 
 LLAMA = "LlamaForCausalLM"
+OF_THE_LAYER = {r"^lm_head\.(?!output_embeddings\.)": "lm_head.output_embeddings."}
 
 
 class WithHead(transformers.LlamaForCausalLM):
@@ -49,69 +48,89 @@ def assert_same(model, other):
     torch.testing.assert_close(got.logits, want.logits)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_there_and_back(tied, tmp_path):
-    before = stock(tied)
-    before.save_pretrained(tmp_path / "stock")
-    model, said = WithHead.from_pretrained(tmp_path / "stock", output_loading_info=True)
-    assert not any(said.values())
-    assert list(model.state_dict()) == list(before.state_dict())
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert_same(model, before)
-    model.load_state_dict(before.state_dict(), strict=True)
+class Tied(WithHead):
+    _tied_weights_keys = {"lm_head.output_embeddings.weight": "model.embed_tokens.weight"}
 
+
+def test_there_and_back(tmp_path):
+    """Transformers reads files itself, and is told the names; it saves with the names it read."""
+    before = stock(False)
+    before.save_pretrained(tmp_path / "stock")
+    model, said = WithHead.from_pretrained(
+        tmp_path / "stock", key_mapping=OF_THE_LAYER, output_loading_info=True
+    )
+    assert not any(said.values())
+    assert_same(model, before)
     model.save_pretrained(tmp_path / "ours")
     assert names_in(tmp_path / "ours") == names_in(tmp_path / "stock")
-    assert ("lm_head.weight" in names_in(tmp_path / "ours")) != tied
-    for kind in (transformers.LlamaForCausalLM, WithHead):
-        loaded, said = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    for kind, names in ((transformers.LlamaForCausalLM, None), (WithHead, OF_THE_LAYER)):
+        loaded, said = kind.from_pretrained(
+            tmp_path / "ours", key_mapping=names, output_loading_info=True
+        )
         assert not any(said.values())
-        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
         assert_same(loaded, before)
 
 
-def test_a_head_in_place_of_the_layer_of_a_model_that_was_loaded(tmp_path):
-    before = stock(False)
-    model = stock(False, seed=1)
-    model.lm_head = CausalLMHead(model.lm_head)
-    model.load_state_dict(before.state_dict(), strict=True)
-    model.save_pretrained(tmp_path)
-    assert_same(transformers.LlamaForCausalLM.from_pretrained(tmp_path), before)
+def test_there_and_back_tied(tmp_path):
+    before = stock(True)
+    before.save_pretrained(tmp_path / "stock")
+    model, said = Tied.from_pretrained(tmp_path / "stock", output_loading_info=True)
+    assert not any(said.values())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_same(model, before)
+    model.save_pretrained(tmp_path / "ours")
+    assert names_in(tmp_path / "ours") == names_in(tmp_path / "stock")
+    loaded, said = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(said.values())
+    assert_same(loaded, before)
 
 
-def test_several_files(tmp_path):
+def test_a_tied_head_of_which_transformers_knows_nothing(tmp_path):
+    """It does not save one of the two names in silence."""
+    with pytest.raises(RuntimeError, match="shared tensors.*lm_head.output_embeddings.weight"):
+        WithHead(stock(True).config).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("names", [None, OF_THE_LAYER])
+def test_under_its_own_names(names, tmp_path):
+    """Which no other model has; with the mapping they are loaded as well."""
     before = stock(False)
     model = WithHead(before.config)
-    model.load_state_dict(before.state_dict())
-    model.save_pretrained(tmp_path, max_shard_size="4KB")
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == before.state_dict().keys()
+    model.load_state_dict(before.state_dict(), strict=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.output_embeddings.weight" in names_in(tmp_path)
+    loaded, said = WithHead.from_pretrained(tmp_path, key_mapping=names, output_loading_info=True)
+    assert not any(said.values())
+    assert_same(loaded, before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_state_dict_for_transformers(tied, tmp_path):
+    before = stock(tied)
+    model = stock(tied, seed=1)
+    model.lm_head = CausalLMHead(model.model.embed_tokens if tied else model.lm_head)
+    model.load_state_dict(before.state_dict(), strict=True)
+    state = {k.replace("output_embeddings.", ""): v for k, v in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
     assert_same(transformers.LlamaForCausalLM.from_pretrained(tmp_path), before)
 
 
-def test_a_checkpoint_without_the_head(tmp_path):
-    """Of a base model: Transformers makes the weight that is missing, and says so."""
-    before = stock(False)
-    before.model.save_pretrained(tmp_path)
-    model, said = WithHead.from_pretrained(tmp_path, output_loading_info=True)
-    assert said["missing_keys"] == {"lm_head.weight"}
-    weight = model.lm_head.weight
-    assert isinstance(weight, torch.nn.Parameter) and weight.requires_grad
-    assert weight.device.type == "cpu" and 0.01 < weight.std() < 0.04  # initializer_range
-
-
-def test_a_checkpoint_of_an_earlier_version(tmp_path):
-    """Transformers reads files itself: it is told the new name."""
-    before = stock(False)
-    before.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    state = load_file(path)
-    state["lm_head.output_embeddings.weight"] = state.pop("lm_head.weight")
-    save_file(state, path, metadata={"format": "pt"})
-    renamed = {r"^lm_head\.output_embeddings\.": "lm_head."}
-    model, said = WithHead.from_pretrained(tmp_path, key_mapping=renamed, output_loading_info=True)
-    assert not any(said.values())
-    assert_same(model, before)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_decays(tied, tmp_path):
+    """Trainer finds parameters by names that it makes by walking through modules."""
+    for kind in (transformers.LlamaForCausalLM, WithHead):
+        model = kind(stock(tied).config)
+        arguments = transformers.TrainingArguments(
+            output_dir=tmp_path, weight_decay=0.1, use_cpu=True, report_to=[]
+        )
+        optimizer = transformers.Trainer(model=model, args=arguments).create_optimizer()
+        groups = optimizer.param_groups
+        decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        assert decays[id(model.lm_head.weight)] == 0.1
+        assert decays[id(model.model.norm.weight)] == 0.0
+        assert len(decays) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("tied", [False, True])

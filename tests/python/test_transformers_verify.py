@@ -318,7 +318,22 @@ BAD = {
         ValueError,
         "the loss of LlamaForCausalLM itself is nan.*some label counts",
     ),
+    "no label counts, of a number that is given": (
+        lambda: {**text(), "labels": torch.full((2, 7), -100), "num_items_in_batch": 5},
+        ValueError,
+        "the loss of LlamaForCausalLM itself is 0 with a gradient of zeros .*some label counts",
+    ),
 }
+
+
+def test_a_classifier_of_zeros():
+    """Has a gradient of zeros for the hidden states, whatever the batch."""
+    model = make(LLAMA)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    with pytest.raises(ValueError, match="classifier whose weights are not all zeros"):
+        cutloss.patch(model, verify=text())
+    assert_unpatched(model)
+    cutloss.patch(model)
 
 
 @pytest.mark.parametrize("name", BAD)

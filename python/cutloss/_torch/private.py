@@ -242,14 +242,9 @@ def backward_hooks(module: nn.Module) -> list[Callable]:
     return [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]  # 2.11, 2.13
 
 
+def has_hooks_before_load(module: nn.Module) -> bool:
+    return bool(module._load_state_dict_pre_hooks)  # 2.11, 2.13
+
+
 def has_forward_hooks_of_all_modules() -> bool:
     return bool(nn.modules.module._global_forward_hooks)  # 2.11, 2.13
-
-
-# Names in checkpoints -----------------------------------------------------------------------------
-
-
-def name_for_distributed_checkpoints(kind: type[nn.Module], names: Callable) -> None:
-    """torch.distributed.checkpoint asks modules whose hooks leave a submodule's name out of the
-    state_dict for ``{name without: the submodule's name}``, which is what `names` makes of one."""
-    kind._fqn_modifiers = names  # 2.13

@@ -110,7 +110,7 @@ def patch(
         loss or gradient differ; the model is as it was, as it is after every error.
     :raises RuntimeError: where the model itself can not take the batch.
     :raises ValueError: where the batch has no labels or is on another device than the model, or the
-        model makes no finite loss of it.
+        model makes no finite loss of it, or one whose gradient is zeros.
     """
     batch = _verify.check(verify)
     if return_logits is not None:

@@ -110,7 +110,15 @@ def _of_stock(
             f"compared: take a batch in which some label counts (is not -100), and a model whose "
             f"weights are finite"
         )
-    return loss.detach(), _gradients(loss, switch.now.probes)
+    grads = _gradients(loss, switch.now.probes)
+    # The tiny batch has labels that count: there it is the weights that are zero.
+    if not is_tiny and not any(map(_norm, grads)):
+        raise ValueError(
+            f"on {on} the loss of {name} itself is {loss.item():.7g} with a gradient of zeros for "
+            f"the hidden states, with which nothing can be compared: take a batch in which some "
+            f"label counts (is not -100), and a classifier whose weights are not all zeros"
+        )
+    return loss.detach(), grads
 
 
 def _loss(output, name: str, on: str) -> Tensor:
