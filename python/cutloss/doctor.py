@@ -187,7 +187,7 @@ def _plan(args):
     which = "fwbw_frozen" if args.frozen else "fwbw"
     yield f"asked: {case.label}, {method.label}{', frozen classifier' if args.frozen else ''}"
     try:
-        yield from decide(case, method, which).text.splitlines()
+        yield from str(decide(case, method, which)).splitlines()
     except Refusal as error:
         yield from f"no engine takes it: {error}".splitlines()
 

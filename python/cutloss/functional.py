@@ -1,6 +1,7 @@
 """``linear_cross_entropy``: the loss of a large-vocabulary model without its logits."""
 
 import enum
+import difflib
 import inspect
 from typing import Any
 
@@ -321,6 +322,13 @@ def plan(
     :raises ValueError: What the call would raise; max_workspace below ``least_bytes``.
     :raises NotImplementedError: Where no engine takes it, with each engine's reason.
     """
+    for name in options:
+        if name not in _SIGNATURE.parameters:
+            near = difflib.get_close_matches(name, _SIGNATURE.parameters, 1)
+            raise TypeError(
+                f"cutloss.plan got an unexpected keyword argument '{name}': it takes those of "
+                f"linear_cross_entropy" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
     given = _SIGNATURE.bind(e, c, targets, bias, **options)
     given.apply_defaults()
     said = given.arguments

@@ -203,6 +203,28 @@ def test_what_has_no_plan():
         meta(8, 8, 8, softcap=-3.0)
 
 
+def test_a_printed_plan_has_all_reasons():
+    """Those of gradients with the loss too, which take less memory than kept logits."""
+    e = torch.empty(8192, 4096, dtype=BF16, device="meta", requires_grad=True)
+    c = torch.empty(128256, 4096, dtype=BF16, device="meta", requires_grad=True)
+    plan = cutloss.plan(e, c, torch.empty(8192, dtype=torch.int64, device="meta"))
+    assert any(reason.startswith("with the loss: rows, 3 products") for reason in plan.reasons)
+    assert all(reason in str(plan) for reason in plan.reasons)
+
+
+def test_a_wrong_option_is_named():
+    p = problems.make((5,))
+    with pytest.raises(TypeError, match="cutloss.plan .* 'softcapp'.*did you mean 'softcap'"):
+        cutloss.plan(p.e, p.c, p.targets, softcapp=3.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_plan_of_a_gpu_that_is_not_here():
+    p = problems.make((5,))
+    with pytest.raises(NotImplementedError, match="device='cuda' .* there is none here"):
+        cutloss.plan(p.e, p.c, p.targets, device="cuda")
+
+
 def test_what_was_found_on_this_machine():
     engines = {engine.name: engine for engine in library.engines()}
     assert not engines["cpu"].absent and "threads" in engines["cpu"].description

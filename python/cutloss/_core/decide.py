@@ -215,6 +215,12 @@ def planned(
     sizes = sizes_of(*operands)
     if device is not None:
         device = torch.device(device)
+        if device.type == "cuda" and not (library.HAS_CUDA and torch.cuda.is_available()):
+            why = "PyTorch finds none" if library.HAS_CUDA else "this cutloss was built without CUDA"
+            raise NotImplementedError(
+                f"a plan for device={str(device)!r} is made of facts of the GPU, and there is none "
+                f"here ({why}; `cutloss doctor` says more): ask where the GPU is"
+            )
         number = -1 if device.index is None else device.index
         sizes = sizes._replace(on_cuda=device.type == "cuda", device_index=number)
         options = options.but(allow_tf32=library.allow_tf32(device.type, options.compute_dtype))

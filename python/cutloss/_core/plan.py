@@ -92,4 +92,6 @@ class Plan:
         return self.kept_bytes + max(self.forward_bytes, self.backward_bytes)
 
     def __str__(self) -> str:
-        return self.text
+        """In words, with the reasons that a call has beside its plan's own."""
+        own = self.text.rstrip("\n")
+        return "\n".join([own, *(r for r in self.reasons if r not in own)])

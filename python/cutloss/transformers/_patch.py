@@ -191,7 +191,10 @@ def _take_off(target: nn.Module) -> None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model of Transformers itself, under PEFT's wrapper."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"cutloss.patch takes a model, got {type(model).__name__}")
+        raise TypeError(
+            f"cutloss.patch takes a model, got {type(model).__name__}: make the model first, by "
+            f"from_pretrained or of its configuration, and patch that"
+        )
     if type(model).__name__ in _WRAPPERS or private.is_compiled(model):
         raise ValueError(
             f"this model is inside {type(model).__name__}: patch it before it is wrapped or "
