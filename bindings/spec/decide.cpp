@@ -77,7 +77,10 @@ std::vector<UpToRows> decide_for_rows(const Problem& problem) {
     }
   }
   // No plan for any number of rows: the call says why.
-  if (found.empty()) found.push_back({kMostRows, false, problem.schedule});
+  if (found.empty()) {
+    const bool by_rows = problem.schedule == Schedule::rows;
+    found.push_back({kMostRows, false, by_rows ? Schedule::rows : Schedule::vocabulary});
+  }
   return found;
 }
 

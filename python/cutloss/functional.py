@@ -342,7 +342,8 @@ def plan(
         )
     for name in ("accum_e_fp32", "accum_c_fp32", "filter_e_grad", "filter_c_grad"):
         said.pop(name)
-    described, how = _described(classes=None, **said)
+    there = torch.device(device).type if device is not None else e.device.type
+    described, how = _described(classes=None, device="cpu" if there == "meta" else there, **said)
     class_weight = _class_weight(how, described)
     operands = make_operands(
         e, c, targets, bias, said["temperature"], class_weight, described, plain=True

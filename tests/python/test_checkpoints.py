@@ -2,7 +2,6 @@
 are loaded, and one line makes one for it. Names are the same wherever PyTorch has them."""
 
 import copy
-import io
 import pickle
 
 import processes

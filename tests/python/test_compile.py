@@ -493,3 +493,30 @@ def test_opcheck_terms(smoothing, z_loss, weighted):
 def test_opcheck_scale():
     t, factor = torch.randn(3, 4).to(problems.device), torch.tensor(2.0).to(problems.device)
     torch.library.opcheck(operators.scale_, (t, factor))
+
+
+def test_no_number_of_rows_has_a_plan():
+    p = problems.make((64,), V=1000, D=64)
+    compiled = torch.compile(
+        lambda p: loss_of(p, max_workspace=100), backend="aot_eager", dynamic=True
+    )
+    with pytest.raises(Exception, match="max_workspace is 100 bytes"):
+        compiled(p)
+
+
+def test_tokens_that_a_mask_chooses():
+    """How many is in the data: the graph takes a way that serves every number."""
+    budget, _ = border_of_rows()
+    p = problems.make((64,), V=211, D=24)
+    chosen = torch.arange(64, device=p.e.device) % 3 != 0
+
+    def loss(e, c, targets):
+        return cutloss.linear_cross_entropy(e[chosen], c, targets[chosen], max_workspace=budget)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        got = compiled(p.e, p.c, p.targets)
+        grads = torch.autograd.grad(got, (p.e, p.c))
+    want = loss(p.e, p.c, p.targets)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grads, torch.autograd.grad(want, (p.e, p.c)))

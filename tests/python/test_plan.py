@@ -218,11 +218,32 @@ def test_a_wrong_option_is_named():
         cutloss.plan(p.e, p.c, p.targets, softcapp=3.0)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_plan_of_a_gpu_that_is_not_here():
+@pytest.mark.skipif(library.HAS_CUDA, reason="a build with CUDA")
+def test_no_plan_of_a_gpu_without_cuda():
     p = problems.make((5,))
-    with pytest.raises(NotImplementedError, match="device='cuda' .* there is none here"):
+    with pytest.raises(NotImplementedError, match="device='cuda' .* built without CUDA"):
         cutloss.plan(p.e, p.c, p.targets, device="cuda")
+
+
+def test_no_plan_of_other_devices():
+    p = problems.make((5,))
+    with pytest.raises(NotImplementedError, match="'cpu' and 'cuda', not for 'mps'"):
+        cutloss.plan(p.e, p.c, p.targets, device="mps")
+
+
+def test_a_plan_under_autocast_without_data():
+    """That of the device which the plan is for."""
+    with torch.autocast("cpu", BF16):
+        for dtype in (F32, BF16):
+            e = torch.empty(256, 64, dtype=dtype, requires_grad=True)
+            c = torch.empty(5000, 64, requires_grad=True)
+            targets = torch.zeros(256, dtype=torch.int64)
+            want = cutloss.plan(e, c, targets)
+            assert "compute bf16" in want.text
+            there = [t.detach().to("meta").requires_grad_(t.requires_grad) for t in (e, c, targets)]
+            assert cutloss.plan(*there, device="cpu").text == want.text
+            assert cutloss.plan(*there).text == want.text
+
 
 
 def test_what_was_found_on_this_machine():

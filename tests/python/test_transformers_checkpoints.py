@@ -6,7 +6,6 @@ import torch
 import transformers
 from architectures import V, batch, make
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import cutloss
 from cutloss import CausalLMHead

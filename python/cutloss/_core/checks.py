@@ -151,16 +151,19 @@ def logits(z: Tensor, targets: Tensor) -> None:
     class_indices(targets)
 
 
-def dtypes(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor) -> torch.dtype:
-    """The dtype of the products' operands: that of the tensors, or autocast's."""
+def dtypes(
+    e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, device: str | None = None
+) -> torch.dtype:
+    """The dtype of the products' operands: that of the tensors, or autocast's for a device of this
+    type (that of e where it is left out)."""
     class_indices(targets)
     named = {"e": e, "c": c}
     if bias is not None:
         named["bias"] = bias
-    return operand_dtype(**named)
+    return operand_dtype(device, **named)
 
 
-def operand_dtype(**named: Tensor) -> torch.dtype:
+def operand_dtype(device: str | None = None, /, **named: Tensor) -> torch.dtype:
     """Of the products of these tensors: theirs, or autocast's."""
     (first, e), *_ = named.items()
     for name, t in named.items():
@@ -168,7 +171,7 @@ def operand_dtype(**named: Tensor) -> torch.dtype:
             raise TypeError(
                 f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}"
             )
-    device = e.device.type
+    device = device or e.device.type
     autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     if autocast and all(t.dtype != torch.float64 for t in named.values()):  # which it leaves alone
         return torch.get_autocast_dtype(device)

@@ -145,7 +145,8 @@ def _while_traced(
     ways = _constant_ways(_plain(sizes), asked.values(), known_at_forward)
     rows = sequences * (length - shift)
     for most, in_forward, schedule in ways[:-1]:
-        if rows <= most:
+        # Where nothing is known of the number, the last way serves every one.
+        if private.is_known_to_be(rows <= most):
             return _kept_by_none(in_forward, schedule)
     return _kept_by_none(*ways[-1][1:])
 
@@ -215,16 +216,26 @@ def planned(
     sizes = sizes_of(*operands)
     if device is not None:
         device = torch.device(device)
-        if device.type == "cuda" and not (library.HAS_CUDA and torch.cuda.is_available()):
-            why = "PyTorch finds none" if library.HAS_CUDA else "this cutloss was built without CUDA"
-            raise NotImplementedError(
-                f"a plan for device={str(device)!r} is made of facts of the GPU, and there is none "
-                f"here ({why}; `cutloss doctor` says more): ask where the GPU is"
-            )
+        _check_device(device)
         number = -1 if device.index is None else device.index
         sizes = sizes._replace(on_cuda=device.type == "cuda", device_index=number)
         options = options.but(allow_tf32=library.allow_tf32(device.type, options.compute_dtype))
     return library.plan(sizes.arguments(known_at_forward), options)
+
+
+def _check_device(device: torch.device) -> None:
+    """Of a plan that is asked for. What else a GPU may lack the library says."""
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"there are plans for 'cpu' and 'cuda', not for {str(device)!r}")
+    if device.type == "cpu":
+        return
+    if not library.HAS_CUDA:
+        raise NotImplementedError(
+            f"a plan for device={str(device)!r} is made of facts of the GPU, and this cutloss was "
+            f"built without CUDA (`cutloss doctor` says more): ask where the GPU is"
+        )
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"there is no {device}: {torch.cuda.device_count()} CUDA devices are here")
 
 
 def _place(t: Tensor) -> Place:

@@ -25,17 +25,19 @@ def checked_options(
     weight: Tensor | None = None,
     token_weight: Tensor | None = None,
     normalizer: Tensor | None = None,
+    device: str | None = None,
     **said: Any,
 ) -> tuple[LossOptions, Options]:
     """Checks what describes the loss: in the caller's words, and in the operators'. `said`: what
     LossOptions has besides. `classes`: of a shard, its first one and how many the vocabulary has.
-    The tensors must all be where e is."""
+    The tensors must all be where e is. `device`: the type of the one that the loss is for, if
+    that is another."""
     checks.tensors(
         e=e, c=c, targets=targets, bias=bias, weight=weight, token_weight=token_weight,
         normalizer=normalizer,
     )  # fmt: skip
     checks.shapes(e, c, targets, bias, least_classes=1 if classes is None else 0)
-    compute_dtype = checks.dtypes(e, c, bias, targets)
+    compute_dtype = checks.dtypes(e, c, bias, targets, device)
     own_temperature = temperature if isinstance(temperature, Tensor) else None
     if not said.get("plain"):
         checks.device(e, library.HAS_CUDA)

@@ -1,6 +1,7 @@
 """The options of a loss: as a caller says them (LossOptions), and as the operators take them
 (Options)."""
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -147,10 +148,9 @@ class LossOptions:
             said["temperature"] = 1.0
         if torch.compiler.is_compiling():
             return _checked(tuple(said), *said.values())
-        try:
+        with contextlib.suppress(TypeError):  # of a value that has no hash, or of one that is wrong
             return _checked_before(tuple(said), *said.values())
-        except TypeError:  # of a value that has no hash, or of one that is wrong
-            return _checked(tuple(said), *said.values())
+        return _checked(tuple(said), *said.values())
 
     def operators(
         self, compute_dtype: torch.dtype, shift: int, allow_tf32: bool = False

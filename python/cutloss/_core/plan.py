@@ -88,7 +88,8 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that the loss takes beside its inputs and gradients."""
+        """The most memory that the loss takes beside its inputs and gradients, and beside packed
+        copies of tensors whose rows the engine cannot read where they lie."""
         return self.kept_bytes + max(self.forward_bytes, self.backward_bytes)
 
     def __str__(self) -> str:

@@ -40,7 +40,6 @@ _ops = torch.ops.cutloss
 HAS_CUDA: bool = _ops.cuda_version() > 0
 
 
-
 # Whether gradients of a dtype are made in backward alone, where the loss scale comes before their
 # rounding. Plans keep to it; this is for losses that have no plan of the library.
 WAITS_FOR_LOSS_SCALE: dict[torch.dtype, bool] = {

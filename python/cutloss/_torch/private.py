@@ -49,6 +49,15 @@ def is_static(*numbers: Any) -> bool:
     return all([has_static_value(number) for number in numbers])
 
 
+def is_known_to_be(condition: Any) -> bool:
+    """Whether a condition on symbols holds: a guard where they are those of sizes, and False where
+    they depend on data."""
+    from torch.fx.experimental import symbolic_shapes
+
+    guarded = getattr(symbolic_shapes, "guard_or_false", None)  # 2.11, 2.13; not in 2.10
+    return bool(condition) if guarded is None else guarded(condition)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether it is what torch.compile made of a module."""
     return hasattr(module, "_orig_mod")  # 2.11, 2.13

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._core.options import Options
 from ..sharded import Shard
 from . import autograd, private
-from .autograd import Made, Saved
+from .autograd import Saved
 from .operators import Outputs
 from .shards import ShardedLinear, Tokens
 

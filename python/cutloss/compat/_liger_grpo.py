@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._core import checks
-from ..losses import _arguments as args
 from ..losses import linear_loss
 from ._liger_sequences import check
 
