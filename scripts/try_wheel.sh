@@ -10,8 +10,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-TESTS=(test_import test_needs test_functional test_heads test_cross_entropy test_torch_compat
-  test_token_loss test_cli_doctor)
+TESTS=(project/test_import project/test_needs loss/test_functional loss/test_heads
+  logits/test_cross_entropy compat/test_torch_compat losses/test_token_loss cli/test_doctor)
 
 (($# == 1)) && [[ -f $1 ]] || {
   printf 'try_wheel: one wheel is wanted, got: %s\n' "$*" >&2
@@ -35,7 +35,8 @@ echo "== the wheel by itself"
 
 echo "== installed, with tests that lie elsewhere"
 "${pip[@]}" "$wheel"
-cp -r tests/python "$away/tests"
+mkdir "$away/tests"
+cp -r tests/python "$away/tests" # where the copy of pyproject.toml says that they are
 cp pyproject.toml "$away"
 cd "$away"
 "$python" -I -c '
@@ -46,7 +47,7 @@ sys.exit(0 if found.startswith(sys.prefix) else f"cutloss was imported from {fou
   cat doctor.txt
   exit 1
 }
-files=("${TESTS[@]/#/tests/}")
-files=("${files[@]/%/.py}") # tests/test_import.py, ...
+files=("${TESTS[@]/#/tests/python/}")
+files=("${files[@]/%/.py}") # tests/python/project/test_import.py, ...
 OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} "$python" -I -m pytest -q -c pyproject.toml \
   -p no:cacheprovider "${files[@]}"

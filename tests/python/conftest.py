@@ -1,12 +1,14 @@
 """Every device that the package has an engine for here, and every engine; the same tests run on
 each."""
 
-import problems
 import pytest
 import torch
-from labels import ADDRESS
 
-from cutloss._torch import library
+pytest.register_assert_rewrite("helpers")  # a failed assert there says its values, as in a test
+
+from helpers import problems  # noqa: E402
+from helpers.inside import library  # noqa: E402
+from helpers.labels import ADDRESS  # noqa: E402
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and library.HAS_CUDA else ["cpu"]
 
@@ -36,5 +38,5 @@ def pytest_collection_modifyitems(items):
         if ADDRESS.search(item.nodeid):
             raise pytest.UsageError(
                 f"the name of {item.nodeid} holds an address, another in every process: give "
-                f"parametrize ids=labels.without_address"
+                f"parametrize ids=helpers.labels.without_address"
             )

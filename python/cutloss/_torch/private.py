@@ -1,7 +1,7 @@
 """Every private name of PyTorch that cutloss takes, and nothing of it elsewhere.
 
-Each stands with the versions it was seen in; tests/python/test_private_names.py tries each, and
-that no other file has one.
+Each stands with the versions it was seen in; tests/python/project/test_private_names.py tries each,
+and that no other file has one.
 """
 
 import functools
