@@ -1,7 +1,7 @@
 """Checks that run in several processes at once, which form a group (gloo on the CPU, nccl on CUDA).
 
-Starting processes costs seconds, so a test file starts them once for all of its checks, in a
-fixture of its module, and has a test for each result.
+Starting processes costs seconds, so a test file starts them once for all of its checks, and has a
+test for each result: `test_cpu = processes.on_cpu({2: CHECKS})` makes these tests.
 """
 
 import contextlib
@@ -154,37 +154,21 @@ def _collected(
     return results
 
 
-def passed(results: dict[str, str | None], check: Check) -> None:
-    """Fails the test with the traceback of the process in which the check failed."""
-    if error := results[str(check)]:
-        pytest.fail(error, pytrace=False)
-
-
 class Results:
     """What checks gave, of each number of processes. They are run when a test first asks."""
 
-    def __init__(self, folder, checks_of_size, device, seconds):
-        self._folder, self._checks, self._device = folder, checks_of_size, device
-        self._seconds, self._found = seconds, {}
+    def __init__(self, checks_of_size: dict[int, list[Check]], device="cpu", seconds=120):
+        self._checks, self._device, self._seconds = checks_of_size, device, seconds
+        self._found: dict[int, dict[str, str | None]] = {}
 
-    def passed(self, size: int, check: Check) -> None:
+    def passed(self, tmp_path_factory, size: int, check: Check) -> None:
         """Fails the test with the traceback of the process in which the check failed."""
         if size not in self._found:
-            folder = self._folder / str(size)
-            folder.mkdir()
+            folder = tmp_path_factory.mktemp(f"{self._device}{size}")
             checks = self._checks[size]
             self._found[size] = run(checks, folder, size, self._device, self._seconds)
-        passed(self._found[size], check)
-
-
-def results_of(checks_of_size: dict[int, list[Check]], device: str = "cpu", seconds: int = 120):
-    """A fixture of a test file: the Results of its checks."""
-
-    @pytest.fixture(scope="module")
-    def results(tmp_path_factory):
-        return Results(tmp_path_factory.mktemp(device), checks_of_size, device, seconds)
-
-    return results
+        if error := self._found[size][str(check)]:
+            pytest.fail(error, pytrace=False)
 
 
 needs_two_devices = pytest.mark.skipif(
@@ -197,6 +181,29 @@ def each(checks_of_size: dict[int, list[Check]]):
     """Parametrizes a test by size and check."""
     pairs = [(size, check) for size, checks in checks_of_size.items() for check in checks]
     return pytest.mark.parametrize("size, check", pairs, ids=str)
+
+
+def on_cpu(checks_of_size: dict[int, list[Check]]):
+    """A test of each check in each number of processes. A file calls it test_cpu."""
+    results = Results(checks_of_size)
+
+    @each(checks_of_size)
+    def test(tmp_path_factory, size, check):
+        results.passed(tmp_path_factory, size, check)
+
+    return test
+
+
+def on_two_devices(checks: list[Check]):
+    """A test of each check in two processes with a CUDA device each. A file calls it test_cuda."""
+    results = Results({2: checks}, "cuda", seconds=240)
+
+    @needs_two_devices
+    @pytest.mark.parametrize("check", checks, ids=str)
+    def test(tmp_path_factory, check):
+        results.passed(tmp_path_factory, 2, check)
+
+    return test
 
 
 def refused(error, match, function):

@@ -4,7 +4,6 @@ in one. Megatron itself is not installed here."""
 
 import types
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -419,18 +418,5 @@ SIZES = (2, 3)
 
 
 BY_SIZE = {size: CHECKS for size in SIZES}
-results = processes.results_of(BY_SIZE)
-
-
-@processes.each(BY_SIZE)
-def test_cpu(results, size, check):
-    results.passed(size, check)
-
-
-on_cuda = processes.results_of({2: BY_SIZE[2]}, "cuda", seconds=240)
-
-
-@processes.needs_two_devices
-@pytest.mark.parametrize("check", BY_SIZE[2], ids=str)
-def test_cuda(on_cuda, check):
-    on_cuda.passed(2, check)
+test_cpu = processes.on_cpu(BY_SIZE)
+test_cuda = processes.on_two_devices(BY_SIZE[2])

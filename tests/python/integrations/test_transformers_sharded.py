@@ -44,7 +44,7 @@ def check_like_one_process(world, how):
 
 
 CHECKS = processes.checks(check_like_one_process, ("ddp", "fsdp_root", "fsdp_head"))
-results = processes.results_of({2: CHECKS})
+results = processes.Results({2: CHECKS})
 
 
 @pytest.mark.parametrize(
@@ -75,5 +75,5 @@ def test_hooks_that_gather_are_called_for_the_layer_alone(module):
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=str)
-def test_two_processes(results, check):
-    results.passed(2, check)
+def test_two_processes(tmp_path_factory, check):
+    results.passed(tmp_path_factory, 2, check)

@@ -441,9 +441,4 @@ CHECKS = [
 
 
 BY_SIZE = {2: CHECKS}
-results = processes.results_of(BY_SIZE)
-
-
-@processes.each(BY_SIZE)
-def test_processes(results, size, check):
-    results.passed(size, check)
+test_processes = processes.on_cpu(BY_SIZE)

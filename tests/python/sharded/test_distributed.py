@@ -405,14 +405,14 @@ CHECKS = [
 ON_CUDA = [*CHECKS, *checks(check_fsdp1, BOTH, SCHEDULES)]
 
 
-on_cpu = processes.results_of({2: CHECKS})
+on_cpu = processes.Results({2: CHECKS})
 DEVICES_TAKEN = min(2, torch.cuda.device_count())
-on_cuda = processes.results_of({DEVICES_TAKEN: ON_CUDA}, "cuda")
+on_cuda = processes.Results({DEVICES_TAKEN: ON_CUDA}, "cuda")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=str)
-def test_cpu(check, on_cpu):
-    on_cpu.passed(2, check)
+def test_cpu(check, tmp_path_factory):
+    on_cpu.passed(tmp_path_factory, 2, check)
 
 
 @pytest.mark.skipif(
@@ -420,6 +420,6 @@ def test_cpu(check, on_cpu):
     reason="no CUDA device, or a build without CUDA",
 )
 @pytest.mark.parametrize("check", ON_CUDA, ids=str)
-def test_cuda(check, on_cuda):
+def test_cuda(check, tmp_path_factory):
     """By nccl in two processes where there are two devices, else in one."""
-    on_cuda.passed(DEVICES_TAKEN, check)
+    on_cuda.passed(tmp_path_factory, DEVICES_TAKEN, check)

@@ -252,19 +252,8 @@ if SCRIPT.exists():
 
 
 BY_SIZE = {2: CHECKS}
-on_cpu = processes.results_of(BY_SIZE)
-on_cuda = processes.results_of(BY_SIZE, "cuda")
-
-
-@processes.each(BY_SIZE)
-def test_cpu(on_cpu, size, check):
-    on_cpu.passed(size, check)
-
-
-@processes.needs_two_devices
-@processes.each(BY_SIZE)
-def test_cuda(on_cuda, size, check):
-    on_cuda.passed(size, check)
+test_cpu = processes.on_cpu(BY_SIZE)
+test_cuda = processes.on_two_devices(CHECKS)
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="no benchmarks beside the tests")

@@ -523,23 +523,8 @@ CHECKS = [
 ]
 OF_TWO = [*CHECKS, *checks(check_compiled, ("everything",), ("aot_eager", "inductor"))]
 BY_SIZE = {2: OF_TWO, 3: CHECKS, 4: CHECKS}
-
-
-results = processes.results_of(BY_SIZE)
-
-
-@processes.each(BY_SIZE)
-def test_cpu(results, size, check):
-    results.passed(size, check)
-
-
-on_cuda = processes.results_of({2: OF_TWO}, "cuda", seconds=240)
-
-
-@processes.needs_two_devices
-@pytest.mark.parametrize("check", OF_TWO, ids=str)
-def test_cuda(on_cuda, check):
-    on_cuda.passed(2, check)
+test_cpu = processes.on_cpu(BY_SIZE)
+test_cuda = processes.on_two_devices(OF_TWO)
 
 
 def test_without_a_group():

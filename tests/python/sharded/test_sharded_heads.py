@@ -4,7 +4,6 @@ those of plain PyTorch in one process."""
 
 import copy
 
-import pytest
 import torch
 import torch.nn.functional as F
 from helpers import processes
@@ -292,18 +291,5 @@ OF_FOUR = [
 
 
 BY_SIZE = {2: CHECKS, 4: OF_FOUR}
-results = processes.results_of(BY_SIZE)
-
-
-@processes.each(BY_SIZE)
-def test_cpu(results, size, check):
-    results.passed(size, check)
-
-
-on_cuda = processes.results_of({2: BY_SIZE[2]}, "cuda", seconds=240)
-
-
-@processes.needs_two_devices
-@pytest.mark.parametrize("check", BY_SIZE[2], ids=str)
-def test_cuda(on_cuda, check):
-    on_cuda.passed(2, check)
+test_cpu = processes.on_cpu(BY_SIZE)
+test_cuda = processes.on_two_devices(BY_SIZE[2])

@@ -4,7 +4,6 @@ classifier in one process, the same on all ranks; what cannot be done so is refu
 import copy
 import dataclasses
 
-import pytest
 import torch
 from helpers import processes
 from helpers.processes import checks, refused
@@ -279,18 +278,5 @@ SIZES = (2, 3)
 
 
 BY_SIZE = {size: CHECKS for size in SIZES}
-results = processes.results_of(BY_SIZE)
-
-
-@processes.each(BY_SIZE)
-def test_cpu(results, size, check):
-    results.passed(size, check)
-
-
-on_cuda = processes.results_of({2: BY_SIZE[2]}, "cuda", seconds=240)
-
-
-@processes.needs_two_devices
-@pytest.mark.parametrize("check", BY_SIZE[2], ids=str)
-def test_cuda(on_cuda, check):
-    on_cuda.passed(2, check)
+test_cpu = processes.on_cpu(BY_SIZE)
+test_cuda = processes.on_two_devices(BY_SIZE[2])

@@ -229,9 +229,4 @@ CHECKS = [
 ]
 OF_FOUR = [*CHECKS, *checks(check_tokens_and_classes_in_shards)]
 BY_SIZE = {2: CHECKS, 4: OF_FOUR}
-results = processes.results_of(BY_SIZE)
-
-
-@processes.each(BY_SIZE)
-def test_cpu(results, size, check):
-    results.passed(size, check)
+test_cpu = processes.on_cpu(BY_SIZE)
