@@ -97,7 +97,7 @@ def call(operator: Any, *args: Any, **options: Any) -> Any:
         if private.are_transforms_active():
             return operator(*args, **options)
         with private.below_autograd():
-            return operator(*args, **options)
+            return operator.default(*args, **options)  # to choose an overload takes its time
     except RuntimeError as error:
         known = translated(error)
         if known is error:

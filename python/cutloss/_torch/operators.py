@@ -126,6 +126,8 @@ class Linear(ByOperators):
 
     # With Options.dc_adds, and then there is no gradient of c.
     dc_into: Tensor | None = dataclasses.field(default=None, kw_only=True)
+    # As repeated.key says: nothing is traced, transformed or wrapped.
+    is_ordinary: bool = dataclasses.field(default=False, kw_only=True)
 
     statistics = _ops.statistics
     of_statistics = _ops.gradients
@@ -287,11 +289,12 @@ def loss(
 
 
 def deferred(computation: ByOperators, given: Saved) -> tuple[Tensor, Rows]:
-    if private.is_transformed():
+    is_traced = torch.compiler.is_compiling()
+    if not is_traced and private.are_transforms_active():
         inputs = (*given.operands, *given.constants, given.undefined)
         made = Outputs(*_Transformed.apply(*inputs, computation))
         shown = (*made.differentiable(), made.argmax)
-    elif not torch.compiler.is_compiling() and computation.is_differentiated(given):
+    elif not is_traced and computation.is_differentiated(given):
         shown = autograd.deferred(given, computation)
     else:
         made = computation.outputs(given)
