@@ -95,29 +95,38 @@ void gradients(Stack& stack) {
   stack.put(dbias);
 }
 
-// loss_and_gradients(operands, terms, undefined, *, options) -> (loss, argmax, de, dc, dbias)
+// loss_and_gradients(operands, token_weight, weight, *, mean, label_smoothing, z_loss, options)
+//   -> (loss, undefined, argmax, de, dc, dbias); of no gradients the loss alone
 void loss_and_gradients(Stack& stack) {
   Operands operands = read_operands(stack);
-  const Tensor terms = stack.next<Tensor>();
-  const auto undefined = stack.next<std::optional<Tensor>>();
+  RowWeights weights;
+  weights.of_tokens = stack.next<std::optional<Tensor>>();
+  weights.of_classes = stack.next<std::optional<Tensor>>();
+  weights.mean = stack.next<bool>();
+  weights.label_smoothing = stack.next<double>();
+  weights.z_loss = stack.next<double>();
   const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   const Plan& plan = call.plan();
-  const RowTensors rows = call.make_rows();
+  const bool makes_gradients = plan.problem.upstream.when != Upstream::none;
+  const RowsInOne rows = call.make_rows_in_one();
   const Tensor de = call.make_de();
   const Tensor dc = call.make_dc();
   const Tensor dbias = call.make_dbias();
   const Workspace kept = call.scratch(plan.kept_bytes);
   const Workspace workspace = call.scratch(plan.forward_workspace_bytes);
 
-  call.args.rows = rows.outputs();
-  call.args.upstream = call.inputs().terms(terms);
+  call.args.rows = rows.outputs;
   call.args.gradients = {data(de), data(dc), data(dbias)};
   call.args.kept = kept.data();
   call.args.workspace = workspace.data();
-  forward_backward(plan, call.args);
-  const Tensor loss = call.sum_loss(undefined);
-  for (const Tensor* t : {&loss, &rows.argmax, &de, &dc, &dbias}) stack.put(*t);
+  // Without gradients the coefficients come after the products, which the device so begins sooner.
+  if (!makes_gradients) forward(plan, call.args);
+  const Terms terms = call.make_terms(weights);
+  call.args.upstream = call.inputs().terms(terms.terms);
+  if (makes_gradients) forward_backward(plan, call.args);
+  const Tensor loss = call.sum_loss(terms.undefined);
+  for (const Tensor* t : {&loss, &terms.undefined, &rows.argmax, &de, &dc, &dbias}) stack.put(*t);
 }
 
 void multiply(const Tensor& t, const Tensor& factor) {
@@ -300,8 +309,9 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
       "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
       "Tensor? d_zbar, Tensor(a!) dc_into, *, OPTIONS) -> (Tensor de, Tensor dbias)");
   def("loss_and_gradients(" CUTLOSS_OPERANDS
-      ", Tensor terms, Tensor? undefined=None, *, OPTIONS) -> (Tensor loss, Tensor argmax, Tensor "
-      "de, Tensor dc, Tensor dbias)");
+      ", Tensor? token_weight=None, Tensor? weight=None, *, " CUTLOSS_ROW_WEIGHTS
+      ", OPTIONS) -> (Tensor loss, Tensor undefined, Tensor argmax, Tensor de, Tensor dc, Tensor "
+      "dbias)");
   m.def(
       "loss_terms(Tensor targets, Tensor? token_weight, Tensor? class_weight, "
       "ScalarType compute_dtype, SymInt V, int shift, int ignore_index, bool mean, "

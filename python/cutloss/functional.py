@@ -217,8 +217,10 @@ def _settle_and_evaluate(
             and _known_at_forward(how, options, said["return_lse"])
         )
         own_e = None if of_shard is None else of_shard.own_e
-        options, immediate = decide.decided(operands, options, known_at_forward, own_e)
-        settled = Settled(options, how, immediate, row_shape)
+        options, at_once = decide.decided(operands, options, known_at_forward, own_e)
+        if known_at_forward and not any(options.needs):
+            at_once = not private.is_in_forward_mode()  # which _evaluate refuses
+        settled = Settled(options, how, at_once, row_shape)
         repeated.remember(key, settled)
         return *_evaluate(settled, operands, of_shard, dc_into), settled
 
@@ -303,8 +305,15 @@ def _evaluate(
     is_repeated: bool = False,
 ) -> tuple[Tensor, weighting.Rows]:
     """The loss, per row where nothing is reduced, and the per-row outputs."""
-    options, how, immediate, _ = settled
+    options, how, at_once, _ = settled
     c, labels = operands[1], operands[3]
+    if at_once:
+        computation = operators.Linear(
+            options, weighs=how.of_operator(), is_ordinary=is_repeated
+        )
+        loss, rows, undefined = operators.loss_at_once(computation, operands, how)
+        warn_of_no_weight(undefined, how, labels, options)
+        return loss, rows
     computation = operators.Linear(options, dc_into=dc_into, is_ordinary=is_repeated)
 
     def statistics() -> weighting.Rows:
@@ -328,7 +337,7 @@ def _evaluate(
         unpacked = weighting.unpacked(terms)
         unpacked.undefined = undefined
         return weighting.loss(unpacked, rows, how.reduction), rows
-    return operators.loss(computation, operands, terms, undefined, immediate)
+    return operators.loss(computation, operands, terms, undefined, immediate=False)
 
 
 _SIGNATURE = inspect.signature(linear_cross_entropy)

@@ -10,7 +10,7 @@ from problems import BF16, F16, F32, F64
 
 import cutloss
 import cutloss.losses
-from cutloss._core import decide
+from cutloss._core import decide, weighting
 from cutloss._core.options import SCHEDULES, LossOptions, Options
 from cutloss._torch import library
 
@@ -291,6 +291,9 @@ def test_options_are_those_of_the_table(name):
     """Names, order, defaults and types: those of bindings/spec/options.inc, of which the schemas
     are made."""
     of_table = keywords(name)
+    if name == "loss_and_gradients":  # which also takes how rows count
+        weighs = {k: of_table.pop(k)[0] for k in weighting.WEIGHTS_OF_ROWS}
+        assert weighs == weighting.WEIGHTS_OF_ROWS
     fields = dataclasses.fields(Options)
     assert [field.name for field in fields] == list(of_table)
     for field in fields:

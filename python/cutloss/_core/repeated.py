@@ -21,7 +21,7 @@ class Settled(NamedTuple):
 
     options: Options
     how: Weighting  # without tensors
-    immediate: bool  # gradients are made along with the loss
+    at_once: bool  # one operator makes the loss, and the gradients that are wanted
     row_shape: tuple[int, ...]  # of per-token results
 
 

@@ -148,14 +148,10 @@ def loss_terms(
 ) -> tuple[Tensor, Tensor]:
     """What weighting.terms makes, without a gradient: the coefficients in one tensor, and whether
     they are those of a mean of nothing. `targets`: (sequences, length)."""
-    stats = options.stats
-    token_weight = None if how.token_weight is None else how.token_weight.to(stats)
-    weight = None if how.weight is None else how.weight.to(stats)
     return call(
         _ops.loss_terms,
         targets,
-        token_weight,
-        weight,
+        *how.tensors(options.stats),
         options.compute_dtype,
         V,
         options.shift,
