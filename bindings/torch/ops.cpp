@@ -255,6 +255,16 @@ void plan(Stack& stack) {
   stack.put(spec::plan_fields(problem, spec::decide(problem)));
 }
 
+// choice(sizes, *, options) -> (in_forward, schedule, kept_bytes): what of it a call must know
+void choice(Stack& stack) {
+  std::unique_ptr<DeviceGuard> guard;
+  const Problem problem = read_problem(stack, guard);
+  const spec::Decided decided = spec::decide(problem);
+  stack.put(decided.in_forward);
+  stack.put(static_cast<std::int64_t>(decided.plan->schedule));
+  stack.put(decided.plan->keeps_logits ? decided.plan->kept_bytes : std::int64_t{0});
+}
+
 // plan_for_rows(sizes, *, options) -> JSON: the same for each number of rows (spec/decide.h)
 void plan_for_rows(Stack& stack) {
   std::unique_ptr<DeviceGuard> guard;
@@ -337,6 +347,8 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
   m.def("is_read_in_place(Tensor t) -> bool");
   m.def("scale_(Tensor(a!) t, Tensor factor) -> ()");
   def("plan(" CUTLOSS_PLAN_SIZES ", *, OPTIONS) -> str");
+  def("choice(" CUTLOSS_PLAN_SIZES
+      ", *, OPTIONS) -> (bool in_forward, int schedule, int kept_bytes)");
   def("plan_for_rows(" CUTLOSS_PLAN_SIZES ", *, OPTIONS) -> str");
   m.def("waits_for_loss_scale(ScalarType dtype) -> bool");
   m.def("engines() -> str");
@@ -383,6 +395,7 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) {
 // No tensor among their arguments, so no device to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(cutloss, CompositeExplicitAutograd, m) {
   m.impl("plan", &boxed<plan>);
+  m.impl("choice", &boxed<choice>);
   m.impl("plan_for_rows", &boxed<plan_for_rows>);
   m.impl("waits_for_loss_scale", &boxed<waits_for_loss_scale>);
   m.impl("engines", &boxed<engines>);

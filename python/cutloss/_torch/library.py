@@ -136,6 +136,12 @@ def plan(sizes: tuple, options: Options) -> Plan:
     return Plan.of_fields(call(_ops.plan, *sizes, **options.of_linear()))
 
 
+def choice(sizes: tuple, options: Options) -> tuple[bool, int, int]:
+    """What a call must know of the plan: whether gradients are made in forward, the schedule's
+    number, kept_bytes."""
+    return call(_ops.choice, *sizes, **options.of_linear())
+
+
 def plan_for_rows(sizes: tuple, options: Options) -> list[tuple[int, bool, str]]:
     """What is decided for each number of rows (those of `sizes` do not count): up to how many,
     whether gradients are made in forward, the schedule. The last is for all others."""
