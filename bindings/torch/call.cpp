@@ -140,6 +140,12 @@ Tensor Call::sum_loss(const std::optional<Tensor>& undefined) {
   return loss;
 }
 
+Terms Call::make_terms(const RowWeights& weights) const {
+  LossRows rows = loss_rows(plan_->problem);
+  rows.rows.num_valid.reset();  // of the library's own rows; a sum counts them itself
+  return binding::make_terms(rows, weights, operands_.targets);
+}
+
 Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bool wanted) const {
   return wanted ? new_tensor(operands_.e, sizes, type) : new_tensor(operands_.e, {0}, type);
 }

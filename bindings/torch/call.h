@@ -9,6 +9,7 @@
 #include "option_reader.h"
 #include "row_inputs.h"
 #include "row_tensors.h"
+#include "terms.h"
 
 namespace cutloss::binding {
 
@@ -45,6 +46,12 @@ class Call {
   // An uninitialised tensor of the call's device; one of no elements where it is not wanted.
   Tensor make(std::initializer_list<std::int64_t> sizes, ScalarType type, bool wanted = true) const;
 
+  Terms make_terms(const RowWeights& weights) const;
+
+  // For results that nobody is shown but for argmax.
+  RowsInOne make_rows_in_one() const {
+    return {operands_.e, rows(), stats(), plan_->problem.wanted};
+  }
   RowTensors make_rows() const { return {operands_.e, rows(), stats(), plan_->problem.wanted}; }
   Tensor make_de() const;
   Tensor make_dc() const;

@@ -95,29 +95,38 @@ void gradients(Stack& stack) {
   stack.put(dbias);
 }
 
-// loss_and_gradients(operands, terms, undefined, *, options) -> (loss, argmax, de, dc, dbias)
+// loss_and_gradients(operands, token_weight, weight, *, mean, label_smoothing, z_loss, options)
+//   -> (loss, undefined, argmax, de, dc, dbias); of no gradients the loss alone
 void loss_and_gradients(Stack& stack) {
   Operands operands = read_operands(stack);
-  const Tensor terms = stack.next<Tensor>();
-  const auto undefined = stack.next<std::optional<Tensor>>();
+  RowWeights weights;
+  weights.of_tokens = stack.next<std::optional<Tensor>>();
+  weights.of_classes = stack.next<std::optional<Tensor>>();
+  weights.mean = stack.next<bool>();
+  weights.label_smoothing = stack.next<double>();
+  weights.z_loss = stack.next<double>();
   const spec::Options options = read_options(stack);
   Call call(std::move(operands), options, Upstream::at_forward);
   const Plan& plan = call.plan();
-  const RowTensors rows = call.make_rows();
+  const bool makes_gradients = plan.problem.upstream.when != Upstream::none;
+  const RowsInOne rows = call.make_rows_in_one();
   const Tensor de = call.make_de();
   const Tensor dc = call.make_dc();
   const Tensor dbias = call.make_dbias();
   const Workspace kept = call.scratch(plan.kept_bytes);
   const Workspace workspace = call.scratch(plan.forward_workspace_bytes);
 
-  call.args.rows = rows.outputs();
-  call.args.upstream = call.inputs().terms(terms);
+  call.args.rows = rows.outputs;
   call.args.gradients = {data(de), data(dc), data(dbias)};
   call.args.kept = kept.data();
   call.args.workspace = workspace.data();
-  forward_backward(plan, call.args);
-  const Tensor loss = call.sum_loss(undefined);
-  for (const Tensor* t : {&loss, &rows.argmax, &de, &dc, &dbias}) stack.put(*t);
+  // Without gradients the coefficients come after the products, which the device so begins sooner.
+  if (!makes_gradients) forward(plan, call.args);
+  const Terms terms = call.make_terms(weights);
+  call.args.upstream = call.inputs().terms(terms.terms);
+  if (makes_gradients) forward_backward(plan, call.args);
+  const Tensor loss = call.sum_loss(terms.undefined);
+  for (const Tensor* t : {&loss, &terms.undefined, &rows.argmax, &de, &dc, &dbias}) stack.put(*t);
 }
 
 void multiply(const Tensor& t, const Tensor& factor) {
@@ -246,6 +255,16 @@ void plan(Stack& stack) {
   stack.put(spec::plan_fields(problem, spec::decide(problem)));
 }
 
+// choice(sizes, *, options) -> (in_forward, schedule, kept_bytes): what of it a call must know
+void choice(Stack& stack) {
+  std::unique_ptr<DeviceGuard> guard;
+  const Problem problem = read_problem(stack, guard);
+  const spec::Decided decided = spec::decide(problem);
+  stack.put(decided.in_forward);
+  stack.put(static_cast<std::int64_t>(decided.plan->schedule));
+  stack.put(decided.plan->keeps_logits ? decided.plan->kept_bytes : std::int64_t{0});
+}
+
 // plan_for_rows(sizes, *, options) -> JSON: the same for each number of rows (spec/decide.h)
 void plan_for_rows(Stack& stack) {
   std::unique_ptr<DeviceGuard> guard;
@@ -300,8 +319,9 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
       "Tensor? d_nll, Tensor? d_lse, Tensor? d_lse_squared, Tensor? d_entropy, "
       "Tensor? d_zbar, Tensor(a!) dc_into, *, OPTIONS) -> (Tensor de, Tensor dbias)");
   def("loss_and_gradients(" CUTLOSS_OPERANDS
-      ", Tensor terms, Tensor? undefined=None, *, OPTIONS) -> (Tensor loss, Tensor argmax, Tensor "
-      "de, Tensor dc, Tensor dbias)");
+      ", Tensor? token_weight=None, Tensor? weight=None, *, " CUTLOSS_ROW_WEIGHTS
+      ", OPTIONS) -> (Tensor loss, Tensor undefined, Tensor argmax, Tensor de, Tensor dc, Tensor "
+      "dbias)");
   m.def(
       "loss_terms(Tensor targets, Tensor? token_weight, Tensor? class_weight, "
       "ScalarType compute_dtype, SymInt V, int shift, int ignore_index, bool mean, "
@@ -327,6 +347,8 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
   m.def("is_read_in_place(Tensor t) -> bool");
   m.def("scale_(Tensor(a!) t, Tensor factor) -> ()");
   def("plan(" CUTLOSS_PLAN_SIZES ", *, OPTIONS) -> str");
+  def("choice(" CUTLOSS_PLAN_SIZES
+      ", *, OPTIONS) -> (bool in_forward, int schedule, int kept_bytes)");
   def("plan_for_rows(" CUTLOSS_PLAN_SIZES ", *, OPTIONS) -> str");
   m.def("waits_for_loss_scale(ScalarType dtype) -> bool");
   m.def("engines() -> str");
@@ -373,6 +395,7 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) {
 // No tensor among their arguments, so no device to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(cutloss, CompositeExplicitAutograd, m) {
   m.impl("plan", &boxed<plan>);
+  m.impl("choice", &boxed<choice>);
   m.impl("plan_for_rows", &boxed<plan_for_rows>);
   m.impl("waits_for_loss_scale", &boxed<waits_for_loss_scale>);
   m.impl("engines", &boxed<engines>);

@@ -43,4 +43,30 @@ struct RowTensors {
   }
 };
 
+// The same in one tensor, for a call that shows none of them but argmax: each tensor costs the
+// allocator's time, and a small loss is made of little else.
+struct RowsInOne {
+  Tensor rows, argmax;
+  RowOutputs outputs;
+
+  RowsInOne(const Tensor& like, std::int64_t count, ScalarType type, const Wanted& wanted) {
+    const std::int64_t apart = (count + 63) / 64 * 64;  // each begins where a tensor might
+    const std::int64_t tensors = 4 + (wanted.entropy ? 1 : 0) + (wanted.zbar ? 1 : 0);
+    rows = new_tensor(like, {tensors * apart}, type);
+    argmax = new_tensor(like, {wanted.argmax ? count : 0}, ScalarType::Long);
+    auto* next = static_cast<std::byte*>(rows.mutable_data_ptr());
+    const std::int64_t bytes = apart * rows.element_size();
+    for (void** row : {&outputs.nll, &outputs.lse, &outputs.row_max, &outputs.log_sum}) {
+      *row = next;
+      next += bytes;
+    }
+    if (wanted.entropy) {
+      outputs.entropy = next;
+      next += bytes;
+    }
+    if (wanted.zbar) outputs.zbar_centred = next;
+    outputs.argmax = static_cast<std::int64_t*>(data(argmax));
+  }
+};
+
 }  // namespace cutloss::binding

@@ -27,52 +27,61 @@ const void* weights(const OnDevice& here, const std::optional<Tensor>& given, st
 
 }  // namespace
 
+Terms make_terms(const LossRows& rows, const RowWeights& given, const Tensor& targets) {
+  const OnDevice here(targets, "targets");
+  const ScalarType type = rows.type == DType::f64 ? ScalarType::Double : ScalarType::Float;
+  std::optional<Tensor> alive[2];
+  Weighting weighting;
+  weighting.mean = given.mean;
+  weighting.label_smoothing = given.label_smoothing;
+  weighting.z_loss = given.z_loss;
+  weighting.token_weight =
+      weights(here, given.of_tokens, targets.numel(), type, "token_weight", alive[0]);
+  weighting.class_weight =
+      weights(here, given.of_classes, rows.classes, type, "class_weight", alive[1]);
+
+  const std::int64_t count = row_count(rows.rows);
+  const TermOrder order(weighting.label_smoothing > 0, weighting.z_loss > 0);
+  Terms made;
+  made.terms = new_tensor(targets, {order.count, count}, type);
+  made.undefined = new_tensor(targets, {}, ScalarType::Bool);
+  auto* first = static_cast<std::byte*>(made.terms.mutable_data_ptr());
+  const auto row = [&](int at) -> void* {
+    return at < 0 ? nullptr : first + at * count * made.terms.element_size();
+  };
+  const LossTerms terms{row(order.nll), row(order.lse), row(order.lse_squared), row(order.zbar),
+                        static_cast<bool*>(made.undefined.mutable_data_ptr())};
+  cutloss::loss_terms(rows, weighting, targets.const_data_ptr(), terms, here.stream());
+  return made;
+}
+
 void loss_terms(Stack& stack) {
   Tensor targets = stack.next<Tensor>();
-  const auto token_weight = stack.next<std::optional<Tensor>>();
-  const auto class_weight = stack.next<std::optional<Tensor>>();
+  RowWeights weights;
+  weights.of_tokens = stack.next<std::optional<Tensor>>();
+  weights.of_classes = stack.next<std::optional<Tensor>>();
   const auto compute = stack.next<ScalarType>();
   LossRows rows;
   rows.classes = stack.next<std::int64_t>();
   rows.rows.shift = stack.next<std::int64_t>();
   rows.rows.ignore_index = stack.next<std::int64_t>();
-  Weighting weighting;
-  weighting.mean = stack.next<bool>();
-  weighting.label_smoothing = stack.next<double>();
-  weighting.z_loss = stack.next<double>();
+  weights.mean = stack.next<bool>();
+  weights.label_smoothing = stack.next<double>();
+  weights.z_loss = stack.next<double>();
 
   if (targets.dim() != 2) {
     throw Error(ErrorCode::invalid_value, "targets must be (sequences, length), got " +
                                               std::to_string(targets.dim()) + " dimensions");
   }
-  const OnDevice here(targets, "targets");
   targets = packed(targets, "targets");
-  rows.device = here.device();
+  rows.device = targets.is_cuda() ? Device::cuda : Device::cpu;
   rows.rows.sequences = targets.size(0);
   rows.rows.length = targets.size(1);
   rows.rows.target_type = index_type_of(targets.scalar_type());
-  const DType compute_type = dtype_of(compute, "compute_dtype");
-  rows.type = compute_type == DType::f64 ? DType::f64 : DType::f32;
-  const ScalarType type = stat_type(compute_type);
-  std::optional<Tensor> alive[2];
-  weighting.token_weight =
-      weights(here, token_weight, targets.numel(), type, "token_weight", alive[0]);
-  weighting.class_weight =
-      weights(here, class_weight, rows.classes, type, "class_weight", alive[1]);
-
-  const std::int64_t count = row_count(rows.rows);
-  const TermOrder order(weighting.label_smoothing > 0, weighting.z_loss > 0);
-  const Tensor made = new_tensor(targets, {order.count, count}, type);
-  const Tensor undefined = new_tensor(targets, {}, ScalarType::Bool);
-  auto* first = static_cast<std::byte*>(made.mutable_data_ptr());
-  const auto row = [&](int at) -> void* {
-    return at < 0 ? nullptr : first + at * count * made.element_size();
-  };
-  const LossTerms terms{row(order.nll), row(order.lse), row(order.lse_squared), row(order.zbar),
-                        static_cast<bool*>(undefined.mutable_data_ptr())};
-  cutloss::loss_terms(rows, weighting, targets.const_data_ptr(), terms, here.stream());
-  stack.put(made);
-  stack.put(undefined);
+  rows.type = dtype_of(compute, "compute_dtype") == DType::f64 ? DType::f64 : DType::f32;
+  const Terms made = make_terms(rows, weights, targets);
+  stack.put(made.terms);
+  stack.put(made.undefined);
 }
 
 }  // namespace cutloss::binding

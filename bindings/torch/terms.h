@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "convert.h"
 
@@ -23,6 +24,24 @@ struct TermOrder {
   }
   explicit TermOrder(std::int64_t count) : TermOrder(count >= 3, count % 2 == 0) {}
 };
+
+// How rows count, with weights as tensors in the stat dtype.
+struct RowWeights {
+  std::optional<Tensor> of_tokens;   // (sequences, length)
+  std::optional<Tensor> of_classes;  // (V)
+  bool mean = false;
+  double label_smoothing = 0, z_loss = 0;
+};
+
+#define CUTLOSS_ROW_WEIGHTS "bool mean=True, float label_smoothing=0.0, float z_loss=0.0"
+
+struct Terms {
+  Tensor terms;
+  Tensor undefined;  // one bool: they are those of the mean of nothing
+};
+
+// `targets`: (sequences, length), packed, as `rows` has them.
+Terms make_terms(const LossRows& rows, const RowWeights& weights, const Tensor& targets);
 
 // loss_terms(targets, token_weight, class_weight, compute_dtype, V, shift, ignore_index, mean,
 //            label_smoothing, z_loss) -> (terms, undefined)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import sharded
-from ._core import checks, decide, weighting
+from ._core import checks, decide, repeated, weighting
 from ._core.operands import (
     checked_options,
     in_sequences,
@@ -19,6 +19,7 @@ from ._core.operands import (
 )
 from ._core.options import Options
 from ._core.plan import Plan
+from ._core.repeated import Settled
 from ._implementations import LinearCrossEntropyImpl, is_plain
 from ._sharded import is_dtensor
 from ._torch import autograd, library, operators, private, shards
@@ -135,41 +136,93 @@ def linear_cross_entropy(
     :return: The loss, fp32 (fp64 for fp64 inputs), or a tuple of the loss and, in this order,
         what was asked for: lse, entropy, predictions.
     """
-    plain = is_plain(impl)
+    said = (
+        ignore_index, softcap, reduction, shift, return_lse, filter_eps, impl, logit_scale,
+        temperature, label_smoothing, return_entropy, return_predictions, z_loss, max_workspace,
+        schedule, num_valid,
+    )  # fmt: skip
+    key = None
+    if (
+        vocab_parallel_options is None
+        and weight is None
+        and token_weight is None
+        and not isinstance(temperature, Tensor)
+        and getattr(c, ADDS_TO, None) is None
+    ):
+        key = repeated.key(e, c, targets, bias, said)
+    settled = repeated.found(key)
+    if settled is not None:
+        operands = repeated.operands(e, c, targets, bias, settled.options)
+        loss, rows = _evaluate(settled, operands, is_repeated=True)
+    else:
+        loss, rows, settled = _settle_and_evaluate(
+            e, c, targets, bias, key, vocab_parallel_options,
+            ignore_index=ignore_index, softcap=softcap, reduction=reduction, shift=shift,
+            return_lse=return_lse, filter_eps=filter_eps, plain=is_plain(impl),
+            logit_scale=logit_scale, temperature=temperature, label_smoothing=label_smoothing,
+            weight=weight, token_weight=token_weight, return_entropy=return_entropy,
+            return_predictions=return_predictions, z_loss=z_loss, max_workspace=max_workspace,
+            schedule=schedule, num_valid=num_valid,
+        )  # fmt: skip
+
+    if reduction == "none":
+        loss = loss.reshape(settled.row_shape)
+    if not (return_lse or return_entropy or return_predictions):
+        return loss
+    extras = ((return_lse, rows.lse), (return_entropy, rows.entropy))
+    extras += ((return_predictions, rows.argmax),)
+    return (loss, *(t.reshape(settled.row_shape) for wanted, t in extras if wanted))
+
+
+def _settle_and_evaluate(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    key: tuple | None,
+    vocab_parallel_options: VocabParallelOptions | None,
+    plain: bool,
+    **said: Any,
+) -> tuple[Tensor, weighting.Rows, Settled]:
+    """A call that is not known from before. `said`: its other options, as checked_options takes
+    them."""
     if is_dtensor(c):
         e, c, bias, targets, vocab_parallel_options = sharded.local(
             e, c, bias, targets, vocab_parallel_options
         )
     shard = None if vocab_parallel_options is None else sharded.resolved(vocab_parallel_options)
-    with shards.call(shard, e, targets, shift) as of_shard:
+    with shards.call(shard, e, targets, said["shift"]) as of_shard:
         if of_shard is not None:
             e = of_shard.whole_e(lambda: sharded.check(shard, c, plain))
-        options, how = _described(
-            e, c, targets, bias, None if shard is None else (shard.first, shard.total),
-            ignore_index=ignore_index, softcap=softcap, reduction=reduction, shift=shift,
-            return_lse=return_lse, filter_eps=filter_eps, plain=plain, logit_scale=logit_scale,
-            temperature=temperature, label_smoothing=label_smoothing, weight=weight,
-            token_weight=token_weight, return_entropy=return_entropy,
-            return_predictions=return_predictions, z_loss=z_loss, max_workspace=max_workspace,
-            schedule=schedule, num_valid=num_valid,
-        )  # fmt: skip
+        classes = None if shard is None else (shard.first, shard.total)
+        options, how = _described(e, c, targets, bias, classes, plain=plain, **said)
         dc_into = getattr(c, ADDS_TO, None)
         if dc_into is not None:
             options = options.but(dc_adds=True)
         if shard is not None:
             options = options.but(de_in_sums=shard.reduce_e_grad or shard.sequence_parallel)
-        loss, rows = _evaluate(
-            e, c, targets, bias, temperature, how, options, plain=plain, wants_lse=return_lse,
-            of_shard=of_shard, dc_into=dc_into,
-        )  # fmt: skip
-
-    row_shape = shape_of_rows(targets, options.shift)
-    if reduction == "none":
-        loss = loss.reshape(row_shape)
-    extras = ((return_lse, rows.lse), (return_entropy, rows.entropy))
-    extras += ((return_predictions, rows.argmax),)
-    results = tuple(t.reshape(row_shape) for wanted, t in extras if wanted)
-    return (loss, *results) if results else loss
+        operands = make_operands(
+            e, c, targets, bias, said["temperature"], _class_weight(how, options), options, plain
+        )
+        if how.token_weight is not None:
+            how.token_weight = in_sequences(how.token_weight)
+        row_shape = shape_of_rows(targets, options.shift)
+        if plain:
+            settled = Settled(options, how, False, row_shape)
+            return *_evaluate_plainly(settled, operands, said["return_lse"]), settled
+        known_at_forward = (
+            of_shard is None
+            and dc_into is None
+            and not _weighs_in_torch(how)
+            and _known_at_forward(how, options, said["return_lse"])
+        )
+        own_e = None if of_shard is None else of_shard.own_e
+        options, at_once = decide.decided(operands, options, known_at_forward, own_e)
+        if known_at_forward and not any(options.needs):
+            at_once = not private.is_in_forward_mode()  # which _evaluate refuses
+        settled = Settled(options, how, at_once, row_shape)
+        repeated.remember(key, settled)
+        return *_evaluate(settled, operands, of_shard, dc_into), settled
 
 
 def _described(
@@ -225,46 +278,43 @@ def _class_weight(how: weighting.Weighting, options: Options) -> Tensor | None:
     return how.weight.to(options.stats) if options.wants_zbar and how.weight is not None else None
 
 
+def _evaluate_plainly(
+    settled: Settled, operands: tuple, wants_lse: bool
+) -> tuple[Tensor, weighting.Rows]:
+    """As _evaluate, of PyTorch's own operators."""
+    options, how = settled.options, settled.how
+    terms = _terms_in_torch(settled, operands)
+    rows = plain_statistics(*operands, options, wants_lse or terms.lse_squared is not None)
+    return weighting.loss(terms, rows, how.reduction), rows
+
+
+def _terms_in_torch(settled: Settled, operands: tuple) -> weighting.Terms:
+    options, how = settled.options, settled.how
+    c, labels = operands[1], operands[3]
+    V, stats = options.vocabulary(c), options.stats
+    terms = weighting.terms(labels, V, how, options.shift, options.ignore_index, stats)
+    warn_of_no_weight(terms.undefined, how, labels, options)
+    return terms
+
+
 def _evaluate(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    how: weighting.Weighting,
-    options: Options,
-    plain: bool,
-    wants_lse: bool,
+    settled: Settled,
+    operands: tuple,
     of_shard: shards.Call | None = None,
     dc_into: Tensor | None = None,
+    is_repeated: bool = False,
 ) -> tuple[Tensor, weighting.Rows]:
     """The loss, per row where nothing is reduced, and the per-row outputs."""
-    stats = options.stats
-    shift, ignore_index = options.shift, options.ignore_index
-    V = options.vocabulary(c)
-    class_weight = _class_weight(how, options)
-    operands = make_operands(e, c, targets, bias, temperature, class_weight, options, plain)
-    by_sequence = operands[3]
-    if how.token_weight is not None:
-        how.token_weight = in_sequences(how.token_weight)
-
-    if plain:
-        terms = weighting.terms(by_sequence, V, how, shift, ignore_index, stats)
-        warn_of_no_weight(terms.undefined, how, by_sequence, options)
-        needs_lse = wants_lse or terms.lse_squared is not None
-        rows = plain_statistics(*operands, options, needs_lse)
-        return weighting.loss(terms, rows, how.reduction), rows
-
-    weighs_in_torch = _weighs_in_torch(how)
-    known_at_forward = (
-        not weighs_in_torch
-        and of_shard is None
-        and dc_into is None
-        and _known_at_forward(how, options, wants_lse)
-    )
-    own_e = None if of_shard is None else of_shard.own_e
-    options, immediate = decide.decided(operands, options, known_at_forward, own_e)
-    computation = operators.Linear(options, dc_into=dc_into)
+    options, how, at_once, _ = settled
+    c, labels = operands[1], operands[3]
+    if at_once:
+        computation = operators.Linear(
+            options, weighs=how.of_operator(), is_ordinary=is_repeated
+        )
+        loss, rows, undefined = operators.loss_at_once(computation, operands, how)
+        warn_of_no_weight(undefined, how, labels, options)
+        return loss, rows
+    computation = operators.Linear(options, dc_into=dc_into, is_ordinary=is_repeated)
 
     def statistics() -> weighting.Rows:
         if of_shard is None:
@@ -273,23 +323,21 @@ def _evaluate(
         of_shard.weighting = how.in_words()
         return of_shard.statistics(operands, options)
 
-    if weighs_in_torch:
+    if not is_repeated and _weighs_in_torch(how):
         rows = statistics()
-        terms = weighting.terms(by_sequence, V, how, shift, ignore_index, stats)
-        warn_of_no_weight(terms.undefined, how, by_sequence, options)
-        return weighting.loss(terms, rows, how.reduction), rows
+        return weighting.loss(_terms_in_torch(settled, operands), rows, how.reduction), rows
     if how.changes_nothing():
         rows = statistics()
         # A copy: backward reads nll again, and the loss is the caller's to change in place.
         return (rows.nll.clone() if any(options.needs) else rows.nll), rows
-    terms, undefined = library.loss_terms(by_sequence, V, how, options)
-    warn_of_no_weight(undefined, how, by_sequence, options)
+    terms, undefined = library.loss_terms(labels, options.vocabulary(c), how, options)
+    warn_of_no_weight(undefined, how, labels, options)
     if how.reduction == "none" or of_shard is not None:
         rows = statistics()
         unpacked = weighting.unpacked(terms)
         unpacked.undefined = undefined
         return weighting.loss(unpacked, rows, how.reduction), rows
-    return operators.loss(computation, operands, terms, undefined, immediate)
+    return operators.loss(computation, operands, terms, undefined, immediate=False)
 
 
 _SIGNATURE = inspect.signature(linear_cross_entropy)

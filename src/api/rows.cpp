@@ -32,18 +32,18 @@ void check(const LossRows& rows, const Weighting& w, const void* targets, const 
     refuse_value("loss_terms: z_loss must be finite and >= 0, got ", w.z_loss);
   }
   if (terms.undefined == nullptr) refuse_value("loss_terms: terms.undefined is null");
-  const auto agrees = [&](const void* pointer, bool wanted, const char* member, const char* why) {
+  // Words are made where there is something to say: numbers in words take longer than the loss of
+  // a few rows.
+  const auto agrees = [&](const void* pointer, bool wanted, const char* member, auto... why) {
     if (row_count(rows.rows) == 0 || (pointer != nullptr) == wanted) return;
-    refuse_value("loss_terms: ", member, wanted ? " is null, but " : " is given, but ", why);
+    refuse_value("loss_terms: ", member, wanted ? " is null, but " : " is given, but ", why...);
   };
   agrees(targets, true, "targets", "there are rows");
   agrees(terms.nll, true, "terms.nll", "there are rows");
   const bool smooth = w.label_smoothing > 0;
-  const std::string smoothing = text("label_smoothing is ", w.label_smoothing);
-  agrees(terms.lse, smooth, "terms.lse", smoothing.c_str());
-  agrees(terms.zbar, smooth, "terms.zbar", smoothing.c_str());
-  const std::string z_loss = text("z_loss is ", w.z_loss);
-  agrees(terms.lse_squared, w.z_loss > 0, "terms.lse_squared", z_loss.c_str());
+  agrees(terms.lse, smooth, "terms.lse", "label_smoothing is ", w.label_smoothing);
+  agrees(terms.zbar, smooth, "terms.zbar", "label_smoothing is ", w.label_smoothing);
+  agrees(terms.lse_squared, w.z_loss > 0, "terms.lse_squared", "z_loss is ", w.z_loss);
 }
 
 }  // namespace

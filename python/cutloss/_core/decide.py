@@ -68,43 +68,21 @@ def decided(
     de, dc, dbias = map(autograd.wants_gradient, (e if own_e is None else own_e, c, bias))
     if not (de or dc or dbias):
         return options.without_gradients(), False
-    needs = de, dc, dbias
-    if not torch.compiler.is_compiling():
-        (sequences, length, D), V = e.shape, c.shape[0]
-        if V > 0 and type(sequences) is type(length) is type(V) is type(D) is int:
-            engine = os.environ.get("CUTLOSS_ENGINE")  # which the plan depends on too
-            return _decided_before(
-                sizes_of(*operands), options.values(), needs, known_at_forward, engine
-            )
     options = options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
     if c.shape[0] == 0:  # a shard without classes: there is nothing to plan
         return options.but(schedule=SCHEDULES["vocabulary"]), False
-    choice = _while_traced(operands, options, known_at_forward)
-    options = options.but(schedule=choice[1], kept_bytes=choice[2])
-    return options, choice[0]
-
-
-# Training asks for the same few again and again, and asking the operator costs more than to know.
-@functools.lru_cache(maxsize=64)
-def _decided_before(
-    sizes: Sizes,
-    values: tuple,
-    needs: tuple[bool, bool, bool],
-    known_at_forward: bool,
-    engine: str | None,
-) -> tuple[Options, bool]:
-    de, dc, dbias = needs
-    options = Options(*values).but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
-    choice = choose(sizes, options, known_at_forward)
-    options = options.but(schedule=choice.schedule, kept_bytes=choice.kept_bytes)
-    return options, choice.in_forward
+    sizes = sizes_of(*operands)
+    if torch.compiler.is_compiling() or not all([type(size) is int for size in sizes[:4]]):
+        in_forward, schedule, kept_bytes = _while_traced(operands, options, known_at_forward)
+    else:
+        in_forward, schedule, kept_bytes = choose(sizes, options, known_at_forward)
+    return options.but(schedule=schedule, kept_bytes=kept_bytes), in_forward
 
 
 def choose(sizes: Sizes, options: Options, known_at_forward: bool) -> Choice:
     if not any(options.needs):
         return Choice(False, SCHEDULES["none"])
-    plan = library.plan(sizes.arguments(known_at_forward), options)
-    return Choice(plan.in_forward, SCHEDULES[plan.schedule], plan.kept_bytes)
+    return Choice(*library.choice(sizes.arguments(known_at_forward), options))
 
 
 # While a compiler traces -------------------------------------------------------------------------

@@ -86,11 +86,20 @@ def make_operands(
         counts = weighting.of_rows(labels, shift) != ignore_index
         row_temperature = torch.where(counts, weighting.of_rows(t, shift).to(stats), 1.0)
     e = e.reshape(*labels.shape, e.shape[-1]) if e.dim() != 3 else e
-    if not plain and e.device.type == "cuda" and checks.may_look(e.device):
-        num_valid = options.num_valid
-        V = options.vocabulary(c)
-        checks.values(labels, row_temperature, shift, V, ignore_index, num_valid)
+    if not plain:
+        check_values(c, labels, row_temperature, options)
     return e, c, bias, labels, row_temperature, class_weight
+
+
+def check_values(
+    c: Tensor, labels: Tensor, row_temperature: Tensor | None, options: Options
+) -> None:
+    """On CUDA, and where it is asked for: on the CPU the operators look."""
+    if c.is_cuda and checks.may_look(c.device):
+        V = options.vocabulary(c)
+        checks.values(
+            labels, row_temperature, options.shift, V, options.ignore_index, options.num_valid
+        )
 
 
 def warn_of_no_weight(

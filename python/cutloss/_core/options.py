@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import functools
-import operator
 from typing import Any
 
 import torch
@@ -51,7 +50,6 @@ class Options:
         made = object.__new__(Options)
         values = vars(self) | changes
         values.pop("_linear", None)
-        values.pop("_without", None)
         object.__setattr__(made, "__dict__", values)
         return made
 
@@ -71,18 +69,11 @@ class Options:
 
     def without_gradients(self) -> "Options":
         """The same for a loss of which no gradient is wanted."""
-        if torch.compiler.is_compiling():
-            return self.but(schedule=SCHEDULES["none"])
-        made = vars(self).get("_without")
-        if made is None:
-            made = vars(self)["_without"] = self.but(schedule=SCHEDULES["none"])
-        return made
+        return self.but(schedule=SCHEDULES["none"])
 
     def values(self) -> tuple:
         """Of all fields, in their order: Options(*options.values()) is the same again."""
-        if torch.compiler.is_compiling():
-            return tuple([getattr(self, name) for name in _OF_LINEAR])
-        return _values(self)
+        return tuple([getattr(self, name) for name in _OF_LINEAR])
 
     def of_linear(self) -> dict[str, Any]:
         """What the operators that multiply E and C take: what is not the operators' default, which
@@ -107,7 +98,6 @@ class Options:
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
 _OF_LINEAR = tuple(_DEFAULTS)
 _NAMES = _DEFAULTS.keys()
-_values = operator.attrgetter(*_OF_LINEAR)
 _OF_LOGITS = (
     "shift", "ignore_index", "softcap", "logit_scale", "temperature", "wants_entropy",
     "wants_zbar", "wants_argmax",
@@ -157,15 +147,6 @@ class LossOptions:
     ) -> Options:
         """As the operators take them, of a whole vocabulary. `shift`: what of it tells, where the
         sequences are short."""
-        if torch.compiler.is_compiling():
-            return self._operators(compute_dtype, shift, allow_tf32)
-        made = vars(self).setdefault("_made", {})
-        key = compute_dtype, shift, allow_tf32
-        if key not in made:
-            made[key] = self._operators(*key)
-        return made[key]
-
-    def _operators(self, compute_dtype: torch.dtype, shift: int, allow_tf32: bool) -> Options:
         said = {name: getattr(self, name) for name in _SAID_ALIKE}
         return Options(
             compute_dtype,

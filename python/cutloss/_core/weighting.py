@@ -16,9 +16,14 @@ and for impl="torch".
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+# What loss_and_gradients takes by name, and its defaults.
+WEIGHTS_OF_ROWS = {"mean": True, "label_smoothing": 0.0, "z_loss": 0.0}
 
 
 @dataclasses.dataclass
@@ -37,6 +42,22 @@ class Weighting:
             f"{self.z_loss}, weight {self.weight is not None}, token_weight "
             f"{self.token_weight is not None}"
         )
+
+    def of_operator(self) -> dict[str, Any]:
+        """What loss_and_gradients takes by name, but for what are its defaults."""
+        said = {
+            "mean": self.reduction == "mean",
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+        }
+        if torch.compiler.is_compiling():
+            return said
+        return {name: value for name, value in said.items() if value != WEIGHTS_OF_ROWS[name]}
+
+    def tensors(self, stats: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Those of tokens and of classes, as the operators take them."""
+        given = self.token_weight, self.weight
+        return tuple([None if t is None else t.to(stats) for t in given])
 
     def changes_nothing(self) -> bool:
         """Whether the loss is nll as it is."""

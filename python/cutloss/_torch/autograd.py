@@ -51,6 +51,7 @@ class Computation:
         "vjp, jacrev), or impl='torch'"
     )
     no_batches: str | None = None  # why there may be no batch of upstream gradients
+    is_ordinary = False  # it is known that no operand is a tensor of torch.func's
 
     def forward(self, given: Saved) -> Made:
         """Without gradients."""
@@ -256,6 +257,14 @@ def immediate_gradients(ctx: Any, d_loss: Tensor | None, *_: Any) -> Tensors:
 
 
 class Function(torch.autograd.Function):
+    @classmethod
+    def call(cls, given: Saved, computation: Computation) -> Tensors:
+        inputs = (*given.operands, given, computation)
+        if computation.is_ordinary:
+            # Without looking for what torch.func may have left, which takes a twentieth of a call.
+            return super(torch.autograd.Function, cls).apply(*inputs)
+        return cls.apply(*inputs)
+
     @staticmethod
     def jvp(ctx, *_):
         raise NotImplementedError(ctx.computation.no_forward_mode)
@@ -288,11 +297,11 @@ class Immediate(Function):
 
 
 def deferred(given: Saved, computation: Computation) -> Tensors:
-    return Deferred.apply(*given.operands, given, computation)
+    return Deferred.call(given, computation)
 
 
 def immediate(given: Saved, computation: Computation) -> Tensors:
-    return Immediate.apply(*given.operands, given, computation)
+    return Immediate.call(given, computation)
 
 
 # What is asked for --------------------------------------------------------------------------------

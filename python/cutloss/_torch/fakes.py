@@ -57,10 +57,11 @@ def _(e, c, bias, *_, **options):
 
 
 @torch.library.register_fake("cutloss::loss_and_gradients")
-def _(e, c, bias, *_, **options):
+def _(e, c, bias, *_, mean=True, label_smoothing=0.0, z_loss=0.0, **options):
     options = Options(**options)
-    made = _loss_and_argmax(e, options)
-    return *made, *_gradients(e, c, bias, options)
+    loss, argmax = _loss_and_argmax(e, options)
+    undefined = e.new_empty((), dtype=torch.bool)
+    return loss, undefined, argmax, *_gradients(e, c, bias, options)
 
 
 @torch.library.register_fake("cutloss::logits_statistics")

@@ -97,7 +97,7 @@ def call(operator: Any, *args: Any, **options: Any) -> Any:
         if private.are_transforms_active():
             return operator(*args, **options)
         with private.below_autograd():
-            return operator(*args, **options)
+            return operator.default(*args, **options)  # to choose an overload takes its time
     except RuntimeError as error:
         known = translated(error)
         if known is error:
@@ -136,6 +136,12 @@ def plan(sizes: tuple, options: Options) -> Plan:
     return Plan.of_fields(call(_ops.plan, *sizes, **options.of_linear()))
 
 
+def choice(sizes: tuple, options: Options) -> tuple[bool, int, int]:
+    """What a call must know of the plan: whether gradients are made in forward, the schedule's
+    number, kept_bytes."""
+    return call(_ops.choice, *sizes, **options.of_linear())
+
+
 def plan_for_rows(sizes: tuple, options: Options) -> list[tuple[int, bool, str]]:
     """What is decided for each number of rows (those of `sizes` do not count): up to how many,
     whether gradients are made in forward, the schedule. The last is for all others."""
@@ -148,14 +154,10 @@ def loss_terms(
 ) -> tuple[Tensor, Tensor]:
     """What weighting.terms makes, without a gradient: the coefficients in one tensor, and whether
     they are those of a mean of nothing. `targets`: (sequences, length)."""
-    stats = options.stats
-    token_weight = None if how.token_weight is None else how.token_weight.to(stats)
-    weight = None if how.weight is None else how.weight.to(stats)
     return call(
         _ops.loss_terms,
         targets,
-        token_weight,
-        weight,
+        *how.tensors(options.stats),
         options.compute_dtype,
         V,
         options.shift,

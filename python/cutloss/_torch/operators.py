@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .._core.options import Options
-from .._core.weighting import Rows, unpacked
+from .._core.weighting import WEIGHTS_OF_ROWS, Rows, Weighting, unpacked
 from . import autograd, fakes, flops, library, private  # noqa: F401  fakes are registered
 from .autograd import Made, Saved, Tensors
 
@@ -115,9 +115,21 @@ class ByOperators(autograd.Computation):
         return library.call(self.of_statistics, *inputs, **self.keywords())
 
     def loss_and_gradients(self, given: Saved, needs: tuple[bool, ...]) -> Made:
+        return self.made_of_both(given, self.call_of_both(given))
+
+    # The operator that makes a loss and its gradients: what it takes by position, the call, what
+    # becomes of its results.
+
+    def given_to_both(self, inputs: Tensors) -> Saved:
+        return self.given(inputs)
+
+    def call_of_both(self, given: Saved) -> Tensors:
         inputs = (*given.operands, *given.constants, given.undefined)
-        loss, argmax, *made = library.call(self.both, *inputs, **self.keywords())
-        return Made(given, (loss,), (argmax,), self.wanted(made))
+        return library.call(self.both, *inputs, **self.keywords())
+
+    def made_of_both(self, given: Saved, made: Tensors) -> Made:
+        loss, argmax, *gradients = made
+        return Made(given, (loss,), (argmax,), self.wanted(gradients))
 
 
 @dataclasses.dataclass
@@ -126,6 +138,10 @@ class Linear(ByOperators):
 
     # With Options.dc_adds, and then there is no gradient of c.
     dc_into: Tensor | None = dataclasses.field(default=None, kw_only=True)
+    # How rows count (Weighting.of_operator), for the operator that makes loss and gradients.
+    weighs: dict[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
+    # As repeated.key says: nothing is traced, transformed or wrapped.
+    is_ordinary: bool = dataclasses.field(default=False, kw_only=True)
 
     statistics = _ops.statistics
     of_statistics = _ops.gradients
@@ -135,10 +151,23 @@ class Linear(ByOperators):
     @classmethod
     def traced(cls, inputs: Tensors, keywords: dict[str, Any]) -> "Linear":
         """Of the operators' own arguments."""
-        return cls(Options(**keywords))
+        weighs = {name: keywords.pop(name) for name in WEIGHTS_OF_ROWS if name in keywords}
+        return cls(Options(**keywords), weighs=weighs)
 
     def keywords(self) -> dict[str, Any]:
         return self.options.of_linear()
+
+    def given_to_both(self, inputs: Tensors) -> Saved:
+        return Saved(inputs[:3], inputs[3:])
+
+    def call_of_both(self, given: Saved) -> Tensors:
+        inputs = (*given.operands, *given.constants)
+        return library.call(self.both, *inputs, **self.weighs, **self.options.of_linear())
+
+    def made_of_both(self, given: Saved, made: Tensors) -> Made:
+        loss, undefined, argmax, *gradients = made
+        given = given._replace(undefined=undefined)
+        return Made(given, (loss,), (argmax, undefined), self.wanted(gradients))
 
     def call_of_gradients(self, saved: Saved, inputs: tuple) -> tuple:
         """What the operator makes: de, dc, dbias."""
@@ -271,6 +300,19 @@ def statistics(computation: ByOperators, operands: tuple) -> Rows:
     return deferred(computation, computation.given((*operands, None, None)))[1]
 
 
+def loss_at_once(
+    computation: Linear, operands: tuple, how: Weighting
+) -> tuple[Tensor, Rows, Tensor]:
+    """The loss of one operator, with the gradients that are wanted, the rows' predictions, and
+    whether it is the mean of nothing."""
+    given = computation.given_to_both((*operands, *how.tensors(computation.options.stats)))
+    if any(computation.options.needs) and not torch.compiler.is_compiling():
+        loss, argmax, undefined = autograd.immediate(given, computation)
+    else:
+        loss, undefined, argmax, *_ = computation.call_of_both(given)
+    return loss, Rows(argmax=argmax), undefined
+
+
 def loss(
     computation: ByOperators, operands: tuple, terms: Tensor, undefined: Tensor, immediate: bool
 ) -> tuple[Tensor, Rows]:
@@ -287,11 +329,12 @@ def loss(
 
 
 def deferred(computation: ByOperators, given: Saved) -> tuple[Tensor, Rows]:
-    if private.is_transformed():
+    is_traced = torch.compiler.is_compiling()
+    if not is_traced and private.are_transforms_active():
         inputs = (*given.operands, *given.constants, given.undefined)
         made = Outputs(*_Transformed.apply(*inputs, computation))
         shown = (*made.differentiable(), made.argmax)
-    elif not torch.compiler.is_compiling() and computation.is_differentiated(given):
+    elif not is_traced and computation.is_differentiated(given):
         shown = autograd.deferred(given, computation)
     else:
         made = computation.outputs(given)
@@ -346,9 +389,8 @@ def _register(kind: type[ByOperators], statistics: str, both: str) -> None:
 
     def keep_of_both(ctx, inputs, keyword_only_inputs, output):
         computation = kind.traced(inputs, keyword_only_inputs)
-        _, _, *made = output
-        given = computation.given(inputs)
-        autograd.keep(ctx, computation, Made(given, (), gradients=computation.wanted(made)))
+        made = computation.made_of_both(computation.given_to_both(inputs), output)
+        autograd.keep(ctx, computation, made)
         ctx.mark_non_differentiable(*output[1:])
 
     torch.library.register_autograd(

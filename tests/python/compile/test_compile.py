@@ -471,9 +471,19 @@ def test_opcheck_kept_logits(changes):
 def test_opcheck_immediate(changes):
     p = problems.make((3, 8), bias=True, ignored=0.0)
     o = vars(options(p, schedule=SCHEDULES["rows"], **changes))
-    terms, undefined = random_terms(p, o)
-    torch.library.opcheck(operators.loss_and_gradients, (*operands(p), terms, undefined), o)
-    torch.library.opcheck(operators.loss_and_gradients, (*operands(p), terms[-2:]), o)
+    weights = torch.rand(3, 8).to(problems.device), torch.rand(p.c.shape[0]).to(problems.device)
+    how = {"mean": False, "z_loss": 0.1}
+    torch.library.opcheck(operators.loss_and_gradients, (*operands(p), *weights), how | o)
+    torch.library.opcheck(operators.loss_and_gradients, operands(p), o)
+
+
+@changes
+def test_opcheck_loss_alone(changes):
+    p = problems.make((3, 8), bias=True, ignored=0.0)
+    nothing = dict(needs_de=False, needs_dc=False, needs_dbias=False)
+    o = vars(options(p, **{**changes, **nothing}, schedule=SCHEDULES["none"]))
+    inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in operands(p)]
+    torch.library.opcheck(operators.loss_and_gradients, inputs, o)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from helpers import problems
-from helpers.inside import SCHEDULES, LossOptions, Options, decide, library
+from helpers.inside import SCHEDULES, LossOptions, Options, decide, library, weighting
 from helpers.problems import BF16, F16, F32, F64
 
 import cutloss
@@ -288,6 +288,9 @@ def test_options_are_those_of_the_table(name):
     """Names, order, defaults and types: those of bindings/spec/options.inc, of which the schemas
     are made."""
     of_table = keywords(name)
+    if name == "loss_and_gradients":  # which also takes how rows count
+        weighs = {k: of_table.pop(k)[0] for k in weighting.WEIGHTS_OF_ROWS}
+        assert weighs == weighting.WEIGHTS_OF_ROWS
     fields = dataclasses.fields(Options)
     assert [field.name for field in fields] == list(of_table)
     for field in fields:
