@@ -24,6 +24,7 @@ from helpers.inside_cli import (
     logits,
     memory,
     methods,
+    named_models,
     plan,
     products,
     record,
@@ -32,8 +33,6 @@ from helpers.inside_cli import (
     softmax,
     timing,
 )
-
-from cutloss.bench import named_models
 
 BENCHMARKS = ROOT / "benchmarks"
 SHAPE = ["--shape", "33,16,500", "--rounds", 1]

@@ -9,10 +9,17 @@ import pytest
 import torch
 from helpers.command_line import assert_refused, fake_module, run_cli
 from helpers.inside import library
-from helpers.inside_cli import Shape, device_memory, record, train_measure, train_models, variants
+from helpers.inside_cli import (
+    Shape,
+    device_memory,
+    named_models,
+    record,
+    train_measure,
+    train_models,
+    variants,
+)
 
 import cutloss
-from cutloss.bench import named_models
 
 SMALL = dict(vocab_size=301, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
 SMALL |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)

@@ -11,12 +11,11 @@ import pytest
 import torch
 from helpers.command_line import assert_refused, run_cli
 from helpers.inside_cli import Method
-from helpers.inside_demo import largest_difference, slowness, text, train
+from helpers.inside_demo import flat, largest_difference, slowness, text, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cutloss import cli
-from cutloss.demo import flat
 
 SMALL = text.Vocabulary.of("the cat sat on the mat, and the cat's mat -- it sat.", 300)
 TINY = ["--vocab", 600, "--batch", 2, "--length", 16, "--steps", 3, "--max-workspace", 1]

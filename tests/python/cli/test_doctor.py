@@ -6,10 +6,9 @@ import sys
 import pytest
 import torch
 from helpers.command_line import assert_refused, run_cli
-from helpers.inside_cli import methods, odd_sizes
+from helpers.inside_cli import doctor, methods, odd_sizes
 
 import cutloss
-from cutloss import doctor
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """What tests see of the inside of `cutloss bench` and `doctor`, as inside.py has the rest."""
 
 # ruff: noqa: F401
+from cutloss import doctor
 from cutloss._bench import (
     cases,
     device_memory,
@@ -25,3 +26,4 @@ from cutloss._bench.methods import DEFAULT_METHODS, Method
 from cutloss._bench.products import _chunked, products
 from cutloss._bench.train_models import Shape
 from cutloss._cli import UserError, check_device
+from cutloss.bench import named_models

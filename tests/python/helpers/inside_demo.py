@@ -3,3 +3,4 @@
 # ruff: noqa: F401
 from cutloss._demo import text, train
 from cutloss._demo.report import largest_difference, slowness
+from cutloss.demo import flat

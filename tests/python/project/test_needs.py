@@ -12,9 +12,7 @@ import pytest
 import torch
 from helpers.checkout import ROOT
 from helpers.inside import library, needs
-from helpers.inside_cli import UserError, check_device
-
-from cutloss import doctor
+from helpers.inside_cli import UserError, check_device, doctor
 
 HERE = pathlib.Path("/somewhere/libcutloss_torch.so")
 
