@@ -12,7 +12,8 @@ import pytest
 import torch
 from cli_helpers import assert_refused, run_cli
 
-from cutloss._bench import (
+from cutloss._torch import library
+from cutloss.cli.bench import (
     cases,
     device_memory,
     errors,
@@ -27,11 +28,10 @@ from cutloss._bench import (
     softmax,
     timing,
 )
-from cutloss._bench.cases import Case
-from cutloss._bench.methods import DEFAULT_METHODS, Method
-from cutloss._bench.products import _chunked, products
-from cutloss._torch import library
-from cutloss.bench import named_models
+from cutloss.cli.bench.cases import Case
+from cutloss.cli.bench.command import named_models
+from cutloss.cli.bench.methods import DEFAULT_METHODS, Method
+from cutloss.cli.bench.products import _chunked, products
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 SHAPE = ["--shape", "33,16,500", "--rounds", 1]

@@ -7,9 +7,9 @@ import types
 import pytest
 import torch
 
-from cutloss._bench import cases, errors, methods, rivals
-from cutloss._bench.cases import Case
-from cutloss._bench.methods import Method
+from cutloss.cli.bench import cases, errors, methods, rivals
+from cutloss.cli.bench.cases import Case
+from cutloss.cli.bench.methods import Method
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -11,10 +11,10 @@ from cli_helpers import assert_refused, run_cli
 from test_cli_bench_rivals import fake_module
 
 import cutloss
-from cutloss._bench import device_memory, record, train_measure, train_models, variants
-from cutloss._bench.train_models import Shape
 from cutloss._torch import library
-from cutloss.bench import named_models
+from cutloss.cli.bench import device_memory, record, train_measure, train_models, variants
+from cutloss.cli.bench.command import named_models
+from cutloss.cli.bench.train_models import Shape
 
 SMALL = dict(vocab_size=301, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
 SMALL |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
@@ -35,7 +35,7 @@ def small(monkeypatch):
     for entry in found.values():
         entry["config"] |= SMALL
     for module in ("train_models", "train"):
-        monkeypatch.setattr(f"cutloss._bench.{module}.entries", lambda: found)
+        monkeypatch.setattr(f"cutloss.cli.bench.{module}.entries", lambda: found)
     return found
 
 

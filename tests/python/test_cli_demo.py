@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cutloss import cli
-from cutloss._bench.methods import Method
-from cutloss._demo import text, train
-from cutloss._demo.report import largest_difference, slowness
-from cutloss.demo import flat
+from cutloss.cli.bench.methods import Method
+from cutloss.cli.demo import text, train
+from cutloss.cli.demo.command import flat
+from cutloss.cli.demo.report import largest_difference, slowness
 
 SMALL = text.Vocabulary.of("the cat sat on the mat, and the cat's mat -- it sat.", 300)
 TINY = ["--vocab", 600, "--batch", 2, "--length", 16, "--steps", 3, "--max-workspace", 1]

@@ -8,8 +8,8 @@ import torch
 from cli_helpers import assert_refused, run_cli
 
 import cutloss
-from cutloss import doctor
-from cutloss._bench import methods, odd_sizes
+from cutloss.cli import doctor
+from cutloss.cli.bench import methods, odd_sizes
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from cutloss import LinearCrossEntropyLoss
-from cutloss._bench import record
+from cutloss.cli.bench import record
 
 V, D, LENGTH, MICROBATCHES = 8009, 16, 9, 8
 SIZE_OF_DC = V * D * 4

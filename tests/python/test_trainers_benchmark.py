@@ -9,7 +9,7 @@ import pytest
 import trl
 
 import cutloss.trl
-from cutloss._bench import record, train_models
+from cutloss.cli.bench import record, train_models
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "trainers.py"
 SMALL = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from cutloss._cli import UserError, check_device, count, needed, seconds
+from cutloss.cli.arguments import UserError, check_device, count, needed, seconds
 
 LENGTH = 128  # tokens of a sequence
 BATCH = 8  # sequences of a step
@@ -49,10 +49,10 @@ def run(args):
 
     import torch
 
-    from cutloss._bench import memory
-    from cutloss._bench.cases import Case
-    from cutloss._bench.methods import Method
-    from cutloss._demo import report, text, train
+    from cutloss.cli.bench import memory
+    from cutloss.cli.bench.cases import Case
+    from cutloss.cli.bench.methods import Method
+    from cutloss.cli.demo import report, text, train
 
     words = text.read_text(args.text)
     vocabulary = text.Vocabulary.of(words, args.vocab)

@@ -11,13 +11,13 @@ import sys
 import torch
 
 import cutloss
-from cutloss._bench.cases import DATA, DTYPES, Case, inputs, leaves
-from cutloss._bench.errors import gradient_errors, reference_gradients
-from cutloss._bench.methods import Method, run_pass
-from cutloss._bench.plan import Refusal, decide
-from cutloss._bench.record import processor
-from cutloss._cli import check_device, count, shape
 from cutloss._torch import library, needs
+from cutloss.cli.arguments import check_device, count, shape
+from cutloss.cli.bench.cases import DATA, DTYPES, Case, inputs, leaves
+from cutloss.cli.bench.errors import gradient_errors, reference_gradients
+from cutloss.cli.bench.methods import Method, run_pass
+from cutloss.cli.bench.plan import Refusal, decide
+from cutloss.cli.bench.record import processor
 
 # Of those that make a difference to the products, as /proc/cpuinfo calls them.
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "sve", "bf16")
@@ -25,7 +25,7 @@ FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", 
 TYPICAL = {"N": 8192, "D": 4096, "V": 128256}
 # Sizes that are a multiple of nothing.
 SELF_CHECK = {"N": 67, "D": 45, "V": 1021}
-ODD_SIZES = (sys.executable, "-m", "cutloss._bench.odd_sizes")
+ODD_SIZES = (sys.executable, "-m", "cutloss.cli.bench.odd_sizes")
 
 
 def add_arguments(parser):

@@ -4,12 +4,12 @@ import dataclasses
 
 import torch
 
-from cutloss._bench.cases import Case
-from cutloss._bench.methods import ENGINE_VARIABLE, Method, only_engine
 from cutloss._core.decide import Sizes
 from cutloss._core.options import SCHEDULES, Options
 from cutloss._core.plan import Plan
 from cutloss._torch import library
+from cutloss.cli.bench.cases import Case
+from cutloss.cli.bench.methods import ENGINE_VARIABLE, Method, only_engine
 
 # Raised where no engine takes a case, or none with the schedule and workspace asked for.
 Refusal = (ValueError, TypeError, NotImplementedError)

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from cutloss._bench.methods import synchronise
+from cutloss.cli.bench.methods import synchronise
 
 FLUSH_BYTES = 256 << 20
 

@@ -1,4 +1,4 @@
-"""Losses of odd sizes against fp64, on the CPU: python -m cutloss._bench.odd_sizes
+"""Losses of odd sizes against fp64, on the CPU: python -m cutloss.cli.bench.odd_sizes
 
 A matrix library can be wrong at some sizes on some processors, or kill the process there: oneDNN 2.6
 is, and does, on those with AMX. `cutloss doctor` runs this in a process of its own. Prints what is
@@ -8,10 +8,10 @@ import sys
 
 import torch
 
-from cutloss._bench.cases import Case
-from cutloss._bench.errors import gradient_errors, reference_gradients
-from cutloss._bench.methods import Method
-from cutloss._bench.plan import with_workspace
+from cutloss.cli.bench.cases import Case
+from cutloss.cli.bench.errors import gradient_errors, reference_gradients
+from cutloss.cli.bench.methods import Method
+from cutloss.cli.bench.plan import with_workspace
 
 # N, D, V around the sizes of vectors and tiles; the smallest workspace makes products of 63 rows or
 # columns and fewer out of them.

@@ -9,7 +9,7 @@ import subprocess
 import torch
 
 import cutloss
-from cutloss._bench import rivals
+from cutloss.cli.bench import rivals
 
 NUMBER = (int, float)
 MEASURED = (*NUMBER, type(None))

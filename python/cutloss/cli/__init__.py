@@ -3,21 +3,24 @@
 import os
 import sys
 
-from cutloss import bench, demo, doctor
-from cutloss._cli import Parser, UserError
-
-_COMMANDS = {
-    "demo": (demo, "train a small language model with cutloss and, beside it, with plain PyTorch"),
-    "doctor": (doctor, "say what was found here, and which engine a loss would get"),
-    "bench": (bench, "measure time, memory and errors against plain PyTorch"),
-}
+from cutloss.cli.arguments import Parser, UserError
 
 
 def build_parser():
+    # Imported here: the commands start programs of this package (cutloss.cli.bench.memory), which
+    # must not find themselves imported by it.
+    from cutloss.cli import doctor
+    from cutloss.cli.bench import command as bench
+    from cutloss.cli.demo import command as demo
+
     summary = "The loss of a large vocabulary, without the logits."
     parser = Parser(prog="cutloss", description=summary)
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo|doctor|bench")
-    for name, (module, summary) in _COMMANDS.items():
+    for name, module, summary in (
+        ("demo", demo, "train a small language model with cutloss and, beside it, with plain PyTorch"),
+        ("doctor", doctor, "say what was found here, and which engine a loss would get"),
+        ("bench", bench, "measure time, memory and errors against plain PyTorch"),
+    ):
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
@@ -62,7 +65,3 @@ def _let_threads_sleep():
         return
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,9 +2,9 @@
 
 from rich.table import Table
 
-from cutloss._bench.report import COLOURS, bars, console
-from cutloss._bench.train_measure import TOLERANCE
-from cutloss._bench.variants import REFERENCE, VARIANTS
+from cutloss.cli.bench.report import COLOURS, bars, console
+from cutloss.cli.bench.train_measure import TOLERANCE
+from cutloss.cli.bench.variants import REFERENCE, VARIANTS
 
 # heading, key, how it is written, what stands below the table
 COLUMNS = (

@@ -5,9 +5,9 @@ import os
 
 import torch
 
-from cutloss._bench.cases import IGNORED_TARGET, bias_of, inputs, leaves
-from cutloss._bench.methods import row_losses, run_pass
 from cutloss._torch.softcap import slope as slope_of_tanh
+from cutloss.cli.bench.cases import IGNORED_TARGET, bias_of, inputs, leaves
+from cutloss.cli.bench.methods import row_losses, run_pass
 
 _LOGITS = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes of logits at a time
 # Compute capabilities whose fp64 products are not many times slower than those in fp32.

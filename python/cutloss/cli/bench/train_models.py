@@ -7,8 +7,8 @@ import pathlib
 
 import torch
 
-from cutloss._bench.cases import DTYPES
-from cutloss._cli import UserError
+from cutloss.cli.arguments import UserError
+from cutloss.cli.bench.cases import DTYPES
 
 # What optimizer and gradients take is the parameters' dtype; AdamW in fp16 would overflow.
 TRAIN_DTYPES = ("bf16", "bf16-autocast", "fp32")

@@ -9,9 +9,9 @@ import os
 import torch
 import torch.nn.functional as F
 
-from cutloss._bench import rivals
-from cutloss._bench.cases import IGNORED_TARGET
-from cutloss._bench.rivals import ALL_OPTIONS, Asked, Loss
+from cutloss.cli.bench import rivals
+from cutloss.cli.bench.cases import IGNORED_TARGET
+from cutloss.cli.bench.rivals import ALL_OPTIONS, Asked, Loss
 
 ENGINE_VARIABLE = "CUTLOSS_ENGINE"  # which engine a plan is restricted to
 

@@ -15,9 +15,9 @@ import json
 import subprocess
 import sys
 
-from cutloss._bench import device_memory
-from cutloss._bench.cases import Case, bias_of, inputs, leaves
-from cutloss._bench.methods import Method, run_pass
+from cutloss.cli.bench import device_memory
+from cutloss.cli.bench.cases import Case, bias_of, inputs, leaves
+from cutloss.cli.bench.methods import Method, run_pass
 
 
 def peak_bytes(case, method, which, threads):
@@ -28,7 +28,7 @@ def peak_bytes(case, method, which, threads):
         "which": which,
         "threads": threads,
     }
-    command = [sys.executable, "-m", "cutloss._bench.memory", json.dumps(job)]
+    command = [sys.executable, "-m", "cutloss.cli.bench.memory", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -8,7 +8,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cutloss._bench.report import console
+from cutloss.cli.bench.report import console
 
 COLOURS = {"cutloss": "#1b7f5c", "plain": "#8a8f98"}
 NAMES = {"cutloss": "cutloss", "plain": "plain PyTorch"}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from cutloss._bench.cases import IGNORED_TARGET, OPTIONS
+from cutloss.cli.bench.cases import IGNORED_TARGET, OPTIONS
 
 ALL_OPTIONS = frozenset(OPTIONS)
 PINNED = {

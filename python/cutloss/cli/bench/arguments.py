@@ -3,13 +3,13 @@
 import argparse
 import re
 
-from cutloss._bench import logits
-from cutloss._bench.cases import ALL_DATA, DTYPES, OPTIONS, PASSES
-from cutloss._bench.methods import DEFAULT_METHODS, ENGINE_VARIABLE, LOSSES, METHODS
-from cutloss._bench.plan import WORKSPACES
-from cutloss._bench.train_models import TRAIN_DTYPES, entries
-from cutloss._bench.variants import REFERENCE, VARIANTS
-from cutloss._cli import count, seconds, shape
+from cutloss.cli.arguments import count, seconds, shape
+from cutloss.cli.bench import logits
+from cutloss.cli.bench.cases import ALL_DATA, DTYPES, OPTIONS, PASSES
+from cutloss.cli.bench.methods import DEFAULT_METHODS, ENGINE_VARIABLE, LOSSES, METHODS
+from cutloss.cli.bench.plan import WORKSPACES
+from cutloss.cli.bench.train_models import TRAIN_DTYPES, entries
+from cutloss.cli.bench.variants import REFERENCE, VARIANTS
 
 DEFAULT_DTYPES = {False: ["fp32"], True: ["bf16"]}  # by whether whole models are trained
 SCHEDULES = ("auto", "rows", "vocabulary")

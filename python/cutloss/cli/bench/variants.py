@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 import cutloss
-from cutloss._bench import rivals
+from cutloss.cli.bench import rivals
 
 
 @dataclasses.dataclass(frozen=True)

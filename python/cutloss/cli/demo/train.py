@@ -6,9 +6,9 @@ import time
 
 import torch
 
-from cutloss._bench.methods import synchronise
-from cutloss._cli import UserError
-from cutloss._demo.model import LanguageModel
+from cutloss.cli.arguments import UserError
+from cutloss.cli.bench.methods import synchronise
+from cutloss.cli.demo.model import LanguageModel
 
 WARM_UP = 10  # steps over which the learning rate rises
 

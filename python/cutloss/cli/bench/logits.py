@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from cutloss import cross_entropy
-from cutloss._bench import device_memory, record, rivals, timing
+from cutloss.cli.bench import device_memory, record, rivals, timing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PASSES = ("fw", "fwbw")
@@ -149,7 +149,7 @@ def _peak(call):
 
 def run(args, shapes):
     """[line of a result file], shown on the way."""
-    from cutloss._bench import report
+    from cutloss.cli.bench import report
 
     names = []
     for name in METHODS:

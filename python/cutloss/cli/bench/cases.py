@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from cutloss._bench import softmax
+from cutloss.cli.bench import softmax
 
 DATA = ("randn", "peaked", "flat", "offset")
 ALL_DATA = (*DATA, "softmax")

@@ -7,13 +7,13 @@ import shlex
 
 import torch
 
-from cutloss._bench import logits, record, rivals
-from cutloss._bench.arguments import DEFAULT_DTYPES, DEFAULT_WORKSPACE_MIB, add_arguments
-from cutloss._bench.cases import Case
-from cutloss._bench.measure import Settings, measure
-from cutloss._bench.methods import DEFAULT_METHODS, METHODS, Method, missing, takes_num_valid
-from cutloss._bench.train_models import TRAIN_DTYPES
-from cutloss._cli import UserError, check_device, needed
+from cutloss.cli.arguments import UserError, check_device, needed
+from cutloss.cli.bench import logits, record, rivals
+from cutloss.cli.bench.arguments import DEFAULT_DTYPES, DEFAULT_WORKSPACE_MIB, add_arguments
+from cutloss.cli.bench.cases import Case
+from cutloss.cli.bench.measure import Settings, measure
+from cutloss.cli.bench.methods import DEFAULT_METHODS, METHODS, Method, missing, takes_num_valid
+from cutloss.cli.bench.train_models import TRAIN_DTYPES
 
 __all__ = ["add_arguments", "named_models", "run"]
 PICTURES = (".png", ".svg", ".pdf")
@@ -25,7 +25,7 @@ OF_TRAINING = dict(tokens=None, sequence=None, layers=None, variants=None)
 
 
 def named_models():
-    text = (pathlib.Path(__file__).parent / "data" / "models.json").read_text()
+    text = (pathlib.Path(__file__).parents[1] / "data" / "models.json").read_text()
     return {name: (m["N"], m["D"], m["V"]) for name, m in json.loads(text).items()}
 
 
@@ -57,7 +57,7 @@ def run(args):
     _check_files(args)
     if args.logits:
         return _run_logits(args, shapes)
-    from cutloss._bench import report
+    from cutloss.cli.bench import report
 
     methods = _methods(args, report)
     packages = {method.kind.package for method in methods} - {"torch"}
@@ -106,7 +106,7 @@ def _run_train(args, settings):
     _refuse(args, where, of_shapes)
     needed("transformers", install="transformers")
     _check_files(args)
-    from cutloss._bench import train
+    from cutloss.cli.bench import train
 
     lines = train.run(args, settings)
     if args.plot:
@@ -133,7 +133,7 @@ def _run_logits(args, shapes):
 
 def _case(case, methods, settings, shared, path):
     """[(method, record)] of a case, shown and written."""
-    from cutloss._bench import report
+    from cutloss.cli.bench import report
 
     measured = measure(case, _for_case(case, methods, report), settings, report)
     if measured is None:
