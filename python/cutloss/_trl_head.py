@@ -10,7 +10,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from . import _sharded
+from ._torch import partitioned
 from .functional import linear_cross_entropy
 from .losses import token_log_probs
 from .transformers import _operands, _switch, _verify
@@ -266,10 +266,10 @@ def _mean_logits(
     counts = labels[:, shift:] != -100
     if options["softcap"] is None:
         # The mean of products with every row of c is the product with their mean.
-        of_c = _sharded.gathered(c.mean(0, dtype=torch.promote_types(c.dtype, torch.float32)))
+        of_c = partitioned.gathered(c.mean(0, dtype=torch.promote_types(c.dtype, torch.float32)))
         means = e[:, : e.shape[1] - shift].to(of_c.dtype) @ of_c * options["logit_scale"]
         if bias is not None:
-            means = means + _sharded.gathered(bias.mean(dtype=of_c.dtype))
+            means = means + partitioned.gathered(bias.mean(dtype=of_c.dtype))
         return torch.where(counts, means / options["temperature"], 0.0)
     # A smoothed loss with nothing of the target left is lse - mean(z).
     smoothed, lse = linear_cross_entropy(

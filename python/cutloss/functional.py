@@ -20,8 +20,8 @@ from ._core.operands import (
 from ._core.options import Options
 from ._core.plan import Plan
 from ._implementations import LinearCrossEntropyImpl, is_plain
-from ._sharded import is_dtensor
 from ._torch import autograd, library, operators, private, shards
+from ._torch.partitioned import is_dtensor
 from ._torch.plain import statistics as plain_statistics
 from .sharded import VocabParallelOptions
 

@@ -21,11 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _sharded
 from .._core import checks
 from .._core.options import Options, stat_dtype
 from .._core.weighting import Rows
-from . import library
+from . import library, partitioned
 from .autograd import Saved, Tensors
 from .operators import Constants, Linear, Outputs, deferred, of_rows
 
@@ -110,7 +109,7 @@ def _tell(
                 f"rank {rank} has other targets than rank {shard.rank}{counts}, and the ranks of a "
                 f"sharded classifier must have the same e and targets, which are classes of the "
                 f"whole vocabulary on every rank. If each has a batch of its own (c is a DTensor "
-                f"that FSDP has sharded, not tensor parallelism), {_sharded.IN_FORWARD}"
+                f"that FSDP has sharded, not tensor parallelism), {partitioned.IN_FORWARD}"
             )
         if its.call != expected.call:
             raise ValueError(

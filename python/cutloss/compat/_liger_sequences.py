@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import _sharded
 from .._core import checks
+from .._torch import partitioned
 from ..losses import TokenLogProbs, token_log_probs
 
 
@@ -67,7 +67,7 @@ def logit_sums(_input: Tensor, lin_weight: Tensor, bias: Tensor | None) -> Tenso
 
     def total(t: Tensor) -> Tensor:
         t = t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32))
-        return t.full_tensor() if _sharded.is_dtensor(t) else t
+        return t.full_tensor() if partitioned.is_dtensor(t) else t
 
     of_classes = total(lin_weight)
     # No matrix product, which autocast would make in 16 bits.

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _sharded
-from .._torch import private
+from .._torch import partitioned, private
 from ..functional import linear_cross_entropy
 
 
@@ -77,7 +76,7 @@ def evaluate(logits, function: Callable[..., object]) -> object:
 
     # As a DTensor they are left alone by the hook that would take them for a share of the tokens.
     hidden = term.hidden
-    hidden = hidden if term.mesh is None else _sharded.replicated(hidden, term.mesh)
+    hidden = hidden if term.mesh is None else partitioned.replicated(hidden, term.mesh)
 
     # In a dict, so that a hook that changes an output cannot take this for logits.
     try:
@@ -113,8 +112,8 @@ def loss(logits, target: Tensor, options: dict) -> Tensor:
 
 def is_column_parallel(layer: nn.Module) -> bool:
     """Whether parallelize_module has sharded a layer by its classes (ColwiseParallel)."""
-    placed = any(map(_sharded.only_places, private.forward_pre_hooks(layer)))
-    return placed and _sharded.has_classes(layer.weight)
+    placed = any(map(partitioned.only_places, private.forward_pre_hooks(layer)))
+    return placed and partitioned.has_classes(layer.weight)
 
 
 def check_sharded(terms: tuple[Term, ...], vector: Tensor | None) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _sharded
-from .._torch import private
+from .._torch import partitioned, private
 from . import _switch
 from ._switch import Switch, shape
 from ._unmade import LogitsNotMadeError
@@ -141,7 +140,7 @@ def _gradients(loss: Tensor, probes: list[Tensor]) -> list[Tensor]:
     """Whole ones; zeros where the loss makes no use of what went into the classifier."""
     grads = torch.autograd.grad(loss, probes, allow_unused=True)
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(probes, grads)]
-    return list(map(_sharded.gathered, grads))
+    return list(map(partitioned.gathered, grads))
 
 
 def _norm(t: Tensor) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import private
+from . import private
 
 IN_FORWARD = (
     "compute the loss in the forward of the module (or the model) that was wrapped, where the "
@@ -15,8 +15,9 @@ IN_FORWARD = (
 )
 _OF_A_WEIGHT = (
     "where tensor parallelism has placed it, take ColwiseParallel for the layer, or pass "
-    "{0}.redistribute(placements=[Shard(0)]); where fully_shard has, " + IN_FORWARD + "; or pass {0}.full_tensor(grad_placements=[Partial('avg')]) if each process has "
-    "a batch of its own, {0}.full_tensor() if all have the same"
+    "{0}.redistribute(placements=[Shard(0)]); where fully_shard has, " + IN_FORWARD + "; or pass "
+    "{0}.full_tensor(grad_placements=[Partial('avg')]) if each process has a batch of its own, "
+    "{0}.full_tensor() if all have the same"
 )
 _OF_ROWS = (
     "pass {0}.full_tensor() with all targets, or {0}.to_local() with the targets of its own rows, "
