@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checkpoint_names
 from ._core import checks
-from ._torch import partitioned, private
+from ._torch import checkpoint_names, partitioned, private
 from ._torch.softcap import capped
 from .module import LinearCrossEntropy
 
@@ -60,7 +59,7 @@ class _Head(nn.Module):
                 zeros = zeros.redistribute(placements=weight.placements)
             own_bias = nn.Parameter(zeros)
         self.register_parameter("own_bias", own_bias)
-        self.register_load_state_dict_pre_hook(_checkpoint_names.before_load)
+        self.register_load_state_dict_pre_hook(checkpoint_names.before_load)
 
     @property
     def weight(self) -> Tensor:
@@ -92,7 +91,7 @@ class _Head(nn.Module):
         """A head that cutloss 0.1 pickled whole lacks the hook."""
         super().__setstate__(state)
         if not private.has_hooks_before_load(self):
-            self.register_load_state_dict_pre_hook(_checkpoint_names.before_load)
+            self.register_load_state_dict_pre_hook(checkpoint_names.before_load)
 
     def _check_weight(self) -> None:
         _check_classifier(self.output_embeddings)

@@ -3,7 +3,7 @@ the layer whose place it took (decision 19)."""
 
 from torch import nn
 
-from ._torch import private
+from . import private
 
 
 def before_load(
