@@ -10,13 +10,13 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from ._torch import partitioned
-from .functional import linear_cross_entropy
-from .losses import token_log_probs
-from .transformers import _operands, _switch, _verify
-from .transformers._patch import regularisers, unwrapped
-from .transformers._switch import Switch
-from .transformers._unmade import UnmadeLogits
+from .._torch import partitioned
+from ..functional import linear_cross_entropy
+from ..losses import token_log_probs
+from ..transformers import _operands, _switch, _verify
+from ..transformers._patch import regularisers, unwrapped
+from ..transformers._switch import Switch
+from ..transformers._unmade import UnmadeLogits
 
 _OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 

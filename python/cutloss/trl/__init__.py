@@ -13,9 +13,9 @@ import importlib
 import inspect
 import sys
 
-from . import _trl_losses
-from ._trl_head import Use, add_fused_lm_head, loss_of, training_step, version
-from .transformers._patch import unwrapped
+from ..transformers._patch import unwrapped
+from . import _losses
+from ._head import Use, add_fused_lm_head, loss_of, training_step, version
 
 _TRAINERS = {
     "DPOTrainer": "trl",
@@ -59,7 +59,7 @@ def with_cutloss(trainer: type) -> type:
         from cutloss. Each model is compared with itself on a tiny batch, as there.
     """
     _modules(trainer)
-    bases = (_WithCutloss, *_trl_losses.bases(trainer))
+    bases = (_WithCutloss, *_losses.bases(trainer))
     return type(trainer.__name__, bases, {"__doc__": trainer.__doc__})
 
 

@@ -10,11 +10,11 @@ import types
 import torch
 from torch import Tensor
 
-from ._trl_head import add_fused_lm_head, label_smoothing, version
-from .losses import linear_distillation
-from .transformers import _operands
-from .transformers._patch import unwrapped
-from .transformers._unmade import UnmadeLogits
+from ..losses import linear_distillation
+from ..transformers import _operands
+from ..transformers._patch import unwrapped
+from ..transformers._unmade import UnmadeLogits
+from ._head import add_fused_lm_head, label_smoothing, version
 
 
 def bases(trainer: type) -> tuple[type, ...]:
