@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cutloss.transformers import _operands
+from cutloss.transformers._errors import LogitsNotMadeError
 from cutloss.transformers._operands import Term
 from cutloss.transformers._switch import Switch, _install
-from cutloss.transformers._unmade import LogitsNotMadeError, UnmadeLogits
+from cutloss.transformers._unmade_logits import UnmadeLogits
 
 F64 = problems.widest()
 SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -299,7 +299,7 @@ def test_a_loss_that_differs():
     """Found by comparing: a scale that the promise of logits is not given."""
 
     def otherwise(self, **inputs):
-        from cutloss.transformers._unmade import UnmadeLogits
+        from cutloss.transformers._unmade_logits import UnmadeLogits
 
         logits = self.lm_head(self.model(inputs["input_ids"]).last_hidden_state)
         logits = logits if isinstance(logits, UnmadeLogits) else logits * 1.5

@@ -12,7 +12,7 @@ import operator
 import torch
 from torch import Tensor
 
-from ._not_made import LogitsNotMadeError
+from ._errors import LogitsNotMadeError
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.bool)
 

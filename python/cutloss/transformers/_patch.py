@@ -16,7 +16,7 @@ from .._implementations import is_plain
 from .._torch import private
 from . import _guard, _switch, _verify
 from ._switch import Switch, place_of_forward
-from ._unmade import UnmadeLogits
+from ._unmade_logits import UnmadeLogits
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 

@@ -15,7 +15,7 @@ from .._torch import partitioned, private
 from . import _casts, _operands, _parametrized
 from ._casts import Cast
 from ._operands import Term
-from ._unmade import UnmadeLogits
+from ._unmade_logits import UnmadeLogits
 
 NAME = "_cutloss_switch"  # the attribute of both
 

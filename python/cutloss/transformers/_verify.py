@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .._torch import partitioned, private
 from . import _switch
+from ._errors import LogitsNotMadeError
 from ._switch import Switch, shape
-from ._unmade import LogitsNotMadeError
 
 # Between two ways to compute the same: of the loss relative to 1 + |loss|, of gradients relative to
 # their norm. In 16 bits the model rounds its logits, which cutloss does not.

@@ -16,7 +16,7 @@ from ..losses import token_log_probs
 from ..transformers import _operands, _switch, _verify
 from ..transformers._patch import regularisers, unwrapped
 from ..transformers._switch import Switch
-from ..transformers._unmade import UnmadeLogits
+from ..transformers._unmade_logits import UnmadeLogits
 
 _OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 

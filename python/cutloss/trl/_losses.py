@@ -13,7 +13,7 @@ from torch import Tensor
 from ..losses import linear_distillation
 from ..transformers import _operands
 from ..transformers._patch import unwrapped
-from ..transformers._unmade import UnmadeLogits
+from ..transformers._unmade_logits import UnmadeLogits
 from ._head import add_fused_lm_head, label_smoothing, version
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._core import checks
 from . import _layout, _operands
-from ._not_made import LogitsNotMadeError
+from ._errors import LogitsNotMadeError
 from ._operands import Term
 
 Factor = float | Tensor  # float itself is the name of a method below
