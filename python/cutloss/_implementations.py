@@ -1,4 +1,5 @@
-"""The names that ``impl`` takes."""
+"""The names that ``impl`` takes. Modules that cutloss 0.1 pickled whole name the enum by the path of
+this file, which therefore stays."""
 
 import enum
 
