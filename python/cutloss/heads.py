@@ -378,18 +378,18 @@ class CausalLMHead(_Head):
     def logits(self, e: Tensor) -> Tensor:
         """(..., V), of what comes out of the projection; with gradients, where they are wanted.
         Where the weight is a DTensor the logits of all classes are gathered, on every rank."""
-        how = self.loss
+        loss = self.loss
         weight = self.weight
         e = self._placed(e)
         if partitioned.is_dtensor(weight):
             e = partitioned.replicated(e, weight.device_mesh)
         z = F.linear(e, weight)
-        if how.logit_scale != 1.0:
-            z = z * how.logit_scale
+        if loss.logit_scale != 1.0:
+            z = z * loss.logit_scale
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
-        z = capped(partitioned.gathered(z), how.softcap)
-        return z if how.temperature == 1.0 else z / how.temperature
+        z = capped(partitioned.gathered(z), loss.softcap)
+        return z if loss.temperature == 1.0 else z / loss.temperature
 
     def extra_repr(self) -> str:
         V, D = self.weight.shape

@@ -162,7 +162,7 @@ def resolved(options: Any) -> Shard:
     known, ranges = getattr(options, _RANGES, (None, ()))
     is_known = known == (start, stop, group.group_name) and len(ranges) == size
     if not is_known or ranges[rank] != (start, stop):
-        ranges = _asked_of_all(options, rank, size)
+        ranges = _asked_of_all(options, size)
         _remember(options, ranges)
     return Shard(
         ranges,
@@ -174,7 +174,7 @@ def resolved(options: Any) -> Shard:
     )
 
 
-def _asked_of_all(options: Any, rank: int, size: int) -> tuple[tuple[int, int], ...]:
+def _asked_of_all(options: Any, size: int) -> tuple[tuple[int, int], ...]:
     """The ranges of all ranks; where those of one are none, an error on all of them."""
     if torch.compiler.is_compiling():
         raise RuntimeError(

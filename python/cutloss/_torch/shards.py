@@ -253,12 +253,12 @@ class ShardedLinear(Linear):
             # And let go of: it has tensors, which until backward are autograd's alone to keep.
             self.call.has_exchanged, self.call = True, None
         told, is_right = _exchanged(states, targets, shard, self.in_words(), error)
-        made = library.call(
+        closed = library.call(
             _ops.close_rows, told, targets, class_weight, is_right, _HEADERS, options.stats,
             shard.total, options.shift, options.ignore_index, options.wants_entropy,
             options.wants_zbar, options.wants_argmax,
         )  # fmt: skip
-        return Outputs(e.new_empty((0,), dtype=options.stats), *made, kept)
+        return Outputs(e.new_empty((0,), dtype=options.stats), *closed, kept)
 
     def gradients(self, saved: Saved, needs: tuple[bool, ...], upstream: Tensors) -> Tensors:
         e, c, bias = saved.operands
@@ -270,10 +270,10 @@ class ShardedLinear(Linear):
         if self.shard.count > 0:
             d_rows = of_rows(self.options, None, None, *upstream)
             inputs = (whole, c, bias, *constants, *saved.made, *d_rows)
-            made = self.call_of_gradients(saved, inputs)
+            gradients = self.call_of_gradients(saved, inputs)
         else:
-            made = _zeros(whole, self.options), torch.zeros_like(c), _zeros_like(bias)
-        de, dc, dbias = self.wanted(made)
+            gradients = _zeros(whole, self.options), torch.zeros_like(c), _zeros_like(bias)
+        de, dc, dbias = self.wanted(gradients)
         return None if de is None else self._summed(de, e.dtype), dc, dbias
 
     def _summed(self, de: Tensor, dtype: torch.dtype) -> Tensor:

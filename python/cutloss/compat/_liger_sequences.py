@@ -71,5 +71,5 @@ def logit_sums(_input: Tensor, lin_weight: Tensor, bias: Tensor | None) -> Tenso
 
     of_classes = total(lin_weight)
     # No matrix product, which autocast would make in 16 bits.
-    made = (_input.sum(1, dtype=of_classes.dtype) * of_classes).sum(-1)
-    return made if bias is None else made + _input.shape[1] * total(bias)
+    sums = (_input.sum(1, dtype=of_classes.dtype) * of_classes).sum(-1)
+    return sums if bias is None else sums + _input.shape[1] * total(bias)

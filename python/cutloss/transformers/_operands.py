@@ -58,21 +58,21 @@ def evaluate(logits, function: Callable[..., object]) -> object:
     hooks around that call (FSDP, ZeRO-3, accelerate)."""
     logits = logits.movedim(logits.class_dim, -1)
 
-    def of(terms: tuple[Term, ...]) -> object:
+    def result_of(terms: tuple[Term, ...]) -> object:
         check_sharded(terms, logits.vector)
         given = operands(terms, logits.vector)
         e, c, bias, scale = given
         return function(e, c, bias, logit_scale=scale, softcap=logits.softcap)
 
     if len(logits.terms) > 1:
-        return of(logits.terms)
+        return result_of(logits.terms)
     (term,) = logits.terms
 
-    made = []
+    computed = []
 
     def inside(hidden: Tensor, linear: nn.Linear) -> object:
-        made.append(of((term._replace(hidden=hidden),)))
-        return made[0]
+        computed.append(result_of((term._replace(hidden=hidden),)))
+        return computed[0]
 
     # As a DTensor they are left alone by the hook that would take them for a share of the tokens.
     hidden = term.hidden
@@ -82,10 +82,10 @@ def evaluate(logits, function: Callable[..., object]) -> object:
     try:
         result = term.linear(hidden, cutloss_inside=inside)["cutloss"]
     except Exception as error:
-        if not made:  # it is not from a hook of the output
+        if not computed:  # it is not from a hook of the output
             raise
         raise NotImplementedError(_OF_HOOKS + f": {type(error).__name__}: {error}") from error
-    if private.has_forward_hooks_of_all_modules() and result is not made[0]:
+    if private.has_forward_hooks_of_all_modules() and result is not computed[0]:
         raise NotImplementedError(_OF_HOOKS)
     return result
 
@@ -101,13 +101,13 @@ _OF_HOOKS = (
 def loss(logits, target: Tensor, options: dict) -> Tensor:
     """linear_cross_entropy of an UnmadeLogits."""
 
-    def of(e: Tensor, c: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None):
+    def cross_entropy(e, c, bias, logit_scale, softcap):
         on_device = target.to(c.device)
         return linear_cross_entropy(
             e, c, on_device, bias, logit_scale=logit_scale, softcap=softcap, **options
         )
 
-    return evaluate(logits, of).to(logits.device)
+    return evaluate(logits, cross_entropy).to(logits.device)
 
 
 def is_column_parallel(layer: nn.Module) -> bool:
@@ -122,9 +122,9 @@ def check_sharded(terms: tuple[Term, ...], vector: Tensor | None) -> None:
         for t in terms:
             check(t.linear.weight)
     elif len(terms) > 1 or vector is not None:
-        what = "an adapter" if len(terms) > 1 else "a vector that the forward adds to its logits"
+        extra = "an adapter" if len(terms) > 1 else "a vector that the forward adds to its logits"
         raise NotImplementedError(
-            f"the classifier is sharded by its classes (ColwiseParallel), and has {what}, which "
+            f"the classifier is sharded by its classes (ColwiseParallel), and has {extra}, which "
             f"cutloss.patch knows for a whole classifier only: leave the head out of the "
             f"tensor-parallel plan"
         )

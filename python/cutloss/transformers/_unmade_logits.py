@@ -278,21 +278,21 @@ class UnmadeLogits:
 
     # Numbers --------------------------------------------------------------------------------------
 
-    def _check_not_normalised(self, what: str) -> None:
+    def _check_not_normalised(self, operation: str) -> None:
         if self.normalised:
-            raise LogitsNotMadeError(f"{what}, after log_softmax,")
+            raise LogitsNotMadeError(f"{operation}, after log_softmax,")
 
     def mul(self, other: Factor) -> "UnmadeLogits":
-        what = f"the product with {_name(other)}"
-        self._check_not_normalised(what)
+        operation = f"the product with {_name(other)}"
+        self._check_not_normalised(operation)
         if isinstance(other, Tensor):
-            factor = self._scale(other, what)
+            factor = self._scale(other, operation)
             if self.softcap is not None:
-                raise LogitsNotMadeError(f"after a tanh, {what}, and not with a number,")
+                raise LogitsNotMadeError(f"after a tanh, {operation}, and not with a number,")
         elif isinstance(other, bool) or not isinstance(other, numbers.Real):
-            raise LogitsNotMadeError(what)
+            raise LogitsNotMadeError(operation)
         elif other == 0 or not math.isfinite(other):
-            raise LogitsNotMadeError(what)
+            raise LogitsNotMadeError(operation)
         elif self.softcap is not None and other < 0:
             raise LogitsNotMadeError(f"the product of tanh with {other}")
         else:
@@ -311,22 +311,22 @@ class UnmadeLogits:
     __neg__ = negative = neg
 
     def div(self, other: Factor, *, rounding_mode: str | None = None) -> "UnmadeLogits":
-        what = f"the quotient by {_name(other)}"
+        operation = f"the quotient by {_name(other)}"
         if rounding_mode is not None:
             raise LogitsNotMadeError(f"a rounding ({rounding_mode!r})")
         if isinstance(other, Tensor):
-            return self.mul(self._scale(other, what).reciprocal())
+            return self.mul(self._scale(other, operation).reciprocal())
         if isinstance(other, bool) or not isinstance(other, numbers.Real) or other == 0:
-            raise LogitsNotMadeError(what)
+            raise LogitsNotMadeError(operation)
         return self.mul(1.0 / other)
 
     __truediv__ = divide = true_divide = div
 
-    def _scale(self, factor: Tensor, what: str) -> Tensor:
+    def _scale(self, factor: Tensor, operation: str) -> Tensor:
         """Without dimensions, and in fp32 at least, where reciprocals and products of such lose
         nothing. Nobody looks at its value, which may be on a device."""
         if factor.numel() != 1 or factor.dim() > self.ndim or factor.is_complex():
-            raise LogitsNotMadeError(what)
+            raise LogitsNotMadeError(operation)
         return factor.reshape(()).to(torch.promote_types(factor.dtype, torch.float32))
 
     def tanh(self) -> "UnmadeLogits":
@@ -337,19 +337,19 @@ class UnmadeLogits:
 
     def add(self, other: "Tensor | UnmadeLogits", *, alpha=1) -> "UnmadeLogits":
         """Of an adapter's product to the classifier's; of a vector to each row."""
-        what = f"the sum with {_name(other)}"
-        self._check_not_normalised(what)
+        operation = f"the sum with {_name(other)}"
+        self._check_not_normalised(operation)
         if self.softcap is not None:
-            raise LogitsNotMadeError(f"after a tanh, {what}")
+            raise LogitsNotMadeError(f"after a tanh, {operation}")
         if isinstance(other, UnmadeLogits):
             return self._sum(other if alpha == 1 else other.mul(alpha))
         if not isinstance(other, Tensor) or other.is_complex():
-            raise LogitsNotMadeError(what)
+            raise LogitsNotMadeError(operation)
         logits = self[(None,) * (other.dim() - self.ndim)] if other.dim() > self.ndim else self
         sizes = [1] * (logits.ndim - other.dim()) + list(other.shape)
         V = logits.shape[logits.class_dim]
         if sizes.pop(logits.class_dim) not in (1, V) or any(size != 1 for size in sizes):
-            raise LogitsNotMadeError(what)
+            raise LogitsNotMadeError(operation)
         vector = other.reshape(-1).expand(V) * alpha
         vector = vector if logits.vector is None else logits.vector + vector
         return logits._with(vector=vector)
@@ -405,9 +405,9 @@ class UnmadeLogits:
         raise LogitsNotMadeError("an assignment to entries")
 
 
-def _refusing(what: str) -> Callable:
+def _refusing(operation: str) -> Callable:
     def refuse(self, *args):
-        raise LogitsNotMadeError(what)
+        raise LogitsNotMadeError(operation)
 
     return refuse
 
@@ -433,8 +433,8 @@ _OPERATORS = {
         ("lshift", "<<"), ("rshift", ">>"),
     )},
 }  # fmt: skip
-for _operator, _what in _OPERATORS.items():
-    setattr(UnmadeLogits, f"__{_operator}__", _refusing(_what))
+for _operator, _described in _OPERATORS.items():
+    setattr(UnmadeLogits, f"__{_operator}__", _refusing(_described))
 
 
 # PyTorch's functions, and the methods of tensors, that are methods here with the same arguments.

@@ -220,7 +220,7 @@ def _per_token(
 ) -> dict[str, Tensor]:
     """Each (sequences, length - shift), 0 where the label is -100."""
 
-    def of(e: Tensor, c: Tensor, bias: Tensor | None, **options) -> dict[str, Tensor]:
+    def results_of(e: Tensor, c: Tensor, bias: Tensor | None, **options) -> dict[str, Tensor]:
         labels = targets.to(c.device)
         options.update(shift=shift, temperature=temperature)
         autocast = contextlib.nullcontext()
@@ -230,7 +230,7 @@ def _per_token(
         with autocast:
             return _results(e, c, labels, bias, options, outputs)
 
-    return _operands.evaluate(logits, of)
+    return _operands.evaluate(logits, results_of)
 
 
 def _results(

@@ -78,10 +78,10 @@ def table(runs, peaks, agreement, args):
         *(f"{1e3 * statistics.median(run.step_seconds):.0f} ms" for run in runs),
     )
     console().print(shown)
-    how = "PyTorch's allocator" if args.device == "cuda" else "the kernel (resident memory)"
+    counter = "PyTorch's allocator" if args.device == "cuda" else "the kernel (resident memory)"
     console().print(
         "Peak memory: what one forward and backward of the loss adds to its inputs and gradients, "
-        f"as counted by {how}, each in a process of its own. "
+        f"as counted by {counter}, each in a process of its own. "
         f"cutloss was granted {args.max_workspace} MiB (--max-workspace).",
         markup=False,
     )
