@@ -184,10 +184,10 @@ def _packages():
 def _plan(args):
     case = Case(*args.shape, args.dtype, device=args.device)
     method = Method("cutloss", args.schedule, args.max_workspace)
-    which = "fwbw_frozen" if args.frozen else "fwbw"
+    pass_name = "fwbw_frozen" if args.frozen else "fwbw"
     yield f"asked: {case.label}, {method.label}{', frozen classifier' if args.frozen else ''}"
     try:
-        yield from str(decide(case, method, which)).splitlines()
+        yield from str(decide(case, method, pass_name)).splitlines()
     except Refusal as error:
         yield from f"no engine takes it: {error}".splitlines()
 
@@ -203,10 +203,10 @@ def _self_check(device, broken):
             for name in ("cutloss", "plain"):
                 errors = gradient_errors(Method(name), case, "fwbw", reference)
                 named[name] = (_loss_error(Method(name), case), *errors)
-            for what, ours, plain in zip(("loss", "dE", "dC"), named["cutloss"], named["plain"]):
+            for part, ours, plain in zip(("loss", "dE", "dC"), named["cutloss"], named["plain"]):
                 if not ours <= 2 * plain + 4 * rounding:  # NaN is not
                     broken.append(
-                        f"{what} in {dtype}, {data}: error {ours:.1e}, plain PyTorch's {plain:.1e}"
+                        f"{part} in {dtype}, {data}: error {ours:.1e}, plain PyTorch's {plain:.1e}"
                     )
             errors = ", ".join(f"{e:.1e}" for e in named["cutloss"])
             plain = ", ".join(f"{e:.1e}" for e in named["plain"])

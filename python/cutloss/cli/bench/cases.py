@@ -76,11 +76,11 @@ class Case:
             parts.append(self.options)
         return ", ".join(parts)
 
-    def gradient_bytes(self, which):
+    def gradient_bytes(self, pass_name):
         e = self.N * self.D * self.e_dtype.itemsize
         c = self.V * self.D * self.c_dtype.itemsize
         bias = self.V * self.c_dtype.itemsize if "bias" in self.option_names else 0
-        return {"fw": 0, "fwbw": e + c + bias, "fwbw_frozen": e}[which]
+        return {"fw": 0, "fwbw": e + c + bias, "fwbw_frozen": e}[pass_name]
 
 
 def inputs(case):
@@ -126,12 +126,12 @@ def bias_of(case):
     return bias.to(case.device, case.c_dtype)
 
 
-def leaves(tensors, which):
+def leaves(tensors, pass_name):
     """The same tensors, with gradients asked for as the pass needs them; a bias may follow."""
     e, c, targets, *bias = tensors
     return (
-        e.detach().requires_grad_(which != "fw"),
-        c.detach().requires_grad_(which == "fwbw"),
+        e.detach().requires_grad_(pass_name != "fw"),
+        c.detach().requires_grad_(pass_name == "fwbw"),
         targets,
-        *(b if b is None else b.detach().requires_grad_(which == "fwbw") for b in bias),
+        *(b if b is None else b.detach().requires_grad_(pass_name == "fwbw") for b in bias),
     )

@@ -175,7 +175,7 @@ def _for_case(case, methods, report):
 def _lines(case, measured, shared):
     """[(method, record)], by pass."""
     lines = []
-    for (method, which), r in measured.results.items():
+    for (method, pass_name), r in measured.results.items():
         line = {
             **shared,
             "N": case.N,
@@ -188,7 +188,7 @@ def _lines(case, measured, shared):
             "gradient": method.kind.gradient,
             "schedule": r.decision.schedule if r.decision else "none",
             "workspace_mib": _granted(r.method),
-            "pass": which,
+            "pass": pass_name,
             "ms": round(r.ms, 4),
             "gemm_ms": round(measured.gemm_ms, 4),
             "gemms": round(r.ms / measured.gemm_ms, 4),

@@ -96,10 +96,10 @@ def reference_gradients(case):
     return found.de, found.dc
 
 
-def gradient_errors(method, case, which, expected):
+def gradient_errors(method, case, pass_name, expected):
     """(error of dE, error of dC) of one call; None where the pass makes no such gradient."""
-    e, c, targets, bias = leaves((*inputs(case), bias_of(case)), which)
-    run_pass(method, case, which, e, c, targets, bias)
+    e, c, targets, bias = leaves((*inputs(case), bias_of(case)), pass_name)
+    run_pass(method, case, pass_name, e, c, targets, bias)
     return errors_of((e.grad, c.grad), expected)
 
 

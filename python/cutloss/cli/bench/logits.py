@@ -81,9 +81,9 @@ class _Source(torch.autograd.Function):
         return None, None, None
 
 
-def _call(method, z, targets, which):
+def _call(method, z, targets, pass_name):
     """Loss, and the gradient where the pass makes one."""
-    if which == "fw":
+    if pass_name == "fw":
         with torch.no_grad():
             return method(z.data, targets), None
     kept = []
@@ -110,11 +110,11 @@ def measure(N, V, dtype, device, names, passes, settings, report):
     targets = torch.randint(0, V, (N,), device=device, generator=random)
     first_rows = z[:ROWS].clone()
     results, calls = {}, {}
-    for which in passes:
+    for pass_name in passes:
         for name in names:
-            if name == "cutloss_consumed" and which == "fw":  # without a gradient nothing is
+            if name == "cutloss_consumed" and pass_name == "fw":  # without a gradient nothing is
                 continue
-            call = functools.partial(_call, METHODS[name], z, targets, which)
+            call = functools.partial(_call, METHODS[name], z, targets, pass_name)
             z[:ROWS] = first_rows  # an earlier method may have written over them
             try:
                 seconds, (_, gradient) = timing.wall_seconds(call, device)
@@ -124,9 +124,9 @@ def measure(N, V, dtype, device, names, passes, settings, report):
                 del gradient
                 found["peak_mib"] = _peak(call) if device == "cuda" else None
             except Exception as error:  # whatever a rival raises
-                report.note(f"{name} failed, {which}: {rivals.first_line(error)}")
+                report.note(f"{name} failed, {pass_name}: {rivals.first_line(error)}")
                 continue
-            results[name, which], calls[name, which] = found, call
+            results[name, pass_name], calls[name, pass_name] = found, call
     other = torch.empty_like(z)
     calls["copy"] = functools.partial(other.copy_, z)
     with report.progress_of(f"N {N}, V {V}, {dtype}", len(calls), settings.rounds) as progress:
@@ -179,7 +179,7 @@ def run(args, shapes):
                     "V": V,
                     "dtype": dtype,
                     "method": name,
-                    "pass": which,
+                    "pass": pass_name,
                     "ms": round(found["ms"], 4),
                     "copy_ms": round(copy_ms, 4),
                     "copies": round(found["ms"] / copy_ms, 4),
@@ -187,7 +187,7 @@ def run(args, shapes):
                     "first_ms": found["first_ms"],
                     "gradient_err": found["gradient_err"],
                 }
-                for (name, which), found in results.items()
+                for (name, pass_name), found in results.items()
             ]
             rate = 2 * N * V * size / copy_ms / 1e6
             report.logits_table(f"logits N {N}, V {V}, {dtype}", copy_ms, rate, shown)

@@ -65,59 +65,60 @@ def measure(case, methods, settings, report):
     tensors = (*inputs(case), bias_of(case))
     if case.data == "softmax":
         report.note(softmax.describe(*tensors[:3]))
-    leaves_of = {which: leaves(tensors, which) for which in settings.passes}
+    leaves_of = {pass_name: leaves(tensors, pass_name) for pass_name in settings.passes}
     units = products(case, *tensors[:2])
     for unit in units.values():  # loads the library, makes its workspace
         unit()
 
     expected = _reference(case, tensors, settings, report)
-    for (method, which), result in list(results.items()):
+    for (method, pass_name), result in list(results.items()):
         try:
             with time_limit(settings.first_call_limit):
-                _first_call(case, which, result, leaves_of[which], expected)
-            if expected and which == "fw":
-                _row_losses(case, result, leaves_of[which], expected, report)
+                _first_call(case, pass_name, result, leaves_of[pass_name], expected)
+            if expected and pass_name == "fw":
+                _row_losses(case, result, leaves_of[pass_name], expected, report)
             if settings.measures_memory:
-                _memory(case, which, result, leaves_of[which])
+                _memory(case, pass_name, result, leaves_of[pass_name])
             continue
         except Exception as error:  # whatever a rival raises
             reason = first_line(error)
-        del results[method, which]
-        report.note(f"{method.label} failed, {which}: {reason}")
-        clean_up(method.label, case.device, leaves_of[which])
+        del results[method, pass_name]
+        report.note(f"{method.label} failed, {pass_name}: {reason}")
+        clean_up(method.label, case.device, leaves_of[pass_name])
     reference = str(expected.dtype).removeprefix("torch.") if expected else None
     del expected
     if not results:
         return None
     gemm_ms = _times(case, results, units, leaves_of, settings, report)
     if settings.lists_kernels:
-        for (method, which), result in results.items():
-            of_pass = functools.partial(run_pass, result.method, case, which, *leaves_of[which])
-            result.kernels = kernels.of_call(of_pass)
-            forget_gradients(*leaves_of[which])
-            report.kernels(method, which, result.kernels, gemm_ms)
+        for (method, pass_name), result in results.items():
+            of_pass = leaves_of[pass_name]
+            call = functools.partial(run_pass, result.method, case, pass_name, *of_pass)
+            result.kernels = kernels.of_call(call)
+            forget_gradients(*of_pass)
+            report.kernels(method, pass_name, result.kernels, gemm_ms)
     return Measured(gemm_ms, reference, results) if results else None
 
 
 def _planned(case, methods, passes, report):
     """{(method, pass): Result} of what can be measured; a line for all else."""
     results, left_out = {}, {}
-    for which in passes:
+    for pass_name in passes:
         for method in methods:
-            if which == "fw":  # has no schedule: once for all of them
+            if pass_name == "fw":  # has no schedule: once for all of them
                 method = dataclasses.replace(method, schedule="auto")
             result, reason = Result(method), cannot(method, case)
             if method.name == "cutloss":
                 try:
-                    result.method = with_workspace(case, method, which)
-                    result.decision = decide(case, result.method, which)
+                    result.method = with_workspace(case, method, pass_name)
+                    result.decision = decide(case, result.method, pass_name)
                 except Refusal as error:
                     reason = str(error)
             if reason:
                 among = left_out.setdefault((method, reason), [])
-                among += [] if which in among else [which]
+                among += [] if pass_name in among else [pass_name]
             else:
-                results[method, which] = result
+                results[method, pass_name] = result
     for (method, reason), among in left_out.items():
         report.note(f"{method.label} is left out, {', '.join(among)}: {reason}")
     return results
@@ -133,13 +134,13 @@ def _reference(case, tensors, settings, report):
     return errors.reference(case, tensors, dtype)
 
 
-def _first_call(case, which, result, tensors, expected):
+def _first_call(case, pass_name, result, tensors, expected):
     """Its time, what it leaves in memory, and the errors of what it returns."""
     meter = device_memory.Meter() if case.device == "cuda" else None
     if meter:
         meter.start()
     seconds, loss = timing.wall_seconds(
-        lambda: run_pass(result.method, case, which, *tensors), case.device
+        lambda: run_pass(result.method, case, pass_name, *tensors), case.device
     )
     result.first_ms = 1e3 * seconds
     if expected:
@@ -159,21 +160,21 @@ def _row_losses(case, result, tensors, expected, report):
         report.note(f"{result.method.label} gives no losses by row: {first_line(error)}")
 
 
-def _memory(case, which, result, tensors):
+def _memory(case, pass_name, result, tensors):
     if case.device == "cpu":
         threads = torch.get_num_threads()
-        result.peak = memory.peak_bytes(case, result.method, which, threads)
+        result.peak = memory.peak_bytes(case, result.method, pass_name, threads)
         if result.peak is not None:
-            result.total = result.peak + case.gradient_bytes(which)
+            result.total = result.peak + case.gradient_bytes(pass_name)
         return
     meter = device_memory.Meter()
     meter.start()
-    run_pass(result.method, case, which, *tensors)
+    run_pass(result.method, case, pass_name, *tensors)
     added = meter.added()
     forget_gradients(*tensors)
     result.total = added.peak
     result.outside = added.outside
-    result.peak = max(0, added.peak - case.gradient_bytes(which))
+    result.peak = max(0, added.peak - case.gradient_bytes(pass_name))
 
 
 def _times(case, results, units, leaves_of, settings, report):
@@ -206,10 +207,10 @@ def _times(case, results, units, leaves_of, settings, report):
             settings.pause,
             twice,
         )
-    for (method, which), reason in failures.items():
-        del results[method, which]
-        report.note(f"{method.label} failed, {which}: {reason}")
-        clean_up(method.label, case.device, leaves_of[which])
+    for (method, pass_name), reason in failures.items():
+        del results[method, pass_name]
+        report.note(f"{method.label} failed, {pass_name}: {reason}")
+        clean_up(method.label, case.device, leaves_of[pass_name])
     for key, result in results.items():
         result.ms = ms[key]
     flops = 2 * case.N * case.D * case.V

@@ -20,12 +20,12 @@ from cutloss.cli.bench.cases import Case, bias_of, inputs, leaves
 from cutloss.cli.bench.methods import Method, run_pass
 
 
-def peak_bytes(case, method, which, threads):
+def peak_bytes(case, method, pass_name, threads):
     """Starts the process and returns its answer, or None where the system has no such counter."""
     job = {
         "case": dataclasses.asdict(case),
         "method": dataclasses.asdict(method),
-        "which": which,
+        "pass_name": pass_name,
         "threads": threads,
     }
     command = [sys.executable, "-m", "cutloss.cli.bench.memory", json.dumps(job)]
@@ -65,18 +65,18 @@ class _HostPeak:
         return _resident("VmHWM") - self._before
 
 
-def _measure(case, method, which):
+def _measure(case, method, pass_name):
     # On CUDA code is compiled and loaded for each size, and counted as long as it is new.
     warm = dataclasses.replace(case, N=64, V=1024) if case.device == "cpu" else case
-    run_pass(method, warm, which, *leaves((*inputs(warm), bias_of(warm)), which))
-    tensors = leaves((*inputs(case), bias_of(case)), which)
+    run_pass(method, warm, pass_name, *leaves((*inputs(warm), bias_of(warm)), pass_name))
+    tensors = leaves((*inputs(case), bias_of(case)), pass_name)
     peak = _HostPeak() if case.device == "cpu" else device_memory.Meter()
     try:
         peak.start()
     except OSError:
         return None
-    run_pass(method, case, which, *tensors)
-    return max(0, _bytes(peak.added()) - case.gradient_bytes(which))
+    run_pass(method, case, pass_name, *tensors)
+    return max(0, _bytes(peak.added()) - case.gradient_bytes(pass_name))
 
 
 def _bytes(added):
@@ -88,7 +88,7 @@ def main():
 
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
-    answer = _measure(Case(**job["case"]), Method(**job["method"]), job["which"])
+    answer = _measure(Case(**job["case"]), Method(**job["method"]), job["pass_name"])
     print(json.dumps(answer))
 
 

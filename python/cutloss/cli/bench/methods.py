@@ -172,12 +172,12 @@ def cannot(method, case):
     return None
 
 
-def run_pass(method, case, which, e, c, targets, bias=None):
+def run_pass(method, case, pass_name, e, c, targets, bias=None):
     """One forward, or forward and backward. Returns the loss; gradients are left in .grad."""
     forget_gradients(e, c, bias)
     asked = _asked(case)
     with only_engine(method.engine):
-        if which == "fw":
+        if pass_name == "fw":
             with torch.no_grad(), case.autocast():
                 return method.loss(e, c, targets, bias, **asked)
         with case.autocast():

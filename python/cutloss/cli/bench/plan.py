@@ -17,7 +17,7 @@ WORKSPACES = ("smallest", "logits")
 MIB = 2**20
 
 
-def decide(case: Case, method: Method, which: str) -> Plan:
+def decide(case: Case, method: Method, pass_name: str) -> Plan:
     sizes = Sizes(
         sequences=1,
         length=case.N,
@@ -33,9 +33,9 @@ def decide(case: Case, method: Method, which: str) -> Plan:
         case.product_dtype,
         softcap=case.option("softcap"),
         temperature=case.option("temperature") or 1.0,
-        needs_de=which != "fw",
-        needs_dc=which == "fwbw",
-        needs_dbias=which == "fwbw" and "bias" in case.option_names,
+        needs_de=pass_name != "fw",
+        needs_dc=pass_name == "fwbw",
+        needs_dbias=pass_name == "fwbw" and "bias" in case.option_names,
         schedule=SCHEDULES[method.schedule],
         max_workspace=method.max_workspace,
         num_valid=case.num_valid if method.num_valid else None,
@@ -50,7 +50,7 @@ def decide(case: Case, method: Method, which: str) -> Plan:
     return plan
 
 
-def with_workspace(case: Case, method: Method, which: str) -> Method:
+def with_workspace(case: Case, method: Method, pass_name: str) -> Method:
     """The method with its workspace in MiB, where it is given by a name:
 
     * smallest: the least with which there is a plan;
@@ -62,7 +62,7 @@ def with_workspace(case: Case, method: Method, which: str) -> Method:
         return _granting(method, logits + logits // 8 + 64 * MIB)
     if name == "smallest":
         unlimited = dataclasses.replace(method, max_workspace_mib=None)
-        return _granting(method, decide(case, unlimited, which).least_bytes)
+        return _granting(method, decide(case, unlimited, pass_name).least_bytes)
     return method
 
 

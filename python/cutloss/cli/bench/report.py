@@ -129,9 +129,9 @@ def logits_table(label, copy_ms, rate, lines):
     _legend(LOGITS_LEGEND, lines, columns)
 
 
-def kernels(method, which, lines, gemm_ms):
+def kernels(method, pass_name, lines, gemm_ms):
     """Those that matter; the file of results has them all."""
-    shown = Table(title=f"kernels of {method.label}, {which}", title_justify="left")
+    shown = Table(title=f"kernels of {method.label}, {pass_name}", title_justify="left")
     shown.add_column("kernel")
     for name in ("launches", "ms", "GEMMs"):
         shown.add_column(name, justify="right")
