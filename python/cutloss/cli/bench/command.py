@@ -12,7 +12,7 @@ from cutloss.cli.bench import logits, record, rivals
 from cutloss.cli.bench.arguments import DEFAULT_DTYPES, DEFAULT_WORKSPACE_MIB, add_arguments
 from cutloss.cli.bench.cases import Case
 from cutloss.cli.bench.measure import Settings, measure
-from cutloss.cli.bench.methods import DEFAULT_METHODS, METHODS, Method, missing, takes_num_valid
+from cutloss.cli.bench.methods import DEFAULT_METHODS, METHODS, Method, missing
 from cutloss.cli.bench.train_models import TRAIN_DTYPES
 
 __all__ = ["add_arguments", "named_models", "run"]
@@ -135,7 +135,7 @@ def _case(case, methods, settings, shared, path):
     """[(method, record)] of a case, shown and written."""
     from cutloss.cli.bench import report
 
-    measured = measure(case, _for_case(case, methods, report), settings, report)
+    measured = measure(case, _for_case(case, methods), settings, report)
     if measured is None:
         report.note(f"no method is left to measure for {case.label}")
         return []
@@ -157,12 +157,9 @@ def _cases(args, shapes):
                         yield Case(N, D, V, dtype, data, device, seed, ignored, options)
 
 
-def _for_case(case, methods, report):
+def _for_case(case, methods):
     """Where rows are ignored, cutloss is also told how many are not."""
     if not case.ignored:
-        return methods
-    if not takes_num_valid():
-        report.note("cutloss with num_valid is left out: this version has no such argument")
         return methods
     found = []
     for method in methods:
@@ -192,13 +189,13 @@ def _lines(case, measured, shared):
             "ms": round(r.ms, 4),
             "gemm_ms": round(measured.gemm_ms, 4),
             "gemms": round(r.ms / measured.gemm_ms, 4),
-            "peak_mib": _mib(r.peak),
+            "peak_mib": record.mib(r.peak),
             "de_err": r.de_err,
             "dc_err": r.dc_err,
             "first_ms": round(r.first_ms, 2),
-            "total_mib": _mib(r.total),
-            "outside_mib": _mib(r.outside),
-            "kept_mib": _mib(r.kept),
+            "total_mib": record.mib(r.total),
+            "outside_mib": record.mib(r.outside),
+            "kept_mib": record.mib(r.kept),
             "loss_err": r.loss_err,
             "nll_err": r.nll_err,
             "reference": measured.reference,
@@ -210,10 +207,6 @@ def _lines(case, measured, shared):
         }
         lines.append((method, {key: line[key] for key in (*record.KEYS, *record.OPTIONAL)}))
     return lines
-
-
-def _mib(number):
-    return None if number is None else round(number / 2**20, 2)
 
 
 def _granted(method):

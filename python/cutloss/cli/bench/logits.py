@@ -129,7 +129,7 @@ def measure(N, V, dtype, device, names, passes, settings, report):
             results[name, pass_name], calls[name, pass_name] = found, call
     other = torch.empty_like(z)
     calls["copy"] = functools.partial(other.copy_, z)
-    with report.progress_of(f"N {N}, V {V}, {dtype}", len(calls), settings.rounds) as progress:
+    with report.progress(f"N {N}, V {V}, {dtype}", len(calls), settings.rounds) as progress:
         times = timing.time_rounds(
             calls, settings.rounds, device, settings.seed, progress, settings.pause
         )

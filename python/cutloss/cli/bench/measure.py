@@ -197,7 +197,7 @@ def _times(case, results, units, leaves_of, settings, report):
     # Everything is divided by the unit's time.
     twice = tuple(units) if case.device == "cuda" else ()
     count = len(calls) + len(units) + len(twice)
-    with report.progress(case, count, settings.rounds) as advance:
+    with report.progress(case.label, count, settings.rounds) as advance:
         ms = timing.time_rounds(
             {**calls, **units},
             settings.rounds,

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import os
 
 import torch
@@ -76,12 +75,6 @@ def _cutloss(e, c, targets, asked):
         max_workspace=method.max_workspace,
         **options,
     )
-
-
-def takes_num_valid():
-    from cutloss import linear_cross_entropy
-
-    return "num_valid" in inspect.signature(linear_cross_entropy).parameters
 
 
 def _plain(e, c, targets, asked):

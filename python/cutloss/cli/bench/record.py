@@ -217,6 +217,11 @@ def _git(folder, *arguments):
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def mib(number):
+    """Of a number of bytes, or None."""
+    return None if number is None else round(number / 2**20, 2)
+
+
 def append(path, records):
     with open(path, "a", encoding="utf-8") as file:
         for record in records:

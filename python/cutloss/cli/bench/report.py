@@ -69,12 +69,8 @@ def heading(shared):
     console().print(f"{shared['device']}; {versions}; commit {shared['commit']}", markup=False)
 
 
-def progress(case, calls, rounds):
-    return progress_of(case.label, calls, rounds)
-
-
 @contextlib.contextmanager
-def progress_of(label, calls, rounds):
+def progress(label, calls, rounds):
     """Yields a function to call after each measured call."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console(), transient=True) as bar:

@@ -64,7 +64,7 @@ def _of_setup(shape, measured):
         "optimizer": f"AdamW, fused, its state in {state}",
         "attention": model.config._attn_implementation,
         "pass": "step",
-        "model_mib": _mib(measured.model_bytes),
+        "model_mib": record.mib(measured.model_bytes),
     }
 
 
@@ -73,8 +73,8 @@ def _of_result(shape, name, result):
         "method": name,
         "ms": round(result.ms, 4),
         "tokens_per_s": round(1e3 * shape.tokens / result.ms, 1),
-        "peak_mib": _mib(result.peak),
-        "outside_mib": _mib(result.outside),
+        "peak_mib": record.mib(result.peak),
+        "outside_mib": record.mib(result.outside),
         "first_ms": round(result.first_ms, 2),
         "loss": result.loss,
         "reference_loss": result.reference_loss,
@@ -82,10 +82,6 @@ def _of_result(shape, name, result):
         "grad_err": result.grad_err,
         "is_wrong": result.is_wrong,
     }
-
-
-def _mib(number):
-    return None if number is None else round(number / 2**20, 2)
 
 
 def _shapes(args):

@@ -208,7 +208,7 @@ def _times(shape, setup, results, steps, settings, report):
             setup.optimizer.zero_grad(set_to_none=True)
 
     calls = {name: functools.partial(once, name) for name in steps}
-    with report.progress_of(shape.model, len(calls), settings.rounds) as advance:
+    with report.progress(shape.model, len(calls), settings.rounds) as advance:
         ms = timing.time_rounds(
             calls, settings.rounds, shape.device, shape.seed, advance, settings.pause
         )
