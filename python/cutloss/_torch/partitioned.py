@@ -67,6 +67,11 @@ def gathered(t: Tensor) -> Tensor:
     return t.full_tensor() if is_dtensor(t) else t
 
 
+def whole_shape(weight: Tensor) -> torch.Size:
+    """Also of one that DeepSpeed's ZeRO-3 has partitioned."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether fully_shard was given this very module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

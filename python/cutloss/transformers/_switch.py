@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._torch import partitioned, private
+from .._torch.partitioned import whole_shape
 from . import _casts, _operands, _parametrized
 from ._casts import Cast
 from ._operands import Term
@@ -181,17 +182,12 @@ def check_loss(took_loss: bool, model: nn.Module) -> None:
         )
 
 
-def shape(weight: Tensor) -> torch.Size:
-    """Also of one that DeepSpeed's ZeRO-3 has taken apart."""
-    return getattr(weight, "ds_shape", weight.shape)
-
-
 def _layers(head: nn.Module, owner: str) -> dict[nn.Linear, Cast | None]:
     """Those layers of a classifier that make logits, or a part of them: itself; of an adapter the
     wrapped one and each lora_B; of a wrapper the wrapped one. And how they cast."""
     _parametrized.check(head, owner)
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or len(shape(weight)) != 2:
+    if not isinstance(weight, Tensor) or len(whole_shape(weight)) != 2:
         wrapped = _casts.of_wrapper(head)
         if wrapped is None:
             raise NotImplementedError(
@@ -209,7 +205,7 @@ def _layers(head: nn.Module, owner: str) -> dict[nn.Linear, Cast | None]:
             )
         return {layer: cast}
     leaves = [m for m in head.modules() if "weight" in dict(m.named_parameters(recurse=False))]
-    found = [m for m in leaves if shape(m.weight)[:1] == shape(weight)[:1]]
+    found = [m for m in leaves if whole_shape(m.weight)[:1] == whole_shape(weight)[:1]]
     casts = {module: _check(module, owner) for module in found or [head]}
     if len(casts) > 1 and any(cast and cast.outside_autocast for cast in casts.values()):
         raise NotImplementedError(

@@ -221,11 +221,11 @@ class UnmadeLogits:
         return self._regrouped((*self.shape[:dim], 1, *self.shape[dim:]))
 
     def _regrouped(self, sizes: tuple[int, ...]) -> "UnmadeLogits":
-        at = _layout.regrouped(self.shape, self.class_dim, sizes)
-        if at is None:
+        class_dim = _layout.regrouped(self.shape, self.class_dim, sizes)
+        if class_dim is None:
             raise LogitsNotMadeError(f"the shape {tuple(sizes)}, without the vocabulary whole,")
-        before, after, features = sizes[:at], sizes[at + 1 :], self.class_dim
-        return self._of_hidden(lambda h: h.reshape(*before, h.shape[features], *after), at)
+        before, after, features = sizes[:class_dim], sizes[class_dim + 1 :], self.class_dim
+        return self._of_hidden(lambda h: h.reshape(*before, h.shape[features], *after), class_dim)
 
     def _of_hidden(self, change: Callable[[Tensor], Tensor], class_dim: int) -> "UnmadeLogits":
         terms = tuple(t._replace(hidden=change(t.hidden)) for t in self.terms)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import partitioned, private
+from .._torch.partitioned import whole_shape
 from . import _switch
 from ._errors import LogitsNotMadeError
-from ._switch import Switch, shape
+from ._switch import Switch
 
 # Between two ways to compute the same: of the loss relative to 1 + |loss|, of gradients relative to
 # their norm. In 16 bits the model rounds its logits, which cutloss does not.
@@ -215,7 +216,7 @@ def _inputs(model: nn.Module, switch: Switch, stock) -> dict:
     weight = model.get_input_embeddings().weight
     if weight.is_meta:
         raise ValueError(_refusal_of_meta(model))
-    V = min(shape(weight)[0], shape(switch.layers[0].weight)[0])
+    V = min(whole_shape(weight)[0], whole_shape(switch.layers[0].weight)[0])
     special = _special_tokens(model.config)
     ordinary = [i for i in range(min(V, 64 + len(special))) if i not in special] or [0]
     ids = torch.tensor([ordinary[(5 * i + 3) % len(ordinary)] for i in range(8)]).view(2, 4)
