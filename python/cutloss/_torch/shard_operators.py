@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._core.options import Options
 from ..sharded import Shard
-from . import autograd, private
+from . import private
 from .autograd import Saved
 from .operators import Outputs
 from .shards import ShardedLinear, Tokens

@@ -272,7 +272,8 @@ class ShardedLinear(Linear):
             inputs = (whole, c, bias, *constants, *saved.made, *d_rows)
             gradients = self.call_of_gradients(saved, inputs)
         else:
-            gradients = _zeros(whole, self.options), torch.zeros_like(c), _zeros_like(bias)
+            no_dbias = None if bias is None else torch.zeros_like(bias)
+            gradients = _zeros(whole, self.options), torch.zeros_like(c), no_dbias
         de, dc, dbias = self.wanted(gradients)
         return None if de is None else self._summed(de, e.dtype), dc, dbias
 
@@ -298,10 +299,6 @@ class ShardedLinear(Linear):
 def _zeros(e: Tensor, options: Options) -> Tensor:
     # Packed, as the operators make it, whatever the strides of e: a collective adds up memory.
     return e.new_zeros(e.shape, dtype=options.stats if options.de_in_sums else e.dtype)
-
-
-def _zeros_like(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else torch.zeros_like(bias)
 
 
 class Call:

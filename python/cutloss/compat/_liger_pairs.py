@@ -1,6 +1,5 @@
 """liger-kernel's losses of pairs: DPO, CPO, SimPO and ORPO. Chosen sequences first, as there."""
 
-import torch
 from torch import Tensor, nn
 
 from .._core import checks

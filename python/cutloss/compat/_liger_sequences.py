@@ -66,8 +66,7 @@ def logit_sums(_input: Tensor, lin_weight: Tensor, bias: Tensor | None) -> Tenso
     sum of a product is the product of the sums, so no logit is made."""
 
     def total(t: Tensor) -> Tensor:
-        t = t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32))
-        return t.full_tensor() if partitioned.is_dtensor(t) else t
+        return partitioned.gathered(t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32)))
 
     of_classes = total(lin_weight)
     # No matrix product, which autocast would make in 16 bits.
