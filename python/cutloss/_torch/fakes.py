@@ -59,8 +59,8 @@ def _(e, c, bias, *_, **options):
 @torch.library.register_fake("cutloss::loss_and_gradients")
 def _(e, c, bias, *_, **options):
     options = Options(**options)
-    made = _loss_and_argmax(e, options)
-    return *made, *_gradients(e, c, bias, options)
+    loss_and_argmax = _loss_and_argmax(e, options)
+    return *loss_and_argmax, *_gradients(e, c, bias, options)
 
 
 @torch.library.register_fake("cutloss::logits_statistics")

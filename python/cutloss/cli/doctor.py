@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 
 import cutloss
 from cutloss._torch import library, needs
+from cutloss.cli import proc
 from cutloss.cli.arguments import check_device, count, shape
 from cutloss.cli.bench.cases import DATA, DTYPES, Case, inputs, leaves
 from cutloss.cli.bench.errors import gradient_errors, reference_gradients
@@ -106,24 +106,13 @@ def _processor():
 
 
 def _features():
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith(("flags", "Features")):
-                    return set(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return None
+    found = proc.value("/proc/cpuinfo", "flags", "Features")
+    return None if found is None else set(found.split())
 
 
 def _openmp_runtimes():
     """Two of them keep two pools of threads that wait for each other's processors."""
-    try:
-        with open("/proc/self/maps") as file:
-            maps = file.read()
-    except OSError:
-        return []
-    return sorted(set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)[-.\w]*", maps)))
+    return proc.loaded(r"\S*/lib(?:gomp|iomp5|omp)[-.\w]*")
 
 
 def _cuda():

@@ -6,6 +6,7 @@ import os
 import torch
 
 from cutloss._torch.softcap import slope as slope_of_tanh
+from cutloss.cli import proc
 from cutloss.cli.bench.cases import IGNORED_TARGET, bias_of, inputs, leaves
 from cutloss.cli.bench.methods import row_losses, run_pass
 
@@ -45,13 +46,8 @@ def reference_dtype(case):
 def _available_bytes(device):
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if kib := proc.value("/proc/meminfo", "MemAvailable"):
+        return int(kib.split()[0]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 

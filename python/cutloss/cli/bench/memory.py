@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 
+from cutloss.cli import proc
 from cutloss.cli.bench import device_memory
 from cutloss.cli.bench.cases import Case, bias_of, inputs, leaves
 from cutloss.cli.bench.methods import Method, run_pass
@@ -39,11 +40,10 @@ def peak_bytes(case, method, pass_name, threads):
 
 
 def _resident(key):
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
+    kib = proc.value("/proc/self/status", key)
+    if kib is None:
+        raise OSError(f"/proc/self/status has no {key}")
+    return int(kib.split()[0]) * 1024
 
 
 def _return_free_memory():

@@ -2,9 +2,10 @@
 
 import ctypes
 import functools
-import re
 
 import torch
+
+from cutloss.cli import proc
 
 CHUNK = 2048  # rows at a time on CUDA
 
@@ -40,22 +41,12 @@ def _chunked(e, c, out):
 _ONEDNN = {torch.float32: "dnnl_sgemm", torch.bfloat16: "dnnl_gemm_bf16bf16f32"}
 
 
-def _loaded_onednn():
-    """The file; a wheel's has a name of its own."""
-    try:
-        with open("/proc/self/maps") as file:
-            found = re.search(r"\S*/libdnnl[-.\w]*", file.read())
-    except OSError:
-        return None
-    return found and found[0]
-
-
 def _onednn_product(case, e, c):
     """oneDNN's own product, of the library that cutloss has loaded: it can be ahead of PyTorch's."""
-    library = _loaded_onednn()
-    if e.dtype not in _ONEDNN or library is None:
+    libraries = proc.loaded(r"\S*/libdnnl[-.\w]*")  # a wheel's has a name of its own
+    if e.dtype not in _ONEDNN or not libraries:
         return None
-    gemm = getattr(ctypes.CDLL(library), _ONEDNN[e.dtype])
+    gemm = getattr(ctypes.CDLL(libraries[0]), _ONEDNN[e.dtype])
     size, char, real = ctypes.c_int64, ctypes.c_char, ctypes.c_float
 
     def matrix(tensor):  # row-major, followed by its row stride

@@ -9,6 +9,7 @@ import subprocess
 import torch
 
 import cutloss
+from cutloss.cli import proc
 from cutloss.cli.bench import rivals
 
 NUMBER = (int, float)
@@ -188,14 +189,8 @@ def device_name(device, threads):
 
 
 def processor():
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    name = proc.value("/proc/cpuinfo", "model name")
+    return name or platform.processor() or platform.machine()
 
 
 def _commit():
