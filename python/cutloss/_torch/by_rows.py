@@ -90,7 +90,7 @@ def _make(operands: tuple, options: Options, start: Callable[[], RowLoss]):
         d = Rows()
         if count > 0:
             d = row_loss.coefficients(memory[offset : offset + 8 * count].view(torch.int64), at)
-        upstream = (d.nll, d.lse, d.entropy)
-        call(_torch_ops.chunk_gradients, *operands, *state, *upstream, chunk, **options.of_linear())
+        of_rows = (d.nll, d.lse, d.entropy)
+        call(_torch_ops.chunk_gradients, *operands, *state, *of_rows, chunk, **options.of_linear())
     call(_torch_ops.chunks_finish, *operands, *state, **options.of_linear())
     return operators.Linear(options).wanted((de, dc, dbias)), at, row_loss
