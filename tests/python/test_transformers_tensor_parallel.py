@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import cutloss
-from cutloss.trl import _head
+from cutloss.trl import _head as _trl_head
 
 LLAMA = "LlamaForCausalLM"
 
@@ -110,10 +110,10 @@ def check_head_of_trl(world, kind):
         model = untied(kind).train()
         if plan is not None:
             parallelize_module(model, world.mesh, plan)
-        _head.add_fused_lm_head(model, temperature=0.8, outputs=_head._OUTPUTS)
+        _trl_head.add_fused_lm_head(model, temperature=0.8, outputs=_trl_head._OUTPUTS)
         made = model(**inputs, fused_lm_head=True)
         made.loss.backward()
-        results.append([made.loss, *(getattr(made, name) for name in _head._OUTPUTS)])
+        results.append([made.loss, *(getattr(made, name) for name in _trl_head._OUTPUTS)])
         results[-1].append(whole(model.lm_head.weight.grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
