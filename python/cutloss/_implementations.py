@@ -1,5 +1,5 @@
-"""The names that ``impl`` takes. Modules that cutloss 0.1 pickled whole name the enum by the path of
-this file, which therefore stays."""
+"""The names that ``impl`` takes. It stays in this place: modules that cutloss 0.1 pickled whole
+name the enum by its path."""
 
 import enum
 

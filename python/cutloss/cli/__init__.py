@@ -7,8 +7,8 @@ from cutloss.cli.arguments import Parser, UserError
 
 
 def build_parser():
-    # Imported here: the commands start programs of this package (cutloss.cli.bench.memory), which
-    # must not find themselves imported by it.
+    # Imported here, since the commands start modules of this package as programs
+    # (python -m cutloss.cli.bench.memory), which must not be imported before they run.
     from cutloss.cli import doctor
     from cutloss.cli.bench import command as bench
     from cutloss.cli.demo import command as demo
@@ -16,11 +16,12 @@ def build_parser():
     summary = "The loss of a large vocabulary, without the logits."
     parser = Parser(prog="cutloss", description=summary)
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo|doctor|bench")
-    for name, module, summary in (
-        ("demo", demo, "train a small language model with cutloss and, beside it, with plain PyTorch"),
-        ("doctor", doctor, "say what was found here, and which engine a loss would get"),
-        ("bench", bench, "measure time, memory and errors against plain PyTorch"),
-    ):
+    summaries = {
+        "demo": "train a small language model with cutloss and, beside it, with plain PyTorch",
+        "doctor": "say what was found here, and which engine a loss would get",
+        "bench": "measure time, memory and errors against plain PyTorch",
+    }
+    for (name, summary), module in zip(summaries.items(), (demo, doctor, bench), strict=True):
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
