@@ -13,7 +13,7 @@ import torch
 
 from cutloss._torch import library, needs
 from cutloss.cli import doctor
-from cutloss.cli.arguments import UserError, check_device
+from cutloss.cli.usage import UserError, check_device
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = pathlib.Path("/somewhere/libcutloss_torch.so")

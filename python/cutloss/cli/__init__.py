@@ -3,7 +3,7 @@
 import os
 import sys
 
-from cutloss.cli.arguments import Parser, UserError
+from cutloss.cli.usage import Parser, UserError
 
 
 def build_parser():

@@ -12,12 +12,12 @@ import torch
 import cutloss
 from cutloss._torch import library, needs
 from cutloss.cli import proc
-from cutloss.cli.arguments import check_device, count, shape
 from cutloss.cli.bench.cases import DATA, DTYPES, Case, inputs, leaves
 from cutloss.cli.bench.errors import gradient_errors, reference_gradients
 from cutloss.cli.bench.methods import Method, run_pass
 from cutloss.cli.bench.plan import Refusal, decide
 from cutloss.cli.bench.record import processor
+from cutloss.cli.usage import check_device, count, shape
 
 # Of those that make a difference to the products, as /proc/cpuinfo calls them.
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "sve", "bf16")

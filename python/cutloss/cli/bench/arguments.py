@@ -3,13 +3,13 @@
 import argparse
 import re
 
-from cutloss.cli.arguments import count, seconds, shape
 from cutloss.cli.bench import logits
 from cutloss.cli.bench.cases import ALL_DATA, DTYPES, OPTIONS, PASSES
 from cutloss.cli.bench.methods import DEFAULT_METHODS, ENGINE_VARIABLE, LOSSES, METHODS
 from cutloss.cli.bench.plan import WORKSPACES
 from cutloss.cli.bench.train_models import TRAIN_DTYPES, entries
 from cutloss.cli.bench.variants import REFERENCE, VARIANTS
+from cutloss.cli.usage import count, seconds, shape
 
 DEFAULT_DTYPES = {False: ["fp32"], True: ["bf16"]}  # by whether whole models are trained
 SCHEDULES = ("auto", "rows", "vocabulary")

@@ -7,13 +7,13 @@ import shlex
 
 import torch
 
-from cutloss.cli.arguments import UserError, check_device, needed
 from cutloss.cli.bench import logits, record, rivals
 from cutloss.cli.bench.arguments import DEFAULT_DTYPES, DEFAULT_WORKSPACE_MIB, add_arguments
 from cutloss.cli.bench.cases import Case
 from cutloss.cli.bench.measure import Settings, measure
 from cutloss.cli.bench.methods import DEFAULT_METHODS, METHODS, Method, missing
 from cutloss.cli.bench.train_models import TRAIN_DTYPES
+from cutloss.cli.usage import UserError, check_device, needed
 
 __all__ = ["add_arguments", "named_models", "run"]
 PICTURES = (".png", ".svg", ".pdf")

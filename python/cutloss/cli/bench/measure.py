@@ -9,13 +9,13 @@ import signal
 import torch
 
 from cutloss._core.plan import Plan
-from cutloss.cli.arguments import UserError
 from cutloss.cli.bench import device_memory, errors, kernels, memory, softmax, timing
 from cutloss.cli.bench.cases import bias_of, inputs, leaves
 from cutloss.cli.bench.methods import Method, cannot, forget_gradients, run_pass
 from cutloss.cli.bench.plan import Refusal, decide, with_workspace
 from cutloss.cli.bench.products import products
 from cutloss.cli.bench.rivals import first_line
+from cutloss.cli.usage import UserError
 
 
 @dataclasses.dataclass

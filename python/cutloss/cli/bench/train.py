@@ -4,11 +4,11 @@ import shlex
 
 import torch
 
-from cutloss.cli.arguments import UserError
 from cutloss.cli.bench import record, report, rivals, train_report
 from cutloss.cli.bench.train_measure import measure
 from cutloss.cli.bench.train_models import Shape, checked_layers, entries
 from cutloss.cli.bench.variants import REFERENCE, VARIANTS
+from cutloss.cli.usage import UserError
 
 DEFAULT_TOKENS = 8192
 DEFAULT_SEQUENCE = 1024

@@ -11,12 +11,12 @@ import gc
 
 import torch
 
-from cutloss.cli.arguments import UserError
 from cutloss.cli.bench import device_memory, timing
 from cutloss.cli.bench.measure import clean_up, time_limit
 from cutloss.cli.bench.rivals import first_line
 from cutloss.cli.bench.train_models import Setup, most_layers, set_up, sharing_parameters
 from cutloss.cli.bench.variants import REFERENCE, VARIANTS
+from cutloss.cli.usage import UserError
 
 # Between two ways to compute the same loss, relative. In 16 bits a model rounds its logits, which
 # variants that do not make them leave out; over thousands of tokens that is about 1e-4.

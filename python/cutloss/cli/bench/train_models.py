@@ -7,8 +7,8 @@ import pathlib
 
 import torch
 
-from cutloss.cli.arguments import UserError
 from cutloss.cli.bench.cases import DTYPES
+from cutloss.cli.usage import UserError
 
 # What optimizer and gradients take is the parameters' dtype; AdamW in fp16 would overflow.
 TRAIN_DTYPES = ("bf16", "bf16-autocast", "fp32")

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from cutloss.cli.arguments import UserError, check_device, count, needed, seconds
+from cutloss.cli.usage import UserError, check_device, count, needed, seconds
 
 LENGTH = 128  # tokens of a sequence
 BATCH = 8  # sequences of a step

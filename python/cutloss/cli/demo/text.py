@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import re
 
-from cutloss.cli.arguments import UserError
+from cutloss.cli.usage import UserError
 
 BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "data" / "novels.txt.bz2"
 

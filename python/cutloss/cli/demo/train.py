@@ -6,9 +6,9 @@ import time
 
 import torch
 
-from cutloss.cli.arguments import UserError
 from cutloss.cli.bench.methods import synchronise
 from cutloss.cli.demo.model import LanguageModel
+from cutloss.cli.usage import UserError
 
 WARM_UP = 10  # steps over which the learning rate rises
 

@@ -1,4 +1,4 @@
-"""What the subcommands of the command line share."""
+"""What users may write for every command, and the error of one who wrote something else."""
 
 import argparse
 import importlib
