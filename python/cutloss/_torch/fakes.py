@@ -8,17 +8,17 @@ from .._core.options import Options, stat_dtype
 from . import library  # noqa: F401  the operators must be there
 
 
-def _per_row(like: Tensor, options: Options, terms: Tensor | None) -> tuple:
+def _per_row(of: Tensor, options: Options, terms: Tensor | None) -> tuple:
     """loss, nll, lse, row_max, log_sum, entropy, zbar_centred, argmax.
     `of`: (sequences, length, ...)"""
     stats = options.stats
-    rows = like.shape[0] * (like.shape[1] - options.shift)
+    rows = of.shape[0] * (of.shape[1] - options.shift)
 
     def per_row(wanted: bool = True, dtype: torch.dtype = stats) -> Tensor:
-        return like.new_empty((rows if wanted else 0,), dtype=dtype)
+        return of.new_empty((rows if wanted else 0,), dtype=dtype)
 
     return (
-        like.new_empty(() if terms is not None else (0,), dtype=stats),
+        of.new_empty(() if terms is not None else (0,), dtype=stats),
         per_row(),
         per_row(),
         per_row(),
@@ -29,10 +29,10 @@ def _per_row(like: Tensor, options: Options, terms: Tensor | None) -> tuple:
     )
 
 
-def _loss_and_argmax(like: Tensor, options: Options) -> tuple:
-    rows = like.shape[0] * (like.shape[1] - options.shift) if options.wants_argmax else 0
-    loss = like.new_empty((), dtype=options.stats)
-    return loss, like.new_empty((rows,), dtype=torch.int64)
+def _loss_and_argmax(of: Tensor, options: Options) -> tuple:
+    rows = of.shape[0] * (of.shape[1] - options.shift) if options.wants_argmax else 0
+    loss = of.new_empty((), dtype=options.stats)
+    return loss, of.new_empty((rows,), dtype=torch.int64)
 
 
 def _gradients(e: Tensor, c: Tensor, bias: Tensor | None, options: Options) -> tuple:
@@ -59,8 +59,8 @@ def _(e, c, bias, *_, **options):
 @torch.library.register_fake("cutloss::loss_and_gradients")
 def _(e, c, bias, *_, **options):
     options = Options(**options)
-    loss_and_argmax = _loss_and_argmax(e, options)
-    return *loss_and_argmax, *_gradients(e, c, bias, options)
+    made = _loss_and_argmax(e, options)
+    return *made, *_gradients(e, c, bias, options)
 
 
 @torch.library.register_fake("cutloss::logits_statistics")
