@@ -8,7 +8,7 @@ import json
 import pathlib
 import sys
 
-from cutloss._bench.record import problems
+from cutloss.cli.bench.record import problems
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 

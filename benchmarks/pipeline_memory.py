@@ -28,12 +28,12 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.utils.checkpoint import checkpoint
 
-from cutloss._bench import device_memory, record
-from cutloss._bench.cases import DTYPES, Case, inputs
-from cutloss._bench.methods import Method, missing
-from cutloss._bench.plan import decide
-from cutloss._bench.products import products
-from cutloss._bench.timing import time_rounds
+from cutloss.cli.bench import device_memory, record
+from cutloss.cli.bench.cases import DTYPES, Case, inputs
+from cutloss.cli.bench.methods import Method, missing
+from cutloss.cli.bench.plan import decide
+from cutloss.cli.bench.products import products
+from cutloss.cli.bench.timing import time_rounds
 
 PIPELINES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 METHODS = {

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
 import cutloss
-from cutloss._bench import record
+from cutloss.cli.bench import record
 
 SHAPES = "8192,4096,131072;8192,4096,262144;8192,2048,131072;2048,4096,131072"
 METHODS = {  # and whose they are

@@ -17,12 +17,12 @@ import sys
 import torch
 
 from cutloss import linear_cross_entropy, losses
-from cutloss._bench import arguments, record
-from cutloss._bench.cases import Case, inputs, leaves
-from cutloss._bench.methods import Method, forget_gradients
-from cutloss._bench.plan import decide, with_workspace
-from cutloss._bench.products import products
-from cutloss._bench.timing import time_rounds
+from cutloss.cli.bench import arguments, record
+from cutloss.cli.bench.cases import Case, inputs, leaves
+from cutloss.cli.bench.methods import Method, forget_gradients
+from cutloss.cli.bench.plan import decide, with_workspace
+from cutloss.cli.bench.products import products
+from cutloss.cli.bench.timing import time_rounds
 
 SEQUENCES = 8
 

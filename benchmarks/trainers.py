@@ -22,9 +22,9 @@ import time
 
 import torch
 
-from cutloss._bench import record
-from cutloss._bench.train_models import build, entries
-from cutloss._cli import UserError, check_device, count, needed
+from cutloss.cli.bench import record
+from cutloss.cli.bench.train_models import build, entries
+from cutloss.cli.usage import UserError, check_device, count, needed
 
 # Two ways to the same loss round the logits differently in bf16. Relative to the norm of the gradients;
 # that of the loss is the trainer's, and this beside it, since the loss of GRPO is near 0.

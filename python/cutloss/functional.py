@@ -21,8 +21,8 @@ from ._core.options import Options
 from ._core.plan import Plan
 from ._core.repeated import Settled
 from ._implementations import LinearCrossEntropyImpl, is_plain
-from ._sharded import is_dtensor
 from ._torch import autograd, library, operators, private, shards
+from ._torch.partitioned import is_dtensor
 from ._torch.plain import statistics as plain_statistics
 from .sharded import VocabParallelOptions
 

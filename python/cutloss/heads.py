@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checkpoint_names, _sharded
 from ._core import checks
-from ._torch import private
+from ._torch import checkpoint_names, partitioned, private
 from ._torch.softcap import capped
 from .module import LinearCrossEntropy
 
@@ -56,11 +55,11 @@ class _Head(nn.Module):
         if bias and getattr(output_embeddings, "bias", None) is None:
             weight = output_embeddings.weight
             zeros = weight.new_zeros(weight.shape[0]).detach()
-            if _sharded.is_dtensor(zeros):  # placed otherwise
+            if partitioned.is_dtensor(zeros):  # placed otherwise
                 zeros = zeros.redistribute(placements=weight.placements)
             own_bias = nn.Parameter(zeros)
         self.register_parameter("own_bias", own_bias)
-        self.register_load_state_dict_pre_hook(_checkpoint_names.before_load)
+        self.register_load_state_dict_pre_hook(checkpoint_names.before_load)
 
     @property
     def weight(self) -> Tensor:
@@ -92,23 +91,23 @@ class _Head(nn.Module):
         """A head that cutloss 0.1 pickled whole lacks the hook."""
         super().__setstate__(state)
         if not private.has_hooks_before_load(self):
-            self.register_load_state_dict_pre_hook(_checkpoint_names.before_load)
+            self.register_load_state_dict_pre_hook(checkpoint_names.before_load)
 
     def _check_weight(self) -> None:
         _check_classifier(self.output_embeddings)
-        if not _sharded.is_dtensor(self.weight):
+        if not partitioned.is_dtensor(self.weight):
             return
-        is_of_fsdp = _sharded.is_fully_sharded(self.output_embeddings)
-        if is_of_fsdp or not _sharded.has_classes(self.weight):
-            raise ValueError(_sharded.refusal_of_head(type(self).__name__, self.weight))
+        is_of_fsdp = partitioned.is_fully_sharded(self.output_embeddings)
+        if is_of_fsdp or not partitioned.has_classes(self.weight):
+            raise ValueError(partitioned.refusal_of_head(type(self).__name__, self.weight))
 
     def _placed(self, e: Tensor) -> Tensor:
         """As the plan that parallelize_module was given for output_embeddings says that e lies
         (whole, or a share of the tokens): its hooks run where the module is called, and it never
         is."""
         module = self.output_embeddings
-        if _sharded.is_dtensor(module.weight) and isinstance(module, nn.Linear):
-            for hook in filter(_sharded.only_places, private.forward_pre_hooks(module)):
+        if partitioned.is_dtensor(module.weight) and isinstance(module, nn.Linear):
+            for hook in filter(partitioned.only_places, private.forward_pre_hooks(module)):
                 e = hook(module, (e,))
                 e = e[0] if isinstance(e, tuple) else e
         return e
@@ -160,7 +159,7 @@ def _check_classifier(module: nn.Module) -> None:
     hooks = private.forward_pre_hooks(module)
     if isinstance(module, nn.Linear):
         hooks += private.forward_hooks(module)
-    if not all(_sharded.only_gathers(hook) or _sharded.only_places(hook) for hook in hooks):
+    if not all(partitioned.only_gathers(hook) or partitioned.only_places(hook) for hook in hooks):
         raise TypeError(
             f"output_embeddings, of type {type(module).__name__}, has forward hooks or forward "
             f"pre-hooks (as nn.utils.weight_norm has), which would not be called: remove them, use "
@@ -351,7 +350,7 @@ class CausalLMHead(_Head):
         if labels is None and not return_logits:
             raise ValueError("neither a loss, without labels, nor logits, by return_logits=False")
         if labels is not None:
-            is_placed = _sharded.is_dtensor(self.weight) and self.projection is None
+            is_placed = partitioned.is_dtensor(self.weight) and self.projection is None
             checks.tensors(labels=labels, **{} if is_placed else {"hidden": hidden})
         logits = self.logits(self._projected(hidden)) if return_logits else None
         if labels is None:
@@ -379,18 +378,18 @@ class CausalLMHead(_Head):
     def logits(self, e: Tensor) -> Tensor:
         """(..., V), of what comes out of the projection; with gradients, where they are wanted.
         Where the weight is a DTensor the logits of all classes are gathered, on every rank."""
-        how = self.loss
+        loss = self.loss
         weight = self.weight
         e = self._placed(e)
-        if _sharded.is_dtensor(weight):
-            e = _sharded.replicated(e, weight.device_mesh)
+        if partitioned.is_dtensor(weight):
+            e = partitioned.replicated(e, weight.device_mesh)
         z = F.linear(e, weight)
-        if how.logit_scale != 1.0:
-            z = z * how.logit_scale
+        if loss.logit_scale != 1.0:
+            z = z * loss.logit_scale
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
-        z = capped(_sharded.gathered(z), how.softcap)
-        return z if how.temperature == 1.0 else z / how.temperature
+        z = capped(partitioned.gathered(z), loss.softcap)
+        return z if loss.temperature == 1.0 else z / loss.temperature
 
     def extra_repr(self) -> str:
         V, D = self.weight.shape

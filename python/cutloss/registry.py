@@ -22,7 +22,7 @@ _LIGER = {
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    what: str
+    description: str
     fixed: dict = dataclasses.field(default_factory=dict)
     renamed: dict | None = None  # their option -> ours; None: options are ours
 
@@ -52,7 +52,7 @@ _LOSSES = {
 
 def losses_available() -> dict[str, str]:
     """The names that :func:`get_loss` takes, each with what it is."""
-    return {name: entry.what for name, entry in _LOSSES.items()}
+    return {name: entry.description for name, entry in _LOSSES.items()}
 
 
 def get_loss(name: str, **options) -> nn.Module:

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _sharded
-from ._torch import private
+from ._torch import partitioned, private
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -163,7 +162,7 @@ def resolved(options: Any) -> Shard:
     known, ranges = getattr(options, _RANGES, (None, ()))
     is_known = known == (start, stop, group.group_name) and len(ranges) == size
     if not is_known or ranges[rank] != (start, stop):
-        ranges = _asked_of_all(options, rank, size)
+        ranges = _asked_of_all(options, size)
         _remember(options, ranges)
     return Shard(
         ranges,
@@ -175,7 +174,7 @@ def resolved(options: Any) -> Shard:
     )
 
 
-def _asked_of_all(options: Any, rank: int, size: int) -> tuple[tuple[int, int], ...]:
+def _asked_of_all(options: Any, size: int) -> tuple[tuple[int, int], ...]:
     """The ranges of all ranks; where those of one are none, an error on all of them."""
     if torch.compiler.is_compiling():
         raise RuntimeError(
@@ -256,7 +255,7 @@ def local(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, options: A
     """Where c is a DTensor placed Shard(0) on a mesh of one dimension, it is taken for a shard, with
     an e, a bias and targets that may be DTensors on the same mesh; gradients come back as DTensors
     placed alike. Otherwise all are left as they are, and a DTensor will be refused."""
-    if not _sharded.has_classes(c):
+    if not partitioned.has_classes(c):
         return Local(e, c, bias, targets, options)
     mesh = c.device_mesh
     if options is not None:
@@ -265,13 +264,14 @@ def local(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, options: A
             "c.to_local()"
         )
     if bias is not None:
-        if not (_sharded.is_dtensor(bias) and bias.device_mesh == mesh and _sharded.is_shard(bias, 0)):
+        is_on_mesh = partitioned.is_dtensor(bias) and bias.device_mesh == mesh
+        if not (is_on_mesh and partitioned.is_shard(bias, 0)):
             raise ValueError(
                 f"bias must be a DTensor placed as c is, {c.placements} on {mesh}: got "
                 f"{_described(bias)}"
             )
         bias = bias.to_local(grad_placements=bias.placements)
-    if _sharded.is_dtensor(targets):
+    if partitioned.is_dtensor(targets):
         if targets.device_mesh != mesh or not targets.placements[0].is_replicate():
             raise ValueError(
                 f"targets must be whole on every rank: got {_described(targets)}; pass "
@@ -294,13 +294,13 @@ def local(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, options: A
 
 def _local_e(e: Tensor, c: Tensor, mesh: Any) -> tuple[Tensor, bool]:
     """And whether each rank has a share of the tokens."""
-    if not _sharded.is_dtensor(e):
+    if not partitioned.is_dtensor(e):
         return e, False
     (placement,) = e.placements if e.device_mesh == mesh else (None,)
     if placement is not None and placement.is_replicate():
         # Every rank gets the whole sum.
         return e.to_local(grad_placements=e.placements), False
-    if any(_sharded.is_shard(e, dim) for dim in range(e.dim() - 1)) and e.device_mesh == mesh:
+    if any(partitioned.is_shard(e, dim) for dim in range(e.dim() - 1)) and e.device_mesh == mesh:
         return e.to_local(grad_placements=e.placements), True
     raise ValueError(
         f"e must be plain, or a DTensor on the mesh of c that is whole on every rank (Replicate) or "
@@ -311,7 +311,7 @@ def _local_e(e: Tensor, c: Tensor, mesh: Any) -> tuple[Tensor, bool]:
 
 
 def _described(t: Tensor) -> str:
-    if _sharded.is_dtensor(t):
+    if partitioned.is_dtensor(t):
         return f"a DTensor {tuple(t.shape)} placed {t.placements} on {t.device_mesh}"
     return f"a plain tensor {tuple(t.shape)}"
 

@@ -83,9 +83,9 @@ def linear_cross_entropy(
     if target.dtype == torch.uint8:  # which torch takes, too
         target = target.long()
     ignore_index = -100 if ignore_index is None else ignore_index
-    how = dict(weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    shared = dict(weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if linear_weight.dim() == 2:
-        return _loss(input, linear_weight, target, linear_bias, reduction=reduction, **how)
+        return _loss(input, linear_weight, target, linear_bias, reduction=reduction, **shared)
 
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     positions = linear_weight.flatten(1, -2).unbind(1)
@@ -98,7 +98,7 @@ def linear_cross_entropy(
     each = "none" if reduction == "none" else "sum"
     losses = torch.stack(
         [
-            _loss(e, c, targets[:, k], bias, reduction=each, **how)
+            _loss(e, c, targets[:, k], bias, reduction=each, **shared)
             for k, (e, c, bias) in enumerate(zip(inputs, positions, biases))
         ],
         dim=-1,

@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from .. import _sharded
+from .._torch import partitioned as _sharded
 from .._torch import private
 
 REDUCTIONS = ("mean", "sum", "none")

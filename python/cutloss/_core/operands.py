@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _sharded
+from .._torch import partitioned as _sharded
 from .._torch import library, private
 from . import checks, weighting
 from .options import LossOptions, Options

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _sharded
+from . import partitioned as _sharded
 from . import flops, library, private
 
 _ops = torch.ops.cutloss

@@ -52,8 +52,8 @@ def products_of_gradients(e: torch.Tensor, c: torch.Tensor, options: Options) ->
     """The products that count where a second backward makes the gradients again. Forward has
     counted those of the logits, so there is one for each gradient of e and c that is wanted."""
     sequences, length, D = e.shape
-    made = (sequences * max(length - options.shift, 0), D, c.shape[0])
-    return [made] * (options.needs_de + options.needs_dc)
+    product = (sequences * max(length - options.shift, 0), D, c.shape[0])
+    return [product] * (options.needs_de + options.needs_dc)
 
 
 def _of_both(*args: Any, **options: Any) -> int:
@@ -73,14 +73,14 @@ def _register() -> None:
 def counted_as(products: Sequence[Product]) -> Iterator[None]:
     """What is multiplied in here counts as these products do."""
     counters = flop_counters()
-    before = [{of: dict(counts) for of, counts in c.flop_counts.items()} for c in counters]
+    before = [{module: dict(counts) for module, counts in c.flop_counts.items()} for c in counters]
     yield
     if not counters:
         return
     for counter, counted in zip(counters, before):
-        for of, counts in counter.flop_counts.items():
+        for module, counts in counter.flop_counts.items():
             counts.clear()
-            counts.update(counted.get(of, {}))
+            counts.update(counted.get(module, {}))
     for m, k, n in products:  # on a device where a product is counted and nothing is done
         torch.mm(torch.empty(m, k, device="meta"), torch.empty(k, n, device="meta"))
 

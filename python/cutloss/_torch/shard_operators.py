@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._core.options import Options
 from ..sharded import Shard
-from . import autograd, private
+from . import private
 from .autograd import Saved
 from .operators import Outputs
 from .shards import ShardedLinear, Tokens
@@ -76,8 +76,8 @@ def sharded_statistics(
     whole_e: Tensor | None,
     words: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    made = () if whole_e is None else (whole_e,)
-    given = Saved((e, c, bias), (targets, row_temperature, class_weight, None), made)
+    gathered = () if whole_e is None else (whole_e,)
+    given = Saved((e, c, bias), (targets, row_temperature, class_weight, None), gathered)
     return tuple(_of_words(words).outputs(given)[1:])
 
 
@@ -120,8 +120,8 @@ def sharded_gradients(
     constants = targets, row_temperature, class_weight, None
     saved = Saved((e, c, bias), constants, (nll, row_max, log_sum, entropy, kept))
     upstream = None, d_nll, d_lse, d_log_sum, d_entropy, d_zbar
-    made = computation.gradients(saved, computation.options.needs, upstream)
-    return tuple(e.new_empty((0,)) if g is None else g for g in made)
+    gradients = computation.gradients(saved, computation.options.needs, upstream)
+    return tuple(e.new_empty((0,)) if g is None else g for g in gradients)
 
 
 @sharded_gradients.register_fake
@@ -139,17 +139,17 @@ def _keep(ctx, inputs, output):
     *tensors, whole_e, words = inputs
     ctx.computation = _of_words(words)
     ctx.words = words
-    made = Outputs(None, *output)
-    ctx.save_for_backward(*tensors, *made.saved())
+    outputs = Outputs(None, *output)
+    ctx.save_for_backward(*tensors, *outputs.saved())
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*made.constant())
+    ctx.mark_non_differentiable(*outputs.constant())
 
 
 def _backward(ctx, *upstream):
     d = Outputs(None, *upstream)
     wanted = (d.nll, d.lse, d.log_sum, d.entropy, d.zbar_centred)
-    made = torch.ops.cutloss.sharded_gradients(*ctx.saved_tensors, *wanted, ctx.words)
-    de, dc, dbias = ctx.computation.wanted(made)
+    gradients = torch.ops.cutloss.sharded_gradients(*ctx.saved_tensors, *wanted, ctx.words)
+    de, dc, dbias = ctx.computation.wanted(gradients)
     return de, dc, dbias, None, None, None, None, None
 
 

@@ -21,11 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _sharded
 from .._core import checks
 from .._core.options import Options, stat_dtype
 from .._core.weighting import Rows
-from . import library
+from . import library, partitioned
 from .autograd import Saved, Tensors
 from .operators import Constants, Linear, Outputs, deferred, of_rows
 
@@ -110,7 +109,7 @@ def _tell(
                 f"rank {rank} has other targets than rank {shard.rank}{counts}, and the ranks of a "
                 f"sharded classifier must have the same e and targets, which are classes of the "
                 f"whole vocabulary on every rank. If each has a batch of its own (c is a DTensor "
-                f"that FSDP has sharded, not tensor parallelism), {_sharded.IN_FORWARD}"
+                f"that FSDP has sharded, not tensor parallelism), {partitioned.IN_FORWARD}"
             )
         if its.call != expected.call:
             raise ValueError(
@@ -254,12 +253,12 @@ class ShardedLinear(Linear):
             # And let go of: it has tensors, which until backward are autograd's alone to keep.
             self.call.has_exchanged, self.call = True, None
         told, is_right = _exchanged(states, targets, shard, self.in_words(), error)
-        made = library.call(
+        closed = library.call(
             _ops.close_rows, told, targets, class_weight, is_right, _HEADERS, options.stats,
             shard.total, options.shift, options.ignore_index, options.wants_entropy,
             options.wants_zbar, options.wants_argmax,
         )  # fmt: skip
-        return Outputs(e.new_empty((0,), dtype=options.stats), *made, kept)
+        return Outputs(e.new_empty((0,), dtype=options.stats), *closed, kept)
 
     def gradients(self, saved: Saved, needs: tuple[bool, ...], upstream: Tensors) -> Tensors:
         e, c, bias = saved.operands
@@ -271,10 +270,11 @@ class ShardedLinear(Linear):
         if self.shard.count > 0:
             d_rows = of_rows(self.options, None, None, *upstream)
             inputs = (whole, c, bias, *constants, *saved.made, *d_rows)
-            made = self.call_of_gradients(saved, inputs)
+            gradients = self.call_of_gradients(saved, inputs)
         else:
-            made = _zeros(whole, self.options), torch.zeros_like(c), _zeros_like(bias)
-        de, dc, dbias = self.wanted(made)
+            no_dbias = None if bias is None else torch.zeros_like(bias)
+            gradients = _zeros(whole, self.options), torch.zeros_like(c), no_dbias
+        de, dc, dbias = self.wanted(gradients)
         return None if de is None else self._summed(de, e.dtype), dc, dbias
 
     def _summed(self, de: Tensor, dtype: torch.dtype) -> Tensor:
@@ -299,10 +299,6 @@ class ShardedLinear(Linear):
 def _zeros(e: Tensor, options: Options) -> Tensor:
     # Packed, as the operators make it, whatever the strides of e: a collective adds up memory.
     return e.new_zeros(e.shape, dtype=options.stats if options.de_in_sums else e.dtype)
-
-
-def _zeros_like(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else torch.zeros_like(bias)
 
 
 class Call:

@@ -126,16 +126,16 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         options["advantages"] = of_tokens.masked_fill(weighs, torch.nan)
         if vllm_is_ratio is not None:
             self._correct(options, vllm_is_ratio, old_per_token_logps, mask)
-        made = linear_loss(
+        result = linear_loss(
             "policy", _input, lin_weight, torch.where(mask, ids, _IGNORED), bias,
             reference=self._reference(ref_per_token_logps, (ref_input, ref_weight, ref_bias)),
             temperature=self.temperature, old_log_probs=old_per_token_logps, **options,
         )  # fmt: skip
-        found = made.metrics
-        clipped = found.get("clip_ratio/region_mean", found.get("cispo_clip_ratio"))
+        metrics = result.metrics
+        clipped = metrics.get("clip_ratio/region_mean", metrics.get("cispo_clip_ratio"))
         if clipped is None:
-            clipped = made.loss.new_zeros(())
-        return made.loss, (clipped,) if self.beta == 0 else (found["kl"], clipped)
+            clipped = result.loss.new_zeros(())
+        return result.loss, (clipped,) if self.beta == 0 else (metrics["kl"], clipped)
 
     def _options(self, mask: Tensor, num_items_in_batch: float | Tensor | None) -> dict[str, Any]:
         """Those of policy_loss."""

@@ -97,15 +97,15 @@ class LigerFusedLinearJSDLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """(N, D), (V, D), (N, D'), (V, D'), labels (N), (V) and (V). Means over tokens that count,
         0 where there is none."""
-        made = linear_distillation(
+        result = linear_distillation(
             student_input, student_weight, teacher_input, teacher_weight, true_labels,
             student_bias, teacher_bias, divergence="jsd", beta=self.beta,
             temperature=self.temperature, ignore_index=self.ignore_index,
             soft_weight=self.weight_soft_loss, hard_weight=self.weight_hard_loss,
         )  # fmt: skip
         if not self.return_soft_hard_loss:
-            return made.loss
-        hard = made.metrics.get("cross_entropy")
+            return result.loss
+        hard = result.metrics.get("cross_entropy")
         if hard is None:
             with torch.no_grad():
                 hard = linear_cross_entropy(
@@ -113,4 +113,4 @@ class LigerFusedLinearJSDLoss(nn.Module):
                     ignore_index=self.ignore_index,
                 )  # fmt: skip
             hard = torch.where((true_labels != self.ignore_index).any(), hard, 0.0)
-        return made.loss, made.metrics["divergence"], hard
+        return result.loss, result.metrics["divergence"], hard

@@ -76,7 +76,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         loss = kto_loss(policy, reference + _number(kl), liked, 0.0, beta=self.beta).loss
         sums = policy.sum().detach()
         of_all = sums, logit_sums(_input, lin_weight, bias), self.beta * (sums - reference)
-        beside = [torch.where(which, t, 0.0).sum() for t in of_all for which in (liked, ~liked)]
+        beside = [torch.where(group, t, 0.0).sum() for t in of_all for group in (liked, ~liked)]
         return loss, tuple(beside)
 
 

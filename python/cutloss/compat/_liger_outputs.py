@@ -57,13 +57,13 @@ def output(
     return_predicted_tokens: bool,
 ) -> CrossEntropyOutput:
     """`penalty`: the z-loss of each token, where it is to be returned."""
-    made = CrossEntropyOutput(loss)
+    result = CrossEntropyOutput(loss)
     if penalty is not None:
-        made.z_loss = reduced(penalty.detach(), valid, reduction)
+        result.z_loss = reduced(penalty.detach(), valid, reduction)
     if return_token_accuracy:
         right = ((predictions == target) & valid).float()
         by = "mean" if reduction != "none" else "none"
-        made.token_accuracy = reduced(right, valid, by)
+        result.token_accuracy = reduced(right, valid, by)
     if return_predicted_tokens:
-        made.predicted_tokens = predictions
-    return made
+        result.predicted_tokens = predictions
+    return result

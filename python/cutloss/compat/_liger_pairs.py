@@ -1,6 +1,5 @@
 """liger-kernel's losses of pairs: DPO, CPO, SimPO and ORPO. Chosen sequences first, as there."""
 
-import torch
 from torch import Tensor, nn
 
 from .._core import checks
@@ -47,9 +46,9 @@ class _Pairs(nn.Module):
     ) -> tuple[TokenLogProbs, TokenLogProbs]:
         """Of each token, and what sums of sequences are made of."""
         check(_ORDER, _input, lin_weight, target)
-        made = token_log_probs(_input, lin_weight, target, bias, ignore_index=self.ignore_index)
-        args.pairs(made)
-        return made, averaged(made, self.average_log_prob)
+        tokens = token_log_probs(_input, lin_weight, target, bias, ignore_index=self.ignore_index)
+        args.pairs(tokens)
+        return tokens, averaged(tokens, self.average_log_prob)
 
     def _returned(
         self,

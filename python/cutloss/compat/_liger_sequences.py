@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import _sharded
 from .._core import checks
+from .._torch import partitioned
 from ..losses import TokenLogProbs, token_log_probs
 
 
@@ -66,10 +66,9 @@ def logit_sums(_input: Tensor, lin_weight: Tensor, bias: Tensor | None) -> Tenso
     sum of a product is the product of the sums, so no logit is made."""
 
     def total(t: Tensor) -> Tensor:
-        t = t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32))
-        return t.full_tensor() if _sharded.is_dtensor(t) else t
+        return partitioned.gathered(t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32)))
 
     of_classes = total(lin_weight)
     # No matrix product, which autocast would make in 16 bits.
-    made = (_input.sum(1, dtype=of_classes.dtype) * of_classes).sum(-1)
-    return made if bias is None else made + _input.shape[1] * total(bias)
+    sums = (_input.sum(1, dtype=of_classes.dtype) * of_classes).sum(-1)
+    return sums if bias is None else sums + _input.shape[1] * total(bias)

@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _sharded
 from .._core import checks
+from .._torch import partitioned as _sharded
 from .._torch import autograd, library, private
 from .._torch.private import untraced
 from . import _arguments as args

@@ -3,7 +3,7 @@
 Nothing here imports Transformers: a model is taken as it is.
 """
 
+from ._errors import LogitsNotMadeError
 from ._patch import patch, unpatch
-from ._unmade import LogitsNotMadeError
 
 __all__ = ["LogitsNotMadeError", "patch", "unpatch"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import _sharded
+from .._torch import partitioned
 from . import _product
 from ._product import DTYPES, equal, rows
 
@@ -57,7 +57,7 @@ class Result(dict):
 
 def result(layer: nn.Linear, value: object) -> dict:
     # In a dict, so that a hook that changes an output cannot take this for logits.
-    is_changed = layer.__dict__.get(_HOOKS) or _sharded.is_dtensor(layer.weight)
+    is_changed = layer.__dict__.get(_HOOKS) or partitioned.is_dtensor(layer.weight)
     return (Result if is_changed else dict)(cutloss=value)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.private import while_traced
-from ._unmade import UnmadeLogits
+from ._unmade_logits import UnmadeLogits
 
 NAME = "_cutloss_patches"  # the attribute of a model: its patches, the last one in force
 

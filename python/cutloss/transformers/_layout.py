@@ -12,7 +12,7 @@ import operator
 import torch
 from torch import Tensor
 
-from ._not_made import LogitsNotMadeError
+from ._errors import LogitsNotMadeError
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.bool)
 
@@ -143,8 +143,8 @@ def _with_each_dimension(shape: torch.Size, items: tuple) -> list:
     rest = len(shape) - sum(_takes(item) for item in items)
     if rest < 0 or len(ellipses) > 1:
         raise IndexError(f"too many indices for logits of shape {tuple(shape)}: {items!r}")
-    at = ellipses[0] if ellipses else len(items)
-    return [*items[:at], *[slice(None)] * rest, *items[at + 1 :]]
+    place = ellipses[0] if ellipses else len(items)
+    return [*items[:place], *[slice(None)] * rest, *items[place + 1 :]]
 
 
 def _takes(item: object) -> int:

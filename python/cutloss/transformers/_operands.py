@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _sharded
-from .._torch import private
+from .._torch import partitioned, private
 from ..functional import linear_cross_entropy
 
 
@@ -59,34 +58,34 @@ def evaluate(logits, function: Callable[..., object]) -> object:
     hooks around that call (FSDP, ZeRO-3, accelerate)."""
     logits = logits.movedim(logits.class_dim, -1)
 
-    def of(terms: tuple[Term, ...]) -> object:
+    def result_of(terms: tuple[Term, ...]) -> object:
         check_sharded(terms, logits.vector)
         given = operands(terms, logits.vector)
         e, c, bias, scale = given
         return function(e, c, bias, logit_scale=scale, softcap=logits.softcap)
 
     if len(logits.terms) > 1:
-        return of(logits.terms)
+        return result_of(logits.terms)
     (term,) = logits.terms
 
-    made = []
+    computed = []
 
     def inside(hidden: Tensor, linear: nn.Linear) -> object:
-        made.append(of((term._replace(hidden=hidden),)))
-        return made[0]
+        computed.append(result_of((term._replace(hidden=hidden),)))
+        return computed[0]
 
     # As a DTensor they are left alone by the hook that would take them for a share of the tokens.
     hidden = term.hidden
-    hidden = hidden if term.mesh is None else _sharded.replicated(hidden, term.mesh)
+    hidden = hidden if term.mesh is None else partitioned.replicated(hidden, term.mesh)
 
     # In a dict, so that a hook that changes an output cannot take this for logits.
     try:
         result = term.linear(hidden, cutloss_inside=inside)["cutloss"]
     except Exception as error:
-        if not made:  # it is not from a hook of the output
+        if not computed:  # it is not from a hook of the output
             raise
         raise NotImplementedError(_OF_HOOKS + f": {type(error).__name__}: {error}") from error
-    if private.has_forward_hooks_of_all_modules() and result is not made[0]:
+    if private.has_forward_hooks_of_all_modules() and result is not computed[0]:
         raise NotImplementedError(_OF_HOOKS)
     return result
 
@@ -102,19 +101,19 @@ _OF_HOOKS = (
 def loss(logits, target: Tensor, options: dict) -> Tensor:
     """linear_cross_entropy of an UnmadeLogits."""
 
-    def of(e: Tensor, c: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None):
+    def cross_entropy(e, c, bias, logit_scale, softcap):
         on_device = target.to(c.device)
         return linear_cross_entropy(
             e, c, on_device, bias, logit_scale=logit_scale, softcap=softcap, **options
         )
 
-    return evaluate(logits, of).to(logits.device)
+    return evaluate(logits, cross_entropy).to(logits.device)
 
 
 def is_column_parallel(layer: nn.Module) -> bool:
     """Whether parallelize_module has sharded a layer by its classes (ColwiseParallel)."""
-    placed = any(map(_sharded.only_places, private.forward_pre_hooks(layer)))
-    return placed and _sharded.has_classes(layer.weight)
+    placed = any(map(partitioned.only_places, private.forward_pre_hooks(layer)))
+    return placed and partitioned.has_classes(layer.weight)
 
 
 def check_sharded(terms: tuple[Term, ...], vector: Tensor | None) -> None:
@@ -123,9 +122,9 @@ def check_sharded(terms: tuple[Term, ...], vector: Tensor | None) -> None:
         for t in terms:
             check(t.linear.weight)
     elif len(terms) > 1 or vector is not None:
-        what = "an adapter" if len(terms) > 1 else "a vector that the forward adds to its logits"
+        extra = "an adapter" if len(terms) > 1 else "a vector that the forward adds to its logits"
         raise NotImplementedError(
-            f"the classifier is sharded by its classes (ColwiseParallel), and has {what}, which "
+            f"the classifier is sharded by its classes (ColwiseParallel), and has {extra}, which "
             f"cutloss.patch knows for a whole classifier only: leave the head out of the "
             f"tensor-parallel plan"
         )

@@ -16,7 +16,7 @@ from .._implementations import is_plain
 from .._torch import private
 from . import _guard, _switch, _verify
 from ._switch import Switch, place_of_forward
-from ._unmade import UnmadeLogits
+from ._unmade_logits import UnmadeLogits
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
@@ -39,10 +39,10 @@ class _Patch:
 
     def __deepcopy__(self, memo: dict) -> "_Patch":
         """Of a copy of the model, with a number of its own."""
-        made = memo[id(self)] = object.__new__(type(self))
-        made.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
-        made.number = next(_NUMBERS)
-        return made
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        copied.number = next(_NUMBERS)
+        return copied
 
     def stock(self, model: nn.Module):
         return self.before or MethodType(type(model).forward, model)

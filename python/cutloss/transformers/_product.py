@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._torch import private
+from .._torch.partitioned import whole_shape
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CLASSES = 8192  # that are compared at a time
@@ -77,12 +78,8 @@ def _is_all(head: nn.Module, layer: nn.Linear) -> bool:
     names = {id(p) for p in own.values()}
     parameters = {id(p) for p in head.parameters()}
     known = set(own) == {"weight", "bias"} and parameters <= names
-    known = known and len(_shape(layer.weight)) == 2 and layer.weight.dtype in DTYPES
+    known = known and len(whole_shape(layer.weight)) == 2 and layer.weight.dtype in DTYPES
     return known and not any(True for _ in head.buffers())
-
-
-def _shape(weight: Tensor) -> torch.Size:
-    return getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 has it in pieces
 
 
 def _compared(
@@ -148,7 +145,7 @@ def _whole_numbers(layer: nn.Linear, device: torch.device) -> _Whole:
     rows: the first feature alone; zero; numbers of 8 bits times a sign; and signs of all features
     but the first, in each row as many as can be added up.
     """
-    V, D = _shape(layer.weight)
+    V, D = whole_shape(layer.weight)
     draw = torch.Generator().manual_seed(2)
 
     def whole(low: int, high: int, n: int) -> Tensor:
@@ -167,17 +164,19 @@ def _whole_numbers(layer: nn.Linear, device: torch.device) -> _Whole:
         x[row, start : start + 192] = (2 * whole(0, 1, D) - 1)[start : start + 192].float()
     x = x[None].to(device)
 
-    of = [slice(v, v + _CLASSES) for v in range(0, V, _CLASSES)]
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        parts = [F.linear(x, w[c].float(), None if b is None else b[c].float()) for c in of]
+        parts = [F.linear(x, w[c].float(), None if b is None else b[c].float()) for c in _slices(V)]
     return _Whole(x, w.requires_grad_(), b, torch.cat(parts, -1))
+
+
+def _slices(V: int) -> list[slice]:
+    return [slice(v, v + _CLASSES) for v in range(0, V, _CLASSES)]
 
 
 def _is(y: object, want: Tensor) -> bool:
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.shape != want.shape:
         return False
-    of = range(0, want.shape[-1], _CLASSES)
-    return all(bool((y[..., v : v + _CLASSES] == want[..., v : v + _CLASSES]).all()) for v in of)
+    return all(bool((y[..., v] == want[..., v]).all()) for v in _slices(want.shape[-1]))
 
 
 def _is_product(y: object, x: Tensor, w: Tensor, b: Tensor | None, dtype: torch.dtype) -> bool:

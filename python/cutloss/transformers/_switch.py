@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _sharded
-from .._torch import private
+from .._torch import partitioned, private
+from .._torch.partitioned import whole_shape
 from . import _casts, _operands, _parametrized
 from ._casts import Cast
 from ._operands import Term
-from ._unmade import UnmadeLogits
+from ._unmade_logits import UnmadeLogits
 
 NAME = "_cutloss_switch"  # the attribute of both
 
@@ -81,7 +81,7 @@ def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
     cast: Cast | None = self.__dict__.get(_casts.NAME)
     if cutloss_inside is not None:
         with cast.autocast(hidden.device) if cast else contextlib.nullcontext():
-            return _casts.result(self, cutloss_inside(_sharded.whole(hidden)[0], self))
+            return _casts.result(self, cutloss_inside(partitioned.whole(hidden)[0], self))
     switch = self.__dict__.get(NAME)
     if switch is None:  # what wraps this forward kept it after it was removed
         return cast.logits(self, hidden) if cast else F.linear(hidden, self.weight, self.bias)
@@ -91,7 +91,7 @@ def _forward(self: nn.Linear, hidden: Tensor, *, cutloss_inside=None):
         now.probes.append(hidden)
     if not now.on:
         return cast.logits(self, hidden) if cast else F.linear(hidden, self.weight, self.bias)
-    hidden, mesh = _sharded.whole(hidden)
+    hidden, mesh = partitioned.whole(hidden)
     hidden = cast.operand(self, hidden) if cast else hidden
     return UnmadeLogits((Term(hidden, self, 1.0, mesh),), switch.loss)
 
@@ -130,7 +130,7 @@ def _check_hooks(layers: list[nn.Linear], owner: str) -> None:
         hooks += [(hook, False) for hook in private.forward_hooks(module)]
         hooks += [(hook, None) for hook in private.backward_hooks(module)]
         for hook, of_input in hooks:
-            if _sharded.only_gathers(hook) or _sharded.only_places(hook):
+            if partitioned.only_gathers(hook) or partitioned.only_places(hook):
                 continue
             if of_input is not None and _casts.is_cast(module, hook, of_input):
                 continue
@@ -182,17 +182,12 @@ def check_loss(took_loss: bool, model: nn.Module) -> None:
         )
 
 
-def shape(weight: Tensor) -> torch.Size:
-    """Also of one that DeepSpeed's ZeRO-3 has taken apart."""
-    return getattr(weight, "ds_shape", weight.shape)
-
-
 def _layers(head: nn.Module, owner: str) -> dict[nn.Linear, Cast | None]:
     """Those layers of a classifier that make logits, or a part of them: itself; of an adapter the
     wrapped one and each lora_B; of a wrapper the wrapped one. And how they cast."""
     _parametrized.check(head, owner)
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or len(shape(weight)) != 2:
+    if not isinstance(weight, Tensor) or len(whole_shape(weight)) != 2:
         wrapped = _casts.of_wrapper(head)
         if wrapped is None:
             raise NotImplementedError(
@@ -210,7 +205,7 @@ def _layers(head: nn.Module, owner: str) -> dict[nn.Linear, Cast | None]:
             )
         return {layer: cast}
     leaves = [m for m in head.modules() if "weight" in dict(m.named_parameters(recurse=False))]
-    found = [m for m in leaves if shape(m.weight)[:1] == shape(weight)[:1]]
+    found = [m for m in leaves if whole_shape(m.weight)[:1] == whole_shape(weight)[:1]]
     casts = {module: _check(module, owner) for module in found or [head]}
     if len(casts) > 1 and any(cast and cast.outside_autocast for cast in casts.values()):
         raise NotImplementedError(
@@ -303,7 +298,7 @@ def _check(module: nn.Module, owner: str) -> Cast | None:
             f"the classifier of {owner} has a weight of {module.weight.dtype}: load the model with "
             f"this layer in bf16, fp16 or fp32"
         )
-    if own is not None and cast is None and _sharded.is_dtensor(module.weight):
+    if own is not None and cast is None and partitioned.is_dtensor(module.weight):
         raise NotImplementedError(
             f"the classifier of {owner} is a DTensor, placed {module.weight.placements}, and has a "
             f"forward of its own on the instance, as Transformers' tp_plan puts there, which makes "

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _sharded
-from .._torch import private
+from .._torch import partitioned, private
+from .._torch.partitioned import whole_shape
 from . import _switch
-from ._switch import Switch, shape
-from ._unmade import LogitsNotMadeError
+from ._errors import LogitsNotMadeError
+from ._switch import Switch
 
 # Between two ways to compute the same: of the loss relative to 1 + |loss|, of gradients relative to
 # their norm. In 16 bits the model rounds its logits, which cutloss does not.
@@ -141,7 +141,7 @@ def _gradients(loss: Tensor, probes: list[Tensor]) -> list[Tensor]:
     """Whole ones; zeros where the loss makes no use of what went into the classifier."""
     grads = torch.autograd.grad(loss, probes, allow_unused=True)
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(probes, grads)]
-    return list(map(_sharded.gathered, grads))
+    return list(map(partitioned.gathered, grads))
 
 
 def _norm(t: Tensor) -> float:
@@ -216,7 +216,7 @@ def _inputs(model: nn.Module, switch: Switch, stock) -> dict:
     weight = model.get_input_embeddings().weight
     if weight.is_meta:
         raise ValueError(_refusal_of_meta(model))
-    V = min(shape(weight)[0], shape(switch.layers[0].weight)[0])
+    V = min(whole_shape(weight)[0], whole_shape(switch.layers[0].weight)[0])
     special = _special_tokens(model.config)
     ordinary = [i for i in range(min(V, 64 + len(special))) if i not in special] or [0]
     ids = torch.tensor([ordinary[(5 * i + 3) % len(ordinary)] for i in range(8)]).view(2, 4)

@@ -40,7 +40,7 @@ def small(monkeypatch):
     for entry in found.values():
         entry["config"] |= SMALL
     for module in ("train_models", "train"):
-        monkeypatch.setattr(f"cutloss._bench.{module}.entries", lambda: found)
+        monkeypatch.setattr(f"cutloss.cli.bench.{module}.entries", lambda: found)
     return found
 
 

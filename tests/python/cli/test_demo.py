@@ -153,8 +153,8 @@ def start(monkeypatch, *argv, **environment):
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", undecided(os.environ) | environment)
         patch.setattr(os, "execv", lambda path, argv: started.append((path, argv, os.environ)))
-        patch.setattr(cli.demo, "run", lambda args: 0)
-        patch.setattr(cli.bench, "run", lambda args: 0)
+        patch.setattr("cutloss.cli.demo.command.run", lambda args: 0)
+        patch.setattr("cutloss.cli.bench.command.run", lambda args: 0)
         patch.setattr(sys, "argv", ["cutloss", *argv])
         assert cli.main() == 0 and cli.main(argv) == 0
     return started

@@ -5,7 +5,6 @@ of the commands is in inside_cli.py, and in inside_demo.py what cannot be import
 """
 
 # ruff: noqa: F401
-from cutloss import _trl_head
 from cutloss._core import checks, decide, weighting
 from cutloss._core.options import SCHEDULES, LossOptions, Options
 from cutloss._core.plan import Plan
@@ -14,6 +13,8 @@ from cutloss._torch import by_rows, library, needs, private, shards
 from cutloss._torch.softcap import capped
 from cutloss.losses import _chunks
 from cutloss.transformers import _operands
+from cutloss.transformers._errors import LogitsNotMadeError
 from cutloss.transformers._operands import Term
 from cutloss.transformers._switch import Switch, _install
-from cutloss.transformers._unmade import LogitsNotMadeError, UnmadeLogits
+from cutloss.transformers._unmade_logits import UnmadeLogits
+from cutloss.trl import _head as _trl_head

@@ -1,8 +1,8 @@
 """What tests see of the inside of `cutloss bench` and `doctor`, as inside.py has the rest."""
 
 # ruff: noqa: F401
-from cutloss import doctor
-from cutloss._bench import (
+from cutloss.cli import doctor
+from cutloss.cli.bench import (
     cases,
     device_memory,
     errors,
@@ -21,9 +21,9 @@ from cutloss._bench import (
     train_models,
     variants,
 )
-from cutloss._bench.cases import Case
-from cutloss._bench.methods import DEFAULT_METHODS, Method
-from cutloss._bench.products import _chunked, products
-from cutloss._bench.train_models import Shape
-from cutloss._cli import UserError, check_device
-from cutloss.bench import named_models
+from cutloss.cli.bench.cases import Case
+from cutloss.cli.bench.command import named_models
+from cutloss.cli.bench.methods import DEFAULT_METHODS, Method
+from cutloss.cli.bench.products import _chunked, products
+from cutloss.cli.bench.train_models import Shape
+from cutloss.cli.usage import UserError, check_device

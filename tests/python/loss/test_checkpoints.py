@@ -23,7 +23,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_pt_utils import get_parameter_names
 
-from cutloss import CausalLMHead, LinearCrossEntropy, LinearCrossEntropyLoss
+from cutloss import (
+    CausalLMHead,
+    LinearCrossEntropy,
+    LinearCrossEntropyImpl,
+    LinearCrossEntropyLoss,
+)
 
 V, D = 23, 8
 
@@ -140,6 +145,13 @@ def test_a_head_that_an_earlier_version_pickled_whole():
     model.lm_head.__setstate__(state)
     model.load_state_dict(before.state_dict(), strict=True)
     assert_same_state(for_the_layer(model), before.state_dict())
+
+
+def test_a_module_that_an_earlier_version_pickled_whole():
+    """Its impl is a member of an enum, which a pickle names by the path that it had in 0.1."""
+    pickled = b"ccutloss._implementations\nLinearCrossEntropyImpl\n(I1\ntR."
+    assert pickle.loads(pickled) is LinearCrossEntropyImpl.CCE
+    assert b"cutloss._implementations" in pickle.dumps(LinearCrossEntropy())
 
 
 @pytest.mark.parametrize("name", HEADS)

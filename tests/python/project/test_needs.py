@@ -223,12 +223,12 @@ def test_a_driver_that_is_too_old_for_this_build(tmp_path, compiler):
     done = run(
         """
         import torch, cutloss
-        from cutloss import doctor
+        from cutloss.cli import doctor
         e, c = torch.randn(9, 8), torch.randn(31, 8)
         assert cutloss.linear_cross_entropy(e, c, torch.randint(31, (9,))).isfinite()
         for line in doctor._engines():
             print(line)
-        from cutloss._bench import cases, methods, plan
+        from cutloss.cli.bench import cases, methods, plan
         try:
             on_gpu = cases.Case(8, 16, 100, "bf16", device="cuda")
             plan.decide(on_gpu, methods.Method("cutloss"), "fwbw")

@@ -1,1 +1,0 @@
-"""Measuring: cases, methods, times, memory, errors. cutloss/bench.py is the command."""

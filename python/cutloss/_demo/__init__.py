@@ -1,1 +1,0 @@
-"""The parts of cutloss demo. cutloss/demo.py is the command."""

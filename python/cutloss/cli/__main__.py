@@ -1,0 +1,5 @@
+import sys
+
+from cutloss.cli import main
+
+sys.exit(main())

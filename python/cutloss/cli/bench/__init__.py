@@ -1,0 +1,1 @@
+"""Measuring: cases, methods, times, memory, errors; command.py runs them."""

@@ -1,0 +1,1 @@
+"""The parts of cutloss demo; command.py runs them."""
