@@ -97,10 +97,12 @@ build_operators() {
   cmake --build $BUILD --target cutloss_torch -j "${JOBS:-$(nproc)}"
 }
 
-# Editable: the Python files are used from where they lie, with the library just built.
+# Editable: the Python files are used from where they lie, with the library just built. The
+# installation holds a list of them, so that it is made anew where one came, went or moved.
 install_package() {
   local stamp=.venv/package.stamp want
-  want="$(sha256sum pyproject.toml include/cutloss/version.h) $PWD"
+  want="$(sha256sum pyproject.toml include/cutloss/version.h) $PWD
+$(find python/cutloss -name '*.py' | sort | sha256sum)"
   if up_to_date $stamp "$want"; then return; fi
   say "installing the package into .venv (editable)"
   SKBUILD_WHEEL_CMAKE=0 .venv/bin/python -m pip install -q --disable-pip-version-check \

@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from .._torch import partitioned as _sharded
+from .._torch import partitioned
 from .._torch import private
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -38,8 +38,8 @@ def tensors(**named: Tensor | None) -> None:
     for name, t in named.items():
         if t is None and name not in ("e", "c", "logits", "targets"):
             continue
-        if _sharded.is_dtensor(t):
-            raise ValueError(_sharded.refusal(name, t))
+        if partitioned.is_dtensor(t):
+            raise ValueError(partitioned.refusal(name, t))
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}{_hint(t)}")
         layout(name, t)
@@ -119,7 +119,7 @@ def shapes(
         is_transposed = c.dim() == 2 and c.shape[0] == e.shape[-1]
         raise ValueError(
             f"c must be (V, D) with the D of e: got c {shape(c)} and e {shape(e)}"
-            + ("; transpose c" if is_transposed else _sharded.of_shape(c))
+            + ("; transpose c" if is_transposed else partitioned.of_shape(c))
         )
     if c.shape[0] < least_classes or c.shape[1] < 1:
         raise ValueError(f"c must have at least one row and one column (V, D), got {shape(c)}")

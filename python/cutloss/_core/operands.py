@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import partitioned as _sharded
+from .._torch import partitioned
 from .._torch import library, private
 from . import checks, weighting
 from .options import LossOptions, Options
@@ -76,7 +76,7 @@ def make_operands(
     shift, ignore_index = options.shift, options.ignore_index
     traced = torch.compiler.is_compiling()
     if not (plain or traced) and private.is_ordinary(e) and private.is_ordinary(c):
-        _sharded.check_memory(e, c)
+        partitioned.check_memory(e, c)
     labels = in_sequences(targets)
     row_temperature = None
     if isinstance(temperature, Tensor):

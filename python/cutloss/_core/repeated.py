@@ -52,7 +52,7 @@ def key(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, said: tuple)
             if not private.is_ordinary(t):
                 return None
             address = t.data_ptr()
-            if address == t.storage_offset() * t.itemsize:  # was freed (_sharded.check_memory)
+            if address == t.storage_offset() * t.itemsize:  # was freed (partitioned.py)
                 return None
             facts += (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, address % 16)
         kind = e.device.type

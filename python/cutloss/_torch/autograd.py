@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import partitioned as _sharded
+from . import partitioned
 from . import flops, library, private
 
 _ops = torch.ops.cutloss
@@ -80,9 +80,9 @@ class Computation:
         """That e and c are in backward what they were in forward. `reads`: they will be read."""
         e, c, _ = saved.operands
         if private.is_ordinary(e) and private.is_ordinary(c):
-            _sharded.check_shape(e, c)
+            partitioned.check_shape(e, c)
             if reads:
-                _sharded.check_memory(e, c)
+                partitioned.check_memory(e, c)
 
 
 # What is kept from forward to backward ------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._core import checks
-from .._torch import partitioned as _sharded
+from .._torch import partitioned
 from .._torch import autograd, library, private
 from .._torch.private import untraced
 from . import _arguments as args
@@ -455,7 +455,7 @@ def _head(e: Tensor, c: Tensor, bias: Tensor | None, prefix: str) -> None:
             "of torch.func and no forward mode; take stored logits and PyTorch's own functions there"
         )
     if private.is_ordinary(e) and private.is_ordinary(c):
-        _sharded.check_memory(e, c)
+        partitioned.check_memory(e, c)
 
 
 def _no_gradient(**named: Tensor) -> None:
