@@ -26,7 +26,6 @@ struct Components {
 
   void begin() {
     rows.list();
-    if (makes_statistics(call.pass)) rows.clear_ignored();
   }
 
   void make_statistics(RowRange chunk, bool keep) {

@@ -9,11 +9,13 @@ namespace cutloss::cuda {
 void Products::multiply(Product product) const {
   product.type = call_.d.operand;
   product.tf32 = call_.p.allow_tf32;
-  // The library wants memory that begins at a multiple of 256 bytes.
-  auto* begin = call_.buffer<std::byte>(buffer::kLibrary);
+  // The library wants memory that begins at a multiple of 256 bytes. It may lie in dC.
+  const Booking& booked = call_.workspace.booking(buffer::kLibrary);
+  auto* begin = booked.offset < 0 ? static_cast<std::byte*>(call_.args.gradients.dc)
+                                  : call_.buffer<std::byte>(buffer::kLibrary);
   const std::int64_t skip =
       static_cast<std::int64_t>((256 - reinterpret_cast<std::uintptr_t>(begin) % 256) % 256);
-  const std::int64_t left = call_.workspace.bytes_of(buffer::kLibrary) - skip;
+  const std::int64_t left = booked.bytes - skip;
   product.workspace_bytes = std::clamp<std::int64_t>(left / 256 * 256, 0, kMostLibraryBytes);
   product.workspace = product.workspace_bytes == 0 ? nullptr : begin + skip;
   cuda::multiply(product, call_.stream);

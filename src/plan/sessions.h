@@ -109,6 +109,8 @@ class StepsSession final : public CheckedSession {
     if (const RowRange rows = range(chunk); rows.count > 0) {
       Steps::statistics(parts_, rows, pass());
     }
+    // After the products: a device so begins with them sooner.
+    if (chunk == 0) parts_.rows.clear_ignored();
   }
   void make_gradients(std::int64_t chunk) override {
     if (const RowRange rows = range(chunk); rows.count > 0) Steps::gradients(parts_, rows, pass());

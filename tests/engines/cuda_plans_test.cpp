@@ -99,6 +99,33 @@ TEST(CudaPlans, NeedNoMoreThan16MiBWithDcWritten) {
 }
 
 // Where memory is short forward has no g beside its logits, so its blocks are larger.
+#ifdef CUTLOSS_CUDA_SM90
+// Plain PyTorch holds at least the logits in 16 bits, and then their gradient. By rows a plan holds
+// as much once, and little beside: cuBLASLt works in dC's memory until dC is written.
+TEST(CudaPlans, ByRowsHoldLittleBesideTheExponentials) {
+  const DeviceFacts device = hopper();
+  const std::vector<Problem> all = {
+      problem_on_gpu(1, 4096, 128256), problem_on_gpu(16, 4096, 128256),
+      problem_on_gpu(256, 2048, 32064), problem_on_gpu(1024, 3072, 32064)};
+  for (Problem p : all) {
+    p.upstream.when = Upstream::at_forward;
+    const Head& head = head_of(p);
+    const std::int64_t N = row_count(p), V = head.classes.count;
+    const Plan plan = make_plan(p, engines(), &device);
+    EXPECT_EQ(plan.algorithm, "cuda/fused/exponentials") << describe(plan);
+    EXPECT_EQ(plan.decision->forward.booking(cuda::buffer::kLibrary).lies_in, "dC");
+    // The rows of E twice and of dE's sums, a number for each class, one for each tile of a row.
+    const std::int64_t beside = N * (8 * head.D + V / 16) + 4 * V + kMiB / 2;
+    EXPECT_LE(bytes_of(plan), 2 * N * (V + 8) + beside) << describe(plan);
+
+    p.wanted.dc.add = true;  // what is added to may hold nothing else
+    p.wanted.dc.type = DType::f32;
+    const Plan adds = make_plan(p, engines(), &device);
+    EXPECT_EQ(adds.decision->forward.booking(cuda::buffer::kLibrary).lies_in, "");
+  }
+}
+#endif
+
 TEST(CudaPlans, ForwardOfTheLibraryTakesLargerBlocks) {
   for (const Problem& p : models()) {
     const Plan plan = plan_in(p, 16 * kMiB, ampere());

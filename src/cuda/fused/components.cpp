@@ -34,7 +34,6 @@ Components::Components(std::shared_ptr<const Decision> decision, const Args& arg
 void Components::begin() {
   rows.list();
   operands.begin();
-  if (makes_statistics(call.pass)) rows.clear_ignored();
 }
 
 Listed Components::listed(RowRange range) const {

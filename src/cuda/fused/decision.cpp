@@ -129,6 +129,18 @@ void book_by_vocabulary(Ledger& ledger, const FusedDecision& d, const Reads& rea
   book_g(ledger, d, reads);
 }
 
+// By rows the library makes dE alone, which comes before dC: until dC is written, its memory lies
+// in dC's. Where several chunks add up in dC itself, or E lies in dE, it does not.
+bool library_lies_in_dc(const FusedDecision& d, Way way, Pass pass, std::int64_t library_bytes) {
+  const Problem& p = d.problem;
+  const Wanted& wanted = p.wanted;
+  if (way.schedule != Schedule::rows || !makes_gradients(pass) || !wanted.de.wanted) return false;
+  if (!wanted.dc.wanted || wanted.dc.add || packs_e_in_de(d, way, pass)) return false;
+  if (!d.one_chunk && d.dc_in_place) return false;
+  const Head& head = head_of(p);
+  return head.classes.count * head.D * size_of(d.dc_type) >= library_bytes + kAlign;
+}
+
 // What lies in memory that another buffer will need later.
 void book_shares(Ledger& ledger, const FusedDecision& d, Way way, Pass pass) {
   const Problem& p = d.problem;
@@ -136,10 +148,11 @@ void book_shares(Ledger& ledger, const FusedDecision& d, Way way, Pass pass) {
   const std::int64_t rows = d.sizes.chunk_rows, de = rows * head_of(p).D * 4;
   const std::int64_t sums = rows * column_tiles(d) * 8;
   if (makes_statistics(pass) && sums <= de) {
-    ledger.share(buffer::kSums, sums, buffer::kDeSums, "the targets are summed");
+    ledger.share(buffer::kSums, sums, buffer::kDeSums, "dE's product");
   }
+  // dE has been stored when the targets are summed.
   if (p.wanted.dc.wanted) {
-    ledger.share(buffer::kTargetSums, de, buffer::kDeSums, "dE's product");
+    ledger.share(buffer::kTargetSums, de, buffer::kDeSums, "the next chunk");
   }
 }
 
@@ -195,15 +208,20 @@ Ledger kept(const FusedDecision& d, Way way) {
 Ledger settle(FusedDecision& d, Way way, Pass pass, std::int64_t library_bytes,
               std::int64_t budget) {
   const std::vector<Shape> all = shapes(d, way, pass);
+  const bool in_dc = library_lies_in_dc(d, way, pass, library_bytes);
   std::int64_t bytes = 0;
   for (const Shape& shape : all) {
-    bytes = workspace(d, way, pass, shape).bytes() + library_bytes;
+    bytes = workspace(d, way, pass, shape).bytes() + (in_dc ? 0 : library_bytes);
     if (bytes <= budget) break;
   }
   for (const Shape& shape : all) {
     Ledger ledger = workspace(d, way, pass, shape);
     if (ledger.bytes() > bytes) continue;
-    ledger.book(buffer::kLibrary, bytes - ledger.bytes());
+    if (in_dc) {
+      ledger.share(buffer::kLibrary, library_bytes + kAlign, "dC", "dC is written");
+    } else {
+      ledger.book(buffer::kLibrary, bytes - ledger.bytes());
+    }
     Reads& reads = pass == Pass::backward ? d.backward_reads : d.forward_reads;
     reads = reads_of(d, way, pass, shape);
     if (makes_statistics(pass)) d.packs_e_in_forward = shape.packs_e_in_forward;

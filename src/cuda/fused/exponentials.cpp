@@ -182,17 +182,20 @@ struct Steps {
     make_exponentials(parts, chunk);
   }
 
-  // The order matters: the targets' sums lie where dE's sums will be.
+  // The order matters: dE's product may work in dC's memory, and the targets' sums lie where those
+  // of dE were. Where E lies in dE, dE comes last.
   static void gradients(Components& parts, RowRange chunk, Pass pass) {
     if (pass == Pass::both) parts.operands.e_is_packed(chunk);
     const Wanted& wanted = parts.call.p.wanted;
+    const bool de_is_last = parts.call.reads.e_in_de;
     make_factors(parts, chunk);
+    if (wanted.de.wanted && !de_is_last) make_de(parts, chunk);
     if (wanted.dc.wanted) scale_e(parts, chunk);
     if (wanted.dbias.wanted) add_dbias(parts, chunk);
     if (wanted.dc.wanted) add_dc(parts, chunk);
     const bool last_chunk = chunk.begin + chunk.count == parts.rows.to_cover();
     if (last_chunk) parts.sums.store_columns(all_columns(parts));
-    if (wanted.de.wanted) make_de(parts, chunk);
+    if (wanted.de.wanted && de_is_last) make_de(parts, chunk);
   }
 };
 

@@ -8,7 +8,6 @@ template <class T>
 void Components<T>::begin() {
   rows.list();
   operands.begin();
-  if (makes_statistics(call.pass)) rows.clear_ignored();
 }
 
 template <class T>
