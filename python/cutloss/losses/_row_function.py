@@ -84,12 +84,6 @@ def check_gradient(out: Tensor, statistics: dict[str, Tensor]) -> None:
         )
 
 
-def derivatives(total: Tensor, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of `total`, by each of the statistics that it depends on."""
-    grads = torch.autograd.grad(total, list(statistics.values()), allow_unused=True)
-    return {k: g for k, g in zip(statistics, grads, strict=True) if g is not None}
-
-
 def _check(out: Tensor, statistics: dict[str, Tensor]) -> None:
     rows = next(iter(statistics.values()))
     if not isinstance(out, Tensor):

@@ -141,23 +141,16 @@ class FunctionOfRows:
         self.total = torch.zeros((), dtype=torch.float64, device=self.counts.device)
         return self
 
-    def coefficients(self, rows: Tensor, at: Rows) -> Rows:
-        N = self.counts.shape[0]
-        is_row = rows >= 0
-        here = rows.clamp(min=0)
-        taken = {k: t[here].requires_grad_() for k, t in self.statistics(at).items()}
+    def coefficients(self, rows: by_rows.ChunkRows, at: Rows) -> Rows:
+        taken = by_rows.leaves(**self.statistics(at))
         with torch.enable_grad():
-            out = self._evaluate(taken, {k: t[here] for k, t in self.slices.items()})
-            total = torch.where(is_row, out, 0.0).double().sum()
-        d = _row_function.derivatives(total, taken)
+            out = self._evaluate(taken, {k: t[rows.index] for k, t in self.slices.items()})
+            total = torch.where(rows.is_row, out, 0.0).double().sum()
         self.total = self.total + total.detach()
-        to = torch.where(is_row, rows, N)  # one entry more, for those that are no row
-        return Rows(**{k: self._scattered(g, to) for k, g in d.items()})
-
-    def _scattered(self, d: Tensor, to: Tensor) -> Tensor:
-        N = self.counts.shape[0]
-        d = d / (self.divisor.to(d.dtype) if isinstance(self.divisor, Tensor) else self.divisor)
-        return d.new_empty(N + 1).index_copy_(0, to, d)[:N]
+        d = by_rows.derivatives(total, taken)
+        by = self.divisor
+        by = by.to(at.nll.dtype) if isinstance(by, Tensor) else by
+        return Rows(**{name: g / by for name, g in d.items()})
 
     def value(self, at: Rows) -> Tensor:
         return (self.total / self.divisor).to(at.nll.dtype)
