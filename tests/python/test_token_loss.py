@@ -9,6 +9,7 @@ import torch
 from labels import without_address
 from problems import BF16, F16, F32, F64, OPTION_SETS, Problem
 from tolerance import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cutloss import losses
 from cutloss._core import decide
@@ -458,20 +459,105 @@ def test_policy_losses_that_couple_tokens(options, chunks):
     assert not chunks
 
 
-def test_policy_losses_in_several_chunks(chunks):
-    options = dict(loss_type="grpo", beta=0.1, old=True)
+def long_policy_case(options) -> tuple[Problem, torch.Tensor, dict, int]:
+    """Sequences that do not fit into one chunk of the smallest plan, whose bytes come last."""
     p, advantages, options = policy_case(F32, options, 1)
     p.e = p.e.detach().repeat(1, 20, 1).requires_grad_()
     p.targets = p.targets.repeat(1, 20)
+    p.targets[2, 40:] = -100  # of another length
     with torch.no_grad():
         now = losses.token_log_probs(p.e, p.c, p.targets, p.bias, shift=1).log_probs
-    options |= {name: now + 0.1 * torch.randn(now.shape) for name in ("old_log_probs", "reference")}
-    with pytest.raises(ValueError) as error:
+    for name in options.keys() & {"old_log_probs", "reference", "sampling_log_probs"}:
+        options[name] = now + 0.1 * torch.randn(now.shape)
+    if advantages.dim() == 2:
+        advantages = torch.randn(now.shape)
+    wants_entropy = "entropy_coef" in options
+    return p, advantages, options, plan_by_rows(p, wants_entropy=wants_entropy).least_bytes
+
+
+@pytest.mark.parametrize("options", POLICY.values(), ids=POLICY.keys())
+def test_policy_losses_in_several_chunks(options, chunks):
+    p, advantages, options, most = long_policy_case(options)
+    with pytest.raises(ValueError, match=f"the smallest plan needs {most} bytes"):
         compare(p, advantages, options, schedule="rows", max_workspace=0)
-    most = plan_by_rows(p).least_bytes
-    assert f"the smallest plan needs {most} bytes" in str(error.value)
     compare(p, advantages, options, schedule="rows", max_workspace=most)
-    assert chunks[-1] > 1
+    assert chunks[-1] > 4
+    compare(p, advantages, options, schedule="rows")
+    assert chunks[-1] == 1
+
+
+def test_a_policy_loss_of_no_token():
+    p, advantages, options = policy_case(F32, POLICY["entropy"], 0)
+    p.targets.fill_(-100)
+    how = dict(options, advantages=advantages, schedule="rows")
+    loss = losses.linear_loss("policy", p.e, p.c, p.targets, p.bias, **how).loss
+    assert loss == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, p.parameters))
+
+
+def test_entries_that_are_no_row_change_nothing(monkeypatch):
+    """As lists of rows have them on CUDA, in chunks without any row too."""
+    p, advantages, options, most = long_policy_case(POLICY["kl"])
+    of_chunk = by_rows._coefficients
+
+    def grads():
+        how = dict(schedule="rows", max_workspace=most, shift=1)
+        policy = losses.linear_loss(
+            "policy", p.e, p.c, p.targets, p.bias, advantages=advantages, **options, **how
+        ).loss
+        token = linear_token_loss(p.e, p.c, p.targets, focal, p.bias, **how)
+        return policy, token, *torch.autograd.grad(policy + token, p.parameters)
+
+    def padded(row_loss, listed, *rest):
+        none = torch.full((3,), -1)
+        of_chunk(row_loss, none, *rest)
+        return of_chunk(row_loss, torch.cat([none, listed, none]), *rest)
+
+    expected = grads()
+    monkeypatch.setattr(by_rows, "_coefficients", padded)
+    for a, b in zip(grads(), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Written(TorchDispatchMode):
+    """How many elements operators have written."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op is torch.ops.aten.index_copy_.default:  # into a tensor of all rows
+            self.elements += args[3].numel()
+        elif not op.is_view and op is not torch.ops.aten.new_empty.default:
+            made = out if isinstance(out, (tuple, list)) else [out]
+            self.elements += sum(t.numel() for t in made if isinstance(t, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize("options", POLICY.values(), ids=POLICY.keys())
+def test_a_chunk_of_a_policy_loss_costs_its_own_rows(options, chunks, monkeypatch):
+    """Between the products no chunk works on the batch: their work adds up to that of one."""
+    p, advantages, options, most = long_policy_case(options)
+    of_chunk, written = by_rows._coefficients, []
+
+    def counted(*args):
+        with Written() as mode:
+            made = of_chunk(*args)
+        written[-1] += mode.elements
+        return made
+
+    monkeypatch.setattr(by_rows, "_coefficients", counted)
+    for max_workspace in (None, most):
+        written.append(0)
+        losses.linear_loss(
+            "policy", p.e, p.c, p.targets, p.bias, advantages=advantages, schedule="rows",
+            max_workspace=max_workspace, **p.options, **options,
+        )  # fmt: skip
+    one, several = written
+    assert chunks[0] == 1 and chunks[1] > 4
+    assert one > p.targets.numel() and several < 1.2 * one
 
 
 # CUDA ---------------------------------------------------------------------------------------------
