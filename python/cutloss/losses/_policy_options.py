@@ -73,23 +73,13 @@ class Options:
         return self.sampling_correction in ("sequence_truncate", "sequence_mask")
 
 
-_CHECKS = {
-    "epsilon": args.not_negative,
-    "epsilon_high": args.not_negative,
-    "delta": args.positive,
-    "beta": args.finite,
-    "sampling_clip_min": args.not_negative,
-    "sampling_clip_max": args.positive,
-    "off_policy_mask_threshold": args.positive,
-    "entropy_coef": args.finite,
-    "max_completion_length": args.positive,
-    "sapo_temperature_pos": args.positive,
-    "sapo_temperature_neg": args.positive,
-    "vespo_k_pos": args.not_negative,
-    "vespo_lambda_pos": args.not_negative,
-    "vespo_k_neg": args.not_negative,
-    "vespo_lambda_neg": args.not_negative,
-}
+_CHECKS = dict.fromkeys(("beta", "entropy_coef"), args.finite)
+_CHECKS |= dict.fromkeys(("epsilon", "epsilon_high", "sampling_clip_min"), args.not_negative)
+_CHECKS |= dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos"), args.not_negative)
+_CHECKS |= dict.fromkeys(("vespo_k_neg", "vespo_lambda_neg"), args.not_negative)
+_CHECKS |= dict.fromkeys(("sapo_temperature_pos", "sapo_temperature_neg"), args.positive)
+_CHECKS |= dict.fromkeys(("delta", "sampling_clip_max", "max_completion_length"), args.positive)
+_CHECKS |= dict.fromkeys(("off_policy_mask_threshold",), args.positive)
 _MAY_BE_NONE = (
     "epsilon_high", "delta", "sampling_clip_min", "sampling_clip_max",
     "off_policy_mask_threshold", "max_completion_length",
