@@ -42,7 +42,8 @@ class _Reader:
     def __init__(self):
         self.is_complete = True
         self.left = _MOST
-        self.seen: dict[int, tuple[int, Any]] = {}  # their number, and they, so that ids stay theirs
+        # By their id their number, and they themselves, so that the id stays theirs.
+        self.seen: dict[int, tuple[int, Any]] = {}
 
     def value(self, x: Any) -> Hashable:
         self.left -= 1

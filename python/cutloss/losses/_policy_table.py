@@ -2,8 +2,8 @@
 
 Names and definitions are those of TRL 1.16's GRPOTrainer. Shapes: (B, L) for tokens, (B, 1) for
 what a sequence shares; or (R) for all of it, of R tokens of any sequences, where no formula takes
-sums over sequences. fp32 (fp64 for fp64). ratio is p(token) under the policy over that under the old
-policy, or the sequence's geometric mean of them (Zheng et al. 2025, "Group Sequence Policy
+sums over sequences. fp32 (fp64 for fp64). ratio is p(token) under the policy over that under the
+old policy, or the sequence's geometric mean of them (Zheng et al. 2025, "Group Sequence Policy
 Optimization", arXiv:2507.18071).
 """
 

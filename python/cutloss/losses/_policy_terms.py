@@ -112,8 +112,8 @@ class Sums(NamedTuple):
 
 
 def sums(log_probs: Tensor, entropy: Tensor | None, g: Given) -> Sums:
-    """Over tokens (B, L); or over rows, (R), which gives what these add to the loss: the derivatives
-    of the one are those of the other, where keeps_tokens_apart says so."""
+    """Over tokens (B, L); or over some of them, (R), which gives what these add to the loss. The
+    derivatives by their log-probabilities are the same, where keeps_tokens_apart says so."""
     o, mask = g.options, g.mask
     old = log_probs.detach() if g.old is None else g.old
     sampling_ratio = _sampling_ratio(old, g.sampling, o) if g.old is None else g.sampling_ratio
@@ -155,8 +155,8 @@ def loss(policy: TokenLogProbs, g: Given) -> Loss:
 
 
 def keeps_tokens_apart(options: dict[str, Any]) -> bool:
-    """Whether policy_loss with these options, all of its names, couples no token's term to another's
-    log-probability under the policy."""
+    """Whether policy_loss with these options, all that it has, couples no token's term to the
+    log-probability of another one under the policy."""
     of_sequences = (
         options["importance_sampling_level"] != "token"
         or options["loss_type"] == "vespo"

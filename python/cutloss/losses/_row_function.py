@@ -14,12 +14,12 @@ from ._function_key import FunctionKey
 
 RowFunction = Callable[..., Tensor]
 
-# Functions, with their inputs, that were seen to keep rows apart; the latest last.
+# Functions, with the kinds of their inputs, that were seen to keep rows apart; the latest last.
 _known: collections.OrderedDict[Hashable, None] = collections.OrderedDict()
 _MOST_KNOWN = 256
 _ENOUGH_ROWS = 16  # with fewer a function may keep rows apart by chance
-# How often was waited for the device to look at a function of this code. A number in its closure
-# that changes in every step would make it wait in every step.
+# How often the device was waited for, to look at a function of this code. With a number in its
+# closure that changes in every step every step would wait.
 _looks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _MOST_LOOKS = 8
 
@@ -31,9 +31,9 @@ def evaluate(
     slices: dict[str, Tensor],
 ) -> Tensor:
     """fn of some rows, (R). `key`: of fn; None where it is traced. Where a row's result depends on
-    other rows: an error, or NaN where looking at that would make the device be waited for and fn
-    was looked at before, and under CUDA graphs and torch.compile. Of a function that was seen to
-    keep rows apart nothing is looked at again."""
+    other rows that is an error; under torch.compile, in a CUDA graph, and where fn's code was
+    waited for on CUDA often enough, NaN. A function that was seen to keep rows apart is called
+    once, and not looked at again."""
     out = _call(fn, statistics | slices)
     _check(out, statistics)
     if out.shape[0] < 2:
@@ -45,7 +45,6 @@ def evaluate(
     inputs = tuple((k, t.dtype, t.dim(), t.requires_grad) for k, t in (statistics | slices).items())
     known = key.value, inputs, out.device.type, out.requires_grad
     if key.is_complete and known in _known and not is_captured and not checks.looks_always():
-        _known.move_to_end(known)
         return out
     coupled = _couples(fn, statistics, slices, out)
     if is_captured or not (checks.may_look(out.device) or _may_wait(key)):
@@ -74,9 +73,9 @@ def _may_wait(key: FunctionKey) -> bool:
 
 
 def _tells(inputs: dict[str, Tensor], out: Tensor) -> Tensor:
-    """Whether _couples could see something: there are rows enough, and what it changed in other rows
-    was something else before, in each column of each input. Where all rows are alike, as with a classifier of
-    zeros, a mean over them is each row's own."""
+    """Whether _couples could see something: there are rows enough, and what it changed in other
+    rows was something else before, in each column of each input. Where all rows are alike, as with
+    a classifier of zeros, a mean over them is each row's own."""
     varies = ~_same(out, out[:1]).all() & (out.shape[0] >= _ENOUGH_ROWS)
     for t in inputs.values():
         varies = varies & (t[1::2] != t[:1]).any(0).all()
