@@ -6,7 +6,7 @@ from torch import Tensor
 from ._core import checks, weighting
 from ._core.operands import in_sequences, shape_of_rows, warn_of_no_weight
 from ._core.options import LossOptions, Options
-from ._torch import autograd, library, operators, private
+from ._torch import autograd, consumed, library, operators, private
 from .module import _class_weights
 
 
@@ -191,16 +191,11 @@ def _cross_entropy(
             "cutloss.cross_entropy does not work under the transforms of torch.func (grad, vmap, "
             "...): use torch.nn.functional.cross_entropy there"
         )
-    consume = bool(consume_logits) and autograd.wants_gradient(logits)
-    if consume:
-        _check_consumable(logits)
-    # What comes after a graph break is traced frame by frame, and may not overwrite anything.
-    evaluate = _evaluate_untraced if consume else _evaluate
-    value, rows = evaluate(
-        logits, targets, temperature, how, options, wants_lse=return_lse, consume=consume, over=over
-    )
-    if consume:
-        _empty(logits)
+    arguments = logits, targets, temperature, how, options, return_lse, over
+    if consume_logits and autograd.wants_gradient(logits):
+        value, rows = consumed.evaluated(_evaluate, *arguments)
+    else:
+        value, rows = _evaluate(*arguments)
 
     row_shape = shape_of_rows(targets, shift)
     if reduction == "none":
@@ -218,8 +213,8 @@ def _evaluate(
     how: weighting.Weighting,
     options: Options,
     wants_lse: bool,
-    consume: bool,
     over: float | Tensor | None,
+    kind: type[operators.Logits] = operators.Logits,
 ) -> tuple[Tensor, weighting.Rows]:
     """The loss, per row where nothing is reduced, and the per-row outputs."""
     stats = options.stats
@@ -237,10 +232,9 @@ def _evaluate(
         class_weight = class_weight.to(stats)
     if by_sequence.device.type == "cuda" and checks.may_look(by_sequence.device):
         checks.values(by_sequence, row_temperature, shift, V, ignore_index, None)
-    shape = (*by_sequence.shape, V)
-    z = logits if logits.dim() == 3 else logits.view(shape) if consume else logits.reshape(shape)
+    z = logits if logits.dim() == 3 else logits.reshape(*by_sequence.shape, V)
     operands = (z, by_sequence, row_temperature, class_weight)
-    computation = (operators.OverwrittenLogits if consume else operators.Logits)(options)
+    computation = kind(options)
 
     weights_have_gradient = autograd.wants_gradient(how.token_weight)
     if weights_have_gradient or private.have_tangent(how.token_weight, how.weight):
@@ -269,57 +263,6 @@ def _evaluate(
         and not library.WAITS_FOR_LOSS_SCALE[logits.dtype]
     )
     return operators.loss(computation, operands, terms, undefined, immediate)
-
-
-_evaluate_untraced = private.untraced(_evaluate)
-
-
-def _check_consumable(logits: Tensor) -> None:
-    """Whether the gradient may take the memory of the logits without anybody's wrong number."""
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "consume_logits cannot be part of a graph of torch.compile, which decides itself what "
-            "takes whose memory: leave it out there"
-        )
-    _check_owned(logits)
-
-
-@private.untraced
-def _check_owned(logits: Tensor) -> None:
-    if not private.is_ordinary(logits):
-        raise ValueError(
-            f"consume_logits takes an ordinary tensor, got {type(logits).__name__}: leave it out"
-        )
-    base = private.base_of(logits)
-    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
-        raise ValueError(
-            "consume_logits would overwrite a leaf that requires a gradient, which is yours to "
-            "keep: leave it out, or pass what a model has computed"
-        )
-    if private.has_hooks_of_saved_tensors():
-        raise ValueError(
-            "consume_logits cannot work under torch.utils.checkpoint or other hooks of saved "
-            "tensors, with which PyTorch does not notice that saved logits were overwritten: leave "
-            "it out there, or leave the loss out of the region"
-        )
-    if base is not None and base.numel() != logits.numel():
-        raise ValueError(
-            f"consume_logits takes whole tensors, got a view {checks.shape(logits)} of a tensor "
-            f"{checks.shape(base)}: pass the tensor itself (shift=1 leaves the last position of "
-            f"each sequence out), or leave consume_logits out"
-        )
-    if not logits.is_contiguous():
-        raise ValueError(
-            f"consume_logits takes contiguous logits, got strides {tuple(logits.stride())} of "
-            f"shape {checks.shape(logits)}: pass logits.contiguous(), or leave consume_logits out"
-        )
-
-
-def _empty(logits: Tensor) -> None:
-    """Whoever reads the tensor now finds no elements, not a gradient."""
-    for t in (logits, private.base_of(logits)):
-        if t is not None:
-            t.data = t.detach().new_empty(0)
 
 
 class CausalLMLoss:

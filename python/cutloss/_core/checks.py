@@ -376,12 +376,17 @@ def num_items(value: float | Tensor) -> float | Tensor:
 # Looking at the data --------------------------------------------------------------------------
 
 
+def looks_always() -> bool:
+    """Whether the user asks for looks that wait, or that are taken once otherwise."""
+    return os.environ.get("CUTLOSS_CHECK", "0") not in ("", "0")
+
+
 def may_look(device: torch.device) -> bool:
     """Whether checks may read what is on this device."""
     if torch.compiler.is_compiling():
         return False
     if device.type == "cuda":
-        return os.environ.get("CUTLOSS_CHECK", "0") not in ("", "0")
+        return looks_always()
     return device.type == "cpu"
 
 

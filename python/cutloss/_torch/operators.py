@@ -6,8 +6,6 @@
 * immediate: ``loss_and_gradients``, when the loss is a weighted sum of the per-row outputs whose
   weights are known in forward. The gradients are made with the loss and wait for backward, which
   multiplies them by one number.
-
-The gradient by logits may take their memory (OverwrittenLogits).
 """
 
 import dataclasses
@@ -15,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .._core.options import Options
 from .._core.weighting import WEIGHTS_OF_ROWS, Rows, Weighting, unpacked
@@ -229,8 +226,6 @@ class Logits(ByOperators):
         return self.options.of_logits()
 
     def wanted(self, made: Any) -> Tensors:
-        if made is None:  # of operators that write over the logits
-            return ()
         return (made,) if isinstance(made, Tensor) else tuple(made)
 
     def check_backward(self, saved: Saved, reads: bool) -> None:
@@ -238,57 +233,6 @@ class Logits(ByOperators):
 
     def products_again(self, saved: Saved, needs: tuple[bool, ...]) -> list[flops.Product]:
         return []
-
-
-_TWICE = (
-    "backward came a second time, but the first one wrote the gradient over the logits: leave "
-    "consume_logits out where a graph is gone through twice (retain_graph=True)"
-)
-
-
-class OverwrittenLogits(Logits):
-    """The gradient takes the memory of the logits, once: one object for each loss."""
-
-    of_statistics = _ops.logits_gradient_
-    both = _ops.logits_loss_and_gradient_
-    is_overwritten = False
-    no_batches = (
-        "consume_logits writes one gradient over the logits, and here comes a batch of upstream "
-        "gradients (is_grads_batched, or torch.vmap around autograd.grad): leave it out there"
-    )
-
-    def forward(self, given: Saved) -> Made:
-        made = super().forward(given)
-        return made._replace(saved=made.saved._replace(operands=_own(given.operands)))
-
-    def begin_backward(self) -> None:
-        if self.is_overwritten:
-            raise RuntimeError(_TWICE)
-
-    def gradients(self, saved: Saved, needs: tuple[bool, ...], upstream: Tensors) -> Tensors:
-        self.is_overwritten = True
-        super().gradients(saved, needs, upstream)
-        increment_version(saved.operands)
-        return saved.operands
-
-    def loss_and_gradients(self, given: Saved, needs: tuple[bool, ...]) -> Made:
-        given = given._replace(operands=_own(given.operands))
-        made = super().loss_and_gradients(given, needs)
-        increment_version(given.operands)
-        # The logits are gone, so backward has no use for what else made the loss.
-        saved = Saved((), (), (), given.undefined)
-        return made._replace(saved=saved, gradients=given.operands)
-
-    def gradients_again(self, saved: Saved, needs: tuple[bool, ...]) -> Tensors:
-        raise RuntimeError(_TWICE)
-
-
-def _own(operands: Tensors) -> Tensors:
-    """The memory of the logits under a name of its own, which stays when the caller's is emptied.
-    It shares the version counter: whoever has saved the logits for a backward of its own learns
-    that they have changed."""
-    (logits,) = operands
-    return (logits.detach(),)
 
 
 # Calls --------------------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ def make_plan(
     sums = s.V * s.D * s.stats if dc and s.c < s.stats else 0
     least = min(s.n, _FEW_SUMS if s.on_cuda else _FEW)
     if not dc or schedule == "rows" or (schedule == "auto" and _rows(s, limit - sums) >= least):
-        return Plan(_chunk(s, _rows(s, limit - sums), s.of_row, s.fixed + sums, max_workspace))
-    rows = _chunk(s, _rows(s, limit), s.of_row, s.fixed, max_workspace)
+        return Plan(_chunk(s, limit, sums, max_workspace))
+    rows = _chunk(s, limit, 0, max_workspace)
     sums_de = 0 if known or not de else s.n * s.D * s.stats
     if _tile(s, limit - sums_de)[1] < min(s.V, 256):
         sums_de = 0  # dE by rows again: two products more
@@ -89,8 +89,10 @@ def _rows(s: Sizes, limit: int) -> int:
     return rows - rows % _UNIT if _UNIT < rows < s.n else rows
 
 
-def _chunk(s: Sizes, rows: int, of_row: int, fixed: int, given: int | None) -> int:
-    return max(s.n, 1) if s.n <= rows else _least_one(rows, s, fixed + of_row, given)
+def _chunk(s: Sizes, limit: int, sums: int, given: int | None) -> int:
+    """Rows, beside `sums` bytes."""
+    rows = _rows(s, limit - sums)
+    return max(s.n, 1) if s.n <= rows else _least_one(rows, s, s.fixed + sums + s.of_row, given)
 
 
 def _least_one(count: int, s: Sizes, need: int, given: int | None) -> int:

@@ -162,19 +162,23 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def losses_of_rows(student: Student, task: Task) -> tuple[Tensor, Tensor]:
     """(n) and (n,P), whose gradient (that of the first) is made in backward."""
     if not autograd.wants_gradient(*student):
-        with flops.counted_as(task.products(student[1], True, _NOTHING)):
-            losses, parts, _ = _by_rows(student, task)
-        return losses, parts
+        return _forward(student, task)[:2]
     return autograd.deferred(*_apart(student, task))
 
 
 def weighted_sum(student: Student, task: Task, factors: Tensor) -> tuple[Tensor, Tensor]:
     """sum factors * losses, with its gradients made along, and (n,P). `factors`: (n), constant."""
     if not autograd.wants_gradient(*student):
-        with flops.counted_as(task.products(student[1], True, _NOTHING)):
-            losses, parts, _ = _by_rows(student, task)
+        losses, parts, _ = _forward(student, task)
         return _sum(losses, factors), parts
     return autograd.immediate(*_apart(student, task, factors))
+
+
+def _forward(
+    student: Student, task: Task, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    with flops.counted_as(task.products(student[1], True, _NOTHING)):
+        return _by_rows(student, task, keep=keep)
 
 
 def _sum(losses: Tensor, factors: Tensor) -> Tensor:
@@ -315,16 +319,16 @@ def _gradients(
     `kept`: from an earlier pass by rows."""
     plan, (de, dc, dbias) = task.plan, needs
     losses = parts = None
-    if plan.accumulates or not dc:
-        sums = _Sums(student, task, factors, needs)
-        losses, parts, _ = _by_rows(student, task, sums)
-        return sums.gradients(), losses, parts
-    by_rows = (None, None, None)
-    if not plan.sums_de or kept is None:
-        sums = _Sums(student, task, factors, (de, False, dbias))
-        losses, parts, kept = _by_rows(student, task, sums if de or dbias else None, keep=True)
-        by_rows = sums.gradients()
+    by_rows: Gradients = (None, None, None)
+    by_vocabulary = dc and not plan.accumulates
+    if kept is None or not by_vocabulary:
+        first = (de, dc and not by_vocabulary, dbias)
+        sums = _Sums(student, task, factors, first) if any(first) else None
+        losses, parts, kept = _by_rows(student, task, sums, keep=by_vocabulary)
+        by_rows = by_rows if sums is None else sums.gradients()
         de = dbias = False
+    if not by_vocabulary:
+        return by_rows, losses, parts
     sums = _Sums(student, task, factors, (de, dc, dbias), plan.sums_de)
     _by_vocabulary(student, task, sums, kept)
     made = sums.gradients()
@@ -374,9 +378,8 @@ class _OfTask(autograd.Computation):
     task: Task
 
     def forward(self, given: Saved) -> Made:
-        task, (_, c, _) = self._task(given), given.operands
-        with flops.counted_as(task.products(c, True, _NOTHING)):
-            losses, parts, kept = _by_rows(given.operands, task, keep=task.plan.sums_de)
+        task = self._task(given)
+        losses, parts, kept = _forward(given.operands, task, keep=task.plan.sums_de)
         return Made(given._replace(made=(kept,)), (losses,), (parts,))
 
     def gradients(self, saved: Saved, needs: Needs, upstream: autograd.Tensors) -> Gradients:

@@ -1,7 +1,8 @@
-"""The policy-gradient losses: what each makes of a token, and what it divides the sum by.
+"""The policy-gradient losses: what each makes of a token, and what it divides that by.
 
 Names and definitions are those of TRL 1.16's GRPOTrainer. Shapes: (B, L) for tokens, (B, 1) for
-what a sequence shares; fp32 (fp64 for fp64). ratio is p(token) under the policy over that under the
+what a sequence shares; or (R) for all of it, of R tokens of any sequences, where no formula takes
+sums over sequences. fp32 (fp64 for fp64). ratio is p(token) under the policy over that under the
 old policy, or the sequence's geometric mean of them (Zheng et al. 2025, "Group Sequence Policy
 Optimization", arXiv:2507.18071).
 """
@@ -9,33 +10,26 @@ Optimization", arXiv:2507.18071).
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._policy_options import Options
 
 
 @dataclasses.dataclass
 class Tokens:
     """What the formulas read."""
 
+    options: "Options"
     log_probs: Tensor  # (B, L)
     log_ratio: Tensor  # (B, L), 0 where masked
     ratio: Tensor  # (B, L), or (B, 1) for a ratio of sequences
     advantages: Tensor  # (B, 1) or (B, L)
     mask: Tensor  # (B, L), bool
     sampling_ratio: Tensor | None  # (B, L) or (B, 1)
-    num_items: Tensor | float  # see policy_loss
-    max_length: float
-
-    epsilon: float
-    epsilon_high: float
-    delta: float | None
-    sapo_temperature_pos: float
-    sapo_temperature_neg: float
-    vespo_k_pos: float
-    vespo_lambda_pos: float
-    vespo_k_neg: float
-    vespo_lambda_neg: float
 
 
 # Of a token ------------------------------------------------------------------------------------
@@ -46,8 +40,9 @@ def clipped(t: Tokens) -> Tensor:
     Optimization Algorithms" (arXiv:1707.06347), equation 7; two epsilons as in Yu et al. 2025,
     "DAPO" (arXiv:2503.14476), equation 10. With delta the first r is at most delta, which bounds
     the loss where A < 0: Prime Intellect 2025, "INTELLECT-2" (arXiv:2505.07291)."""
-    within = t.ratio.clamp(1 - t.epsilon, 1 + t.epsilon_high)
-    ratio = t.ratio if t.delta is None else t.ratio.clamp(max=t.delta)
+    o = t.options
+    within = t.ratio.clamp(1 - o.epsilon, 1 + o.epsilon_high)
+    ratio = t.ratio if o.delta is None else t.ratio.clamp(max=o.delta)
     return -torch.minimum(ratio * t.advantages, within * t.advantages)
 
 
@@ -55,13 +50,13 @@ def cispo(t: Tokens) -> Tensor:
     """-min(r, epsilon_high) A log p, without a gradient through r: epsilon_high bounds r itself (5,
     say). MiniMax 2025, "MiniMax-M1" (arXiv:2506.13585), without its lower bound; Khatri
     et al. 2025, "The Art of Scaling Reinforcement Learning" (arXiv:2510.13786)."""
-    return -t.ratio.clamp(max=t.epsilon_high).detach() * t.advantages * t.log_probs
+    return -t.ratio.clamp(max=t.options.epsilon_high).detach() * t.advantages * t.log_probs
 
 
 def sapo(t: Tokens) -> Tensor:
     """-(4 / tau) sigma(tau (r - 1)) A, tau one number for A > 0 and one for A <= 0. Gao et al.
     2025, "Soft Adaptive Policy Optimization" (arXiv:2511.20347)."""
-    positive, negative = t.sapo_temperature_pos, t.sapo_temperature_neg
+    positive, negative = t.options.sapo_temperature_pos, t.options.sapo_temperature_neg
     tau = _chosen(t.advantages > 0, positive, negative, t.advantages)
     return -torch.sigmoid(tau * (t.ratio - 1)) * 4 / tau * t.advantages
 
@@ -77,15 +72,15 @@ def vespo(t: Tokens) -> Tensor:
 @torch.no_grad()
 def vespo_weight(t: Tokens) -> Tensor:
     """phi(w): (B, 1), or (B, L) where advantages are."""
-    least, most = math.log(1e-8), 20.0
+    o, least, most = t.options, math.log(1e-8), 20.0
     log_w = t.log_ratio.clamp(-20.0, 20.0).sum(-1, keepdim=True)
     if t.sampling_ratio is not None:
         correction = t.sampling_ratio.log().clamp(least, most)
         log_w = log_w + torch.where(t.mask, correction, 0.0).sum(-1, keepdim=True)
     log_w = log_w.clamp(least, most)
     positive = t.advantages >= 0
-    k = _chosen(positive, t.vespo_k_pos, t.vespo_k_neg, t.advantages)
-    decay = _chosen(positive, t.vespo_lambda_pos, t.vespo_lambda_neg, t.advantages).clamp(min=1e-4)
+    k = _chosen(positive, o.vespo_k_pos, o.vespo_k_neg, t.advantages)
+    decay = _chosen(positive, o.vespo_lambda_pos, o.vespo_lambda_neg, t.advantages).clamp(min=1e-4)
     return torch.exp(decay + k * log_w - decay * log_w.exp()).nan_to_num(torch.nan, 0.0, 0.0)
 
 
@@ -95,51 +90,53 @@ def _chosen(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 
 
 # Of the batch ----------------------------------------------------------------------------------
-# `losses` is (B, L), 0 where masked.
+# What a token's term is divided by before all are summed: (B, 1), or one number. It depends on the
+# mask (B, L) alone, so that a token's share of the loss is known before any other token's term.
 
 
-def mean_of_sequences(losses: Tensor, t: Tokens) -> Tensor:
+def by_lengths(mask: Tensor, o: "Options") -> Tensor:
     """Each sequence's mean over its tokens, then the mean over all sequences. Shao et al. 2024,
     "DeepSeekMath" (arXiv:2402.03300), equation 3."""
-    return (losses.sum(-1) / t.mask.sum(-1).clamp(min=1)).sum() / max(losses.shape[0], 1)
+    return mask.sum(-1, keepdim=True).clamp(min=1) * by_sequences(mask, o)
 
 
-def mean_of_tokens(losses: Tensor, t: Tokens) -> Tensor:
-    """Over the tokens given here."""
-    return losses.sum() / t.mask.sum().clamp(min=1)
+def by_tokens(mask: Tensor, o: "Options") -> Tensor:
+    """The tokens given here."""
+    return mask.sum().clamp(min=1)
 
 
-def sum_over_items(losses: Tensor, t: Tokens) -> Tensor:
-    """The sum, divided by num_items_in_batch. Yu et al. 2025, "DAPO" (arXiv:2503.14476),
-    equation 8."""
-    return losses.sum() / t.num_items
+def by_items(mask: Tensor, o: "Options") -> Tensor | float:
+    """num_items_in_batch. Yu et al. 2025, "DAPO" (arXiv:2503.14476), equation 8."""
+    items = o.num_items_in_batch
+    if items is None:
+        return by_tokens(mask, o)
+    return items.to(mask.device) if isinstance(items, Tensor) else items
 
 
-def sum_over_constant(losses: Tensor, t: Tokens) -> Tensor:
-    """The sum, divided by B times max_completion_length. Liu et al. 2025, "Understanding
-    R1-Zero-Like Training" (arXiv:2503.20783), Dr. GRPO."""
-    return losses.sum() / (max(losses.shape[0], 1) * t.max_length)
+def by_constant(mask: Tensor, o: "Options") -> float:
+    """B times max_completion_length. Liu et al. 2025, "Understanding R1-Zero-Like Training"
+    (arXiv:2503.20783), Dr. GRPO."""
+    return by_sequences(mask, o) * o.max_completion_length
 
 
-def sum_of_sequences(losses: Tensor, t: Tokens) -> Tensor:
-    """Each sequence's sum, then the mean over all sequences: a mean over tokens, weighted by
-    length. "LUSPO" (arXiv:2602.05261)."""
-    return losses.sum() / max(losses.shape[0], 1)
+def by_sequences(mask: Tensor, o: "Options") -> int:
+    """B, so that the loss is a mean over tokens, weighted by length. "LUSPO" (arXiv:2602.05261)."""
+    return max(mask.shape[0], 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLoss:
     of_token: Callable[[Tokens], Tensor]
-    of_batch: Callable[[Tensor, Tokens], Tensor]
+    divisor: Callable[[Tensor, "Options"], Tensor | float]
 
 
 POLICY: dict[str, PolicyLoss] = {
-    "grpo": PolicyLoss(clipped, mean_of_sequences),
-    "bnpo": PolicyLoss(clipped, mean_of_tokens),
-    "dr_grpo": PolicyLoss(clipped, sum_over_constant),
-    "dapo": PolicyLoss(clipped, sum_over_items),
-    "luspo": PolicyLoss(clipped, sum_of_sequences),
-    "cispo": PolicyLoss(cispo, sum_over_items),
-    "sapo": PolicyLoss(sapo, mean_of_sequences),
-    "vespo": PolicyLoss(vespo, sum_over_items),
+    "grpo": PolicyLoss(clipped, by_lengths),
+    "bnpo": PolicyLoss(clipped, by_tokens),
+    "dr_grpo": PolicyLoss(clipped, by_constant),
+    "dapo": PolicyLoss(clipped, by_items),
+    "luspo": PolicyLoss(clipped, by_sequences),
+    "cispo": PolicyLoss(cispo, by_items),
+    "sapo": PolicyLoss(sapo, by_lengths),
+    "vespo": PolicyLoss(vespo, by_items),
 }

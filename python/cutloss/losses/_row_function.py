@@ -1,40 +1,55 @@
 """A user's function of a row's statistics: calling it, its derivatives, and whether its rows are
 independent of each other."""
 
+import collections
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 from .._core import checks
+from ._function_key import FunctionKey
 
 RowFunction = Callable[..., Tensor]
 
-# Code that was seen to keep rows apart, on a device where looking waits.
-_known: weakref.WeakSet = weakref.WeakSet()
+# Functions, with the kinds of their inputs, that were seen to keep rows apart; the latest last.
+_known: collections.OrderedDict[Hashable, None] = collections.OrderedDict()
+_MOST_KNOWN = 256
+_ENOUGH_ROWS = 16  # with fewer a function may keep rows apart by chance
+# How often the device was waited for, to look at a function of this code. With a number in its
+# closure that changes in every step every step would wait.
+_looks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_MOST_LOOKS = 8
 
 
-def evaluate(fn: RowFunction, statistics: dict[str, Tensor], slices: dict[str, Tensor]) -> Tensor:
-    """fn of some rows, (R). NaN on CUDA, an error elsewhere, where a row's result depends on other
-    rows; on CUDA an error too where looking is allowed, or the function is called for the first
-    time and nothing is being captured."""
+def evaluate(
+    fn: RowFunction,
+    key: FunctionKey | None,
+    statistics: dict[str, Tensor],
+    slices: dict[str, Tensor],
+) -> Tensor:
+    """fn of some rows, (R). `key`: of fn; None where it is traced. Where a row's result depends on
+    other rows that is an error; under torch.compile, in a CUDA graph, and where fn's code was
+    waited for on CUDA often enough, NaN. A function that was seen to keep rows apart is called
+    once, and not looked at again."""
     out = _call(fn, statistics | slices)
     _check(out, statistics)
     if out.shape[0] < 2:
         return out
+    if key is None:
+        return torch.where(_couples(fn, statistics, slices, out), torch.nan, out)
+    on_cuda = out.device.type == "cuda"
+    is_captured = on_cuda and torch.cuda.is_current_stream_capturing()
+    inputs = tuple((k, t.dtype, t.dim(), t.requires_grad) for k, t in (statistics | slices).items())
+    known = key.value, inputs, out.device.type, out.requires_grad
+    if key.is_complete and known in _known and not is_captured and not checks.looks_always():
+        return out
     coupled = _couples(fn, statistics, slices, out)
-    if torch.compiler.is_compiling():
+    if is_captured or not (checks.may_look(out.device) or _may_wait(key)):
         return torch.where(coupled, torch.nan, out)
-    if out.device.type == "cuda":
-        code = _code(fn)
-        is_new = code is not None and code not in _known
-        may_wait = not torch.cuda.is_current_stream_capturing()
-        if not (may_wait and (is_new or checks.may_look(out.device))):
-            return torch.where(coupled, torch.nan, out)
-        if is_new and not coupled:
-            _known.add(code)
+    coupled, tells = torch.stack((coupled, _tells(statistics | slices, out))).tolist()
     if coupled:
         raise ValueError(
             f"fn's result for a row depends on other rows of the chunk (seen with {out.shape[0]} "
@@ -43,7 +58,28 @@ def evaluate(fn: RowFunction, statistics: dict[str, Tensor], slices: dict[str, T
             f"by per_token or normalizer; losses that couple tokens of a sequence take "
             f"cutloss.losses.token_log_probs"
         )
+    if tells and key.is_complete:
+        _known[known] = None
+        if len(_known) > _MOST_KNOWN:
+            _known.popitem(last=False)
     return out
+
+
+def _may_wait(key: FunctionKey) -> bool:
+    if key.code is None or _looks.get(key.code, 0) >= _MOST_LOOKS:
+        return False
+    _looks[key.code] = _looks.get(key.code, 0) + 1
+    return True
+
+
+def _tells(inputs: dict[str, Tensor], out: Tensor) -> Tensor:
+    """Whether _couples could see something: there are rows enough, and what it changed in other
+    rows was something else before, in each column of each input. Where all rows are alike, as with
+    a classifier of zeros, a mean over them is each row's own."""
+    varies = ~_same(out, out[:1]).all() & (out.shape[0] >= _ENOUGH_ROWS)
+    for t in inputs.values():
+        varies = varies & (t[1::2] != t[:1]).any(0).all()
+    return varies
 
 
 def _call(fn: RowFunction, rows: dict[str, Tensor]) -> Tensor:
@@ -82,12 +118,6 @@ def check_gradient(out: Tensor, statistics: dict[str, Tensor]) -> None:
             f"linear_token_loss makes those of e, c and bias alone: detach it, or make the loss "
             f"of cutloss.losses.token_log_probs"
         )
-
-
-def derivatives(total: Tensor, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of `total`, by each of the statistics that it depends on."""
-    grads = torch.autograd.grad(total, list(statistics.values()), allow_unused=True)
-    return {k: g for k, g in zip(statistics, grads, strict=True) if g is not None}
 
 
 def _check(out: Tensor, statistics: dict[str, Tensor]) -> None:
@@ -154,11 +184,3 @@ def _leaves(out: Tensor, statistics: dict[str, Tensor]):
         if hasattr(node, "variable") and id(node.variable) not in own:
             yield node.variable
         todo.extend(following for following, _ in node.next_functions)
-
-
-def _code(fn: RowFunction):
-    """What two functions of one definition share; None where that is not known."""
-    fn = getattr(fn, "func", fn)  # functools.partial
-    if not hasattr(fn, "__code__"):
-        fn = getattr(fn, "__call__", fn)
-    return getattr(fn, "__code__", None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._core import checks
 from .._implementations import LinearCrossEntropyImpl, is_plain
 from ..sharded import VocabParallelOptions
-from . import _policy_rows
+from . import _policy_rows, _policy_terms
 from ._arguments import Loss
 from ._dpo_table import DPO
 from ._policy_table import POLICY
@@ -127,11 +127,13 @@ def linear_loss(
     if name in _WITH_REFERENCE:
         options["reference"] = reference
     needs_entropy = _asks(options, entropy_coef=0.0, top_entropy_quantile=1.0)
-    if name == "policy" and not is_plain(impl) and _policy_rows.keeps_tokens_apart(options):
-        del logits["impl"]
-        return _policy_rows.loss(
-            e, c, targets, bias, logits, options, needs_entropy, vocab_parallel_options
-        )
+    if name == "policy" and not is_plain(impl):
+        complete = _PARAMETERS["policy"] | options
+        if _policy_terms.keeps_tokens_apart(complete):
+            del logits["impl"]
+            return _policy_rows.loss(
+                e, c, targets, bias, logits, complete, needs_entropy, vocab_parallel_options
+            )
     policy = token_log_probs(
         e, c, targets, bias, **logits,
         vocab_parallel_options=vocab_parallel_options,

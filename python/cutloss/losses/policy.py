@@ -1,15 +1,10 @@
 """Policy-gradient losses: PPO's clipped term, GRPO and what came after it."""
 
-import torch
 from torch import Tensor
 
-from . import _arguments as args
-from . import _policy_options as options
+from . import _policy_terms as terms
 from ._arguments import Loss
-from ._policy_table import POLICY, Tokens, clipped, vespo_weight
 from .log_probs import TokenLogProbs
-
-SAMPLING_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 def policy_loss(
@@ -93,212 +88,18 @@ def policy_loss(
         ratio was clipped; means are over tokens that count (over sequences for what is one number a
         sequence).
     """
-    args.sequences(policy)
-    args.choice("loss_type", loss_type, tuple(POLICY))
-    args.choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
-    args.flags(use_bias_correction_kl=use_bias_correction_kl)
-    options.unused(
-        loss_type, importance_sampling_level, epsilon, epsilon_high, num_items_in_batch,
-        max_completion_length,
+    given = terms.given(
+        policy, advantages, old_log_probs=old_log_probs, reference=reference,
+        sampling_log_probs=sampling_log_probs, loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level, epsilon=epsilon,
+        epsilon_high=epsilon_high, delta=delta, beta=beta,
+        use_bias_correction_kl=use_bias_correction_kl, sampling_correction=sampling_correction,
+        sampling_clip_min=sampling_clip_min, sampling_clip_max=sampling_clip_max,
+        off_policy_mask_threshold=off_policy_mask_threshold,
+        top_entropy_quantile=top_entropy_quantile, entropy_coef=entropy_coef,
+        num_items_in_batch=num_items_in_batch, max_completion_length=max_completion_length,
+        sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
+        vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos, vespo_k_neg=vespo_k_neg,
+        vespo_lambda_neg=vespo_lambda_neg,
     )  # fmt: skip
-    beta, entropy_coef = args.finite("beta", beta), args.finite("entropy_coef", entropy_coef)
-    mask, now = policy.mask, policy.log_probs
-    advantages_of_sequences = isinstance(advantages, Tensor) and advantages.dim() == 1
-    advantages = options.advantages(advantages, policy)
-    if old_log_probs is None:
-        old = now.detach()
-    else:
-        old = args.per_token("old_log_probs", old_log_probs, policy)
-    sampling = None
-    if sampling_log_probs is not None:
-        sampling = args.per_token(
-            "sampling_log_probs", sampling_log_probs, policy, all_known=False
-        )
-    low, high = options.clipping(loss_type, epsilon, epsilon_high, delta)
-    log_ratio = now - old
-    t = Tokens(
-        log_probs=now,
-        log_ratio=log_ratio,
-        ratio=_ratio(log_ratio, mask, importance_sampling_level),
-        advantages=advantages,
-        mask=mask,
-        sampling_ratio=_sampling_ratio(
-            old, sampling, sampling_correction, sampling_clip_min, sampling_clip_max, loss_type
-        ),
-        num_items=options.num_items(num_items_in_batch, mask),
-        max_length=options.max_length(max_completion_length, loss_type),
-        epsilon=low,
-        epsilon_high=high,
-        delta=None if delta is None else args.positive("delta", delta),
-        sapo_temperature_pos=args.positive("sapo_temperature_pos", sapo_temperature_pos),
-        sapo_temperature_neg=args.positive("sapo_temperature_neg", sapo_temperature_neg),
-        vespo_k_pos=args.not_negative("vespo_k_pos", vespo_k_pos),
-        vespo_lambda_pos=args.not_negative("vespo_lambda_pos", vespo_lambda_pos),
-        vespo_k_neg=args.not_negative("vespo_k_neg", vespo_k_neg),
-        vespo_lambda_neg=args.not_negative("vespo_lambda_neg", vespo_lambda_neg),
-    )
-    kept = _high_entropy(policy, top_entropy_quantile)
-
-    losses = POLICY[loss_type].of_token(t)
-    if off_policy_mask_threshold is not None:
-        most = args.positive("off_policy_mask_threshold", off_policy_mask_threshold)
-        drift = _difference(old if sampling is None else sampling, now.detach())
-        drift = drift.sum(-1, keepdim=True) / policy.lengths().clamp(min=1)[:, None]
-        losses = torch.where((advantages < 0) & (drift > most), 0.0, losses)
-    if kept is not mask:
-        losses = torch.where(kept, losses, 0.0)
-    if t.sampling_ratio is not None and loss_type != "vespo":
-        losses = losses * t.sampling_ratio
-    metrics = {}
-    if beta != 0:
-        kl = _kl(now, reference, policy, t.ratio if use_bias_correction_kl else None)
-        losses = losses + beta * kl
-        metrics["kl"] = _mean(kl, mask)
-    loss = POLICY[loss_type].of_batch(torch.where(mask, losses, 0.0), t)
-    metrics["policy_loss"] = loss.detach()
-    if entropy_coef != 0:
-        entropy = torch.where(kept, _entropy(policy, "entropy_coef"), 0.0)
-        over = kept.sum().clamp(min=1) if num_items_in_batch is None else t.num_items
-        loss = loss - entropy_coef * (entropy.sum() / over)
-    of_sequences = {
-        "ratio": importance_sampling_level == "sequence",
-        "advantages": advantages_of_sequences,
-        "sampling": sampling_correction is not None and sampling_correction.startswith("sequence"),
-    }
-    return Loss(loss, metrics | _metrics(t, policy, loss_type, of_sequences))
-
-
-def _entropy(policy: TokenLogProbs, option: str) -> Tensor:
-    if policy.entropy is None:
-        raise ValueError(
-            f"{option} needs the policy's entropy, got None: call token_log_probs with "
-            f"return_entropy=True"
-        )
-    return policy.entropy
-
-
-# Terms ------------------------------------------------------------------------------------------
-
-
-def _ratio(log_ratio: Tensor, mask: Tensor, level: str) -> Tensor:
-    """(B, L), or (B, 1) of sequences"""
-    if level == "token":
-        return args.bounded(log_ratio).exp()
-    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
-    return args.bounded(log_ratio.sum(-1, keepdim=True) / lengths).exp()
-
-
-def _difference(sampling: Tensor, of: Tensor) -> Tensor:
-    """sampling - of, 0 where the sampler said nothing"""
-    return torch.where(sampling.isnan(), 0.0, sampling - of)
-
-
-def _sampling_ratio(
-    old: Tensor,
-    sampling: Tensor | None,
-    correction: str | None,
-    least: float | None,
-    most: float | None,
-    loss_type: str,
-) -> Tensor | None:
-    """(B, L), or (B, 1) of sequences"""
-    if correction is not None:
-        args.choice("sampling_correction", correction, SAMPLING_CORRECTIONS)
-    least = None if least is None else args.not_negative("sampling_clip_min", least)
-    most = None if most is None else args.positive("sampling_clip_max", most)
-    if least is not None and most is not None and least > most:
-        raise ValueError(
-            f"sampling_clip_min must not exceed sampling_clip_max, got {least} and {most}"
-        )
-    if sampling is None or correction is None:
-        return None
-    if loss_type == "vespo" and correction.startswith("sequence"):
-        raise ValueError(
-            f"loss_type 'vespo' makes the sequence's weight of corrected tokens: it takes "
-            f"sampling_correction 'token_truncate', 'token_mask' or None, got {correction!r}"
-        )
-    log_ratio = -_difference(sampling, old)
-    if correction.startswith("sequence"):
-        log_ratio = log_ratio.sum(-1, keepdim=True)
-    ratio = args.bounded(log_ratio).exp()
-    if least is None and most is None:
-        return ratio
-    if correction.endswith("truncate"):
-        return ratio.clamp(min=least, max=most)
-    outside = ratio.clamp(min=least, max=most) != ratio
-    return ratio.masked_fill(outside, 0.0)
-
-
-def _kl(
-    now: Tensor,
-    reference: TokenLogProbs | Tensor | None,
-    policy: TokenLogProbs,
-    ratio: Tensor | None,
-) -> Tensor:
-    if reference is None:
-        raise ValueError(
-            "beta is not 0, and the KL term needs a reference, got None: pass token_log_probs of "
-            "the reference model, or beta=0"
-        )
-    difference = args.per_token("reference", reference, policy) - now
-    within = args.bounded(difference)
-    kl = torch.expm1(within) - within
-    if ratio is None:
-        return kl
-    # Where the bound took k's gradient it takes the ratio's, of which k's is the other half.
-    return kl * torch.where(difference > within, ratio.detach(), ratio)
-
-
-def _high_entropy(policy: TokenLogProbs, share: float) -> Tensor:
-    """The mask, or what is left of it."""
-    share = args.within("top_entropy_quantile", share, 0.0, 1.0)
-    if share == 1 or policy.mask.numel() == 0:
-        return policy.mask
-    entropy = _entropy(policy, "top_entropy_quantile").detach()
-    return policy.mask & (entropy >= _quantile(entropy, policy.mask, 1 - share))
-
-
-def _quantile(t: Tensor, mask: Tensor, q: float) -> Tensor:
-    """As torch.nanquantile of the entries where mask is True, without its limit of 2^24 entries and
-    without reading their number back from the device."""
-    ascending = t.masked_fill(~mask, torch.inf).flatten().sort().values
-    last = mask.sum().clamp(min=1) - 1
-    at = q * last.double()
-    low = at.floor().long()
-    values = ascending[torch.stack([low, torch.minimum(low + 1, last)])]
-    return torch.lerp(values[0], values[1], (at - low).to(t.dtype))
-
-
-# Metrics ----------------------------------------------------------------------------------------
-
-
-def _mean(x: Tensor, mask: Tensor, of_sequences: bool = False) -> Tensor:
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    return args.mean(x) if of_sequences else args.masked_mean(x, mask)
-
-
-def _metrics(
-    t: Tokens, policy: TokenLogProbs, loss_type: str, of_sequences: dict[str, bool]
-) -> dict[str, Tensor]:
-    """of_sequences: whether these are one number a sequence."""
-    metrics = {}
-    clips = of_sequences["ratio"] and of_sequences["advantages"]
-    if policy.entropy is not None:
-        metrics["entropy"] = _mean(policy.entropy, t.mask)
-    if t.sampling_ratio is not None:
-        metrics["sampling/importance_sampling_ratio/mean"] = _mean(
-            t.sampling_ratio, t.mask, of_sequences["sampling"]
-        )
-    if POLICY[loss_type].of_token is clipped:
-        low = (t.ratio < 1 - t.epsilon) & (t.advantages < 0)
-        high = (t.ratio > 1 + t.epsilon_high) & (t.advantages > 0)
-        for name, x in (("low", low), ("high", high), ("region", low | high)):
-            metrics[f"clip_ratio/{name}_mean"] = _mean(x, t.mask, clips)
-    elif loss_type == "cispo":
-        high = (t.ratio > t.epsilon_high) & (t.advantages > 0)
-        metrics["cispo_clip_ratio"] = _mean(high, t.mask, clips)
-    elif loss_type == "vespo":
-        metrics["vespo/phi_seq_mean"] = _mean(
-            vespo_weight(t), t.mask, of_sequences["advantages"]
-        )
-    return metrics
+    return terms.loss(policy, given)

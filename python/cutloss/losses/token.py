@@ -11,7 +11,7 @@ from .._core.operands import shape_of_rows
 from .._core.weighting import Rows
 from .._torch import by_rows, private
 from ..sharded import VocabParallelOptions
-from . import _arguments, _row_function, _rows
+from . import _arguments, _function_key, _row_function, _rows
 from ._row_function import RowFunction
 from .log_probs import TokenLogProbs
 
@@ -56,11 +56,14 @@ def linear_token_loss(
         asked for: ``entropy``, ``lse``, the entries of per_token. Returns one loss of each row,
         (R). It is differentiated by PyTorch, so ``detach()`` and ``torch.no_grad()`` mean what
         they say. Each row's result must depend on this row alone, and be the same from call to
-        call: rows arrive in chunks. That is checked. Where it does not hold there is a ValueError;
-        on CUDA, where looking waits for the device, at the first call of a function and with
-        CUTLOSS_CHECK=1, else the loss is NaN. Parameters of its own get no gradient (an error). It
-        may be called with rows that do not count, whose results are left out, and again by a
-        second backward: then what it closes over must be as it was. Autocast is off around it.
+        call: rows arrive in chunks. That is checked with the first chunk that can show it, for each
+        function and each way in which flags and numbers in its closure, defaults, attributes and
+        globals steer it; with CUTLOSS_CHECK=1 in every call. Where it does not hold there is a
+        ValueError; on CUDA, where looking waits for the device, for the first few of these ways,
+        else the loss is NaN, as it is in CUDA graphs and under torch.compile. Parameters of its own
+        get no gradient (an error). It may be called with rows that do not count, whose results are
+        left out, and again by a second backward: then what it closes over must be as it was.
+        Autocast is off around it.
     :param per_token: Tensors in the shape of targets (the entry of the target's position counts),
         or of targets less ``shift``; they may have more dimensions after those. fn is called with
         their rows, by name. They take no gradient.
@@ -124,6 +127,7 @@ class FunctionOfRows:
         normalizer: Tensor | float | None,
     ):
         self.fn = fn
+        self.key = None if torch.compiler.is_compiling() else _function_key.key_of(fn)
         self.names = ("nll", *names)
         self.slices = slices
         self.counts = counts  # (N), bool
@@ -141,23 +145,16 @@ class FunctionOfRows:
         self.total = torch.zeros((), dtype=torch.float64, device=self.counts.device)
         return self
 
-    def coefficients(self, rows: Tensor, at: Rows) -> Rows:
-        N = self.counts.shape[0]
-        is_row = rows >= 0
-        here = rows.clamp(min=0)
-        taken = {k: t[here].requires_grad_() for k, t in self.statistics(at).items()}
+    def coefficients(self, rows: by_rows.ChunkRows, at: Rows) -> Rows:
+        taken = by_rows.leaves(**self.statistics(at))
         with torch.enable_grad():
-            out = self._evaluate(taken, {k: t[here] for k, t in self.slices.items()})
-            total = torch.where(is_row, out, 0.0).double().sum()
-        d = _row_function.derivatives(total, taken)
+            out = self._evaluate(taken, {k: t[rows.index] for k, t in self.slices.items()})
+            total = torch.where(rows.is_row, out, 0.0).double().sum()
         self.total = self.total + total.detach()
-        to = torch.where(is_row, rows, N)  # one entry more, for those that are no row
-        return Rows(**{k: self._scattered(g, to) for k, g in d.items()})
-
-    def _scattered(self, d: Tensor, to: Tensor) -> Tensor:
-        N = self.counts.shape[0]
-        d = d / (self.divisor.to(d.dtype) if isinstance(self.divisor, Tensor) else self.divisor)
-        return d.new_empty(N + 1).index_copy_(0, to, d)[:N]
+        d = by_rows.derivatives(total, taken)
+        by = self.divisor
+        by = by.to(at.nll.dtype) if isinstance(by, Tensor) else by
+        return Rows(**{name: g / by for name, g in d.items()})
 
     def value(self, at: Rows) -> Tensor:
         return (self.total / self.divisor).to(at.nll.dtype)
@@ -176,7 +173,7 @@ class FunctionOfRows:
     def _evaluate(
         self, statistics: dict[str, Tensor], slices: dict[str, Tensor], wants_gradient: bool = True
     ) -> Tensor:
-        out = _row_function.evaluate(self.fn, statistics, slices)
+        out = _row_function.evaluate(self.fn, self.key, statistics, slices)
         if wants_gradient and not torch.compiler.is_compiling():
             _row_function.check_gradient(out, statistics)
         return out

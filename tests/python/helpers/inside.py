@@ -11,7 +11,7 @@ from cutloss._core.plan import Plan
 from cutloss._implementations import IS_PLAIN
 from cutloss._torch import by_rows, library, needs, private, shards
 from cutloss._torch.softcap import capped
-from cutloss.losses import _chunks
+from cutloss.losses import _chunks, _policy_terms, _row_function
 from cutloss.transformers import _operands
 from cutloss.transformers._errors import LogitsNotMadeError
 from cutloss.transformers._operands import Term

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers.inside import _policy_terms
 
 from cutloss import losses
-from cutloss.losses import policy as policy_module
 
 
 def log_probs(*rows):
@@ -80,7 +80,7 @@ def test_the_quantile_is_torchs():
         mask[0, 0] = True
         for q in (0.0, 0.1, 0.5, 0.83, 1.0):
             expected = t.masked_fill(~mask, torch.nan).flatten().nanquantile(q)
-            torch.testing.assert_close(policy_module._quantile(t, mask, q), expected)
+            torch.testing.assert_close(_policy_terms._quantile(t, mask, q), expected)
 
 
 def test_the_quantile_of_many_tokens():
@@ -88,4 +88,4 @@ def test_the_quantile_of_many_tokens():
     entropy = torch.arange(n, dtype=torch.float64).view(2, -1) / n
     policy = losses.TokenLogProbs(-entropy, torch.ones(entropy.shape, dtype=torch.bool), entropy)
     # Those from 0.75 (n - 1) = 12582912.75 on.
-    assert policy_module._high_entropy(policy, 0.25).sum().item() == n - 12582913
+    assert _policy_terms._high_entropy(policy, 0.25).sum().item() == n - 12582913

@@ -1,37 +1,27 @@
-"""linear_token_loss, and policy losses by rows, against the same functions of stored logits."""
-
-import functools
+"""linear_token_loss against the same functions of stored logits."""
 
 import pytest
 import torch
 from helpers import problems, reference
-from helpers.inside import SCHEDULES, Options, Plan, by_rows, decide, library
 from helpers.labels import without_address
 from helpers.problems import BF16, F16, F32, F64, OPTION_SETS, Problem
+from helpers.token_losses import (  # noqa: F401
+    FUNCTIONS,
+    call,
+    chunks,
+    cuda,
+    dft,
+    focal,
+    functions,
+    inputs_of,
+    on_cuda,
+    slices_of,
+    smallest,
+)
 from helpers.tolerance import assert_close
 
 from cutloss import losses
 from cutloss.losses import linear_token_loss
-
-
-def dft(nll):
-    return nll.neg().exp().detach() * nll
-
-
-def focal(nll):
-    return (1 - nll.neg().exp()) ** 2 * nll
-
-
-def of_everything(nll, entropy, lse, w):
-    return w[:, 0] * nll.exp().clamp(max=3.0) + w[:, 1] * entropy - 1e-2 * lse**2
-
-
-FUNCTIONS = {
-    "dft": (dft, {}),
-    "focal": (focal, {}),
-    "of_everything": (of_everything, dict(entropy=True, lse=True)),
-}
-functions = pytest.mark.parametrize("fn, takes", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 
 HEADS = {
     name: OPTION_SETS[name]
@@ -41,21 +31,6 @@ HEADS["everything"] = dict(
     bias=True, softcap=4.0, logit_scale=1.5, shift=2, temperature=HEADS["row_temperature"]["temperature"]
 )
 heads = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
-
-
-def slices_of(p: Problem) -> torch.Tensor:
-    g = torch.Generator().manual_seed(3)
-    return torch.rand(*p.targets.shape, 2, generator=g).to(p.targets.device)
-
-
-def inputs_of(p: Problem, takes) -> dict:
-    return dict(takes, per_token={"w": slices_of(p)}) if takes else {}
-
-
-def call(p: Problem, fn, takes, **how):
-    return linear_token_loss(
-        p.e, p.c, p.targets, fn, p.bias, **inputs_of(p, takes), **p.options, **how
-    )
 
 
 def by_hand(p: Problem, fn, takes, normalizer=None) -> torch.Tensor:
@@ -80,54 +55,6 @@ def check(p: Problem, value, fn, takes, normalizer=None) -> None:
     plains = plain, *torch.autograd.grad(plain, p.parameters)
     for name, ours, true, simple in zip(("loss", "de", "dc", "dbias"), values, truths, plains):
         assert_close(ours, true, simple, name, lenience=4)
-
-
-def smallest(p: Problem, fn, takes) -> int:
-    """Bytes of the plan by rows with the smallest chunks."""
-    with pytest.raises((ValueError, NotImplementedError)) as error:
-        call(p, fn, takes, schedule="rows", max_workspace=0)
-    if "no engine goes by schedule rows" in str(error.value):
-        pytest.skip(str(error.value))
-    least = plan_by_rows(p, wants_entropy="entropy" in takes).least_bytes
-    assert f"the smallest plan needs {least} bytes" in str(error.value)
-    return least
-
-
-def plan_by_rows(p: Problem, **options) -> Plan:
-    needs = dict(needs_de=True, needs_dc=True, needs_dbias=p.bias is not None)
-    options = Options(
-        p.e.dtype, **needs, schedule=SCHEDULES["rows"], shift=p.options.get("shift", 0), **options
-    )
-    e = p.e.reshape(-1, *p.e.shape[-2:])
-    targets = p.targets.reshape(e.shape[:-1])
-    sizes = decide.sizes_of(e, p.c, p.bias, targets, None, None)
-    return library.plan(sizes.arguments(known_at_forward=True), options)
-
-
-@pytest.fixture
-def chunks(monkeypatch):
-    """How many chunks each call went by: its length says how many calls went by rows."""
-    seen = []
-    make = by_rows._make
-
-    def counted(operands, options, start):
-        seen.append(0)
-
-        class Counted:
-            def __init__(self):
-                self.inner = start()
-
-            def coefficients(self, rows, at):
-                seen[-1] += 1
-                return self.inner.coefficients(rows, at)
-
-            def value(self, at):
-                return self.inner.value(at)
-
-        return make(operands, options, Counted)
-
-    monkeypatch.setattr(by_rows, "_make", counted)
-    return seen
 
 
 # What it is ---------------------------------------------------------------------------------------
@@ -368,124 +295,11 @@ def test_an_error_in_fn_is_the_callers():
         call(p, fails, {})
 
 
-# Policy losses ------------------------------------------------------------------------------------
-
-TOKENS = (6, 23)
-POLICY = {name: dict(loss_type=name) for name in ("grpo", "bnpo", "dapo", "luspo", "sapo")}
-POLICY |= {
-    "cispo": dict(loss_type="cispo", epsilon_high=1.1),
-    "dr_grpo": dict(loss_type="dr_grpo", max_completion_length=30),
-    "delta": dict(loss_type="bnpo", delta=1.5, old=True),
-    "kl": dict(loss_type="grpo", beta=0.1, old=True),
-    "plain_kl": dict(loss_type="dapo", beta=0.1, use_bias_correction_kl=False),
-    "entropy": dict(loss_type="bnpo", entropy_coef=0.02, old=True),
-    "items": dict(loss_type="dapo", num_items_in_batch=200),
-    "sampler": dict(loss_type="dapo", old=True, sampled=True),
-    "sampler_of_tokens": dict(
-        loss_type="dapo", sampled=True, sampling_correction="token_truncate"
-    ),
-    "token_advantages": dict(loss_type="bnpo", token_advantages=True),
-}
-COUPLED = {
-    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", old=True),
-    "vespo": dict(loss_type="vespo", old=True),
-    "off_policy": dict(loss_type="grpo", off_policy_mask_threshold=0.1, old=True),
-    "quantile": dict(loss_type="grpo", top_entropy_quantile=0.5),
-    "own_sampler": dict(loss_type="grpo", sampled=True),
-}
-
-
-def policy_case(dtype, options, shift) -> tuple[Problem, torch.Tensor, dict]:
-    p = problems.make(TOKENS, V=211, D=16, dtype=dtype, ignored=0.3, shift=shift, bias=True)
-    p.targets[-1] = -100
-    options = dict(options)
-    kinds = {k: options.pop(k, False) for k in ("old", "sampled", "token_advantages")}
-    with torch.no_grad():
-        now = losses.token_log_probs(p.e, p.c, p.targets, p.bias, shift=shift).log_probs
-    g = torch.Generator().manual_seed(1)
-
-    def near(t, by):
-        return t + by * torch.randn(t.shape, generator=g).to(t.device)
-
-    advantages = torch.randn(now.shape if kinds["token_advantages"] else now.shape[0], generator=g)
-    if kinds["old"]:
-        options["old_log_probs"] = near(now, 0.3)
-    if kinds["sampled"]:
-        options["sampling_log_probs"] = near(now, 0.1)
-    if "beta" in options:
-        options["reference"] = near(now, 0.3)
-    return p, advantages.to(now), options
-
-
-def compare(p: Problem, advantages, options, **how):
-    needs_entropy = bool(options.keys() & {"entropy_coef", "top_entropy_quantile"})
-    rows = losses.linear_loss(
-        "policy", p.e, p.c, p.targets, p.bias, advantages=advantages, **p.options, **options, **how
-    )
-    policy = losses.token_log_probs(
-        p.e, p.c, p.targets, p.bias, return_entropy=needs_entropy, **p.options
-    )
-    whole = losses.policy_loss(policy, advantages, **options)
-    assert rows.metrics.keys() == whole.metrics.keys()
-    pairs = [(rows.loss, whole.loss), *((rows.metrics[k], whole.metrics[k]) for k in rows.metrics)]
-    pairs += zip(
-        torch.autograd.grad(rows.loss, p.parameters), torch.autograd.grad(whole.loss, p.parameters)
-    )
-    tolerance = dict(rtol=3e-2, atol=1e-3) if p.e.dtype == BF16 else dict(rtol=1e-4, atol=1e-6)
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, **tolerance)
-
-
-@pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("options", POLICY.values(), ids=POLICY.keys())
-def test_policy_losses_by_rows(options, dtype, shift, chunks):
-    p, advantages, options = policy_case(dtype, options, shift)
-    compare(p, advantages, options)
-    # On Hopper entropies rule out the schedule by rows.
-    assert len(chunks) == 1 or ("entropy_coef" in options and p.e.device.type == "cuda")
-
-
-@pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("options", COUPLED.values(), ids=COUPLED.keys())
-def test_policy_losses_that_couple_tokens(options, chunks):
-    compare(*policy_case(F32, options, 1))
-    assert not chunks
-
-
-def test_policy_losses_in_several_chunks(chunks):
-    options = dict(loss_type="grpo", beta=0.1, old=True)
-    p, advantages, options = policy_case(F32, options, 1)
-    p.e = p.e.detach().repeat(1, 20, 1).requires_grad_()
-    p.targets = p.targets.repeat(1, 20)
-    with torch.no_grad():
-        now = losses.token_log_probs(p.e, p.c, p.targets, p.bias, shift=1).log_probs
-    options |= {name: now + 0.1 * torch.randn(now.shape) for name in ("old_log_probs", "reference")}
-    with pytest.raises(ValueError) as error:
-        compare(p, advantages, options, schedule="rows", max_workspace=0)
-    most = plan_by_rows(p).least_bytes
-    assert f"the smallest plan needs {most} bytes" in str(error.value)
-    compare(p, advantages, options, schedule="rows", max_workspace=most)
-    assert chunks[-1] > 1
-
-
-# CUDA ---------------------------------------------------------------------------------------------
-
-cuda = pytest.mark.skipif(
-    not (torch.cuda.is_available() and library.HAS_CUDA),
-    reason="no CUDA device, or a build without CUDA",
-)
-
-
-@pytest.fixture
-def _on_cuda(monkeypatch):
-    monkeypatch.setattr(problems, "device", "cuda")
-    monkeypatch.delenv("CUTLOSS_CHECK", raising=False)
+# CUDA --------------------------------------------------------------------------------------------
 
 
 @cuda
-@pytest.mark.usefixtures("_on_cuda")
+@pytest.mark.usefixtures("on_cuda")
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @functions
 def test_nothing_waits_on_cuda(dtype, fn, takes):
@@ -504,20 +318,7 @@ def test_nothing_waits_on_cuda(dtype, fn, takes):
 
 
 @cuda
-@pytest.mark.usefixtures("_on_cuda")
-def test_policy_losses_wait_for_nothing_on_cuda():
-    p, advantages, options = policy_case(BF16, POLICY["kl"], 1)
-    how = dict(advantages=advantages, **p.options, **options)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss = losses.linear_loss("policy", p.e, p.c, p.targets, p.bias, **how).loss
-        torch.autograd.grad(loss, p.parameters)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@cuda
-@pytest.mark.usefixtures("_on_cuda")
+@pytest.mark.usefixtures("on_cuda")
 @pytest.mark.parametrize("fn, takes", [FUNCTIONS["dft"]], ids=["dft"])
 def test_graph_on_cuda(fn, takes):
     p = problems.make((300,), V=1021, D=64, dtype=BF16)
@@ -542,20 +343,3 @@ def test_graph_on_cuda(fn, takes):
     graph.replay()
     for a, b in zip(captured, step(other), strict=True):
         assert torch.equal(a, b)
-
-
-@cuda
-@pytest.mark.usefixtures("_on_cuda")
-def test_a_coupled_function_on_cuda():
-    """An error when it is new; never a plausible number."""
-    p = problems.make((40,), V=101, D=16)
-
-    def depends(nll, power):
-        return nll / nll.mean().detach() ** power
-
-    seen = functools.partial(depends, power=0)  # its rows are apart, as far as can be seen
-    call(p, seen, {})
-    assert call(p, functools.partial(depends, power=1), {}).isnan()
-
-    with pytest.raises(ValueError, match="depends on other rows"):
-        call(p, lambda nll: nll - nll.mean(), {})

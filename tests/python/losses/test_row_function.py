@@ -1,0 +1,260 @@
+"""Whether a function of rows keeps them apart: when that is looked at, and when not again."""
+
+import collections
+import enum
+import functools
+import types
+
+import pytest
+import torch
+from helpers import problems
+from helpers.inside import _row_function
+from helpers.problems import F64
+from helpers.token_losses import call, chunks, cuda, dft, on_cuda, smallest  # noqa: F401
+
+from cutloss.losses import linear_token_loss
+
+
+def divided_by_mean(nll):
+    return nll / nll.mean().detach()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many rows each call of a caller's function had."""
+    seen = []
+    inner = _row_function._call
+
+    def counted(fn, rows):
+        seen.append(len(rows["nll"]))
+        return inner(fn, rows)
+
+    monkeypatch.setattr(_row_function, "_call", counted)
+    monkeypatch.setattr(_row_function, "_known", collections.OrderedDict())
+    return seen
+
+
+def test_a_function_is_looked_at_once(calls, chunks):
+    p = problems.make((3, 270), V=531, D=16)
+    most = smallest(p, dft, {})
+    del calls[:], chunks[:]
+    for extra in (2, 0):  # with other rows changed, and with fewer rows
+        call(p, dft, {}, schedule="rows", max_workspace=most)
+        assert chunks[-1] > 4 and len(calls) == chunks[-1] + extra
+        del calls[:]
+    call(p, dft, {}, schedule="vocabulary")
+    assert len(calls) == 1
+    call(p.to(F64), dft, {})  # of another dtype
+    assert len(calls) == 1 + 3
+    again = types.FunctionType(dft.__code__, globals())  # as in a cell that is run again
+    call(p, again, {}, schedule="rows")
+    assert len(calls) == 1 + 3 + 1
+
+
+def test_a_function_is_looked_at_in_every_call_where_that_is_asked_for(calls, monkeypatch):
+    monkeypatch.setenv("CUTLOSS_CHECK", "1")
+    p = problems.make((64,))
+    for _ in range(2):
+        call(p, dft, {}, schedule="vocabulary")
+    assert len(calls) == 2 * 3
+
+
+def maybe_coupled(nll, couples):
+    return nll / nll.mean().detach() if couples else 2 * nll
+
+
+class Flag(enum.Enum):
+    OFF = 0
+    ON = 1
+
+
+class Switched:
+    """A function that lies in an object, whole or as a method."""
+
+    def __init__(self, couples):
+        self.options = {"couples": couples}
+
+    def __call__(self, nll):
+        return maybe_coupled(nll, self.options["couples"])
+
+    method = __call__
+
+
+switch = types.ModuleType("switch")
+
+
+def by_module(couples):
+    switch.couples = couples
+    return lambda nll: maybe_coupled(nll, switch.couples)
+
+
+def by_function_of_module(couples):
+    switch.helper = by_helper(couples)
+    return lambda nll: switch.helper(nll)
+
+
+def by_global(couples):
+    scope = {"maybe_coupled": maybe_coupled, "couples": couples}
+    exec("def fn(nll): return maybe_coupled(nll, couples)", scope)
+    return scope["fn"]
+
+
+def by_helper(couples):
+    def helper(nll):
+        return maybe_coupled(nll, couples)
+
+    return lambda nll: helper(nll)
+
+
+def by_attribute(couples):
+    def fn(nll):
+        return maybe_coupled(nll, fn.couples)
+
+    fn.couples = couples
+    return fn
+
+
+STEERED = {
+    "closure": lambda couples: lambda nll: maybe_coupled(nll, couples),
+    "tuple": lambda couples: lambda nll, of=(1, couples): maybe_coupled(nll, of[1]),
+    "keyword": lambda couples: lambda nll, *, of=couples: maybe_coupled(nll, of),
+    "number": lambda couples: lambda nll, power=float(couples): nll / nll.mean().detach() ** power,
+    "string": lambda couples: lambda nll, way="ab"[couples]: maybe_coupled(nll, way == "b"),
+    "enum": lambda couples: lambda nll, of=Flag(int(couples)): maybe_coupled(nll, of is Flag.ON),
+    "none": lambda couples: lambda nll, of=1 if couples else None: maybe_coupled(nll, of),
+    "partial": lambda couples: functools.partial(maybe_coupled, couples=couples),
+    "partials": lambda couples: functools.partial(functools.partial(maybe_coupled), couples=couples),
+    "object": Switched,
+    "method": lambda couples: Switched(couples).method,
+    "global": by_global,
+    "module": by_module,
+    "helper": by_helper,
+    "helper_of_module": by_function_of_module,
+    "attribute": by_attribute,
+    "decorated": lambda couples: torch.enable_grad()(by_helper(couples)),
+}
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("schedule", ["rows", "vocabulary"])
+@pytest.mark.parametrize("steered", STEERED.values(), ids=STEERED.keys())
+def test_a_function_is_looked_at_again_where_it_is_steered_otherwise(steered, schedule):
+    """Of the same code, after it was seen to keep rows apart."""
+    p = problems.make((77,))
+    for _ in range(2):
+        call(p, steered(False), {}, schedule=schedule)
+        with pytest.raises(ValueError, match="depends on other rows"):
+            call(p, steered(True), {}, schedule=schedule)
+    assert _row_function._known
+
+
+@pytest.mark.parametrize("steered", STEERED.values(), ids=STEERED.keys())
+def test_a_function_that_is_made_anew_is_known(steered, calls):
+    p = problems.make((77,))
+    for n in (3, 1):
+        del calls[:]
+        call(p, steered(False), {})
+        assert len(calls) == n
+
+
+def test_a_switch_that_is_turned_between_calls(calls):
+    p, fn = problems.make((77,)), Switched(False)
+    call(p, fn, {})
+    fn.options["couples"] = True
+    with pytest.raises(ValueError, match="depends on other rows"):
+        call(p, fn, {})
+
+
+def test_what_shows_nothing_is_not_remembered(calls):
+    """A few rows, or rows that are alike: a classifier of zeros makes them so, and the mean of the
+    loss over rows is each row's own."""
+    mean = divided_by_mean
+    alike = problems.make((77,))
+    alike.c.data.zero_()
+    for p, fn in ((alike, mean), (problems.make((15,)), dft)):
+        for _ in range(2):
+            del calls[:]
+            call(p, fn, {})
+            assert len(calls) == 3 and not _row_function._known
+    with pytest.raises(ValueError, match="depends on other rows"):
+        call(problems.make((77,)), mean, {})
+
+
+def test_what_is_alike_in_one_column_shows_nothing(calls):
+    p = problems.make((77,))
+
+    def loss(w):
+        return linear_token_loss(
+            p.e, p.c, p.targets, lambda nll, w: nll * w[:, 0] / w[:, 1].mean(), per_token={"w": w}
+        )
+
+    loss(torch.stack([torch.rand(77), torch.ones(77)], 1))
+    assert not _row_function._known
+    with pytest.raises(ValueError, match="depends on other rows"):
+        loss(torch.rand(77, 2))
+
+
+def test_a_single_row_shows_nothing(calls):
+    mean = divided_by_mean
+    call(problems.make((1,), ignored=0.0), mean, {})
+    assert len(calls) == 1 and not _row_function._known
+    with pytest.raises(ValueError, match="depends on other rows"):
+        call(problems.make((77,)), mean, {})
+
+
+def test_without_a_gradient_its_derivative_is_not_seen(calls):
+    def fn(nll):
+        return nll + (nll.sum() - nll.sum().detach())
+
+    p = problems.make((77,))
+    with torch.no_grad():
+        call(p, fn, {})
+    with pytest.raises(ValueError, match="depends on other rows"):
+        call(p, fn, {})
+
+
+def test_what_is_remembered_is_bounded(calls):
+    p = problems.make((77,))
+    for i in range(_row_function._MOST_KNOWN + 3):
+        call(p, lambda nll, i=i: nll * i + nll, {}, schedule="vocabulary")
+    assert len(_row_function._known) == _row_function._MOST_KNOWN
+
+
+def test_what_steers_a_function_beyond_what_is_compared(calls):
+    """Too much to compare, or of a kind that cannot be: it is looked at in every call."""
+
+    class Slots:
+        __slots__ = ("couples",)
+
+    slots, many = Slots(), [[i] for i in range(1000)]
+    slots.couples = False
+    p = problems.make((77,))
+    for fn in (lambda nll: maybe_coupled(nll, slots.couples), lambda nll: nll * (1 + len(many[7]))):
+        for _ in range(2):
+            del calls[:]
+            call(p, fn, {})
+            assert len(calls) == 3
+
+
+# CUDA --------------------------------------------------------------------------------------------
+
+
+@cuda
+@pytest.mark.usefixtures("on_cuda")
+def test_a_coupled_function_on_cuda():
+    """An error when it is new; never a plausible number."""
+    p = problems.make((40,), V=101, D=16)
+
+    def depends(nll, power):
+        return nll / nll.mean().detach() ** power
+
+    seen = functools.partial(depends, power=0)  # its rows are apart, as far as can be seen
+    call(p, seen, {})
+    with pytest.raises(ValueError, match="depends on other rows"):
+        call(p, functools.partial(depends, power=1), {})
+    for i in range(_row_function._MOST_LOOKS):
+        call(p, functools.partial(depends, power=1e-30 * i), {})
+    assert call(p, functools.partial(depends, power=2), {}).isnan()
+
+    with pytest.raises(ValueError, match="depends on other rows"):
+        call(p, lambda nll: nll - nll.mean(), {})
