@@ -24,9 +24,7 @@ struct Components {
         gradient(call, rows, operands),
         sums(call, rows, operands) {}
 
-  void begin() {
-    rows.list();
-  }
+  void begin() { rows.list(); }
 
   void make_statistics(RowRange chunk, bool keep) {
     statistics.make(chunk, keep ? &kept : nullptr);
