@@ -110,21 +110,23 @@ void loss_and_gradients(Stack& stack) {
   const Plan& plan = call.plan();
   const bool makes_gradients = plan.problem.upstream.when != Upstream::none;
   const RowsInOne rows = call.make_rows_in_one();
-  const Tensor de = call.make_de();
-  const Tensor dc = call.make_dc();
-  const Tensor dbias = call.make_dbias();
-  const Workspace kept = call.scratch(plan.kept_bytes);
-  const Workspace workspace = call.scratch(plan.forward_workspace_bytes);
-
   call.args.rows = rows.outputs;
-  call.args.gradients = {data(de), data(dc), data(dbias)};
-  call.args.kept = kept.data();
+  const Workspace workspace = call.scratch(plan.forward_workspace_bytes);
   call.args.workspace = workspace.data();
-  // Without gradients the coefficients come after the products, which the device so begins sooner.
+  // Without gradients all that can wait comes after the products, which the device so begins
+  // sooner.
   if (!makes_gradients) forward(plan, call.args);
   const Terms terms = call.make_terms(weights);
   call.args.upstream = call.inputs().terms(terms.terms);
-  if (makes_gradients) forward_backward(plan, call.args);
+  const Tensor de = call.make_de();
+  const Tensor dc = call.make_dc();
+  const Tensor dbias = call.make_dbias();
+  if (makes_gradients) {
+    const Workspace kept = call.scratch(plan.kept_bytes);
+    call.args.kept = kept.data();
+    call.args.gradients = {data(de), data(dc), data(dbias)};
+    forward_backward(plan, call.args);
+  }
   const Tensor loss = call.sum_loss(terms.undefined);
   for (const Tensor* t : {&loss, &terms.undefined, &rows.argmax, &de, &dc, &dbias}) stack.put(*t);
 }

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import processes
-from helpers.inside import library
 from helpers.processes import checks, refused
 from helpers.small_model import (
     D,
@@ -405,21 +404,5 @@ CHECKS = [
 ON_CUDA = [*CHECKS, *checks(check_fsdp1, BOTH, SCHEDULES)]
 
 
-on_cpu = processes.Results({2: CHECKS})
-DEVICES_TAKEN = min(2, torch.cuda.device_count())
-on_cuda = processes.Results({DEVICES_TAKEN: ON_CUDA}, "cuda")
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=str)
-def test_cpu(check, tmp_path_factory):
-    on_cpu.passed(tmp_path_factory, 2, check)
-
-
-@pytest.mark.skipif(
-    not (torch.cuda.is_available() and library.HAS_CUDA),
-    reason="no CUDA device, or a build without CUDA",
-)
-@pytest.mark.parametrize("check", ON_CUDA, ids=str)
-def test_cuda(check, tmp_path_factory):
-    """By nccl in two processes where there are two devices, else in one."""
-    on_cuda.passed(tmp_path_factory, DEVICES_TAKEN, check)
+test_cpu = processes.on_cpu({2: CHECKS})
+test_cuda = processes.on_two_devices(ON_CUDA)
