@@ -153,7 +153,7 @@ def linear_cross_entropy(
     settled = repeated.found(key)
     if settled is not None:
         operands = repeated.operands(e, c, targets, bias, settled.options)
-        loss, rows = _evaluate(settled, operands, is_repeated=True)
+        loss, rows = _evaluate(settled, operands)
     else:
         loss, rows, settled = _settle_and_evaluate(
             e, c, targets, bias, key, vocab_parallel_options,
@@ -208,7 +208,7 @@ def _settle_and_evaluate(
             how.token_weight = in_sequences(how.token_weight)
         row_shape = shape_of_rows(targets, options.shift)
         if plain:
-            settled = Settled(options, how, False, row_shape)
+            settled = Settled(options, how, None, row_shape, is_ordinary=False)
             return *_evaluate_plainly(settled, operands, said["return_lse"]), settled
         known_at_forward = (
             of_shard is None
@@ -217,10 +217,15 @@ def _settle_and_evaluate(
             and _known_at_forward(how, options, said["return_lse"])
         )
         own_e = None if of_shard is None else of_shard.own_e
-        options, at_once = decide.decided(operands, options, known_at_forward, own_e)
+        options, is_at_once = decide.decided(operands, options, known_at_forward, own_e)
         if known_at_forward and not any(options.needs):
-            at_once = not private.is_in_forward_mode()  # which _evaluate refuses
-        settled = Settled(options, how, at_once, row_shape)
+            is_at_once = not private.is_in_forward_mode()  # which _evaluate refuses
+        is_ordinary, at_once = key is not None, None
+        if is_at_once:
+            at_once = operators.Linear(
+                options, weighs=how.of_operator(), is_ordinary=is_ordinary
+            )
+        settled = Settled(options, how, at_once, row_shape, is_ordinary)
         repeated.remember(key, settled)
         return *_evaluate(settled, operands, of_shard, dc_into), settled
 
@@ -302,19 +307,16 @@ def _evaluate(
     operands: tuple,
     of_shard: shards.Call | None = None,
     dc_into: Tensor | None = None,
-    is_repeated: bool = False,
 ) -> tuple[Tensor, weighting.Rows]:
     """The loss, per row where nothing is reduced, and the per-row outputs."""
-    options, how, at_once, _ = settled
+    options, how, at_once, _, is_ordinary = settled
     c, labels = operands[1], operands[3]
-    if at_once:
-        computation = operators.Linear(
-            options, weighs=how.of_operator(), is_ordinary=is_repeated
-        )
-        loss, rows, undefined = operators.loss_at_once(computation, operands, how)
+    if at_once is not None:
+        weights = (None, None) if is_ordinary else how.tensors(options.stats)
+        loss, rows, undefined = operators.loss_at_once(at_once, operands, weights)
         warn_of_no_weight(undefined, how, labels, options)
         return loss, rows
-    computation = operators.Linear(options, dc_into=dc_into, is_ordinary=is_repeated)
+    computation = operators.Linear(options, dc_into=dc_into, is_ordinary=is_ordinary)
 
     def statistics() -> weighting.Rows:
         if of_shard is None:
@@ -323,7 +325,7 @@ def _evaluate(
         of_shard.weighting = how.in_words()
         return of_shard.statistics(operands, options)
 
-    if not is_repeated and _weighs_in_torch(how):
+    if not is_ordinary and _weighs_in_torch(how):
         rows = statistics()
         return weighting.loss(_terms_in_torch(settled, operands), rows, how.reduction), rows
     if how.changes_nothing():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch import library, private
+from .._torch.operators import Linear
 from .operands import check_values, in_sequences
 from .options import Options
 from .weighting import Weighting
@@ -20,11 +21,13 @@ class Settled(NamedTuple):
     """All that a call's arguments decide but for the numbers in its tensors."""
 
     options: Options
-    how: Weighting  # without tensors
-    at_once: bool  # one operator makes the loss, and the gradients that are wanted
+    how: Weighting
+    at_once: Linear | None  # where one operator makes the loss, and the gradients that are wanted
     row_shape: tuple[int, ...]  # of per-token results
+    is_ordinary: bool  # the call has a key, and is remembered
 
 
+_LEAST_ADDRESS = 1 << 40  # below it an address is looked at more closely
 _MOST = 256  # calls, which forget each other: a loss of many lengths asks for a plan again
 _settled: dict[tuple, Settled] = {}
 
@@ -49,16 +52,18 @@ def key(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, said: tuple)
             if t is None:
                 facts.append(None)
                 continue
-            if not private.is_ordinary(t):
+            if type(t) not in private.ORDINARY:
                 return None
-            address = t.data_ptr()
-            if address == t.storage_offset() * t.itemsize:  # was freed (partitioned.py)
+            address = t.data_ptr()  # a RuntimeError where a tensor has no memory of its own
+            # What was freed has an offset in place of an address (partitioned.py).
+            if address < _LEAST_ADDRESS and address == t.storage_offset() * t.itemsize:
                 return None
             facts += (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, address % 16)
         kind = e.device.type
         if torch.is_autocast_enabled(kind):
             facts.append(torch.get_autocast_dtype(kind))
-        facts.append(library.allow_tf32(kind, e.dtype))
+        if kind == "cuda":
+            facts.append(library.allow_tf32(kind, e.dtype))
         made = tuple(facts)
         hash(made)  # of options that have none something is wrong
     except (AttributeError, RuntimeError, TypeError):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._core.options import Options
-from .._core.weighting import WEIGHTS_OF_ROWS, Rows, Weighting, unpacked
+from .._core.weighting import WEIGHTS_OF_ROWS, Rows, unpacked
 from . import autograd, fakes, flops, library, private  # noqa: F401  fakes are registered
 from .autograd import Made, Saved, Tensors
 
@@ -245,11 +245,11 @@ def statistics(computation: ByOperators, operands: tuple) -> Rows:
 
 
 def loss_at_once(
-    computation: Linear, operands: tuple, how: Weighting
+    computation: Linear, operands: tuple, weights: Tensors
 ) -> tuple[Tensor, Rows, Tensor]:
     """The loss of one operator, with the gradients that are wanted, the rows' predictions, and
-    whether it is the mean of nothing."""
-    given = computation.given_to_both((*operands, *how.tensors(computation.options.stats)))
+    whether it is the mean of nothing. `weights`: of tokens and of classes."""
+    given = computation.given_to_both((*operands, *weights))
     if any(computation.options.needs) and not torch.compiler.is_compiling():
         loss, argmax, undefined = autograd.immediate(given, computation)
     else:

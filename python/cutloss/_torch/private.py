@@ -96,10 +96,14 @@ _is_wrapped = _functorch.is_functorch_wrapped_tensor  # 2.11, 2.13
 _is_legacy = _functorch.is_legacy_batchedtensor  # 2.13
 
 
+# The types of tensors that are no subclass with a meaning of its own.
+ORDINARY = (Tensor, nn.Parameter)
+
+
 def is_ordinary(t: Tensor) -> bool:
     """Whether a tensor is one with memory of its own, not one for a tracer, for torch.func, or for
     a batch of upstream gradients."""
-    if type(t) not in (Tensor, nn.Parameter):
+    if type(t) not in ORDINARY:
         return False
     return not (_is_wrapped(t) or _is_legacy(t))
 

@@ -116,10 +116,18 @@ TRAINER_KEYS = {
     "losses": (list,),
     "grad_norms": (list,),
 }
+# Of the host's time, benchmarks/host_time.py; a line that has plain_ms is one.
+HOST_KEYS = {
+    **{key: KEYS[key] for key in ("device", "date", "commit", "versions", "N", "D", "V", "dtype")},
+    **{key: KEYS[key] for key in ("method", "pass", "ms", "command")},
+    "plain_ms": NUMBER,  # of plain PyTorch
+    "least_ms": NUMBER,  # call after call, the least
+    "plain_least_ms": NUMBER,
+}
 CHOICES = {
     "gradient": ("exact", "sampled", "filtered"),
     "schedule": ("rows", "vocabulary", "none"),
-    "pass": ("fw", "bw", "fwbw", "fwbw_frozen", "step"),
+    "pass": ("fw", "bw", "fwbw", "fwbw_frozen", "step", "host_fw", "host_fwbw"),
 }
 # Keys that tell lines of another form, and the keys of that.
 KEYS_BY_MARK = {
@@ -127,7 +135,9 @@ KEYS_BY_MARK = {
     "ranks": SHARDED_KEYS,
     "tokens_per_s": TRAIN_KEYS,
     "trainer": TRAINER_KEYS,
+    "plain_ms": HOST_KEYS,
 }
+OPTIONAL_OF_HOST = {"product_ms": NUMBER}  # E·Cᵀ alone; with no gradients
 POSITIVE = ("N", "D", "V", "ms", "gemm_ms", "gemms", "copy_ms", "copies", "ranks", "tokens_per_s")
 NOT_NEGATIVE = (
     *("workspace_mib", "peak_mib", "de_err", "dc_err", "first_ms", "total_mib", "outside_mib"),
@@ -141,6 +151,8 @@ def problems(record):
     for key, keys in KEYS_BY_MARK.items():
         if key in record:
             needed = known = keys
+            if keys is HOST_KEYS:
+                known = {**keys, **OPTIONAL_OF_HOST}
     found = [f"{key} is missing" for key in needed if key not in record]
     found += [f"{key} is not a key of the format" for key in record if key not in known]
     for key, types in known.items():
