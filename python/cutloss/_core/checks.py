@@ -2,9 +2,9 @@
 
 Whatever Python can see is checked here, so that the errors are the same in eager code, while
 tracing and for impl="torch" (that operators refuse the same, tests/python/loss/
-test_refusals_agree.py sees to); what only the data shows (targets out of range) is checked in C++ on
-the CPU. On CUDA that would wait for the device, so there it is checked where the user asks for it,
-CUTLOSS_CHECK=1.
+test_refusals_agree.py sees to); what only the data shows (targets out of range) is checked in C++
+on the CPU. On CUDA that would wait for the device, so there it is checked where the user asks for
+it, CUTLOSS_CHECK=1.
 """
 
 import math

@@ -58,7 +58,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # Where `from ... import` meets an AttributeError Python raises an ImportError without its words.
+    # Of an AttributeError `from ... import` makes an ImportError that says nothing of its words.
     caller = inspect.currentframe().f_back
     is_import = caller.f_code.co_code[caller.f_lasti] == dis.opmap["IMPORT_FROM"]
     raise (ImportError if is_import else AttributeError)(_refusal(name))
@@ -68,8 +68,8 @@ def _refusal(name: str) -> str:
     words = f"module {__name__!r} has no attribute {name!r}"
     if "apply_liger_kernel" in name:
         return (
-            f"{words}: it has liger-kernel's losses, and changes no model. Make the model, then call "
-            f"cutloss.patch(model), whose loss makes no logits from then on. For liger-kernel's "
+            f"{words}: it has liger-kernel's losses, and changes no model. Make the model, then "
+            f"call cutloss.patch(model), whose loss makes no logits from then on. For liger-kernel's "
             f"other kernels call its own {name} before that, with "
             f"fused_linear_cross_entropy=False. docs/coming-from.md of cutloss says more"
         )

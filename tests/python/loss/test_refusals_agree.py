@@ -1,8 +1,8 @@
 """Python and the operators refuse the same calls, with errors of one class, and mean one thing by
 what they take.
 
-What an option may be stands twice: in _core/checks.py, since compilers, modules and impl="torch" ask
-before an operator is called, or call none, and in src/core/validate.cpp, which whoever calls
+What an option may be stands twice: in _core/checks.py, since compilers, modules and impl="torch"
+ask before an operator is called, or call none, and in src/core/validate.cpp, which whoever calls
 torch.ops.cutloss meets. Here both are asked about the same numbers, those at the ends of each range
 and those just beyond. Where they differ on purpose a test says why, and fails where they
 no longer do.
@@ -282,7 +282,8 @@ def test_dtypes_of_what_python_converts(name):
 def test_row_temperatures():
     for dtype in (F32, F64):
         least = LEAST[dtype]
-        ends = [least / 2, least, _after(least), 1 / least, 2 / least, 0.0, -1.0, math.inf, math.nan]
+        ends = [least / 2, least, _after(least), 1 / least, 2 / least]
+        ends += [0.0, -1.0, math.inf, math.nan]
         seen = set()
         for value in ends:
             t = torch.ones(S, L, dtype=dtype)
@@ -296,7 +297,20 @@ def test_row_temperatures():
         assert seen == {TAKEN, ValueError}
 
 
-# What Python refuses and operators take ------------------------------------------------------------
+# What Python refuses and operators take -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [("token_weight", (L, S)), ("token_weight", (N,)), ("weight", (1, V)), ("weight", (V, 1))],
+    ids=str,
+)
+def test_weights_of_another_shape(name, shape):
+    """Of which the operator counts the elements alone."""
+    given = tensors() | {name: torch.ones(shape)}
+    assert by_operator(given)[0] is TAKEN
+    assert by_python(linear_cross_entropy, **given)[0] is ValueError
+    assert by_python(linear_cross_entropy, **given, impl="torch")[0] is ValueError
 
 
 @pytest.mark.parametrize("name", ["shift", "ignore_index", "max_workspace", "num_valid"])

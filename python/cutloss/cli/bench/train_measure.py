@@ -208,7 +208,7 @@ def _peak_on_device(shape, setup, step):
 
 
 def _peak_on_host(shape, setup, step):
-    """Of the model and what a step adds to the process, or None where the system does not count it."""
+    """Of the model and what a step adds to the process; None where the system does not count it."""
     free(shape.device)
     meter = HostPeak()
     try:

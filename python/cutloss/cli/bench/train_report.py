@@ -10,8 +10,8 @@ from cutloss.cli.bench.variants import REFERENCE, VARIANTS
 COLUMNS = (
     ("ms", "ms", "{:.1f}", "a whole step: forward, backward, optimizer; median of the rounds"),
     ("tokens/s", "tokens_per_s", "{:,.0f}", "tokens of a step by its time"),
-    ("peak MiB", "peak_mib", "{:,.0f}", "everything that PyTorch's allocator held in a step; on a CPU "
-     "parameters, optimizer and what a step adds to the resident memory of the process"),
+    ("peak MiB", "peak_mib", "{:,.0f}", "everything that PyTorch's allocator held in a step; on a "
+     "CPU parameters, optimizer and what a step adds to the resident memory of the process"),
     ("outside", "outside_mib", "{:.1f}", "MiB held outside of it"),
     ("first ms", "first_ms", "{:.0f}", "the very first forward and backward"),
     ("loss", "loss", "{:.5f}", "the first one, of the same weights for all"),
