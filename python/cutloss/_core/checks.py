@@ -1,8 +1,10 @@
 """Checks of arguments: what is wrong, both values, and what to do instead.
 
-Whatever Python can see is checked here, so that the errors are the same in eager code and while
-tracing; what only the data shows (targets out of range) is checked in C++ on the CPU. On CUDA that
-would wait for the device, so there it is checked where the user asks for it, CUTLOSS_CHECK=1.
+Whatever Python can see is checked here, so that the errors are the same in eager code, while
+tracing and for impl="torch" (that operators refuse the same, tests/python/loss/
+test_refusals_agree.py sees to); what only the data shows (targets out of range) is checked in C++
+on the CPU. On CUDA that would wait for the device, so there it is checked where the user asks for
+it, CUTLOSS_CHECK=1.
 """
 
 import math
@@ -30,7 +32,29 @@ def number(name: str, value: object) -> float:
     if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
         given = "a tensor" if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{name} must be a number, got {given} ({type(value).__name__})")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a float: got {value!r}") from None
+
+
+def usable_range(stats: torch.dtype) -> tuple[float, float]:
+    """Of numbers that have a reciprocal in the dtype of per-row numbers, as src/core/validate.h has
+    it: an option outside of it would silently become 0 or infinity."""
+    least = torch.finfo(stats).tiny
+    return least, 1.0 / least
+
+
+def usable(stats: torch.dtype, **named: float | None) -> None:
+    """What of an option's range the dtype decides: operators say so in eager code, this wherever
+    none is called, or only later."""
+    least, most = usable_range(stats)
+    for name, value in named.items():
+        if value is not None and not least <= abs(value) <= most:
+            raise ValueError(
+                f"{name} must be between {least:g} and {most:g} in size, of which per-row numbers "
+                f"in {str(stats).removeprefix('torch.')} have the reciprocal, got {value}"
+            )
 
 
 def tensors(**named: Tensor | None) -> None:
@@ -419,8 +443,7 @@ def values(
 
 def _row_temperatures(t: Tensor, shift: int) -> None:
     """(sequences, length - shift)"""
-    least = torch.finfo(t.dtype).tiny
-    most = 1.0 / least
+    least, most = usable_range(t.dtype)
     wrong = ~((t >= least) & (t <= most))
     if wrong.any():
         sequence, row = wrong.nonzero()[0].tolist()

@@ -67,7 +67,11 @@ def decided(
     e, c, bias = operands[:3]
     de, dc, dbias = map(autograd.wants_gradient, (e if own_e is None else own_e, c, bias))
     if not (de or dc or dbias):
-        return options.without_gradients(), False
+        options = options.without_gradients()
+        # Nothing is to be decided. But whether there is a plan at all an operator would say as
+        # compiled code runs, where its errors are not Python's.
+        if options.max_workspace is None or c.shape[0] == 0:
+            return options, False
     options = options.but(needs_de=de, needs_dc=dc, needs_dbias=dbias)
     if c.shape[0] == 0:  # a shard without classes: there is nothing to plan
         return options.but(schedule=SCHEDULES["vocabulary"]), False
@@ -80,8 +84,6 @@ def decided(
 
 
 def choose(sizes: Sizes, options: Options, known_at_forward: bool) -> Choice:
-    if not any(options.needs):
-        return Choice(False, SCHEDULES["none"])
     return Choice(*library.choice(sizes.arguments(known_at_forward), options))
 
 
@@ -118,7 +120,17 @@ def _while_traced(
     if is_known:
         place = Place(_known(e.stride()))
         sizes = sizes._replace(sequences=index(sequences), length=index(length), e=place)
-        return _constant_choice(_plain(sizes), asked.values(), known_at_forward)
+        choice, refusal, is_value = _constant_choice(
+            _plain(sizes), asked.values(), known_at_forward
+        )
+        # Raised in the code that is traced, so that compilers make of it what the code would.
+        if is_value:
+            raise ValueError(refusal)
+        if refusal:
+            raise NotImplementedError(refusal)
+        return choice
+    if not any(options.needs):
+        return False, SCHEDULES["none"], 0
     sizes = sizes._replace(sequences=1, length=1, e=Place())
     ways = _constant_ways(_plain(sizes), asked.values(), known_at_forward)
     rows = sequences * (length - shift)
@@ -148,8 +160,12 @@ def _known(strides: tuple) -> tuple[int, ...]:
 @private.while_traced
 def _constant_choice(
     sizes: tuple, values: tuple, known_at_forward: bool
-) -> tuple[bool, int, int]:
-    return tuple(choose(_sizes(sizes), Options(*values), known_at_forward))
+) -> tuple[tuple[bool, int, int] | None, str, bool]:
+    """The choice; or why there is none, and whether that is a ValueError."""
+    try:
+        return tuple(choose(_sizes(sizes), Options(*values), known_at_forward)), "", False
+    except (ValueError, NotImplementedError) as error:
+        return None, str(error), isinstance(error, ValueError)
 
 
 @private.while_traced

@@ -52,6 +52,10 @@ def checked_options(
     shift = checks.shift(loss.shift, targets)
     allow_tf32 = library.allow_tf32(e.device.type, compute_dtype)
     options = loss.operators(compute_dtype, shift, allow_tf32)
+    checks.usable(
+        options.stats, softcap=loss.softcap, logit_scale=loss.logit_scale,
+        temperature=loss.temperature,
+    )  # fmt: skip
     if num_valid is not None:
         checks.num_valid(num_valid, math.prod(shape_of_rows(targets, shift)), loss.ignore_index)
         options = options.but(num_valid=num_valid)

@@ -6,7 +6,7 @@ One library is for every supported version of PyTorch and Python.
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -99,14 +99,28 @@ def call(operator: Any, *args: Any, **options: Any) -> Any:
         with private.below_autograd():
             return operator.default(*args, **options)  # to choose an overload takes its time
     except RuntimeError as error:
-        known = translated(error)
-        if known is error:
-            raise
-        raise known from None
+        _raise_translated(error)
+
+
+@private.untraced
+def _ask(operator: Any, *args: Any, **options: Any) -> Any:
+    """As call, for operators without tensors, which no graph has: what is asked while a compiler
+    traces is asked then and there, and its errors become Python's in any case."""
+    try:
+        return operator.default(*args, **options)
+    except RuntimeError as error:
+        _raise_translated(error)
+
+
+def _raise_translated(error: RuntimeError) -> NoReturn:
+    known = translated(error)
+    if known is error:
+        raise error
+    raise known from None
 
 
 # The operators can only raise RuntimeError, so an error's kind is written in front of its message,
-# ``cutloss[kind]: ...``. Code under torch.compile sees that RuntimeError as it is.
+# ``cutloss[kind]: ...``. An operator in compiled code that fails as it runs says that as it is.
 _KINDS: dict[str, type[Exception]] = {
     "value": ValueError,
     "type": TypeError,
@@ -133,19 +147,19 @@ def translated(error: RuntimeError) -> Exception:
 
 def plan(sizes: tuple, options: Options) -> Plan:
     """What is decided for a problem: its sizes (decide.Sizes.arguments) and options."""
-    return Plan.of_fields(call(_ops.plan, *sizes, **options.of_linear()))
+    return Plan.of_fields(_ask(_ops.plan, *sizes, **options.of_linear()))
 
 
 def choice(sizes: tuple, options: Options) -> tuple[bool, int, int]:
     """What a call must know of the plan: whether gradients are made in forward, the schedule's
     number, kept_bytes."""
-    return call(_ops.choice, *sizes, **options.of_linear())
+    return _ask(_ops.choice, *sizes, **options.of_linear())
 
 
 def plan_for_rows(sizes: tuple, options: Options) -> list[tuple[int, bool, str]]:
     """What is decided for each number of rows (those of `sizes` do not count): up to how many,
     whether gradients are made in forward, the schedule. The last is for all others."""
-    read = json.loads(call(_ops.plan_for_rows, *sizes, **options.of_linear()))
+    read = json.loads(_ask(_ops.plan_for_rows, *sizes, **options.of_linear()))
     return [(entry["most"], entry["in_forward"], entry["schedule"]) for entry in read]
 
 

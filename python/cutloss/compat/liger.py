@@ -19,6 +19,9 @@ Other than with theirs:
 As theirs, and not as cutloss and PyTorch: the mean over no token at all is 0.
 """
 
+import dis
+import inspect
+
 from ._liger_cross_entropy import (
     LigerForCausalLMLoss,
     LigerFusedLinearCrossEntropyLoss,
@@ -52,3 +55,30 @@ __all__ = [
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
 ]
+
+
+def __getattr__(name: str):
+    # Of an AttributeError `from ... import` makes an ImportError that says nothing of its words.
+    caller = inspect.currentframe().f_back
+    is_import = caller.f_code.co_code[caller.f_lasti] == dis.opmap["IMPORT_FROM"]
+    raise (ImportError if is_import else AttributeError)(_refusal(name))
+
+
+def _refusal(name: str) -> str:
+    words = f"module {__name__!r} has no attribute {name!r}"
+    if "apply_liger_kernel" in name:
+        return (
+            f"{words}: it has liger-kernel's losses, and changes no model. Make the model, then "
+            f"call cutloss.patch(model), whose loss makes no logits from then on. For liger-kernel's "
+            f"other kernels call its own {name} before that, with "
+            f"fused_linear_cross_entropy=False. docs/coming-from.md of cutloss says more"
+        )
+    if name.startswith("AutoLigerKernel"):
+        return (
+            f"{words}: it has liger-kernel's losses, and makes no model. Write model = "
+            f"transformers.{name.replace('LigerKernel', 'Model')}.from_pretrained(...), then "
+            f"cutloss.patch(model). docs/coming-from.md of cutloss says more"
+        )
+    if name.lower().startswith("liger"):
+        return f"{words}: of liger-kernel it has {', '.join(__all__)}"
+    return words

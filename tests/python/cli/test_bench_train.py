@@ -238,8 +238,8 @@ def test_a_variant_that_fails_is_named_and_the_run_goes_on(capsys, tmp_path, sma
     assert [line["method"] for line in lines(path)] == ["stock"]
 
 
-def test_memory_is_everything_at_the_peak(small, monkeypatch):
-    """On a device that holds 100 bytes, whose steps add 50, and one of which is too much."""
+def test_memory_is_everything_at_the_peak(monkeypatch):
+    """On a device that holds 100 bytes, whose steps add 50."""
 
     class Meter:
         def start(self):
@@ -250,6 +250,10 @@ def test_memory_is_everything_at_the_peak(small, monkeypatch):
 
     monkeypatch.setattr(device_memory, "Meter", Meter)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    assert train_measure._peak_on_device(None, None, lambda: None) == (150, 7)
+
+
+def test_a_step_that_is_too_much(small):
     shape = Shape("qwen3-0.6b", 32, 16, "fp32", "cpu")
     setup = train_models.set_up(shape, 1)
 
@@ -261,8 +265,53 @@ def test_memory_is_everything_at_the_peak(small, monkeypatch):
     report = types.SimpleNamespace(note=notes.append)
     train_measure._memory(shape, setup, results, steps, report)
     assert results.keys() == steps.keys() == {"stock"}
-    assert (results["stock"].peak, results["stock"].outside) == (150, 7)
     assert notes == ["cutloss failed: OutOfMemoryError: CUDA out of memory. Tried to"]
+
+
+def test_memory_on_a_cpu(small):
+    """Parameters, the optimizer's state, and what a step holds at its peak."""
+    shape = Shape("qwen3-0.6b", 32, 16, "fp32", "cpu")
+    setup = train_models.set_up(shape, 1)
+    train_measure.run_step(shape, setup, setup.model)
+    parameters = sum(p.nbytes for p in setup.model.parameters())
+    model = train_measure._model_bytes(shape, setup)
+    assert 3 * parameters <= model < 3 * parameters + 1024  # AdamW has two more, and its steps
+    held, freed = [], 64 << 20
+
+    def step():
+        held.append(torch.ones(48 << 20, dtype=torch.uint8))
+        torch.ones(freed, dtype=torch.uint8)
+
+    peak, outside = train_measure._peak_on_host(shape, setup, step)
+    assert peak - model == pytest.approx(112 << 20, abs=4 << 20) and outside is None
+    peak, _ = train_measure._peak_on_host(shape, setup, lambda: None)
+    assert peak - model < 4 << 20  # what is held before is not counted
+
+
+def test_memory_that_is_not_counted(small, monkeypatch):
+    """As where /proc/self/clear_refs is not to be written: nothing instead of another number."""
+
+    def start(self):
+        raise PermissionError("clear_refs")
+
+    monkeypatch.setattr(train_measure.HostPeak, "start", start)
+    assert train_measure._peak_on_host(Shape("x", 1, 1, "fp32", "cpu"), None, None) == (None, None)
+
+
+def test_a_loss_without_logits_takes_less_memory(capsys, tmp_path, small):
+    path = tmp_path / "out.json"
+    small["qwen3-0.6b"]["config"] |= dict(vocab_size=8192, hidden_size=64)
+    options = ["--tokens", 1024, "--rounds", 1, "--dtype", "fp32", "--variants", "cutloss"]
+    done = run_cli(
+        capsys, "bench", "--train", "--model", "qwen3-0.6b", *options, "--json", path
+    )
+    assert done.code == 0, done.out + done.err
+    of_stock, of_ours = lines(path)
+    assert record.problems(of_stock) == record.problems(of_ours) == []
+    logits = 1024 * 8192 * 4 / 2**20
+    assert of_stock["peak_mib"] - of_stock["model_mib"] > 2 * logits
+    assert of_ours["peak_mib"] - of_ours["model_mib"] < 2 * logits
+    assert "peak MiB" in done.out and "MiB of each peak" in done.out
 
 
 # Rivals -------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """torch.compile, torch.export, fake tensors, and what torch.library can check of an operator."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -509,6 +510,43 @@ def test_no_number_of_rows_has_a_plan():
     )
     with pytest.raises(Exception, match="max_workspace is 100 bytes"):
         compiled(p)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_plan_that_there_is_not_is_said_as_in_eager_code(gradients):
+    p = problems.make((64,), V=1000, D=64)
+
+    def loss(p):
+        with torch.set_grad_enabled(gradients):
+            return loss_of(p, max_workspace=100)
+
+    with pytest.raises(ValueError, match="max_workspace is 100 bytes") as eager:
+        loss(p)
+    with pytest.raises(ValueError) as compiled:
+        torch.compile(loss, backend="aot_eager")(p)
+    assert str(compiled.value) == str(eager.value)
+    # Of a graph that must be whole the compiler says it, in words of its own around these.
+    torch._dynamo.reset()
+    first = re.escape(str(eager.value).splitlines()[0])
+    with pytest.raises(Exception, match=f"exception ValueError.*{first}") as whole:
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(p)
+    assert "cutloss[" not in str(whole.value)
+
+
+@pytest.mark.parametrize("error", [ValueError, NotImplementedError])
+def test_whatever_a_plan_refuses_is_raised_by_the_code_that_is_compiled(error, monkeypatch):
+    """Here made up: the engine of processors refuses nothing, those of GPUs some dtypes."""
+
+    def choice(*_):
+        raise error("no engine supports this problem")
+
+    p = problems.make((64,), V=1000, D=64)
+    monkeypatch.setattr(library, "choice", choice)
+    with pytest.raises(error, match="^no engine supports this problem$"):
+        torch.compile(loss_of, backend="aot_eager")(p)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=f"exception {error.__name__}.*no engine supports"):
+        torch.compile(loss_of, backend="aot_eager", fullgraph=True)(p)
 
 
 def test_tokens_that_a_mask_chooses():

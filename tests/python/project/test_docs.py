@@ -96,7 +96,8 @@ def stand_ins(monkeypatch):
 
 @pytest.mark.parametrize("where, code", SNIPPETS, ids=[where for where, _ in SNIPPETS])
 def test_snippets_run(where, code):
-    names = run(where, code, namespace())
+    """Those of the README by themselves: whoever copies one has nothing else."""
+    names = run(where, code, {} if where.startswith(README.name) else namespace())
     for name in ("loss", "expected", "same"):
         assert name not in names or names[name].isfinite()
 

@@ -54,7 +54,10 @@ def _return_free_memory():
         pass
 
 
-class _HostPeak:
+class HostPeak:
+    """start() before a call, added() after it: bytes of resident memory at the peak over those
+    before. start() raises OSError where the system has no such counter."""
+
     def start(self):
         _return_free_memory()
         with open("/proc/self/clear_refs", "w") as file:
@@ -70,7 +73,7 @@ def _measure(case, method, pass_name):
     warm = dataclasses.replace(case, N=64, V=1024) if case.device == "cpu" else case
     run_pass(method, warm, pass_name, *leaves((*inputs(warm), bias_of(warm)), pass_name))
     tensors = leaves((*inputs(case), bias_of(case)), pass_name)
-    peak = _HostPeak() if case.device == "cpu" else device_memory.Meter()
+    peak = HostPeak() if case.device == "cpu" else device_memory.Meter()
     try:
         peak.start()
     except OSError:

@@ -12,6 +12,7 @@ import gc
 import torch
 
 from cutloss.cli.bench import device_memory, timing
+from cutloss.cli.bench.memory import HostPeak
 from cutloss.cli.bench.measure import clean_up, time_limit
 from cutloss.cli.bench.rivals import first_line
 from cutloss.cli.bench.train_models import Setup, most_layers, set_up, sharing_parameters
@@ -36,13 +37,13 @@ class Result:
     is_wrong: bool = False
     ms: float | None = None
     peak: int | None = None  # bytes, everything that is held
-    outside: int | None = None  # bytes outside of PyTorch's allocator
+    outside: int | None = None  # bytes outside of PyTorch's allocator, on CUDA
 
 
 @dataclasses.dataclass
 class Measured:
     setup: Setup
-    model_bytes: int | None  # parameters and the optimizer's state, on CUDA
+    model_bytes: int  # parameters and the optimizer's state
     results: dict[str, Result]
 
 
@@ -59,11 +60,9 @@ def measure(shape, names, layers, settings, report):
     }
     steps[REFERENCE]()  # makes the optimizer's state
     setup.optimizer.zero_grad(set_to_none=True)
-    model_bytes = None
-    if shape.device == "cuda":
-        model_bytes = torch.cuda.memory_allocated()
-        if settings.measures_memory:
-            _memory(shape, setup, results, steps, report)
+    model_bytes = _model_bytes(shape, setup)
+    if settings.measures_memory:
+        _memory(shape, setup, results, steps, report)
     _times(shape, setup, results, steps, settings, report)
     return Measured(setup, model_bytes, results)
 
@@ -181,18 +180,43 @@ def _distance(got, want):
 # Memory and times ---------------------------------------------------------------------------------
 
 
+def _model_bytes(shape, setup):
+    if shape.device == "cuda":
+        return torch.cuda.memory_allocated()
+    state = [t for of_one in setup.optimizer.state.values() for t in of_one.values()]
+    return sum(t.nbytes for t in (*setup.model.parameters(), *filter(torch.is_tensor, state)))
+
+
 def _memory(shape, setup, results, steps, report):
+    """On the CPU of a step that is not its variant's first: what libraries hold from then on does
+    not count."""
+    peak_of = _peak_on_device if shape.device == "cuda" else _peak_on_host
     for name in list(results):
-        meter = device_memory.Meter()
-        meter.start()
-        before = torch.cuda.memory_allocated()
         try:
-            steps[name]()
+            results[name].peak, results[name].outside = peak_of(shape, setup, steps[name])
         except torch.OutOfMemoryError as error:
             _drop(shape, setup, name, first_line(error), results, steps, report)
-            continue
-        added = meter.added()
-        results[name].peak, results[name].outside = before + added.torch_peak, added.outside
+
+
+def _peak_on_device(shape, setup, step):
+    meter = device_memory.Meter()
+    meter.start()
+    before = torch.cuda.memory_allocated()
+    step()
+    added = meter.added()
+    return before + added.torch_peak, added.outside
+
+
+def _peak_on_host(shape, setup, step):
+    """Of the model and what a step adds to the process; None where the system does not count it."""
+    free(shape.device)
+    meter = HostPeak()
+    try:
+        meter.start()
+    except OSError:
+        return None, None
+    step()
+    return _model_bytes(shape, setup) + meter.added(), None
 
 
 def _times(shape, setup, results, steps, settings, report):

@@ -10,7 +10,8 @@ from cutloss.cli.bench.variants import REFERENCE, VARIANTS
 COLUMNS = (
     ("ms", "ms", "{:.1f}", "a whole step: forward, backward, optimizer; median of the rounds"),
     ("tokens/s", "tokens_per_s", "{:,.0f}", "tokens of a step by its time"),
-    ("peak MiB", "peak_mib", "{:,.0f}", "everything that PyTorch's allocator held in a step"),
+    ("peak MiB", "peak_mib", "{:,.0f}", "everything that PyTorch's allocator held in a step; on a "
+     "CPU parameters, optimizer and what a step adds to the resident memory of the process"),
     ("outside", "outside_mib", "{:.1f}", "MiB held outside of it"),
     ("first ms", "first_ms", "{:.0f}", "the very first forward and backward"),
     ("loss", "loss", "{:.5f}", "the first one, of the same weights for all"),
@@ -46,7 +47,7 @@ def table(lines):
     console().print(shown)
     about = [f"{line['method']}: {VARIANTS[line['method']].about}" for line in lines]
     about += [f"{name}: {sentence}" for name, *_, sentence in columns]
-    if lines[0]["model_mib"] is not None:
+    if lines[0]["peak_mib"] is not None:
         about.append(f"parameters and optimizer: {lines[0]['model_mib']:,.0f} MiB of each peak")
     console().print(f"{'; '.join(about)}.", markup=False, style="dim")
     for sentence in wrong(lines):
