@@ -11,21 +11,35 @@ namespace {
 
 }  // namespace
 
-std::string shape(const Tensor& t) {
+std::string shape(const std::vector<std::int64_t>& sizes) {
   std::string out = "(";
-  for (std::int64_t i = 0; i < t.dim(); ++i) {
-    out += (i > 0 ? ", " : "") + std::to_string(t.size(i));
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    out += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
   }
   return out + ")";
 }
 
+std::string shape(const Tensor& t) {
+  std::vector<std::int64_t> sizes;
+  for (std::int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  return shape(sizes);
+}
+
+void RowInputs::need_stats(const Tensor& tensor, const char* what) const {
+  if (tensor.scalar_type() == stats_) return;
+  throw Error(ErrorCode::invalid_type, std::string(what) + " must be " +
+                                           torch::headeronly::toString(stats_) +
+                                           ", the dtype of per-row outputs, got " +
+                                           torch::headeronly::toString(tensor.scalar_type()));
+}
+
 const void* RowInputs::row(const std::optional<Tensor>& tensor, const char* what) {
   if (!tensor) return nullptr;
-  if (tensor->dim() != 1 || tensor->size(0) != rows_ || tensor->scalar_type() != stats_) {
-    refuse(std::string(what) + " must be (" + std::to_string(rows_) +
-           ") in the dtype of the per-row outputs, got shape " + shape(*tensor) + " of " +
-           torch::headeronly::toString(tensor->scalar_type()));
+  if (tensor->dim() != 1 || tensor->size(0) != rows_) {
+    refuse(std::string(what) + " must be (" + std::to_string(rows_) + "), got shape " +
+           shape(*tensor));
   }
+  need_stats(*tensor, what);
   device_.require_here(*tensor, what);
   alive_.push_back(packed(*tensor, what));
   return alive_.back().const_data_ptr();
@@ -33,9 +47,7 @@ const void* RowInputs::row(const std::optional<Tensor>& tensor, const char* what
 
 const void* RowInputs::class_weight(const std::optional<Tensor>& tensor) {
   if (!tensor) return nullptr;
-  if (tensor->scalar_type() != stats_) {
-    refuse("class_weight must have the dtype of the per-row outputs");
-  }
+  need_stats(*tensor, "class_weight");
   device_.require_here(*tensor, "class_weight");
   alive_.push_back(packed(*tensor, "class_weight"));
   return alive_.back().const_data_ptr();

@@ -2,6 +2,7 @@
 // library reads them.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -12,6 +13,7 @@
 namespace cutloss::binding {
 
 std::string shape(const Tensor& t);
+std::string shape(const std::vector<std::int64_t>& sizes);
 
 class RowInputs {
  public:
@@ -28,6 +30,8 @@ class RowInputs {
   const bool* flag(const std::optional<Tensor>& undefined);
 
  private:
+  void need_stats(const Tensor& tensor, const char* what) const;
+
   const OnDevice& device_;
   const std::int64_t rows_;
   const ScalarType stats_;

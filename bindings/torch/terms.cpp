@@ -4,21 +4,31 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "device.h"
+#include "row_inputs.h"
 
 namespace cutloss::binding {
 namespace {
 
-// Weights as the library reads them; null where absent. `kept` holds what it points to.
-const void* weights(const OnDevice& here, const std::optional<Tensor>& given, std::int64_t count,
-                    ScalarType type, const char* what, std::optional<Tensor>& kept) {
+// Weights of a shape as the library reads them; null where absent. `kept` holds what it points to.
+const void* weights(const OnDevice& here, const std::optional<Tensor>& given,
+                    const std::vector<std::int64_t>& sizes, ScalarType type, const char* what,
+                    std::optional<Tensor>& kept) {
   if (!given) return nullptr;
-  if (given->numel() != count || given->scalar_type() != type) {
-    throw Error(ErrorCode::invalid_value,
-                std::string(what) + " must have " + std::to_string(count) + " elements of " +
-                    torch::headeronly::toString(type) + ", got " + std::to_string(given->numel()) +
-                    " of " + torch::headeronly::toString(given->scalar_type()));
+  bool agrees = given->dim() == static_cast<std::int64_t>(sizes.size());
+  for (std::size_t i = 0; agrees && i < sizes.size(); ++i) {
+    agrees = given->size(static_cast<std::int64_t>(i)) == sizes[i];
+  }
+  if (!agrees) {
+    throw Error(ErrorCode::invalid_value, std::string(what) + " must have the shape " +
+                                              shape(sizes) + ", got " + shape(*given));
+  }
+  if (given->scalar_type() != type) {
+    throw Error(ErrorCode::invalid_type, std::string(what) + " must be " +
+                                             torch::headeronly::toString(type) + ", got " +
+                                             torch::headeronly::toString(given->scalar_type()));
   }
   here.require_here(*given, what);
   kept = packed(*given, what);
@@ -35,10 +45,10 @@ Terms make_terms(const LossRows& rows, const RowWeights& given, const Tensor& ta
   weighting.mean = given.mean;
   weighting.label_smoothing = given.label_smoothing;
   weighting.z_loss = given.z_loss;
-  weighting.token_weight =
-      weights(here, given.of_tokens, targets.numel(), type, "token_weight", alive[0]);
+  weighting.token_weight = weights(here, given.of_tokens, {targets.size(0), targets.size(1)}, type,
+                                   "token_weight", alive[0]);
   weighting.class_weight =
-      weights(here, given.of_classes, rows.classes, type, "class_weight", alive[1]);
+      weights(here, given.of_classes, {rows.classes}, type, "class_weight", alive[1]);
 
   const std::int64_t count = row_count(rows.rows);
   const TermOrder order(weighting.label_smoothing > 0, weighting.z_loss > 0);

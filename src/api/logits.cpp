@@ -13,18 +13,9 @@ namespace {
 
 void need(const void* pointer, const char* member) { need_pointer(pointer, "LogitsArgs", member); }
 
-// The engines compute with the quotients, so these must be usable, too.
 void check_numbers(const Problem& p) {
-  const DType stat = stat_type(p);
-  const Transform& t = p.transform;
-  check_transform(t, stat);
-  const auto [least, most] = usable_range(stat);
-  const auto check_quotient = [least = least, most = most](const char* member, double value) {
-    if (std::fabs(value) >= least && std::fabs(value) <= most) return;
-    refuse_value(member, " must be between ", least, " and ", most, " in size, got ", value);
-  };
-  check_quotient("logit_scale / temperature", t.logit_scale / t.temperature);
-  if (t.softcap) check_quotient("softcap / logit_scale", folded_softcap(p));
+  check_transform(p.transform, stat_type(p));
+  if (p.transform.softcap) check_quotient("softcap / logit_scale", folded_softcap(p), stat_type(p));
   const int blocks = logits_of(p).blocks_per_row;
   if (blocks != 0 && blocks != 1 && blocks != 2 && blocks != 4 && blocks != 8) {
     refuse_value("blocks_per_row must be 0, 1, 2, 4 or 8, got ", blocks);

@@ -1,6 +1,8 @@
 #include "core/validate.h"
 
 #include <cmath>
+#include <cstdint>
+#include <limits>
 #include <tuple>
 
 #include "core/dtype.h"
@@ -85,6 +87,12 @@ void settle_rows(Rows& rows) {
     refuse_value("sequences and length must be >= 0, got ", sequences, " and ", length);
   }
   if (shift < 0) refuse_value("shift must be >= 0, got ", shift);
+  using Narrow = std::numeric_limits<std::int32_t>;
+  if (rows.target_type == IndexType::i32 &&
+      (rows.ignore_index < Narrow::min() || rows.ignore_index > Narrow::max())) {
+    refuse_value("ignore_index must be a value that targets can hold: it is ", rows.ignore_index,
+                 ", targets are int32");
+  }
   check_product("sequences x length", sequences, length);
   rows.shift = settled_shift(rows);
 }
@@ -172,6 +180,13 @@ void check_transform(const Transform& transform, DType stat) {
   if (!(temperature > 0 && is_usable(temperature))) {
     refuse_number("temperature", "> 0", temperature);
   }
+  check_quotient("logit_scale / temperature", logit_scale / temperature, stat);
+}
+
+void check_quotient(const char* member, double value, DType stat) {
+  const auto [least, most] = usable_range(stat);
+  if (std::fabs(value) >= least && std::fabs(value) <= most) return;
+  refuse_value(member, " must be between ", least, " and ", most, " in size, got ", value);
 }
 
 void need_pointer(const void* pointer, const char* args, const char* member) {

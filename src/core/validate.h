@@ -62,6 +62,9 @@ inline NumberRange usable_range(DType stat) {
   return stat == DType::f64 ? NumberRange{0x1p-1022, 0x1p1022} : NumberRange{0x1p-126, 0x1p126};
 }
 
+// Refuses a quotient of two options, with which engines compute, outside of that range.
+void check_quotient(const char* member, double value, DType stat);
+
 // Makes every refusal that follows from the pointers of a call, which may be missing or misaligned.
 void check_args(const Plan& plan, const Args& args, Pass pass);
 

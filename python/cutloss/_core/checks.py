@@ -51,6 +51,7 @@ def usable(stats: torch.dtype, **named: float | None) -> None:
     least, most = usable_range(stats)
     for name, value in named.items():
         if value is not None and not least <= abs(value) <= most:
+            name = {"quotient": "logit_scale / temperature"}.get(name, name)
             raise ValueError(
                 f"{name} must be between {least:g} and {most:g} in size, of which per-row numbers "
                 f"in {str(stats).removeprefix('torch.')} have the reciprocal, got {value}"

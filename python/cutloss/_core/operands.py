@@ -54,7 +54,7 @@ def checked_options(
     options = loss.operators(compute_dtype, shift, allow_tf32)
     checks.usable(
         options.stats, softcap=loss.softcap, logit_scale=loss.logit_scale,
-        temperature=loss.temperature,
+        temperature=loss.temperature, quotient=loss.logit_scale / loss.temperature,
     )  # fmt: skip
     if num_valid is not None:
         checks.num_valid(num_valid, math.prod(shape_of_rows(targets, shift)), loss.ignore_index)
