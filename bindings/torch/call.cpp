@@ -71,7 +71,7 @@ void check_num_valid(const Rows& rows, const void* targets) {
 
 }  // namespace
 
-Operands read_operands(Stack& s) {
+Operands Operands::read(Stack& s) {
   Operands o;
   o.e = s.next<Tensor>();
   o.c = s.next<Tensor>();
@@ -140,10 +140,10 @@ Tensor Call::sum_loss(const std::optional<Tensor>& undefined) {
   return loss;
 }
 
-Terms Call::make_terms(const RowWeights& weights) const {
+Terms Call::make_terms(const WeightTensors& tensors, const RowWeights& weights) const {
   LossRows rows = loss_rows(plan_->problem);
   rows.rows.num_valid.reset();  // of the library's own rows; a sum counts them itself
-  return binding::make_terms(rows, weights, operands_.targets);
+  return binding::make_terms(rows, tensors, weights, operands_.targets);
 }
 
 Tensor Call::make(std::initializer_list<std::int64_t> sizes, ScalarType type, bool wanted) const {

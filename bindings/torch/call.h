@@ -21,13 +21,13 @@ struct Operands {
   Tensor targets;
   std::optional<Tensor> row_temperature;
   std::optional<Tensor> class_weight;
+
+  static Operands read(Stack& stack);
 };
 
 #define CUTLOSS_OPERANDS                                                                \
   "Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? row_temperature, Tensor? " \
   "class_weight"
-
-Operands read_operands(Stack& stack);
 
 // One call: the device made current, operands in a layout that the library reads, the plan, and the
 // pointers so far.
@@ -46,7 +46,7 @@ class Call {
   // An uninitialised tensor of the call's device; one of no elements where it is not wanted.
   Tensor make(std::initializer_list<std::int64_t> sizes, ScalarType type, bool wanted = true) const;
 
-  Terms make_terms(const RowWeights& weights) const;
+  Terms make_terms(const WeightTensors& tensors, const RowWeights& weights) const;
 
   // For results that nobody is shown but for argmax.
   RowsInOne make_rows_in_one() const {

@@ -1,11 +1,8 @@
 #include "chunks.h"
 
-#include <array>
 #include <optional>
 #include <string>
-#include <vector>
 
-#include "call.h"
 #include "place.h"
 
 namespace cutloss::binding {
@@ -17,25 +14,11 @@ std::int64_t workspace_at(const Plan& plan) {
   return (plan.kept_bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-struct State {
-  Tensor nll, lse, row_max, log_sum, entropy, de, dc, dbias, memory;
-
-  std::array<Tensor*, 9> all() {
-    return {&nll, &lse, &row_max, &log_sum, &entropy, &de, &dc, &dbias, &memory};
-  }
-};
-
-State read_state(Stack& stack) {
-  State state;
-  for (Tensor* t : state.all()) *t = stack.next<Tensor>();
-  return state;
-}
-
-State make_state(const Call& call, const spec::Options& options) {
+ChunkState make_state(const Call& call, const spec::Options& options) {
   const Plan& plan = call.plan();
   const std::int64_t rows = call.rows();
   const ScalarType type = call.stats();
-  State state;
+  ChunkState state;
   for (Tensor* t : {&state.nll, &state.lse, &state.row_max, &state.log_sum}) {
     *t = call.make({rows}, type);
   }
@@ -54,7 +37,7 @@ void need(const Tensor& t, std::int64_t count, const char* what) {
                                             std::to_string(t.numel()));
 }
 
-void use(Call& call, const State& state) {
+void use(Call& call, const ChunkState& state) {
   const Plan& plan = call.plan();
   const Problem& p = plan.problem;
   const Head& head = head_of(p);
@@ -81,22 +64,27 @@ void use(Call& call, const State& state) {
 
 }  // namespace
 
-void chunks_begin(Stack& stack) {
-  Operands operands = read_operands(stack);
-  const spec::Options options = read_options(stack);
-  Call call(std::move(operands), options, Upstream::at_forward);
-  State state = make_state(call, options);
-  use(call, state);
-  open(call.plan(), call.args, Pass::both)->begin();
-  for (const Tensor* t : state.all()) stack.put(*t);
-  stack.put(chunk_count(call.plan()));
+ChunkState ChunkState::read(Stack& stack) {
+  ChunkState state;
+  for (Tensor* t : state.all()) *t = stack.next<Tensor>();
+  return state;
 }
 
-void chunk_statistics(Stack& stack) {
-  Operands operands = read_operands(stack);
-  const State state = read_state(stack);
-  const auto chunk = stack.next<std::int64_t>();
-  const spec::Options options = read_options(stack);
+void ChunkState::put(Stack& stack) const {
+  ChunkState copy = *this;
+  for (const Tensor* t : copy.all()) stack.put(*t);
+}
+
+std::tuple<ChunkState, std::int64_t> chunks_begin(Operands operands, const spec::Options& options) {
+  Call call(std::move(operands), options, Upstream::at_forward);
+  ChunkState state = make_state(call, options);
+  use(call, state);
+  open(call.plan(), call.args, Pass::both)->begin();
+  return {state, chunk_count(call.plan())};
+}
+
+std::vector<std::int64_t> chunk_statistics(Operands operands, const ChunkState& state,
+                                           std::int64_t chunk, const spec::Options& options) {
   Call call(std::move(operands), options, Upstream::at_forward);
   use(call, state);
   const auto session = resume(call.plan(), call.args, Pass::both);
@@ -105,16 +93,12 @@ void chunk_statistics(Stack& stack) {
   const auto* memory = static_cast<const std::byte*>(state.memory.const_data_ptr());
   const std::int64_t offset =
       list.count == 0 ? 0 : reinterpret_cast<const std::byte*>(list.rows) - memory;
-  stack.put(std::vector<std::int64_t>{offset, list.count});
+  return {offset, list.count};
 }
 
-void chunk_gradients(Stack& stack) {
-  Operands operands = read_operands(stack);
-  const State state = read_state(stack);
-  std::array<std::optional<Tensor>, 3> upstream;
-  for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
-  const auto chunk = stack.next<std::int64_t>();
-  const spec::Options options = read_options(stack);
+void chunk_gradients(Operands operands, const ChunkState& state,
+                     const std::array<std::optional<Tensor>, 3>& upstream, std::int64_t chunk,
+                     const spec::Options& options) {
   Call call(std::move(operands), options, Upstream::at_forward);
   use(call, state);
   RowGradients& up = call.args.upstream;
@@ -124,18 +108,14 @@ void chunk_gradients(Stack& stack) {
   resume(call.plan(), call.args, Pass::both)->gradients(chunk);
 }
 
-void chunks_finish(Stack& stack) {
-  Operands operands = read_operands(stack);
-  const State state = read_state(stack);
-  const spec::Options options = read_options(stack);
+void chunks_finish(Operands operands, const ChunkState& state, const spec::Options& options) {
   Call call(std::move(operands), options, Upstream::at_forward);
   use(call, state);
   resume(call.plan(), call.args, Pass::both)->finish();
 }
 
-void is_read_in_place(Stack& stack) {
-  const Tensor t = stack.next<Tensor>();
-  stack.put(strides_in_place(place_of(t), OnDevice(t).device()).has_value());
+bool is_read_in_place(const Tensor& t) {
+  return strides_in_place(place_of(t), OnDevice(t).device()).has_value();
 }
 
 }  // namespace cutloss::binding

@@ -4,12 +4,16 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "cutloss/cutloss.h"
@@ -20,8 +24,8 @@ namespace cutloss::binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The arguments of one operator call, taken in the order of its schema, and its results. An
-// operator reads all its arguments before it can fail: each one that is not read is leaked.
+// The arguments of one operator call, taken in the order of its schema, and its results. Each
+// argument that is not read is leaked.
 class Stack {
  public:
   explicit Stack(StableIValue* values) : values_(values) {}
@@ -34,12 +38,62 @@ class Stack {
   void put(const T& result) {
     values_[written_++] = torch::stable::detail::from(result);
   }
+  // How many were taken, and given.
+  std::uint64_t read() const { return read_; }
+  std::uint64_t written() const { return written_; }
 
  private:
   StableIValue* values_;
-  int read_ = 0;
-  int written_ = 0;
+  std::uint64_t read_ = 0;
+  std::uint64_t written_ = 0;
 };
+
+// An operator is a function whose parameters and results are those of its schema, so that its types
+// say what is read, all of it before the function begins. A struct stands for several arguments
+// where it has a static T read(Stack&), and for several results where it has put(Stack&).
+template <class T>
+struct Argument {
+  static T read(Stack& stack) {
+    if constexpr (requires { T::read(stack); }) {
+      return T::read(stack);
+    } else {
+      return stack.next<T>();
+    }
+  }
+};
+template <class T, std::size_t count>
+struct Argument<std::array<T, count>> {
+  static std::array<T, count> read(Stack& stack) {
+    std::array<T, count> values;
+    for (T& value : values) value = Argument<T>::read(stack);
+    return values;
+  }
+};
+
+template <class T>
+void put(Stack& stack, const T& result) {
+  if constexpr (requires { result.put(stack); }) {
+    result.put(stack);
+  } else {
+    stack.put(result);
+  }
+}
+template <class... T>
+void put(Stack& stack, const std::tuple<T...>& results) {
+  std::apply([&](const T&... result) { (put(stack, result), ...); }, results);
+}
+
+template <class Result, class... Parameters>
+void call(Stack& stack, Result (*operation)(Parameters...)) {
+  // In braces: from left to right.
+  std::tuple<std::remove_cvref_t<Parameters>...> arguments{
+      Argument<std::remove_cvref_t<Parameters>>::read(stack)...};
+  if constexpr (std::is_void_v<Result>) {
+    std::apply(operation, std::move(arguments));
+  } else {
+    put(stack, std::apply(operation, std::move(arguments)));
+  }
+}
 
 inline const char* name(ErrorCode code) {
   switch (code) {
@@ -62,14 +116,19 @@ inline const char* name(ErrorCode code) {
 // An operator as PyTorch calls it on a device. Every exception reaches Python as a RuntimeError, so
 // its kind travels in the message, "cutloss[kind]: ...", which python/cutloss/_torch/library.py
 // reads.
-template <void (*body)(Stack&), Device device = Device::cpu>
-void boxed(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+template <auto operation, Device device = Device::cpu>
+void boxed(StableIValue* stack, std::uint64_t arguments, std::uint64_t results) {
   const auto fail = [](const char* kind, const std::string& message) {
     throw std::runtime_error(std::string("cutloss[") + kind + "]: " + message);
   };
   try {
     Stack values(stack);
-    body(values);
+    call(values, operation);
+    if (values.read() == arguments && values.written() == results) return;
+    fail("internal", "an operator took " + std::to_string(values.read()) + " of " +
+                         std::to_string(arguments) + " arguments, and made " +
+                         std::to_string(values.written()) + " of " + std::to_string(results) +
+                         " results");
   } catch (const Error& error) {
     const bool of_device = device == Device::cuda && error.code() == ErrorCode::out_of_memory;
     fail(of_device ? "device_memory" : name(error.code()), error.what());

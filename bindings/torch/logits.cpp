@@ -7,6 +7,7 @@
 
 #include <array>
 #include <string>
+#include <tuple>
 
 #include "device.h"
 #include "option_reader.h"
@@ -29,21 +30,22 @@ struct Operands {
   Tensor targets;
   std::optional<Tensor> row_temperature;
   std::optional<Tensor> class_weight;
+
+  static Operands read(Stack& s) {
+    return {s.next<Tensor>(), s.next<Tensor>(), s.next<std::optional<Tensor>>(),
+            s.next<std::optional<Tensor>>()};
+  }
 };
 
-Operands read_operands(Stack& s) {
-  Operands o;
-  o.logits = s.next<Tensor>();
-  o.targets = s.next<Tensor>();
-  o.row_temperature = s.next<std::optional<Tensor>>();
-  o.class_weight = s.next<std::optional<Tensor>>();
-  return o;
-}
-
 // The problem that the options say.
-Problem read_problem(Stack& s) {
-  return spec::problem_of(read_options(s, spec::Takers::logits), Upstream::at_backward);
-}
+struct Options {
+  Problem problem;
+
+  static Options read(Stack& stack) {
+    return {
+        spec::problem_of(OptionReader(stack).read(spec::Takers::logits), Upstream::at_backward)};
+  }
+};
 
 void check_shapes(const Operands& o) {
   const Tensor& z = o.logits;
@@ -153,30 +155,22 @@ class Call {
 
 // logits_statistics(operands, terms, undefined, *, options)
 //   -> (loss, nll, lse, row_max, log_sum, entropy, zbar_centred, argmax); no terms, no loss
-void statistics(Stack& stack) {
-  Operands operands = read_operands(stack);
-  const auto terms = stack.next<std::optional<Tensor>>();
-  const auto undefined = stack.next<std::optional<Tensor>>();
-  Call call(std::move(operands), read_problem(stack), /*in_place=*/false);
+std::tuple<Tensor, RowTensors> statistics(Operands operands, const std::optional<Tensor>& terms,
+                                          const std::optional<Tensor>& undefined,
+                                          const Options& options) {
+  Call call(std::move(operands), options.problem, /*in_place=*/false);
   const RowTensors rows = call.make_rows();
   forward(call.problem, call.args);
   call.args.upstream = call.inputs->terms(terms);
-  stack.put(terms ? call.sum_loss(undefined) : call.make({0}, call.stats()));
-  rows.put(stack);
+  return {terms ? call.sum_loss(undefined) : call.make({0}, call.stats()), rows};
 }
 
-// logits_gradient(operands, nll, row_max, log_sum, entropy, d_nll, d_lse, d_lse_squared, d_entropy,
-//                 d_zbar, *, options) -> gradient, or nothing in place
-template <bool in_place>
-void gradient(Stack& stack) {
-  Operands operands = read_operands(stack);
-  std::array<Tensor, 4> saved;
-  for (Tensor& t : saved) t = stack.next<Tensor>();
-  std::array<std::optional<Tensor>, 5> upstream;
-  for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
-  const Problem options = read_problem(stack);
-  Call call(std::move(operands), options, in_place);
+using SavedRows = std::array<Tensor, 4>;  // nll, row_max, log_sum, entropy
+// d_nll, d_lse, d_lse_squared, d_entropy, d_zbar
+using UpstreamRows = std::array<std::optional<Tensor>, 5>;
 
+// What backward reads.
+void give_rows(Call& call, const SavedRows& saved, const UpstreamRows& upstream) {
   RowInputs& in = *call.inputs;
   const auto read_only = [&](const Tensor& t, const char* what) {
     return const_cast<void*>(in.row(t, what));  // backward reads args.rows, never writes
@@ -185,38 +179,59 @@ void gradient(Stack& stack) {
   rows.nll = read_only(saved[0], "nll");
   rows.row_max = read_only(saved[1], "row_max");
   rows.log_sum = read_only(saved[2], "log_sum");
-  if (options.wanted.entropy) rows.entropy = read_only(saved[3], "entropy");
+  if (call.problem.wanted.entropy) rows.entropy = read_only(saved[3], "entropy");
   RowGradients& up = call.args.upstream;
   up.d_nll = in.row(upstream[0], "d_nll");
   up.d_lse = in.row(upstream[1], "d_lse");
   up.d_lse_squared = in.row(upstream[2], "d_lse_squared");
   up.d_entropy = in.row(upstream[3], "d_entropy");
   up.d_zbar = in.row(upstream[4], "d_zbar");
-  if constexpr (in_place) {
-    backward(call.problem, call.args);
-  } else {
-    const Tensor made = call.make_gradient();
-    backward(call.problem, call.args);
-    stack.put(made);
-  }
 }
 
-// logits_loss_and_gradient(operands, terms, undefined, *, options) -> (loss, argmax, gradient), or
-// without the gradient in place
-template <bool in_place>
-void loss_and_gradient(Stack& stack) {
-  Operands operands = read_operands(stack);
-  const Tensor terms = stack.next<Tensor>();
-  const auto undefined = stack.next<std::optional<Tensor>>();
-  Call call(std::move(operands), read_problem(stack), in_place);
+// logits_gradient(operands, nll, row_max, log_sum, entropy, d_nll, d_lse, d_lse_squared, d_entropy,
+//                 d_zbar, *, options) -> gradient
+Tensor gradient(Operands operands, const SavedRows& saved, const UpstreamRows& upstream,
+                const Options& options) {
+  Call call(std::move(operands), options.problem, /*in_place=*/false);
+  give_rows(call, saved, upstream);
+  const Tensor made = call.make_gradient();
+  backward(call.problem, call.args);
+  return made;
+}
+
+// logits_gradient_: the same in the logits' place
+void gradient_in_place(Operands operands, const SavedRows& saved, const UpstreamRows& upstream,
+                       const Options& options) {
+  Call call(std::move(operands), options.problem, /*in_place=*/true);
+  give_rows(call, saved, upstream);
+  backward(call.problem, call.args);
+}
+
+// What a call makes that has a place for the gradient: loss, argmax.
+std::tuple<Tensor, Tensor> make_both(Call& call, const Tensor& terms,
+                                     const std::optional<Tensor>& undefined) {
   const RowTensors rows = call.make_rows();
   call.args.upstream = call.inputs->terms(terms);
-  std::optional<Tensor> made;
-  if (!in_place) made = call.make_gradient();
   forward_backward(call.problem, call.args);
-  stack.put(call.sum_loss(undefined));
-  stack.put(rows.argmax);
-  if (made) stack.put(*made);
+  return {call.sum_loss(undefined), rows.argmax};
+}
+
+// logits_loss_and_gradient(operands, terms, undefined, *, options) -> (loss, argmax, gradient)
+std::tuple<Tensor, Tensor, Tensor> loss_and_gradient(Operands operands, const Tensor& terms,
+                                                     const std::optional<Tensor>& undefined,
+                                                     const Options& options) {
+  Call call(std::move(operands), options.problem, /*in_place=*/false);
+  const Tensor made = call.make_gradient();
+  const auto [loss, argmax] = make_both(call, terms, undefined);
+  return {loss, argmax, made};
+}
+
+// logits_loss_and_gradient_: the same in the logits' place
+std::tuple<Tensor, Tensor> loss_and_gradient_in_place(Operands operands, const Tensor& terms,
+                                                      const std::optional<Tensor>& undefined,
+                                                      const Options& options) {
+  Call call(std::move(operands), options.problem, /*in_place=*/true);
+  return make_both(call, terms, undefined);
 }
 
 #define CUTLOSS_SAVED                                                           \
@@ -226,10 +241,10 @@ void loss_and_gradient(Stack& stack) {
 template <Device device, class Library>
 void implement(Library& m) {
   m.impl("logits_statistics", &boxed<statistics, device>);
-  m.impl("logits_gradient", &boxed<gradient<false>, device>);
-  m.impl("logits_gradient_", &boxed<gradient<true>, device>);
-  m.impl("logits_loss_and_gradient", &boxed<loss_and_gradient<false>, device>);
-  m.impl("logits_loss_and_gradient_", &boxed<loss_and_gradient<true>, device>);
+  m.impl("logits_gradient", &boxed<gradient, device>);
+  m.impl("logits_gradient_", &boxed<gradient_in_place, device>);
+  m.impl("logits_loss_and_gradient", &boxed<loss_and_gradient, device>);
+  m.impl("logits_loss_and_gradient_", &boxed<loss_and_gradient_in_place, device>);
 }
 
 }  // namespace

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #ifdef CUTLOSS_CUDA
@@ -26,11 +28,10 @@ using torch::stable::accelerator::DeviceGuard;
 
 // statistics(operands, terms, undefined, *, options)
 //   -> (loss, nll, lse, row_max, log_sum, entropy, zbar_centred, argmax, kept); no terms, no loss
-void statistics(Stack& stack) {
-  Operands operands = read_operands(stack);
-  const auto terms = stack.next<std::optional<Tensor>>();
-  const auto undefined = stack.next<std::optional<Tensor>>();
-  const spec::Options options = read_options(stack);
+std::tuple<Tensor, RowTensors, Tensor> statistics(Operands operands,
+                                                  const std::optional<Tensor>& terms,
+                                                  const std::optional<Tensor>& undefined,
+                                                  const spec::Options& options) {
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
   const RowTensors rows = call.make_rows();
@@ -42,24 +43,18 @@ void statistics(Stack& stack) {
   call.args.workspace = workspace.data();
   forward(plan, call.args);
   call.args.upstream = call.inputs().terms(terms);
-  stack.put(terms ? call.sum_loss(undefined) : call.make({0}, call.stats()));
-  rows.put(stack);
-  stack.put(kept);
+  return {terms ? call.sum_loss(undefined) : call.make({0}, call.stats()), rows, kept};
 }
 
-// gradients(operands, nll, row_max, log_sum, entropy, kept, d_nll, d_lse, d_lse_squared,
-//           d_entropy, d_zbar, *, options) -> (de, dc, dbias)
-// gradients_(the same, dc_into, *, options) -> (de, dbias): dC is added to dc_into
-template <bool adds>
-void gradients(Stack& stack) {
-  Operands operands = read_operands(stack);
-  std::array<Tensor, 5> saved;
-  for (Tensor& t : saved) t = stack.next<Tensor>();
-  std::array<std::optional<Tensor>, 5> upstream;
-  for (auto& t : upstream) t = stack.next<std::optional<Tensor>>();
-  std::optional<Tensor> dc_into;
-  if (adds) dc_into = stack.next<Tensor>();
-  const spec::Options options = read_options(stack);
+using SavedRows = std::array<Tensor, 5>;  // nll, row_max, log_sum, entropy, kept
+// d_nll, d_lse, d_lse_squared, d_entropy, d_zbar
+using UpstreamRows = std::array<std::optional<Tensor>, 5>;
+
+// de, dc, dbias; dC is added to dc_into where there is one.
+std::tuple<Tensor, Tensor, Tensor> make_gradients(Operands operands, const SavedRows& saved,
+                                                  const UpstreamRows& upstream,
+                                                  const std::optional<Tensor>& dc_into,
+                                                  const spec::Options& options) {
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
 
@@ -84,28 +79,37 @@ void gradients(Stack& stack) {
   up.d_zbar = call.inputs().row(upstream[4], "d_zbar");
 
   const Tensor de = call.make_de();
-  const Tensor dc = adds ? call.added_dc(dc_into) : call.make_dc();
+  const Tensor dc = dc_into ? call.added_dc(dc_into) : call.make_dc();
   const Tensor dbias = call.make_dbias();
   const Workspace workspace = call.scratch(plan.backward_workspace_bytes);
   call.args.gradients = {data(de), data(dc), data(dbias)};
   call.args.workspace = workspace.data();
   backward(plan, call.args);
-  stack.put(de);
-  if (!adds) stack.put(dc);
-  stack.put(dbias);
+  return {de, dc, dbias};
+}
+
+// gradients(operands, nll, row_max, log_sum, entropy, kept, d_nll, d_lse, d_lse_squared,
+//           d_entropy, d_zbar, *, options) -> (de, dc, dbias)
+std::tuple<Tensor, Tensor, Tensor> gradients(Operands operands, const SavedRows& saved,
+                                             const UpstreamRows& upstream,
+                                             const spec::Options& options) {
+  return make_gradients(std::move(operands), saved, upstream, std::nullopt, options);
+}
+
+// gradients_(the same, dc_into, *, options) -> (de, dbias): dC is added to dc_into
+std::tuple<Tensor, Tensor> add_gradients(Operands operands, const SavedRows& saved,
+                                         const UpstreamRows& upstream, const Tensor& dc_into,
+                                         const spec::Options& options) {
+  const auto [de, dc, dbias] =
+      make_gradients(std::move(operands), saved, upstream, dc_into, options);
+  return {de, dbias};
 }
 
 // loss_and_gradients(operands, token_weight, weight, *, mean, label_smoothing, z_loss, options)
 //   -> (loss, undefined, argmax, de, dc, dbias); of no gradients the loss alone
-void loss_and_gradients(Stack& stack) {
-  Operands operands = read_operands(stack);
-  RowWeights weights;
-  weights.of_tokens = stack.next<std::optional<Tensor>>();
-  weights.of_classes = stack.next<std::optional<Tensor>>();
-  weights.mean = stack.next<bool>();
-  weights.label_smoothing = stack.next<double>();
-  weights.z_loss = stack.next<double>();
-  const spec::Options options = read_options(stack);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_gradients(
+    Operands operands, const WeightTensors& tensors, const RowWeights& weights,
+    const spec::Options& options) {
   Call call(std::move(operands), options, Upstream::at_forward);
   const Plan& plan = call.plan();
   const bool makes_gradients = plan.problem.upstream.when != Upstream::none;
@@ -116,7 +120,7 @@ void loss_and_gradients(Stack& stack) {
   // Without gradients all that can wait comes after the products, which the device so begins
   // sooner.
   if (!makes_gradients) forward(plan, call.args);
-  const Terms terms = call.make_terms(weights);
+  const Terms terms = call.make_terms(tensors, weights);
   call.args.upstream = call.inputs().terms(terms.terms);
   const Tensor de = call.make_de();
   const Tensor dc = call.make_dc();
@@ -128,7 +132,7 @@ void loss_and_gradients(Stack& stack) {
     forward_backward(plan, call.args);
   }
   const Tensor loss = call.sum_loss(terms.undefined);
-  for (const Tensor* t : {&loss, &terms.undefined, &rows.argmax, &de, &dc, &dbias}) stack.put(*t);
+  return {loss, terms.undefined, rows.argmax, de, dc, dbias};
 }
 
 void multiply(const Tensor& t, const Tensor& factor) {
@@ -147,9 +151,7 @@ bool is_one(const Tensor& factor) {
 }
 
 // scale_(t, factor): t *= factor, and nothing at all where the factor is 1.
-void scale(Stack& stack) {
-  const Tensor t = stack.next<Tensor>();
-  const Tensor factor = stack.next<Tensor>();
+void scale(const Tensor& t, const Tensor& factor) {
   if (factor.numel() != 1) {
     throw Error(ErrorCode::invalid_value,
                 "scale_ takes a factor of one element, got " + std::to_string(factor.numel()));
@@ -192,57 +194,71 @@ Strides told_strides(Place place, const std::vector<std::int64_t>& strides, std:
   return strides_in_place(place, device).value_or(Strides{});
 }
 
-// A problem without data: sizes, dtypes, strides and options. Its CUDA device becomes the current
-// one for as long as `guard` lives.
-Problem read_problem(Stack& s, std::unique_ptr<DeviceGuard>& guard) {
-  struct {
-    std::int64_t sequences, length, V, D;
-  } sizes{};
-  sizes.sequences = s.next<std::int64_t>();
-  sizes.length = s.next<std::int64_t>();
-  sizes.V = s.next<std::int64_t>();
-  sizes.D = s.next<std::int64_t>();
-  const auto e = s.next<ScalarType>();
-  const auto c = s.next<ScalarType>();
-  const auto bias = s.next<std::optional<ScalarType>>();
-  const auto targets = s.next<ScalarType>();
-  const bool has_row_temperature = s.next<bool>();
-  const bool has_class_weight = s.next<bool>();
-  const bool known_at_forward = s.next<bool>();
-  const bool on_cuda = s.next<bool>();
-  const std::int64_t device_index = s.next<std::int64_t>();
-  const auto e_strides = s.next<std::vector<std::int64_t>>();
-  const std::int64_t e_offset = s.next<std::int64_t>();
-  const auto c_strides = s.next<std::vector<std::int64_t>>();
-  const std::int64_t c_offset = s.next<std::int64_t>();
-  const spec::Options options = read_options(s);
+// What CUTLOSS_PLAN_SIZES names.
+struct PlanSizes {
+  std::int64_t sequences, length, V, D;
+  ScalarType e, c;
+  std::optional<ScalarType> bias;
+  ScalarType targets;
+  bool has_row_temperature, has_class_weight, known_at_forward, on_cuda;
+  std::int64_t device_index;
+  std::vector<std::int64_t> e_strides;
+  std::int64_t e_offset;
+  std::vector<std::int64_t> c_strides;
+  std::int64_t c_offset;
 
-  Problem p =
-      spec::problem_of(options, known_at_forward ? Upstream::at_forward : Upstream::at_backward);
+  static PlanSizes read(Stack& s) {
+    using Numbers = std::vector<std::int64_t>;
+    return {s.next<std::int64_t>(),
+            s.next<std::int64_t>(),
+            s.next<std::int64_t>(),
+            s.next<std::int64_t>(),
+            s.next<ScalarType>(),
+            s.next<ScalarType>(),
+            s.next<std::optional<ScalarType>>(),
+            s.next<ScalarType>(),
+            s.next<bool>(),
+            s.next<bool>(),
+            s.next<bool>(),
+            s.next<bool>(),
+            s.next<std::int64_t>(),
+            s.next<Numbers>(),
+            s.next<std::int64_t>(),
+            s.next<Numbers>(),
+            s.next<std::int64_t>()};
+  }
+};
+
+// A problem without data. Its CUDA device becomes the current one for as long as `guard` lives.
+Problem told_problem(const PlanSizes& sizes, const spec::Options& options,
+                     std::unique_ptr<DeviceGuard>& guard) {
+  Problem p = spec::problem_of(
+      options, sizes.known_at_forward ? Upstream::at_forward : Upstream::at_backward);
   p.rows.sequences = sizes.sequences;
   p.rows.length = sizes.length;
-  p.device = on_cuda ? Device::cuda : Device::cpu;
+  p.device = sizes.on_cuda ? Device::cuda : Device::cpu;
   Head& head = head_of(p);
   head.classes.count = sizes.V;
   head.D = sizes.D;
-  const Strides of_e = told_strides({{sizes.sequences, sizes.length, sizes.D}, {}, e, e_offset},
-                                    e_strides, 3, p.device, "e_strides");
-  const Strides of_c =
-      told_strides({{1, sizes.V, sizes.D}, {}, c, c_offset}, c_strides, 2, p.device, "c_strides");
+  const Strides of_e =
+      told_strides({{sizes.sequences, sizes.length, sizes.D}, {}, sizes.e, sizes.e_offset},
+                   sizes.e_strides, 3, p.device, "e_strides");
+  const Strides of_c = told_strides({{1, sizes.V, sizes.D}, {}, sizes.c, sizes.c_offset},
+                                    sizes.c_strides, 2, p.device, "c_strides");
   head.e_sequence_stride = of_e.sequence;
   head.e_row_stride = of_e.row;
   head.c_row_stride = of_c.row;
-  head.e_type = dtype_of(e, "e");
-  head.c_type = dtype_of(c, "c");
-  head.has_bias = bias.has_value();
-  head.bias_type = bias ? dtype_of(*bias, "bias") : head.c_type;
-  p.rows.target_type = index_type_of(targets);
-  p.rows.has_temperature = has_row_temperature;
-  p.has_class_weight = has_class_weight;
+  head.e_type = dtype_of(sizes.e, "e");
+  head.c_type = dtype_of(sizes.c, "c");
+  head.has_bias = sizes.bias.has_value();
+  head.bias_type = sizes.bias ? dtype_of(*sizes.bias, "bias") : head.c_type;
+  p.rows.target_type = index_type_of(sizes.targets);
+  p.rows.has_temperature = sizes.has_row_temperature;
+  p.has_class_weight = sizes.has_class_weight;
   try {
-    if (on_cuda && device_index >= 0) {
-      guard = std::make_unique<DeviceGuard>(static_cast<std::int32_t>(device_index));
-      p.device_index = static_cast<int>(device_index);
+    if (sizes.on_cuda && sizes.device_index >= 0) {
+      guard = std::make_unique<DeviceGuard>(static_cast<std::int32_t>(sizes.device_index));
+      p.device_index = static_cast<int>(sizes.device_index);
     }
   } catch (const std::runtime_error&) {
     // A device of fake tensors only. What is missing, the engines say.
@@ -251,56 +267,55 @@ Problem read_problem(Stack& s, std::unique_ptr<DeviceGuard>& guard) {
 }
 
 // plan(sizes, *, options) -> JSON (spec/plan_fields.h)
-void plan(Stack& stack) {
+std::string plan(const PlanSizes& sizes, const spec::Options& options) {
   std::unique_ptr<DeviceGuard> guard;
-  const Problem problem = read_problem(stack, guard);
-  stack.put(spec::plan_fields(problem, spec::decide(problem)));
+  const Problem problem = told_problem(sizes, options, guard);
+  return spec::plan_fields(problem, spec::decide(problem));
 }
 
 // choice(sizes, *, options) -> (in_forward, schedule, kept_bytes): what of it a call must know
-void choice(Stack& stack) {
+std::tuple<bool, std::int64_t, std::int64_t> choice(const PlanSizes& sizes,
+                                                    const spec::Options& options) {
   std::unique_ptr<DeviceGuard> guard;
-  const Problem problem = read_problem(stack, guard);
-  const spec::Decided decided = spec::decide(problem);
-  stack.put(decided.in_forward);
-  stack.put(static_cast<std::int64_t>(decided.plan->schedule));
-  stack.put(decided.plan->keeps_logits ? decided.plan->kept_bytes : std::int64_t{0});
+  const spec::Decided decided = spec::decide(told_problem(sizes, options, guard));
+  const Plan& plan = *decided.plan;
+  return {decided.in_forward, static_cast<std::int64_t>(plan.schedule),
+          plan.keeps_logits ? plan.kept_bytes : 0};
 }
 
 // plan_for_rows(sizes, *, options) -> JSON: the same for each number of rows (spec/decide.h)
-void plan_for_rows(Stack& stack) {
+std::string plan_for_rows(const PlanSizes& sizes, const spec::Options& options) {
   std::unique_ptr<DeviceGuard> guard;
-  const Problem problem = read_problem(stack, guard);
-  stack.put(spec::fields_for_rows(problem));
+  return spec::fields_for_rows(told_problem(sizes, options, guard));
 }
 
 // waits_for_loss_scale(dtype): whether gradients of that dtype are made in backward alone
-void waits_for_loss_scale(Stack& stack) {
-  stack.put(cutloss::waits_for_loss_scale(dtype_of(stack.next<ScalarType>(), "dtype")));
+bool waits_for_loss_scale(ScalarType dtype) {
+  return cutloss::waits_for_loss_scale(dtype_of(dtype, "dtype"));
 }
 
 // Of the CUDA runtime that is in this library, as CUDA counts: 13000 for 13.0. 0 where there is
 // none.
-void cuda_version(Stack& stack) {
+std::int64_t cuda_version() {
 #ifdef CUTLOSS_CUDA
-  stack.put(std::int64_t{CUDART_VERSION});
+  return CUDART_VERSION;
 #else
-  stack.put(std::int64_t{0});
+  return 0;
 #endif
 }
 
-// What the kernels were compiled for, as it was written for the build.
-void cuda_code(Stack& stack) {
+// What the CUDA kernels were compiled for, as it was written for the build.
+std::string cuda_code() {
 #ifdef CUTLOSS_CUDA
-  stack.put(std::string(CUTLOSS_CUDA_CODE));
+  return CUTLOSS_CUDA_CODE;
 #else
-  stack.put(std::string());
+  return {};
 #endif
 }
 
-void version(Stack& stack) { stack.put(std::string(CUTLOSS_VERSION)); }
+std::string version() { return CUTLOSS_VERSION; }
 
-void engines(Stack& stack) { stack.put(spec::engine_fields()); }
+std::string engines() { return spec::engine_fields(); }
 
 }  // namespace
 
@@ -361,8 +376,8 @@ STABLE_TORCH_LIBRARY(cutloss, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(cutloss, CPU, m) {
   m.impl("statistics", &boxed<statistics>);
-  m.impl("gradients", &boxed<gradients<false>>);
-  m.impl("gradients_", &boxed<gradients<true>>);
+  m.impl("gradients", &boxed<gradients>);
+  m.impl("gradients_", &boxed<add_gradients>);
   m.impl("loss_and_gradients", &boxed<loss_and_gradients>);
   m.impl("loss_terms", &boxed<loss_terms>);
   m.impl("open_statistics", &boxed<open_statistics>);
@@ -379,8 +394,8 @@ STABLE_TORCH_LIBRARY_IMPL(cutloss, CPU, m) {
 // In every build: one without CUDA says that no engine takes the problem, and why.
 STABLE_TORCH_LIBRARY_IMPL(cutloss, CUDA, m) {
   m.impl("statistics", &boxed<statistics, Device::cuda>);
-  m.impl("gradients", &boxed<gradients<false>, Device::cuda>);
-  m.impl("gradients_", &boxed<gradients<true>, Device::cuda>);
+  m.impl("gradients", &boxed<gradients, Device::cuda>);
+  m.impl("gradients_", &boxed<add_gradients, Device::cuda>);
   m.impl("loss_and_gradients", &boxed<loss_and_gradients, Device::cuda>);
   m.impl("loss_terms", &boxed<loss_terms, Device::cuda>);
   m.impl("open_statistics", &boxed<open_statistics, Device::cuda>);

@@ -58,8 +58,10 @@ class OptionReader {
   std::exception_ptr failed_;
 };
 
-inline spec::Options read_options(Stack& stack, spec::Takers operators = spec::Takers::linear) {
-  return OptionReader(stack).read(operators);
-}
+// The options of operators that multiply E and C.
+template <>
+struct Argument<spec::Options> {
+  static spec::Options read(Stack& stack) { return OptionReader(stack).read(spec::Takers::linear); }
+};
 
 }  // namespace cutloss::binding

@@ -3,9 +3,6 @@
 #include <optional>
 #include <string>
 
-#include "call.h"
-#include "row_tensors.h"
-
 namespace cutloss::binding {
 namespace {
 
@@ -13,10 +10,8 @@ DType stat_of(ScalarType type) { return dtype_of(type, "stat_dtype"); }
 
 }  // namespace
 
-void open_statistics(Stack& stack) {
-  Operands operands = read_operands(stack);
-  const auto before = stack.next<std::int64_t>();
-  const spec::Options options = read_options(stack);
+std::tuple<Tensor, Tensor> open_statistics(Operands operands, std::int64_t before,
+                                           const spec::Options& options) {
   Call call(std::move(operands), options, Upstream::at_backward);
   const Plan& plan = call.plan();
   const std::int64_t bytes = row_state_bytes(stat_of(call.stats()));
@@ -29,36 +24,31 @@ void open_statistics(Stack& stack) {
   call.args.kept = data(kept);
   call.args.workspace = workspace.data();
   forward(plan, call.args);
-  stack.put(states);
-  stack.put(kept);
+  return {states, kept};
 }
 
-void empty_states(Stack& stack) {
-  const Tensor like = stack.next<Tensor>();
-  const auto rows = stack.next<std::int64_t>();
-  const DType stat = stat_of(stack.next<ScalarType>());
+Tensor empty_states(const Tensor& like, std::int64_t rows, ScalarType stat_dtype) {
+  const DType stat = stat_of(stat_dtype);
   const OnDevice here(like);
   const Tensor states = new_tensor(like, {rows, row_state_bytes(stat)}, ScalarType::Byte);
   cutloss::empty_states(here.device(), stat, rows, data(states), here.stream());
-  stack.put(states);
+  return states;
 }
 
-void close_rows(Stack& stack) {
-  const Tensor given = stack.next<Tensor>();
-  Tensor targets = stack.next<Tensor>();
-  const auto class_weight = stack.next<std::optional<Tensor>>();
-  const auto is_right = stack.next<std::optional<Tensor>>();
-  const auto before = stack.next<std::int64_t>();
-  const auto type = stack.next<ScalarType>();
+RowTensors close_rows(const Tensor& given, Tensor targets,
+                      const std::optional<Tensor>& class_weight,
+                      const std::optional<Tensor>& is_right, std::int64_t before, ScalarType type,
+                      std::int64_t V, std::int64_t shift, std::int64_t ignore_index,
+                      bool wants_entropy, bool wants_zbar, bool wants_argmax) {
   LossRows rows;
   rows.type = stat_of(type);
-  rows.classes = stack.next<std::int64_t>();
-  rows.rows.shift = stack.next<std::int64_t>();
-  rows.rows.ignore_index = stack.next<std::int64_t>();
+  rows.classes = V;
+  rows.rows.shift = shift;
+  rows.rows.ignore_index = ignore_index;
   Wanted wanted;
-  wanted.entropy = stack.next<bool>();
-  wanted.zbar = stack.next<bool>();
-  wanted.argmax = stack.next<bool>();
+  wanted.entropy = wants_entropy;
+  wanted.zbar = wants_zbar;
+  wanted.argmax = wants_argmax;
 
   const OnDevice here(given, "states");
   rows.device = here.device();
@@ -93,7 +83,7 @@ void close_rows(Stack& stack) {
   s.class_weight = inputs.class_weight(class_weight);
   s.is_right = inputs.flag(is_right);
   cutloss::close_rows(rows, s, out.outputs(), here.stream());
-  out.put(stack);
+  return out;
 }
 
 }  // namespace cutloss::binding

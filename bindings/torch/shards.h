@@ -2,18 +2,26 @@
 // the states of all shards close. The gradients of a shard are those of ops.cpp.
 #pragma once
 
-#include "convert.h"
+#include <tuple>
+
+#include "call.h"
+#include "row_tensors.h"
 
 namespace cutloss::binding {
 
 // open_statistics(operands, before, *, options) -> (states, kept): states (before + rows, bytes of
 // a state), of which the first `before` records are the caller's to write
-void open_statistics(Stack& stack);
+std::tuple<Tensor, Tensor> open_statistics(Operands operands, std::int64_t before,
+                                           const spec::Options& options);
 // empty_states(like, rows, stat_dtype) -> states: those of a shard without classes, where `like` is
-void empty_states(Stack& stack);
+Tensor empty_states(const Tensor& like, std::int64_t rows, ScalarType stat_dtype);
 // close_rows(states (shards, before + rows, bytes), targets, class_weight, is_right, before,
 //            stat_dtype, V, shift, ignore_index, wants_entropy, wants_zbar, wants_argmax)
 //   -> (nll, lse, row_max, log_sum, entropy, zbar_centred, argmax)
-void close_rows(Stack& stack);
+RowTensors close_rows(const Tensor& given, Tensor targets,
+                      const std::optional<Tensor>& class_weight,
+                      const std::optional<Tensor>& is_right, std::int64_t before, ScalarType type,
+                      std::int64_t V, std::int64_t shift, std::int64_t ignore_index,
+                      bool wants_entropy, bool wants_zbar, bool wants_argmax);
 
 }  // namespace cutloss::binding

@@ -37,7 +37,8 @@ const void* weights(const OnDevice& here, const std::optional<Tensor>& given,
 
 }  // namespace
 
-Terms make_terms(const LossRows& rows, const RowWeights& given, const Tensor& targets) {
+Terms make_terms(const LossRows& rows, const WeightTensors& tensors, const RowWeights& given,
+                 const Tensor& targets) {
   const OnDevice here(targets, "targets");
   const ScalarType type = rows.type == DType::f64 ? ScalarType::Double : ScalarType::Float;
   std::optional<Tensor> alive[2];
@@ -45,10 +46,10 @@ Terms make_terms(const LossRows& rows, const RowWeights& given, const Tensor& ta
   weighting.mean = given.mean;
   weighting.label_smoothing = given.label_smoothing;
   weighting.z_loss = given.z_loss;
-  weighting.token_weight = weights(here, given.of_tokens, {targets.size(0), targets.size(1)}, type,
-                                   "token_weight", alive[0]);
+  weighting.token_weight = weights(here, tensors.of_tokens, {targets.size(0), targets.size(1)},
+                                   type, "token_weight", alive[0]);
   weighting.class_weight =
-      weights(here, given.of_classes, {rows.classes}, type, "class_weight", alive[1]);
+      weights(here, tensors.of_classes, {rows.classes}, type, "class_weight", alive[1]);
 
   const std::int64_t count = row_count(rows.rows);
   const TermOrder order(weighting.label_smoothing > 0, weighting.z_loss > 0);
@@ -65,33 +66,23 @@ Terms make_terms(const LossRows& rows, const RowWeights& given, const Tensor& ta
   return made;
 }
 
-void loss_terms(Stack& stack) {
-  Tensor targets = stack.next<Tensor>();
-  RowWeights weights;
-  weights.of_tokens = stack.next<std::optional<Tensor>>();
-  weights.of_classes = stack.next<std::optional<Tensor>>();
-  const auto compute = stack.next<ScalarType>();
-  LossRows rows;
-  rows.classes = stack.next<std::int64_t>();
-  rows.rows.shift = stack.next<std::int64_t>();
-  rows.rows.ignore_index = stack.next<std::int64_t>();
-  weights.mean = stack.next<bool>();
-  weights.label_smoothing = stack.next<double>();
-  weights.z_loss = stack.next<double>();
-
+Terms loss_terms(Tensor targets, const WeightTensors& tensors, ScalarType compute, std::int64_t V,
+                 std::int64_t shift, std::int64_t ignore_index, const RowWeights& weights) {
   if (targets.dim() != 2) {
     throw Error(ErrorCode::invalid_value, "targets must be (sequences, length), got " +
                                               std::to_string(targets.dim()) + " dimensions");
   }
   targets = packed(targets, "targets");
+  LossRows rows;
+  rows.classes = V;
+  rows.rows.shift = shift;
+  rows.rows.ignore_index = ignore_index;
   rows.device = targets.is_cuda() ? Device::cuda : Device::cpu;
   rows.rows.sequences = targets.size(0);
   rows.rows.length = targets.size(1);
   rows.rows.target_type = index_type_of(targets.scalar_type());
   rows.type = dtype_of(compute, "compute_dtype") == DType::f64 ? DType::f64 : DType::f32;
-  const Terms made = make_terms(rows, weights, targets);
-  stack.put(made.terms);
-  stack.put(made.undefined);
+  return make_terms(rows, tensors, weights, targets);
 }
 
 }  // namespace cutloss::binding
