@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import sharded
-from ._core import checks, decide, repeated, weighting
+from ._core import checks, decide, weighting
 from ._core.operands import (
     checked_options,
     in_sequences,
@@ -19,11 +19,11 @@ from ._core.operands import (
 )
 from ._core.options import Options
 from ._core.plan import Plan
-from ._core.repeated import Settled
 from ._implementations import LinearCrossEntropyImpl, is_plain
-from ._torch import autograd, library, operators, private, shards
+from ._torch import autograd, library, operators, private, repeated, shards
 from ._torch.partitioned import is_dtensor
 from ._torch.plain import statistics as plain_statistics
+from ._torch.repeated import Settled
 from .sharded import VocabParallelOptions
 
 # The attribute of a c that names a tensor to which its gradient is to be added, in the dtype of the
@@ -269,13 +269,9 @@ def _weighs_in_torch(how: weighting.Weighting) -> bool:
 
 
 def _known_at_forward(how: weighting.Weighting, options: Options, wants_lse: bool) -> bool:
-    """Whether the loss is a sum of rows, with weights that are known in forward where PyTorch does
-    not weigh them. A per-token result that may get a gradient of its own rules that out."""
-    return (
-        how.reduction != "none"
-        and not wants_lse
-        and not options.wants_entropy
-    )
+    """Whether forward knows what gradient each row's loss will get, up to one factor: the loss is a
+    sum of rows, and no per-token result beside it may get a gradient of its own."""
+    return how.reduction != "none" and not wants_lse and not options.wants_entropy
 
 
 def _class_weight(how: weighting.Weighting, options: Options) -> Tensor | None:
@@ -312,7 +308,10 @@ def _evaluate(
     options, how, at_once, _, is_ordinary = settled
     c, labels = operands[1], operands[3]
     if at_once is not None:
-        weights = (None, None) if is_ordinary else how.tensors(options.stats)
+        weights = (None, None)
+        if not is_ordinary:
+            # Copies: backward keeps them, and those of the caller may change, or be inference's.
+            weights = how.tensors(options.stats, copy=any(options.needs))
         loss, rows, undefined = operators.loss_at_once(at_once, operands, weights)
         warn_of_no_weight(undefined, how, labels, options)
         return loss, rows

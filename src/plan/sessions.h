@@ -35,6 +35,7 @@ class CheckedSession : public Session {
   void statistics(std::int64_t chunk) final {
     check("statistics", chunk);
     if (!makes_statistics(pass_)) refuse("statistics", "it was opened for Pass::backward");
+    if (last_ < 0 && !resumed_ && chunk != 0) refuse("statistics", "chunk 0 comes first");
     make_statistics(chunk);
     last_ = chunk;
   }

@@ -153,6 +153,7 @@ TEST_P(Seam, RefusesPlansAndChunksThatHaveNone) {
   const Args args = args_for(data, out, scratch, /*forward=*/true);
   const auto session = open(plan, args, Pass::both);
   session->begin();
+  EXPECT_THROW(session->statistics(1), Error);  // before those of chunk 0
   session->statistics(0);
   session->gradients(0);
   EXPECT_THROW(session->gradients(0), Error);  // they would be added once more

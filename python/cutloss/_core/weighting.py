@@ -54,10 +54,12 @@ class Weighting:
             return said
         return {name: value for name, value in said.items() if value != WEIGHTS_OF_ROWS[name]}
 
-    def tensors(self, stats: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    def tensors(
+        self, stats: torch.dtype, copy: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Those of tokens and of classes, as the operators take them."""
         given = self.token_weight, self.weight
-        return tuple([None if t is None else t.to(stats) for t in given])
+        return tuple([None if t is None else t.to(stats, copy=copy) for t in given])
 
     def changes_nothing(self) -> bool:
         """Whether the loss is nll as it is."""

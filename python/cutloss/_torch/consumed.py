@@ -65,6 +65,7 @@ def _check(logits: Tensor) -> None:
             f"shape {checks.shape(logits)}: pass logits.contiguous(), or leave consume_logits out"
         )
 
+
 def _empty(logits: Tensor) -> None:
     """Whoever reads the tensor now finds no elements, not a gradient."""
     for t in (logits, private.base_of(logits)):

@@ -275,3 +275,23 @@ def test_frequent_targets_keep_their_digits(schedule):
     (truth,) = torch.autograd.grad(torch.nn.functional.cross_entropy(z, targets), exact)
     ours = error_of_dc(schedule=schedule, max_workspace=256 << 20)
     assert ours <= 2 * error_of_dc(impl="torch") + 1e-3
+
+
+@pytest.mark.parametrize("name, size", [("token_weight", 33), ("weight", 50)])
+def test_weights_are_the_callers_to_change(name, size):
+    """Between forward and backward; and they may come from inference, as those of a rollout do."""
+    e = torch.randn(33, 16, device=problems.device, requires_grad=True)
+    c = torch.randn(50, 16, device=problems.device, requires_grad=True)
+    targets = torch.randint(50, (33,), device=problems.device)
+    with torch.inference_mode():
+        weights = torch.rand(size, device=problems.device)
+    mine = weights.clone()
+    expected = torch.autograd.grad(
+        linear_cross_entropy(e, c, targets, impl="torch", **{name: mine.clone()}), (e, c)
+    )
+    for given in (weights, mine):
+        loss = linear_cross_entropy(e, c, targets, **{name: given})
+        if given is mine:
+            mine.mul_(2)
+        for got, want in zip(torch.autograd.grad(loss, (e, c)), expected, strict=True):
+            torch.testing.assert_close(got, want)

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import library, private
-from .._torch.operators import Linear
-from .operands import check_values, in_sequences
-from .options import Options
-from .weighting import Weighting
+from .._core.operands import check_values, in_sequences
+from .._core.options import Options
+from .._core.weighting import Weighting
+from . import library, private
+from .operators import Linear
 
 
 class Settled(NamedTuple):
@@ -63,7 +63,7 @@ def key(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, said: tuple)
         if torch.is_autocast_enabled(kind):
             facts.append(torch.get_autocast_dtype(kind))
         if kind == "cuda":
-            facts.append(library.allow_tf32(kind, e.dtype))
+            facts.append(library.allow_tf32(kind, torch.float32))  # to which autocast may go
         made = tuple(facts)
         hash(made)  # of options that have none something is wrong
     except (AttributeError, RuntimeError, TypeError):
