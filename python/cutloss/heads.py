@@ -152,8 +152,9 @@ def _check_classifier(module: nn.Module) -> None:
     if "forward" in module.__dict__:
         raise TypeError(
             f"output_embeddings, of type {type(module).__name__}, has a forward of its own (as "
-            f"accelerate's hooks put there), which would not be called: remove it (accelerate's by "
-            f"remove_hook_from_module), or call linear_cross_entropy with the weight instead"
+            f"cutloss.patch and accelerate's hooks put there), which would not be called: remove it "
+            f"(cutloss.unpatch(model), or accelerate's remove_hook_from_module), or call "
+            f"linear_cross_entropy with the weight instead"
         )
     # What comes out of a shared nn.Embedding are rows of its weight, which hooks may change.
     hooks = private.forward_pre_hooks(module)

@@ -136,7 +136,10 @@ def patch(
         held.guards += _guard.install(module)
     if verify or batch is not None:
         try:
-            _verify.verify(target, switch, held.stock(target), batch)
+            # Of a batch of its own, which says nothing of the memory that a step needs.
+            limit = max_workspace if batch is not None else None
+            with switch.with_options(max_workspace=limit):
+                _verify.verify(target, switch, held.stock(target), batch)
         except BaseException:
             unpatch(target)
             raise

@@ -5,7 +5,9 @@ import copy
 import dataclasses
 import operator
 import threading
+from collections.abc import Iterator
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,15 @@ class Switch:
     @property
     def now(self) -> Now:
         return self.of_thread.now
+
+    @contextlib.contextmanager
+    def with_options(self, **changes: Any) -> Iterator[None]:
+        before = self.options
+        self.options = before | changes
+        try:
+            yield
+        finally:
+            self.options = before
 
     def __deepcopy__(self, memo: dict) -> "Switch":
         layers = copy.deepcopy(self.layers, memo)

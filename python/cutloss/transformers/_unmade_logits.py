@@ -465,7 +465,10 @@ def _cross_entropy(
     if size_average is not None or reduce is not None:
         raise LogitsNotMadeError("a cross-entropy with size_average or reduce, not reduction,")
     if isinstance(target, Tensor) and target.is_floating_point():
-        raise LogitsNotMadeError("a cross-entropy with probabilities as targets")
+        raise LogitsNotMadeError(
+            f"a cross-entropy with probabilities as targets (of {target.dtype}; labels are class "
+            f"indices in int64: labels.long())"
+        )
     classes_are_in = 1 if logits.ndim > 1 else 0
     if logits.class_dim != classes_are_in:
         raise LogitsNotMadeError(

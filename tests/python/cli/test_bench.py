@@ -502,3 +502,10 @@ def test_options_without_a_meaning_for_logits_are_refused(capsys):
     for option, value in (("--dtype", "fp64"), ("--passes", "fwbw_frozen"), ("--ignored", "0.5")):
         done = run_cli(capsys, "bench", "--logits", "--shape", "5,1,50", option, value)
         assert_refused(done, option, "--logits")
+
+
+def test_tables_are_whole_in_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert report.console().width == 180
+    monkeypatch.setenv("COLUMNS", "200")
+    assert report.console().width == 200

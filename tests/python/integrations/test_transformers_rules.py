@@ -179,7 +179,8 @@ def test_impl_torch_and_max_workspace_arrive():
     model, inputs = cutloss.patch(make(LLAMA), impl="torch"), batch()
     with pytest.raises(AssertionError, match="made a tensor of shape"), NoLogits():
         model(**inputs)
-    model = cutloss.patch(make(LLAMA), max_workspace=1, verify=False)
+    # The few tokens on which patch compares say nothing of what a step needs.
+    model = cutloss.patch(make(LLAMA), max_workspace=1)
     with pytest.raises(ValueError, match="max_workspace"):
         model(**inputs)
 

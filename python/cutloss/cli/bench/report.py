@@ -55,9 +55,9 @@ COLUMNS = (
 
 
 def console():
-    """Wide enough for the tables where the output is not a terminal."""
-    shown = Console(highlight=False)
-    return shown if shown.is_terminal else Console(highlight=False, width=180)
+    """Wide enough for the tables, whose columns say nothing where they are cut: in a narrow terminal
+    lines go on in the next one."""
+    return Console(highlight=False, width=max(Console().width, 180))
 
 
 def note(text):
