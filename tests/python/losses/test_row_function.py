@@ -34,21 +34,75 @@ def calls(monkeypatch):
     return seen
 
 
-def test_a_function_is_looked_at_once(calls, chunks):
+def looks_until(evaluations):
+    """How many of so many evaluations are looked at: numbers 1, 2, 4, 8, ..."""
+    return evaluations.bit_length()
+
+
+def test_a_function_is_looked_at_ever_more_rarely(calls, chunks):
     p = problems.make((3, 270), V=531, D=16)
     most = smallest(p, dft, {})
     del calls[:], chunks[:]
-    for extra in (2, 0):  # with other rows changed, and with fewer rows
+    evaluations = 0
+    for _ in range(2):
         call(p, dft, {}, schedule="rows", max_workspace=most)
-        assert chunks[-1] > 4 and len(calls) == chunks[-1] + extra
-        del calls[:]
-    call(p, dft, {}, schedule="vocabulary")
-    assert len(calls) == 1
-    call(p.to(F64), dft, {})  # of another dtype
-    assert len(calls) == 1 + 3
+        evaluations += chunks[-1]
+        # A look takes two calls: with other rows changed, and with fewer rows.
+        assert chunks[-1] > 4 and len(calls) == evaluations + 2 * looks_until(evaluations)
     again = types.FunctionType(dft.__code__, globals())  # as in a cell that is run again
-    call(p, again, {}, schedule="rows")
-    assert len(calls) == 1 + 3 + 1
+    for fn in (dft, again):
+        call(p, fn, {}, schedule="vocabulary")
+        evaluations += 1
+        assert len(calls) == evaluations + 2 * looks_until(evaluations)
+    del calls[:]
+    call(p.to(F64), dft, {})  # of another dtype
+    assert len(calls) == 3
+
+
+def is_known(calls, make, p):
+    """Whether evaluation 3 of a function, made anew each time, is one call."""
+    for n in (3, 3, 1):
+        del calls[:]
+        call(p, make(), {})
+        if len(calls) != n:
+            return False
+    return True
+
+
+def drops_outliers(nll):
+    """That is, by the mean of the rows that are at hand."""
+    return torch.where(nll > 2 * nll.mean(), 0.0, nll)
+
+
+def rows(has_outliers):
+    """With losses far from each other, or close."""
+    p = problems.make((77,))
+    p.e.data.mul_(8.0 if has_outliers else 0.01)
+    return p
+
+
+@pytest.mark.parametrize("schedule", ["rows", "vocabulary"])
+def test_coupling_that_shows_in_later_data_is_found(calls, schedule):
+    early, late = map(rows, (False, True))
+    for _ in range(5):
+        call(early, drops_outliers, {}, schedule=schedule)
+    for _ in range(2):  # evaluations 6 and 7
+        call(late, drops_outliers, {}, schedule=schedule)
+    for _ in range(2):  # evaluation 8, and what is no longer known
+        with pytest.raises(ValueError, match="depends on other rows"):
+            call(late, drops_outliers, {}, schedule=schedule)
+
+
+def test_coupling_in_later_data_where_it_is_not_waited_for(calls, monkeypatch):
+    """As on CUDA: the loss is NaN, and stays so."""
+    early, late = map(rows, (False, True))
+    call(early, drops_outliers, {})
+    monkeypatch.setattr(_row_function.checks, "may_look", lambda device: False)
+    monkeypatch.setattr(_row_function, "_may_wait", lambda key: pytest.fail("waits"))
+    assert call(early, drops_outliers, {}).isfinite()
+    assert call(late, drops_outliers, {}).isfinite()  # evaluation 3
+    for data in (late, late, early):
+        assert call(data, drops_outliers, {}).isnan()
 
 
 def test_a_function_is_looked_at_in_every_call_where_that_is_asked_for(calls, monkeypatch):
@@ -150,11 +204,7 @@ def test_a_function_is_looked_at_again_where_it_is_steered_otherwise(steered, sc
 
 @pytest.mark.parametrize("steered", STEERED.values(), ids=STEERED.keys())
 def test_a_function_that_is_made_anew_is_known(steered, calls):
-    p = problems.make((77,))
-    for n in (3, 1):
-        del calls[:]
-        call(p, steered(False), {})
-        assert len(calls) == n
+    assert is_known(calls, lambda: steered(False), problems.make((77,)))
 
 
 def test_a_switch_that_is_turned_between_calls(calls):
