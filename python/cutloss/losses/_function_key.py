@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 _MOST = 500  # values that are looked at, for one function
-_SWITCHES = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device)
+_SWITCHES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_SWITCHES += (type(None), type(...), type(NotImplemented))
 _ENTRIES = (tuple, list, set, frozenset, dict)
 # Modules whose functions and classes nobody steers: they count by themselves, not by what is in them.
 _FIXED = frozenset(
@@ -21,7 +22,8 @@ _FIXED = frozenset(
     "torch types typing".split()
 )
 # Classes of those, beside torch's in Python, whose objects show all that they hold.
-_OPEN = {object, type, *_ENTRIES, OrderedDict, types.SimpleNamespace, Tensor.__base__}
+_OPEN = {object, type, *_ENTRIES, OrderedDict, types.SimpleNamespace}
+_OPEN |= {torch.Size, *Tensor.__mro__}
 # What Python itself writes into a class, about the class.
 _ABOUT = frozenset(
     "__module__ __doc__ __dict__ __weakref__ __annotations__ __annotations_cache__ __annotate_func__ "
