@@ -16,7 +16,7 @@ _MOST = 500  # values that are looked at, for one function
 _SWITCHES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _SWITCHES += (type(None), type(...), type(NotImplemented))
 _ENTRIES = (tuple, list, set, frozenset, dict)
-# Modules whose functions and classes nobody steers: they count by themselves, not by what is in them.
+# Modules whose functions and classes nobody steers: they count by themselves, not by their parts.
 _FIXED = frozenset(
     "abc builtins cmath collections contextlib dataclasses enum functools itertools math operator "
     "torch types typing".split()
@@ -26,14 +26,14 @@ _OPEN = {object, type, *_ENTRIES, OrderedDict, types.SimpleNamespace}
 _OPEN |= {torch.Size, *Tensor.__mro__}
 # What Python itself writes into a class, about the class.
 _ABOUT = frozenset(
-    "__module__ __doc__ __dict__ __weakref__ __annotations__ __annotations_cache__ __annotate_func__ "
-    "__static_attributes__ __firstlineno__ __dataclass_fields__ __dataclass_params__ "
-    "__abstractmethods__ _abc_impl".split()
+    "__module__ __doc__ __dict__ __weakref__ __annotations__ __annotations_cache__ "
+    "__annotate_func__ __static_attributes__ __firstlineno__ __dataclass_fields__ "
+    "__dataclass_params__ __abstractmethods__ _abc_impl".split()
 )
 # Names in code that reach what the code does not name.
 _REACHING = frozenset(
-    "getattr hasattr vars dir globals locals eval exec attrgetter methodcaller __dict__ __globals__ "
-    "__builtins__ __getattribute__ __import__".split()
+    "getattr hasattr vars dir globals locals eval exec attrgetter methodcaller __dict__ "
+    "__globals__ __builtins__ __getattribute__ __import__".split()
 )
 
 
