@@ -2,6 +2,7 @@
 independent of each other."""
 
 import collections
+import dataclasses
 import inspect
 import weakref
 from collections.abc import Callable, Hashable
@@ -14,8 +15,16 @@ from ._function_key import FunctionKey
 
 RowFunction = Callable[..., Tensor]
 
-# Functions, with the kinds of their inputs, that were seen to keep rows apart; the latest last.
-_known: collections.OrderedDict[Hashable, None] = collections.OrderedDict()
+
+@dataclasses.dataclass
+class _Seen:
+    """A function that was seen to keep rows apart, with inputs of certain kinds."""
+
+    evaluations: int = 1
+    coupled: Tensor | None = None  # on CUDA, whether a later look saw otherwise: not waited for
+
+
+_known: collections.OrderedDict[Hashable, _Seen] = collections.OrderedDict()  # the latest last
 _MOST_KNOWN = 256
 _ENOUGH_ROWS = 16  # with fewer a function may keep rows apart by chance
 # How often the device was waited for, to look at a function of this code. With a number in its
@@ -33,7 +42,9 @@ def evaluate(
     """fn of some rows, (R). `key`: of fn; None where it is traced. Where a row's result depends on
     other rows that is an error; under torch.compile, in a CUDA graph, and where fn's code was
     waited for on CUDA often enough, NaN. A function that was seen to keep rows apart is called
-    once, and not looked at again."""
+    once, and looked at again at its evaluations 2, 4, 8, ...: it may couple rows for some data
+    only. Such a later look does not wait for CUDA: where it sees that, this result and all later
+    ones are NaN."""
     out = _call(fn, statistics | slices)
     _check(out, statistics)
     if out.shape[0] < 2:
@@ -43,14 +54,22 @@ def evaluate(
     on_cuda = out.device.type == "cuda"
     is_captured = on_cuda and torch.cuda.is_current_stream_capturing()
     inputs = tuple((k, t.dtype, t.dim(), t.requires_grad) for k, t in (statistics | slices).items())
-    known = key.value, inputs, out.device.type, out.requires_grad
-    if key.is_complete and known in _known and not is_captured and not checks.looks_always():
-        return out
+    known = key.value, inputs, out.device, out.requires_grad
+    seen = _known.get(known) if key.is_complete and not is_captured else None
+    if seen is not None:
+        seen.evaluations += 1
+        is_power_of_two = seen.evaluations & (seen.evaluations - 1) == 0
+        if not is_power_of_two and not checks.looks_always():
+            return out if seen.coupled is None else torch.where(seen.coupled, torch.nan, out)
     coupled = _couples(fn, statistics, slices, out)
+    if seen is not None and not checks.may_look(out.device):
+        seen.coupled = coupled if seen.coupled is None else coupled | seen.coupled
+        return torch.where(seen.coupled, torch.nan, out)
     if is_captured or not (checks.may_look(out.device) or _may_wait(key)):
         return torch.where(coupled, torch.nan, out)
     coupled, tells = torch.stack((coupled, _tells(statistics | slices, out))).tolist()
     if coupled:
+        _known.pop(known, None)
         raise ValueError(
             f"fn's result for a row depends on other rows of the chunk (seen with {out.shape[0]} "
             f"rows), or differs from call to call: rows come in chunks, so it may use the row's "
@@ -58,8 +77,8 @@ def evaluate(
             f"by per_token or normalizer; losses that couple tokens of a sequence take "
             f"cutloss.losses.token_log_probs"
         )
-    if tells and key.is_complete:
-        _known[known] = None
+    if tells and key.is_complete and seen is None:
+        _known[known] = _Seen()
         if len(_known) > _MOST_KNOWN:
             _known.popitem(last=False)
     return out

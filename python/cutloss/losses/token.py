@@ -56,11 +56,17 @@ def linear_token_loss(
         asked for: ``entropy``, ``lse``, the entries of per_token. Returns one loss of each row,
         (R). It is differentiated by PyTorch, so ``detach()`` and ``torch.no_grad()`` mean what
         they say. Each row's result must depend on this row alone, and be the same from call to
-        call: rows arrive in chunks. That is checked with the first chunk that can show it, for each
-        function and each way in which flags and numbers in its closure, defaults, attributes and
-        globals steer it; with CUTLOSS_CHECK=1 in every call. Where it does not hold there is a
-        ValueError; on CUDA, where looking waits for the device, for the first few of these ways,
-        else the loss is NaN, as it is in CUDA graphs and under torch.compile. Parameters of its own
+        call: rows arrive in chunks. That is looked at with the first chunk that can show it, and
+        again at evaluations 2, 4, 8, ... (one a chunk) of the same function, in the same dtypes.
+        The same is what has the same code and is steered alike: by flags, numbers and strings in
+        its closure, defaults and attributes, and in the functions, classes, objects and modules
+        that it uses. Where one of these is not compared (``os.environ``, ``getattr``, an import
+        within the function, ``__slots__``, more than some hundred values), every chunk is looked
+        at. Values of tensors are data: rows that are coupled for rare data only can pass between
+        looks; CUTLOSS_CHECK=1 looks at every chunk. Where rows are coupled there is a ValueError.
+        On CUDA looking waits for the device: first looks do so eight times for one definition;
+        else, and at later looks, the loss is NaN instead (and stays so, after a later look), as it
+        is in CUDA graphs and under torch.compile, which look at every chunk. Parameters of its own
         get no gradient (an error). It may be called with rows that do not count, whose results are
         left out, and again by a second backward: then what it closes over must be as it was.
         Autocast is off around it.

@@ -1,8 +1,13 @@
 """Whether a function of rows keeps them apart: when that is looked at, and when not again."""
 
+import builtins
 import collections
+import dataclasses
 import enum
 import functools
+import math
+import os
+import sys
 import types
 
 import pytest
@@ -34,21 +39,124 @@ def calls(monkeypatch):
     return seen
 
 
-def test_a_function_is_looked_at_once(calls, chunks):
+def looks_until(evaluations):
+    """How many of so many evaluations are looked at: numbers 1, 2, 4, 8, ..."""
+    return evaluations.bit_length()
+
+
+def test_a_function_is_looked_at_ever_more_rarely(calls, chunks):
     p = problems.make((3, 270), V=531, D=16)
     most = smallest(p, dft, {})
     del calls[:], chunks[:]
-    for extra in (2, 0):  # with other rows changed, and with fewer rows
+    evaluations = 0
+    for _ in range(2):
         call(p, dft, {}, schedule="rows", max_workspace=most)
-        assert chunks[-1] > 4 and len(calls) == chunks[-1] + extra
-        del calls[:]
-    call(p, dft, {}, schedule="vocabulary")
-    assert len(calls) == 1
-    call(p.to(F64), dft, {})  # of another dtype
-    assert len(calls) == 1 + 3
+        evaluations += chunks[-1]
+        # A look takes two calls: with other rows changed, and with fewer rows.
+        assert chunks[-1] > 4 and len(calls) == evaluations + 2 * looks_until(evaluations)
     again = types.FunctionType(dft.__code__, globals())  # as in a cell that is run again
-    call(p, again, {}, schedule="rows")
-    assert len(calls) == 1 + 3 + 1
+    for fn in (dft, again):
+        call(p, fn, {}, schedule="vocabulary")
+        evaluations += 1
+        assert len(calls) == evaluations + 2 * looks_until(evaluations)
+    del calls[:]
+    call(p.to(F64), dft, {})  # of another dtype
+    assert len(calls) == 3
+
+
+def is_known(calls, make, p):
+    """Whether evaluation 3 of a function, made anew each time, is one call."""
+    for n in (3, 3, 1):
+        del calls[:]
+        call(p, make(), {})
+        if len(calls) != n:
+            return False
+    return True
+
+
+WEIGHT = torch.ones(1)
+
+
+def helper_of_torch(nll):
+    return torch.nn.functional.softplus(nll) * WEIGHT * math.pi
+
+
+def focal(power):
+    @torch.no_grad()
+    def weight(nll):
+        return (1 - nll.neg().exp()) ** power
+
+    return lambda nll: weight(nll) * nll
+
+
+class Focal(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("power", torch.tensor(2.0))
+
+    def forward(self, nll):
+        return focal(self.power)(nll)
+
+
+PLAIN = {
+    "function": lambda: dft,
+    "helper_of_torch": lambda: lambda nll: helper_of_torch(nll),
+    "tensor": lambda: lambda nll, of=torch.tensor(2.0): nll * of,
+    "tensor_in_list": lambda: lambda nll, of=(torch.rand(1), [torch.Size([3])]): nll * of[0],
+    "no_grad": lambda: focal(2.0),
+    "module_of_torch": Focal,
+    "partial": lambda: functools.partial(lambda of, nll: nll * of, torch.tensor(2.0)),
+}
+
+
+@pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN.keys())
+def test_what_steers_usual_functions_is_compared(make, calls):
+    assert is_known(calls, make, problems.make((77,)))
+
+
+def drops_outliers(nll):
+    """That is, by the mean of the rows that are at hand."""
+    return torch.where(nll > 2 * nll.mean(), 0.0, nll)
+
+
+def rows(has_outliers):
+    """With losses far from each other, or close."""
+    p = problems.make((77,), ignored=0.0)
+    p.e.data.mul_(8.0 if has_outliers else 0.01)
+    return p
+
+
+@pytest.mark.parametrize("schedule", ["rows", "vocabulary"])
+def test_coupling_that_shows_in_later_data_is_found(calls, schedule):
+    early, late = map(rows, (False, True))
+    for _ in range(5):
+        call(early, drops_outliers, {}, schedule=schedule)
+    for _ in range(2):  # evaluations 6 and 7
+        call(late, drops_outliers, {}, schedule=schedule)
+    for _ in range(2):  # evaluation 8, and what is no longer known
+        with pytest.raises(ValueError, match="depends on other rows"):
+            call(late, drops_outliers, {}, schedule=schedule)
+
+
+def test_coupling_in_later_data_where_it_is_not_waited_for(calls, monkeypatch):
+    """As on CUDA: the loss is NaN, and stays so."""
+    call(rows(False), drops_outliers, {}, schedule="vocabulary")
+    monkeypatch.setattr(_row_function.checks, "may_look", lambda device: False)
+    check_later_looks_that_do_not_wait(monkeypatch)
+
+
+def check_later_looks_that_do_not_wait(monkeypatch):
+    """After the first evaluation."""
+    monkeypatch.setattr(_row_function, "_may_wait", lambda key: pytest.fail("waits"))
+    early, late = map(rows, (False, True))
+
+    def loss(data):
+        return call(data, drops_outliers, {}, schedule="vocabulary")
+
+    assert loss(early).isfinite()
+    assert loss(late).isfinite()  # evaluation 3
+    for data in (late, late, early):
+        assert loss(data).isnan()
 
 
 def test_a_function_is_looked_at_in_every_call_where_that_is_asked_for(calls, monkeypatch):
@@ -114,7 +222,156 @@ def by_attribute(couples):
     return fn
 
 
+class Namespace:
+    couples = False
+
+    def __call__(self, nll):
+        return maybe_coupled(nll, self.couples)
+
+    method = __call__
+
+    def of_global(self, nll):
+        return maybe_coupled(nll, GLOBAL["couples"])
+
+    @staticmethod
+    def static(nll):
+        return maybe_coupled(nll, GLOBAL["couples"])
+
+    @classmethod
+    def of_class(cls, nll):
+        return maybe_coupled(nll, cls.couples)
+
+    @property
+    def read(self):
+        return GLOBAL["couples"]
+
+
+class Derived(Namespace):
+    pass
+
+
+class OfModule(torch.nn.Module):
+    def inner(self, nll):
+        return maybe_coupled(nll, GLOBAL["couples"])
+
+    def forward(self, nll):
+        return self.inner(nll)
+
+
+class Replaced:
+    pass
+
+
+class Slots:
+    __slots__ = ("couples",)
+
+
+class Numbers(dict):
+    """Entries, and an attribute."""
+
+
+class Number(float):
+    pass
+
+
+@dataclasses.dataclass
+class Options:
+    couples: bool
+
+
+GLOBAL = {"couples": False}
+instance, derived, slots = Namespace(), Derived(), Slots()
+switch.settings, switch.entries = types.SimpleNamespace(), {}
+switch.nested = types.ModuleType("switch.nested")
+
+
+def of_handed_module(module, nll):
+    return maybe_coupled(nll, module.handed)
+
+
+def replaced(couples):
+    Replaced.loss = (lambda self, nll: divided_by_mean(nll)) if couples else lambda self, nll: nll
+    it = Replaced()
+    return lambda nll: it.loss(nll)
+
+
+def numbers(couples):
+    it = Numbers()
+    it.couples = couples
+    return it
+
+
+def steered_by(turn, fn):
+    """The function, after the switch was turned."""
+
+    def steered(couples):
+        turn(couples)
+        return fn
+
+    return steered
+
+
+def of_class(fn):
+    return steered_by(lambda couples: setattr(Namespace, "couples", couples), fn)
+
+
+def of_global(fn):
+    return steered_by(lambda couples: GLOBAL.update(couples=couples), fn)
+
+
+def imports(nll):
+    from switch import imported
+
+    return maybe_coupled(nll, imported)
+
+
+@pytest.fixture(autouse=True)
+def switches_are_put_back(monkeypatch):
+    monkeypatch.setitem(sys.modules, "switch", switch)
+    monkeypatch.setenv("CUTLOSS_TEST_COUPLES", "0")
+    monkeypatch.setattr(builtins, "cutloss_test_couples", False, raising=False)
+
+
 STEERED = {
+    "class": of_class(lambda nll: maybe_coupled(nll, Namespace.couples)),
+    "class_of_global_object": of_class(lambda nll: maybe_coupled(nll, instance.couples)),
+    "base_of_class": of_class(lambda nll: maybe_coupled(nll, derived.couples)),
+    "class_by_method": of_class(derived.method),
+    "class_by_object": of_class(derived),
+    "class_by_classmethod": of_class(lambda nll: derived.of_class(nll)),
+    "bound_classmethod": of_class(Derived.of_class),
+    "method_of_global": of_global(instance.of_global),
+    "method_of_global_object": of_global(lambda nll: instance.of_global(nll)),
+    "staticmethod": of_global(lambda nll: Namespace.static(nll)),
+    "property": of_global(lambda nll: maybe_coupled(nll, derived.read)),
+    "module_of_torch": of_global(OfModule()),
+    "replaced_method": replaced,
+    "dataclass": lambda couples: functools.partial(
+        lambda nll, of: maybe_coupled(nll, of.couples), of=Options(couples)
+    ),
+    "attribute_of_dict": lambda couples: lambda nll, of=numbers(couples): maybe_coupled(
+        nll, of.couples
+    ),
+    "object_in_module": steered_by(
+        lambda couples: setattr(switch.settings, "couples", couples),
+        lambda nll: maybe_coupled(nll, switch.settings.couples),
+    ),
+    "dict_in_module": steered_by(
+        lambda couples: switch.entries.update(couples=couples),
+        lambda nll: maybe_coupled(nll, switch.entries["couples"]),
+    ),
+    "module_in_module": steered_by(
+        lambda couples: setattr(switch.nested, "couples", couples),
+        lambda nll: maybe_coupled(nll, switch.nested.couples),
+    ),
+    "module_handed_over": steered_by(
+        lambda couples: setattr(switch, "handed", couples),
+        lambda nll: of_handed_module(switch, nll),
+    ),
+    "builtin": steered_by(
+        lambda couples: setattr(builtins, "cutloss_test_couples", couples),
+        lambda nll: maybe_coupled(nll, cutloss_test_couples),  # noqa: F821
+    ),
     "closure": lambda couples: lambda nll: maybe_coupled(nll, couples),
     "tuple": lambda couples: lambda nll, of=(1, couples): maybe_coupled(nll, of[1]),
     "keyword": lambda couples: lambda nll, *, of=couples: maybe_coupled(nll, of),
@@ -135,31 +392,63 @@ STEERED = {
 }
 
 
+# By what is not compared: such a function is looked at in every call.
+NOT_FOLLOWED = {
+    "environment": steered_by(
+        lambda couples: os.environ.update(CUTLOSS_TEST_COUPLES=str(int(couples))),
+        lambda nll: maybe_coupled(nll, os.environ.get("CUTLOSS_TEST_COUPLES") == "1"),
+    ),
+    "slots": steered_by(
+        lambda couples: setattr(slots, "couples", couples),
+        lambda nll: maybe_coupled(nll, slots.couples),
+    ),
+    "number_of_a_class": lambda couples: functools.partial(
+        lambda nll, of: maybe_coupled(nll, of == 1), of=Number(couples)
+    ),
+    "import": steered_by(lambda couples: setattr(switch, "imported", couples), imports),
+    "getattr": steered_by(
+        lambda couples: setattr(switch, "by_name", couples),
+        lambda nll: maybe_coupled(nll, getattr(switch, "by_" + "name")),
+    ),
+    "globals": steered_by(
+        lambda couples: globals().update(by_name=couples),
+        lambda nll: maybe_coupled(nll, globals()["by_" + "name"]),
+    ),
+    "many": steered_by(
+        lambda couples: MANY[-1].update(couples=couples),
+        lambda nll: maybe_coupled(nll, MANY[-1]["couples"]),
+    ),
+    "cached": lambda couples: functools.lru_cache(by_helper(couples)),
+    "default_of_dict": lambda couples: lambda nll, of=collections.defaultdict(
+        lambda: couples
+    ): maybe_coupled(nll, of.default_factory()),
+}
+MANY = [{} for _ in range(1000)]
+ALL = STEERED | NOT_FOLLOWED
+
+
 @pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("schedule", ["rows", "vocabulary"])
-@pytest.mark.parametrize("steered", STEERED.values(), ids=STEERED.keys())
+@pytest.mark.parametrize("steered", ALL.values(), ids=ALL.keys())
 def test_a_function_is_looked_at_again_where_it_is_steered_otherwise(steered, schedule):
-    """Of the same code, after it was seen to keep rows apart."""
+    """Of the same code, after it was seen to keep rows apart: evaluation 3 is not looked at."""
     p = problems.make((77,))
-    for _ in range(2):
-        call(p, steered(False), {}, schedule=schedule)
+    for times in (2, 1):
+        for _ in range(times):
+            call(p, steered(False), {}, schedule=schedule)
         with pytest.raises(ValueError, match="depends on other rows"):
             call(p, steered(True), {}, schedule=schedule)
-    assert _row_function._known
 
 
 @pytest.mark.parametrize("steered", STEERED.values(), ids=STEERED.keys())
 def test_a_function_that_is_made_anew_is_known(steered, calls):
-    p = problems.make((77,))
-    for n in (3, 1):
-        del calls[:]
-        call(p, steered(False), {})
-        assert len(calls) == n
+    assert is_known(calls, lambda: steered(False), problems.make((77,)))
 
 
 def test_a_switch_that_is_turned_between_calls(calls):
     p, fn = problems.make((77,)), Switched(False)
-    call(p, fn, {})
+    for _ in range(2):
+        call(p, fn, {})
     fn.options["couples"] = True
     with pytest.raises(ValueError, match="depends on other rows"):
         call(p, fn, {})
@@ -208,7 +497,8 @@ def test_without_a_gradient_its_derivative_is_not_seen(calls):
 
     p = problems.make((77,))
     with torch.no_grad():
-        call(p, fn, {})
+        for _ in range(2):
+            call(p, fn, {})
     with pytest.raises(ValueError, match="depends on other rows"):
         call(p, fn, {})
 
@@ -220,20 +510,13 @@ def test_what_is_remembered_is_bounded(calls):
     assert len(_row_function._known) == _row_function._MOST_KNOWN
 
 
-def test_what_steers_a_function_beyond_what_is_compared(calls):
-    """Too much to compare, or of a kind that cannot be: it is looked at in every call."""
-
-    class Slots:
-        __slots__ = ("couples",)
-
-    slots, many = Slots(), [[i] for i in range(1000)]
-    slots.couples = False
+@pytest.mark.parametrize("steered", NOT_FOLLOWED.values(), ids=NOT_FOLLOWED.keys())
+def test_what_is_not_compared_is_looked_at_in_every_call(steered, calls):
     p = problems.make((77,))
-    for fn in (lambda nll: maybe_coupled(nll, slots.couples), lambda nll: nll * (1 + len(many[7]))):
-        for _ in range(2):
-            del calls[:]
-            call(p, fn, {})
-            assert len(calls) == 3
+    for _ in range(4):
+        del calls[:]
+        call(p, steered(False), {})
+        assert len(calls) == 3 and not _row_function._known
 
 
 # CUDA --------------------------------------------------------------------------------------------
@@ -258,3 +541,10 @@ def test_a_coupled_function_on_cuda():
 
     with pytest.raises(ValueError, match="depends on other rows"):
         call(p, lambda nll: nll - nll.mean(), {})
+
+
+@cuda
+@pytest.mark.usefixtures("on_cuda", "calls")
+def test_later_looks_on_cuda_do_not_wait(monkeypatch):
+    call(rows(False), drops_outliers, {}, schedule="vocabulary")
+    check_later_looks_that_do_not_wait(monkeypatch)
