@@ -158,12 +158,17 @@ def outcome(call):
     return made, keys[-1] if keys else None
 
 
+def made_anew(make):
+    """The outcome where no call was made before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repeated, "_settled", {})
+        return outcome(make())
+
+
 def check(make):
     """That the call gives what it gives where none was made before. Returns its key."""
     got, key = outcome(make())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repeated, "_settled", {})
-        want, _ = outcome(make())
+    want, _ = made_anew(make)
     assert len(got) == len(want)
     for mine, other in zip(got, want):
         if isinstance(other, Tensor):

@@ -27,6 +27,7 @@ from helpers.repeated_calls import (
     every,
     freed,
     in_columns,
+    made_anew,
     made_by,
     nothing,
     of,
@@ -57,6 +58,7 @@ OF_TENSORS = {
     "one token": (rows(0), rows(0), MANY),
     "fewer sequences": (nothing, rows(slice(0, 2)), 2),  # of e and targets
     "fewer classes": (option(ignore_index=20), of("c", lambda c: c[:-1].clone()), 1),
+    "fewer in bias": (bias, of("bias", lambda b: b[:-1].clone()), 1),
     "no such c": (nothing, of("c", lambda c: c[None].clone()), MANY),
     "stride of e": (nothing, of("e", padded), 1),
     "expanded e": (nothing, of("e", lambda e: e[:, :1].expand(S, L, D)), 1),
@@ -123,11 +125,13 @@ ROWS = OF_TENSORS | OF_WHAT_IS_AROUND | OF_OPTIONS
 
 def check_row(first, other, differences, device):
     before, after = made_by(first, device=device), made_by(first, other, device=device)
+    key_of_other = made_anew(after)[1]
     key = check(before)
     assert repeated.found(key) is not None
-    key_of_other = check(after)
+    # Before the call that would be taken for the first one: of freed memory it ends the process.
     assert key_of_other != key
     assert differences is MANY or places(key, key_of_other) == differences
+    assert check(after) == key_of_other
     assert check(before) == key
 
 
@@ -201,3 +205,9 @@ def test_options_that_leave_a_call_without_key(name):
     value = WITHOUT_KEY.get(name, torch.ones(S, L))
     assert outcome(made_by(option(**{name: value}))())[1] is None
     assert not repeated._settled
+
+
+def test_an_option_that_has_no_hash():
+    """Is refused in its own words."""
+    error, message = outcome(made_by(option(softcap=[1.0]))())[0]
+    assert error is TypeError and message.startswith("softcap must be a number")
