@@ -297,7 +297,7 @@ def test_row_temperatures():
         assert seen == {TAKEN, ValueError}
 
 
-# What Python refuses and operators take -----------------------------------------------------------
+# What depends on several arguments ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -310,14 +310,6 @@ def test_weights_of_another_shape(name, shape):
     assert by_operator(given)[0] is ValueError
     assert by_python(linear_cross_entropy, **given)[0] is ValueError
     assert by_python(linear_cross_entropy, **given, impl="torch")[0] is ValueError
-
-
-@pytest.mark.parametrize("name", ["shift", "ignore_index", "max_workspace", "num_valid"])
-def test_a_bool_is_no_number(name):
-    """But a shift, where True is the 1 that it says."""
-    given = tensors()
-    in_python, _ = by_python(linear_cross_entropy, **given, **{name: True})
-    assert in_python is (TAKEN if name == "shift" else TypeError)
 
 
 @pytest.mark.parametrize("value", [2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**32 - 100])
@@ -337,3 +329,15 @@ def test_a_quotient_that_is_out_of_range():
     for impl in ("cce", "torch"):
         assert by_python(linear_cross_entropy, **tensors(), **said, impl=impl)[0] is ValueError
     assert by_python(linear_cross_entropy, **tensors(F64), **said)[0] is TAKEN
+
+
+# What Python refuses and operators take -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["shift", "ignore_index", "max_workspace", "num_valid"])
+def test_a_bool_is_no_number(name):
+    """But a shift, where True is the 1 that it says, as it is in operators."""
+    given = tensors()
+    assert by_operator(given, **{name: True})[0] is by_operator(given, **{name: 1})[0]
+    in_python, _ = by_python(linear_cross_entropy, **given, **{name: True})
+    assert in_python is (TAKEN if name == "shift" else TypeError)
