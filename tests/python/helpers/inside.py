@@ -5,11 +5,11 @@ of the commands is in inside_cli.py, and in inside_demo.py what cannot be import
 """
 
 # ruff: noqa: F401
-from cutloss._core import checks, decide, repeated, weighting
+from cutloss._core import checks, decide, weighting
 from cutloss._core.options import SCHEDULES, LossOptions, Options
 from cutloss._core.plan import Plan
 from cutloss._implementations import IS_PLAIN
-from cutloss._torch import by_rows, library, needs, private, shards
+from cutloss._torch import by_rows, library, needs, private, repeated, shards
 from cutloss._torch.softcap import capped
 from cutloss.functional import ADDS_TO
 from cutloss.losses import _chunks, _policy_terms, _row_function
