@@ -60,10 +60,10 @@ def key(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, said: tuple)
                 return None
             facts += (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, address % 16)
         kind = e.device.type
-        if torch.is_autocast_enabled(kind):
-            facts.append(torch.get_autocast_dtype(kind))
-        if kind == "cuda":
-            facts.append(library.allow_tf32(kind, torch.float32))  # to which autocast may go
+        autocast = torch.is_autocast_enabled(kind)
+        facts.append(torch.get_autocast_dtype(kind) if autocast else None)
+        # Of fp32, to which autocast may go.
+        facts.append(library.allow_tf32(kind, torch.float32) if kind == "cuda" else None)
         made = tuple(facts)
         hash(made)  # of options that have none something is wrong
     except (AttributeError, RuntimeError, TypeError):
