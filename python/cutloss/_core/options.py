@@ -67,10 +67,6 @@ class Options:
         """Of which of e, c and bias there is to be a gradient."""
         return self.needs_de, self.needs_dc, self.needs_dbias
 
-    def without_gradients(self) -> "Options":
-        """The same for a loss of which no gradient is wanted."""
-        return self.but(schedule=SCHEDULES["none"])
-
     def values(self) -> tuple:
         """Of all fields, in their order: Options(*options.values()) is the same again."""
         return tuple([getattr(self, name) for name in _OF_LINEAR])

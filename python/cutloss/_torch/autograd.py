@@ -261,7 +261,7 @@ class Function(torch.autograd.Function):
     def call(cls, given: Saved, computation: Computation) -> Tensors:
         inputs = (*given.operands, given, computation)
         if computation.is_ordinary:
-            # Without looking for what torch.func may have left, which takes a twentieth of a call.
+            # Without looking for what torch.func may have left, which counts in a small loss.
             return super(torch.autograd.Function, cls).apply(*inputs)
         return cls.apply(*inputs)
 
