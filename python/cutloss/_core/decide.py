@@ -67,7 +67,7 @@ def decided(
     e, c, bias = operands[:3]
     de, dc, dbias = map(autograd.wants_gradient, (e if own_e is None else own_e, c, bias))
     if not (de or dc or dbias):
-        options = options.without_gradients()
+        options = options.but(schedule=SCHEDULES["none"])
         # Nothing is to be decided. But whether there is a plan at all an operator would say as
         # compiled code runs, where its errors are not Python's.
         if options.max_workspace is None or c.shape[0] == 0:
